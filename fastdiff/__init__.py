@@ -1,0 +1,62 @@
+"""fastdiff: the arithmetic around a diffusion model, as fast as the memory allows."""
+
+from . import losses, ops, samplers, timesteps, weighting
+from .backends import use_backend
+from .objective import Noised, Objective, diffusion_loss, q_sample
+from .prediction import Prediction
+from .process import EDM, VESDE, VPSDE, Process, RectifiedFlow, SubVPSDE, VariancePreserving
+from .sampling import sample
+from .weighting import (
+    P2,
+    SNR,
+    Bell,
+    CosMap,
+    Debiased,
+    EDMWeighting,
+    InverseAlphaBar,
+    Likelihood,
+    MinSNR,
+    PerTimestep,
+    SigmaSqrt,
+    SoftMinSNR,
+    TruncatedSNR,
+    Uniform,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EDM",
+    "P2",
+    "SNR",
+    "VESDE",
+    "VPSDE",
+    "Bell",
+    "CosMap",
+    "Debiased",
+    "EDMWeighting",
+    "InverseAlphaBar",
+    "Likelihood",
+    "MinSNR",
+    "Noised",
+    "Objective",
+    "PerTimestep",
+    "Prediction",
+    "Process",
+    "RectifiedFlow",
+    "SigmaSqrt",
+    "SoftMinSNR",
+    "SubVPSDE",
+    "TruncatedSNR",
+    "Uniform",
+    "VariancePreserving",
+    "diffusion_loss",
+    "losses",
+    "ops",
+    "q_sample",
+    "sample",
+    "samplers",
+    "timesteps",
+    "use_backend",
+    "weighting",
+]

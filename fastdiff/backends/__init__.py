@@ -1,0 +1,79 @@
+"""Which implementation of the operations runs, and why the others do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from . import reference
+
+
+@dataclass(frozen=True)
+class Status:
+    """A backend as ``fastdiff doctor`` shows it. ``reason`` says why it is, or is not, available."""
+
+    name: str
+    available: bool
+    reason: str
+    devices: tuple[str, ...]
+
+
+_PLANNED = "not part of this version of fastdiff: the reference backend does all operations"
+_MODULES: dict[str, ModuleType] = {"reference": reference}
+_STATUS = (
+    Status("native", False, _PLANNED, ("cpu",)),
+    Status("triton", False, _PLANNED, ("cuda",)),
+    Status("cuda", False, _PLANNED, ("cuda",)),
+    Status("reference", True, "plain PyTorch, on every device", ("cpu", "cuda", "mps", "xpu")),
+)
+_forced: str | None = None
+
+
+def status() -> list[Status]:
+    """Every backend, in the order of preference."""
+    return list(_STATUS)
+
+
+def choose(device: torch.device | str) -> str:
+    """The name of the backend that operations on ``device`` use."""
+    if _forced is not None:
+        return _forced
+    kind = torch.device(device).type
+    for backend in _STATUS:
+        if backend.available and kind in backend.devices:
+            return backend.name
+    return "reference"
+
+
+def get(device: torch.device) -> ModuleType:
+    """The module with the operations for ``device``."""
+    return _MODULES[choose(device)]
+
+
+class use_backend:
+    """Force one backend, from the call on or, as a context manager, for a block.
+
+    Args:
+        name: "reference", "native", "triton" or "cuda"; None goes back to the automatic choice.
+
+    Raises ValueError for an unknown name, RuntimeError, saying why, for one that is not available.
+    """
+
+    def __init__(self, name: str | None):
+        global _forced
+        by_name = {backend.name: backend for backend in _STATUS}
+        if name is not None and name not in by_name:
+            raise ValueError(f"unknown backend {name!r}: use one of {', '.join(by_name)}.")
+        if name is not None and not by_name[name].available:
+            raise RuntimeError(f"the backend {name!r} is not available: {by_name[name].reason}.")
+        self._before = _forced
+        _forced = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _forced
+        _forced = self._before

@@ -1,0 +1,172 @@
+"""The operations in plain PyTorch: the arithmetic that every backend must equal. Autograd differentiates them.
+
+Arguments are checked already (``fastdiff.ops``). Rows are broadcastable to the full-size tensors and in the compute
+dtype: float32, or float64 where a full-size input is float64. Results are rounded once, to the dtype asked for.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def noise(x0: Tensor, n: Tensor, alpha: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor:
+    """x_t = alpha x0 + sigma n."""
+    return (alpha * x0.to(alpha.dtype) + sigma * n.to(alpha.dtype)).to(dtype)
+
+
+class _Error(torch.autograd.Function):
+    """An error function and its derivative, both in the form that keeps its digits."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(e: Tensor, c: Tensor | None, function: str) -> Tensor:
+        return error_function(e, c, function)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        e, c, ctx.function = inputs
+        ctx.save_for_backward(e, c)
+        ctx.save_for_forward(e, c)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        e, c = ctx.saved_tensors
+        return upstream * error_derivative(e, c, ctx.function), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
+        e, c = ctx.saved_tensors
+        return tangent * error_derivative(e, c, ctx.function)
+
+
+def error_function(e: Tensor, c: Tensor | None, function: str) -> Tensor:
+    """rho(e; c), elementwise."""
+    if function == "mse":
+        return e * e
+    size = e.abs()
+    if function == "l1":
+        return size
+    if function == "smooth_l1":
+        return torch.where(size < c, 0.5 * e * e / c, size - 0.5 * c)
+    if function == "pseudo_huber":
+        # sqrt(e^2 + c^2) - c cancels for small e; this is the same number without the subtraction.
+        return size * (size / (torch.hypot(e, c) + c))
+    if function == "log_cosh":
+        # ln cosh e = ln(1 + 2 sinh(e / 2)^2) where |e| is small; |e| - ln 2 + ... cancels there.
+        small = torch.log1p(2 * torch.sinh(0.5 * size.clamp(max=1)) ** 2)
+        return torch.where(size < 1, small, size + torch.log1p(torch.exp(-2 * size)) - math.log(2))
+    raise AssertionError(function)
+
+
+def error_derivative(e: Tensor, c: Tensor | None, function: str) -> Tensor:
+    """d rho / d e; 0 at the corner of |e|."""
+    if function == "mse":
+        return 2 * e
+    if function == "l1":
+        # torch.sign(NaN) is 0, which would hide the NaN.
+        return torch.where(e.isnan(), e, e.sign())
+    if function == "smooth_l1":
+        return torch.where(e.abs() < c, e / c, torch.where(e.isnan(), e, e.sign()))
+    if function == "pseudo_huber":
+        return e / torch.hypot(e, c)
+    if function == "log_cosh":
+        return torch.tanh(e)
+    raise AssertionError(function)
+
+
+def loss(
+    prediction: Tensor,
+    x0: Tensor | None,
+    n: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    c: Tensor | None,
+    mask: Tensor | None,
+    function: str,
+    mask_normalization: str,
+    reduction: str,
+) -> Tensor:
+    """weight * mask * rho(scale * (prediction - (p x0 + q n)); c), summed row by row in float64, then reduced.
+
+    ``weight`` is shaped as the rows (size 1 where elements share a row); "none" returns that shape.
+    """
+    dtype = weight.dtype
+    target: Tensor | float = 0.0
+    if p is not None and x0 is not None:
+        target = p * x0.to(dtype)
+    if q is not None and n is not None:
+        target = target + q * n.to(dtype)
+    e = prediction.to(dtype) - target
+    if scale is not None:
+        e = scale * e
+    error = _Error.apply(e, c, function)
+    if mask is not None:
+        error = mask.to(dtype) * error
+
+    rows = weight * sum_rows(error, weight.shape)
+    elements = math.prod(prediction.shape)
+    row_elements = elements // max(1, weight.numel())
+    if reduction == "sum":
+        return rows.sum().to(dtype)
+    if mask_normalization == "none" or mask is None:
+        divisor: Tensor | float = float(row_elements)
+    else:
+        counts = sum_rows(mask.expand(prediction.shape).to(dtype), weight.shape)
+        if mask_normalization == "row":
+            # A row with nothing in its mask has no mean: it counts as 0, and 0 / 1 keeps its gradient 0 too.
+            divisor = torch.where(counts == 0, 1.0, counts)
+        else:
+            divisor = counts.sum() / max(1, counts.numel())
+    rows = rows / divisor
+    return (rows.mean() if reduction == "mean" else rows).to(dtype)
+
+
+def sum_rows(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sum ``values`` over the dimensions in which ``shape`` is 1: float64 of that shape, in a fixed order."""
+    dims = [d for d, size in enumerate(shape) if size == 1]
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    return values.sum(dims, keepdim=True, dtype=wide) if dims else values.to(wide)
+
+
+def convert(m: Tensor, x_t: Tensor, k_x: Tensor, k_m: Tensor, dtype: torch.dtype) -> Tensor:
+    """k_x x_t + k_m m."""
+    return (k_x * x_t.to(k_x.dtype) + k_m * m.to(k_x.dtype)).to(dtype)
+
+
+def step(
+    x: Tensor,
+    m: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor | float,
+    row: dict[str, Tensor],
+    clip: float | None,
+    history: tuple[Tensor, ...],
+    noise: Tensor | None,
+    log_variance: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One sampler step, (y, x0, history entry): see ``fastdiff.ops.step``."""
+    compute = row["c_x"].dtype
+    x, m = x.to(compute), m.to(compute)
+    if uncond is not None:
+        uncond = uncond.to(compute)
+        m = uncond + guidance * (m - uncond)
+    x0 = row["p_x"] * x + row["p_m"] * m
+    if clip is not None:
+        x0 = x0.clamp(-clip, clip)
+    y = row["c_x"] * x + row["c_m"] * m + row["c_x0"] * x0
+    for j, entry in enumerate(history, start=1):
+        y = y + row[f"c_h{j}"] * entry.to(compute)
+    if noise is not None:
+        strength = row["c_noise"]
+        if log_variance is not None:
+            strength = strength * torch.exp(0.5 * (row["l_0"] + row["l_v"] * log_variance.to(compute)))
+        y = y + strength * noise.to(compute)
+    entry = row["h_x"] * x + row["h_m"] * m + row["h_x0"] * x0
+    return y.to(dtype), x0.to(dtype), entry

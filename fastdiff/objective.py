@@ -1,0 +1,402 @@
+"""The training objective: noise, target and weighted loss of a diffusion or flow model, from rows of coefficients."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import losses, ops
+from . import prediction as kinds
+from . import timesteps as samplers_of_t
+from . import weighting as weightings
+from .backends.reference import philox
+from .losses import Loss
+from .ops.checks import check_floating, compute_dtype, place_rows
+from .ops.noise import Stream
+from .prediction import Prediction
+from .process import Levels, Process, gather_rows, value_checks_are_free
+from .timesteps import Timesteps
+from .weighting import WeightingLike
+
+
+class Rows(NamedTuple):
+    """The coefficients of an objective, one entry a row (the shape of t)."""
+
+    alpha: Tensor
+    sigma: Tensor
+    p: Tensor  # target = p x0 + q n
+    q: Tensor
+    scale: Tensor  # what makes an error of the prediction one of the error space
+    weight: Tensor
+    factor: Tensor  # of the error function
+    c: Tensor  # its constant; NaN where it has none
+
+
+@dataclass(eq=False)
+class Noised:
+    """A noised batch, as ``Objective.noise`` returns it.
+
+    Attributes:
+        x_t: noised data, shape and dtype of x0.
+        t: the times, one a row: integers for discrete processes, float64 for continuous ones.
+        alpha, sigma, snr, weight: rows of the shape of t, float32 (float64 if x0 is float64).
+        x0, noise: what x_t was made of; the noise as the target sees it (float32).
+        model_input, model_time, target: made when asked for.
+    """
+
+    objective: Objective
+    x0: Tensor
+    x_t: Tensor
+    t: Tensor
+    noise: Tensor
+    rows: Rows
+
+    @property
+    def alpha(self) -> Tensor:
+        return self.rows.alpha
+
+    @property
+    def sigma(self) -> Tensor:
+        return self.rows.sigma
+
+    @property
+    def snr(self) -> Tensor:
+        return (self.rows.alpha / self.rows.sigma) ** 2
+
+    @property
+    def weight(self) -> Tensor:
+        return self.rows.weight
+
+    @property
+    def target(self) -> Tensor:
+        """What the network should predict: p x0 + q n, in the dtype of x0."""
+        p, q = self.rows.p, self.rows.q
+        return ops.noise(self.x0, p, q, self.noise)[0]
+
+    @property
+    def model_input(self) -> Tensor:
+        """What the network is called with: x_t, or c_in x_t for a preconditioned prediction ("edm")."""
+        scale, _ = self._model_input()
+        if scale is None:
+            return self.x_t
+        return (place_rows("scale", scale.to(self.rows.alpha.dtype), self.x_t.shape) * self.x_t).to(self.x_t.dtype)
+
+    @property
+    def model_time(self) -> Tensor:
+        """What the network is told about the noise: t; sigma for RectifiedFlow and VESDE; ln(sigma) / 4 for "edm"."""
+        _, time = self._model_input()
+        return time.to(self.rows.alpha.dtype) if time.is_floating_point() else time
+
+    def _model_input(self) -> tuple[Tensor | None, Tensor]:
+        return kinds.model_input(self.objective.prediction, self.objective.process.levels(self.t))
+
+
+class Objective:
+    """What a network is trained on: a process, a prediction kind, a weighting and an error function.
+
+    Args:
+        process: ``VariancePreserving``, ``RectifiedFlow``, ``EDM``, ``VPSDE``, ``VESDE`` or ``SubVPSDE``.
+        prediction: what the network predicts: "epsilon", "sample", "v_prediction", "flow" (n - x0), "reversed_flow",
+            "score", "previous_sample", "edm" (Karras et al.'s F), or a ``Prediction``.
+        weighting: None (uniform), a weighting such as ``MinSNR(5.0)``, its name, or a callable of the ``Levels``.
+        loss: "mse", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh", or an object of ``fastdiff.losses``.
+        timesteps: how t is drawn when it is not given: an object of ``fastdiff.timesteps`` or its name; None: uniform,
+            and EDM's lognormal for EDM.
+        error_space: the prediction kind in which the error is taken; None: the network's own. "sample" is what SD3's
+            (preconditioned) and CogVideoX's trainers do. The error is scaled, nothing of full size is converted.
+        noise_offset: strength of the offset noise, one normal a (sample, channel), added to noise made here.
+        input_perturbation: the network sees n + input_perturbation xi, the target n (Ning et al. 2023).
+
+    Raises ValueError or TypeError for unknown names, for combinations that mean nothing, and for a weighting that gives
+    NaN or an error scale that is infinite at some timestep; warns where a weight is infinite (see
+    ``fastdiff.weighting``: that timestep gets weight 0).
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        prediction: str | Prediction = "epsilon",
+        weighting: WeightingLike = None,
+        loss: str | Loss = "mse",
+        *,
+        timesteps: str | Timesteps | None = None,
+        error_space: str | Prediction | None = None,
+        noise_offset: float = 0.0,
+        input_perturbation: float = 0.0,
+    ):
+        if not isinstance(process, Process):
+            raise TypeError(f"process must be a fastdiff process such as VariancePreserving(); got {process!r}.")
+        for name, value in (("noise_offset", noise_offset), ("input_perturbation", input_perturbation)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0; got {value!r}.")
+        self.process = process
+        self.prediction = kinds.get(prediction)
+        self.weighting = weightings.get(weighting)
+        self.loss_function = losses.get(loss)
+        self.timesteps = samplers_of_t.get(timesteps, process)
+        self.error_space = self.prediction if error_space is None else kinds.get(error_space)
+        self.noise_offset, self.input_perturbation = float(noise_offset), float(input_perturbation)
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        if process.discrete:
+            self._table = self._checked_table()
+        else:
+            # Nothing to tabulate, but a meaningless combination should not wait for the first batch to be found.
+            self._coefficients(process.levels(torch.tensor([0.5], dtype=torch.float64)))
+
+    def __repr__(self) -> str:
+        return (
+            f"Objective({self.process!r}, {self.prediction.name!r}, weighting={self.weighting!r}, "
+            f"loss={self.loss_function!r})"
+        )
+
+    def noise(
+        self,
+        x0: Tensor,
+        t: Any = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        sample_offset: int = 0,
+    ) -> Noised:
+        """Noise a batch.
+
+        Args:
+            x0: clean data [batch, ...], floating point.
+            t: times of the process: one a sample [batch], a frame [batch, frames], a token, one for all, or with as
+                many dimensions as x0, 1 where shared. None draws one a sample.
+            noise: shaped as x0, used as it is (no offset is added); None makes it from the seed.
+            generator: the seed is drawn from it (None: PyTorch's default one), on its device.
+            seed: use this 64-bit seed (int or int64 tensor) instead of drawing one. With the same seed, t and noise of
+                a sample depend on its index alone: noising a batch of 8 is noising its halves, the second with
+                ``sample_offset=4``.
+            sample_offset: the index of the batch's first sample.
+
+        Returns a ``Noised``. Differentiable in x0. Raises TypeError or ValueError for unfit inputs.
+        """
+        check_floating(x0=x0)
+        if x0.ndim == 0:
+            raise ValueError("x0 must have a batch dimension; got a scalar.")
+        if generator is not None and seed is not None:
+            raise ValueError("pass a generator or a seed, not both.")
+        made = noise is None or t is None or bool(self.input_perturbation)
+        if made and seed is None:
+            seed = draw_seed(generator, x0.device)
+        if t is None:
+            u = philox.uniform(seed, x0.shape[0], Stream.TIMESTEP, sample_offset, x0.device)
+            t = self.timesteps(u, self.process)
+        else:
+            t = torch.as_tensor(t).to(x0.device)
+            self.process.check_t(t)
+            if t.numel() == 1:
+                t = t.reshape(()).expand(x0.shape[0])
+            place_rows("t", t, x0.shape)
+        n = ops.Philox(seed, sample_offset, offset=self.noise_offset) if noise is None else noise
+        rows = self.rows(t, compute_dtype(x0, noise))
+        x_t, n = ops.noise(
+            x0,
+            rows.alpha,
+            rows.sigma,
+            n,
+            perturbation=self.input_perturbation,
+            perturbation_noise=ops.Philox(seed, sample_offset, Stream.PERTURBATION) if made else None,
+        )
+        return Noised(self, x0, x_t, t, n, rows)
+
+    def loss(
+        self,
+        prediction: Tensor,
+        noised: Noised,
+        mask: Tensor | None = None,
+        reduction: str = "mean",
+        *,
+        weight: Tensor | float | None = None,
+        mask_normalization: str = "none",
+    ) -> Tensor:
+        """The loss of the network's output.
+
+        Args:
+            prediction: the output for ``noised``, shaped as x_t, any floating-point dtype.
+            noised: from ``noise``.
+            mask: bool or float, broadcastable to prediction; see ``mask_normalization``.
+            reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t).
+            weight: further weights, one a row or a number (prior preservation, learned uncertainty); may require grad.
+            mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"), or all
+                by the mask's sum ("global").
+
+        Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise and weight.
+        Raises TypeError or ValueError for unfit inputs and for a mask that is zero everywhere (on the CPU).
+        """
+        return self._loss(prediction, noised.x0, noised.noise, noised.rows, mask, reduction, weight, mask_normalization)
+
+    def _loss(
+        self,
+        prediction: Tensor,
+        x0: Tensor,
+        noise: Tensor,
+        rows: Rows,
+        mask: Tensor | None,
+        reduction: str,
+        weight: Tensor | float | None,
+        mask_normalization: str,
+    ) -> Tensor:
+        row_weight = rows.weight * rows.factor
+        if weight is not None:
+            weight = torch.as_tensor(weight, device=row_weight.device)
+            if weight.numel() > 1 and weight.shape != row_weight.shape:
+                weight = place_rows("weight", weight, row_weight.shape)
+            row_weight = row_weight * weight
+        return ops.loss(
+            prediction,
+            x0,
+            noise,
+            p=rows.p if self.prediction.uses_x0 else None,
+            q=rows.q if self.prediction.uses_noise else None,
+            weight=row_weight,
+            scale=None if self.error_space is self.prediction else rows.scale,
+            c=rows.c if self.loss_function.uses_c else None,
+            mask=mask,
+            function=self.loss_function.function,
+            mask_normalization=mask_normalization,
+            reduction=reduction,
+            row_shape=tuple(rows.weight.shape),
+        )
+
+    def predict_x0(self, prediction: Tensor, noised: Noised) -> Tensor:
+        """The x0 that the network's output stands for, shaped and typed as prediction; differentiable."""
+        return self.convert(prediction, noised, "sample")
+
+    def convert(self, prediction: Tensor, noised: Noised, kind: str | Prediction) -> Tensor:
+        """The network's output as another prediction kind: ``convert(m, noised, "epsilon")``.
+
+        Raises ValueError (on the CPU; NaN elsewhere) where the output does not determine it: x0 from epsilon at zero
+        SNR.
+        """
+        kind = kinds.get(kind)
+        levels = self.process.levels(noised.t)
+        k_x, k_m = kinds.conversion(self.prediction, kind, levels)
+        if value_checks_are_free(k_m) and not bool((k_x.isfinite() & k_m.isfinite()).all()):
+            bad = noised.t[~(k_x.isfinite() & k_m.isfinite())].flatten()[0].item()
+            raise ValueError(
+                f"{self.prediction.name!r} does not determine {kind.name!r} at t = {bad} of {self.process!r} "
+                f"(SNR {levels.snr.flatten()[levels.t.flatten() == bad][0].item():g}): "
+                f"use prediction='v_prediction' or 'sample'."
+            )
+        return ops.convert(prediction, noised.x_t, k_x, k_m)
+
+    def rows(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Rows:
+        """The coefficients at ``t``, computed in float64 and rounded once to ``dtype``."""
+        if not self.process.discrete:
+            return Rows(*(row.to(dtype) for row in self._coefficients(self.process.levels(t))))
+        key = (t.device, dtype)
+        if key not in self._tables:
+            self._tables[key] = self._table.to(t.device, dtype)
+        return Rows(*gather_rows(self._tables[key], t).unbind(-1))
+
+    def _coefficients(self, levels: Levels) -> Rows:
+        p, q = self.prediction.coefficients(levels)
+        scale = kinds.conversion(self.prediction, self.error_space, levels)[1]
+        c, factor = self.loss_function.rows(levels)
+        one = torch.ones_like(levels.alpha)
+        return Rows(
+            levels.alpha,
+            levels.sigma,
+            p,
+            q,
+            scale,
+            weightings.evaluate(self.weighting, levels, self.error_space),
+            factor * one,
+            c if c is not None else one * torch.nan,
+        )
+
+    def _checked_table(self) -> Tensor:
+        """float64 [steps, len(Rows._fields)] on the CPU."""
+        levels = self.process.levels(torch.arange(self.process.steps))
+        rows = self._coefficients(levels)
+        if self.error_space is not self.prediction and not bool(rows.scale.isfinite().all()):
+            t = (~rows.scale.isfinite()).nonzero()[0].item()
+            raise ValueError(
+                f"an error of {self.prediction.name!r} is no finite error of {self.error_space.name!r} at t = {t} "
+                f"(SNR {levels.snr[t].item():g}): use another prediction or error_space."
+            )
+        if bool(rows.weight.isnan().any()):
+            t = rows.weight.isnan().nonzero()[0].item()
+            raise ValueError(f"the weighting {self.weighting!r} is NaN at t = {t} (SNR {levels.snr[t].item():g}).")
+        dropped = weightings.infinite(self.weighting, levels, self.error_space).nonzero().flatten().tolist()
+        if dropped:
+            warnings.warn(
+                f"the weighting {self.weighting!r} is infinite at t = {dropped[:3]}{'...' if dropped[3:] else ''}: "
+                f"these timesteps get weight 0 and are left out of the loss.",
+                stacklevel=3,
+            )
+        return torch.stack(tuple(rows), -1)
+
+
+def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """A 64-bit seed, int64 [1] on ``device``, from ``generator`` (None: the device's default one); no host sync."""
+    source = device if generator is None else generator.device
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=source, generator=generator)
+    return seed.to(device, non_blocking=True)
+
+
+def q_sample(
+    x0: Tensor,
+    t: Any,
+    process: Process,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """x_t = alpha x0 + sigma n of ``process`` at ``t``: shape and dtype of x0, differentiable.
+
+    Args as in ``Objective.noise``. Ho et al. 2020, equation 4, for any process.
+    """
+    return _objective(process, "epsilon", None, "mse").noise(x0, t, noise, generator).x_t
+
+
+def diffusion_loss(
+    prediction: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Any,
+    process: Process,
+    prediction_type: str | Prediction = "epsilon",
+    weighting: WeightingLike = None,
+    loss: str | Loss = "mse",
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    weight: Tensor | float | None = None,
+    mask_normalization: str = "none",
+) -> Tensor:
+    """The loss of a prediction made for x_t of (x0, noise, t): what a trainer computes after its network, in one call.
+
+    Args as in ``Objective`` and ``Objective.loss``. x_t itself is not needed.
+    """
+    objective = _objective(process, prediction_type, weighting, loss)
+    check_floating(x0=x0, noise=noise)
+    t = torch.as_tensor(t).to(x0.device)
+    process.check_t(t)
+    if t.numel() == 1:
+        t = t.reshape(()).expand(x0.shape[:1])
+    place_rows("t", t, x0.shape)
+    rows = objective.rows(t, compute_dtype(x0, noise, prediction))
+    return objective._loss(prediction, x0, noise, rows, mask, reduction, weight, mask_normalization)
+
+
+def _objective(process, kind, weights, loss) -> Objective:
+    try:
+        return _cached_objective(process, kind, weights, loss)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return Objective(process, kind, weights, loss)
+
+
+@lru_cache(maxsize=32)
+def _cached_objective(process, kind, weights, loss) -> Objective:
+    return Objective(process, kind, weights, loss)

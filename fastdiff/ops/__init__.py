@@ -1,0 +1,8 @@
+"""The fused operations: checks and dispatch. They know rows of coefficients, and nothing of diffusion."""
+
+from .convert import convert
+from .loss import loss
+from .noise import Philox, noise
+from .step import COLUMNS, step
+
+__all__ = ["COLUMNS", "Philox", "convert", "loss", "noise", "step"]

@@ -1,0 +1,105 @@
+"""The loss operation: target, weighted error, mask and reduction in one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import backends
+from ..process import value_checks_are_free
+from .checks import check_alike, check_floating, compute_dtype, place_all
+
+FUNCTIONS = ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh")
+REDUCTIONS = ("mean", "sum", "none")
+MASK_NORMALIZATIONS = ("none", "row", "global")
+
+
+def loss(
+    prediction: Tensor,
+    x0: Tensor | None,
+    n: Tensor | None,
+    *,
+    p: Tensor | float | None = None,
+    q: Tensor | float | None = None,
+    weight: Tensor | float = 1.0,
+    scale: Tensor | float | None = None,
+    c: Tensor | float | None = None,
+    mask: Tensor | None = None,
+    function: str = "mse",
+    mask_normalization: str = "none",
+    reduction: str = "mean",
+    row_shape: tuple[int, ...] | None = None,
+) -> Tensor:
+    """weight * mask * rho(scale * (prediction - (p x0 + q n)); c), reduced.
+
+    Args:
+        prediction: the network's output, any floating-point dtype, [batch, ...].
+        x0, n: data and noise, shaped as prediction; one that p or q leaves out (None) is not read.
+        p, q, weight, scale, c: rows (``fastdiff.ops.checks.place_rows``) or numbers. ``weight`` may require grad.
+        mask: bool or float, broadcastable to prediction.
+        function: "mse" e^2, "l1" |e|, "smooth_l1" and "pseudo_huber" with constant c, "log_cosh".
+        mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"; a row whose
+            mask is empty counts as 0), or all by the mask's sum ("global").
+        reduction: "mean" over all; "sum" without any division; "none": one mean a row.
+        row_shape: the shape of "none"'s result and of the rows; default: that of ``weight``, or [batch].
+
+    Returns a scalar, or ``row_shape``: float32 (float64 with float64 inputs). Sums are taken in float64. Differentiable
+    in prediction, x0, n and weight. A batch of size 0 has the sum 0 and, as in PyTorch, the mean NaN.
+
+    Raises TypeError or ValueError for unfit inputs, and (on the CPU, where looking costs nothing) for a mask that is
+    zero everywhere; elsewhere such a mask gives NaN where it is divided by, and else 0.
+    """
+    check_floating(prediction=prediction)
+    x0, n = (x0 if p is not None else None), (n if q is not None else None)
+    if x0 is not None:
+        check_floating(x0=x0)
+    if n is not None:
+        check_floating(noise=n)
+    check_alike(prediction=prediction, x0=x0, noise=n)
+    if prediction.ndim == 0:
+        raise ValueError("prediction must have a batch dimension; got a scalar.")
+    _one_of("function", function, FUNCTIONS)
+    _one_of("reduction", reduction, REDUCTIONS)
+    _one_of("mask_normalization", mask_normalization, MASK_NORMALIZATIONS)
+    if function in ("smooth_l1", "pseudo_huber") and c is None:
+        raise ValueError(f"{function} needs its constant c.")
+    _check_mask(mask, mask_normalization, reduction, prediction)
+
+    dtype = compute_dtype(prediction, x0, n)
+    shape, device = prediction.shape, prediction.device
+    p, q, weight, scale, c = place_all(shape, dtype, device, p=p, q=q, weight=weight, scale=scale, c=c)
+    if row_shape is None:
+        row_shape = tuple(weight.shape) if weight.numel() > 1 else tuple(shape[:1])
+    placed_shape = tuple(row_shape) + (1,) * (len(shape) - len(row_shape))
+    weight = weight.expand(placed_shape)
+    result = backends.get(device).loss(
+        prediction, x0, n, p, q, scale, weight, c, mask, function, mask_normalization, reduction
+    )
+    return result.reshape(row_shape) if reduction == "none" else result
+
+
+def _check_mask(mask: Tensor | None, normalization: str, reduction: str, prediction: Tensor) -> None:
+    if mask is None:
+        return
+    if mask.device != prediction.device:
+        raise ValueError(f"mask is on {mask.device}, but prediction on {prediction.device}: move it with .to(device).")
+    if mask.is_complex():
+        raise TypeError("mask must be bool or real; got a complex one.")
+    fits = mask.ndim <= prediction.ndim and all(
+        m in (1, s) for m, s in zip(reversed(mask.shape), reversed(prediction.shape))
+    )
+    if not fits:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, which does not broadcast to {tuple(prediction.shape)}. A mask of one "
+            f"value a sample is mask.view(-1, {', '.join('1' * (prediction.ndim - 1))})."
+        )
+    if reduction == "sum" and normalization != "none":
+        raise ValueError("reduction='sum' divides by nothing: use mask_normalization='none' with it.")
+    if value_checks_are_free(mask) and prediction.numel() and not bool(mask.any()):
+        raise ValueError(
+            "mask sums to zero: it leaves nothing to learn from. Skip the loss for such a batch, or check the mask."
+        )
+
+
+def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}.")

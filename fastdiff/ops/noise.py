@@ -1,0 +1,97 @@
+"""The noising operation: x_t = alpha x0 + sigma n, with n given or made from a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends.reference import philox
+from .checks import check_alike, check_floating, compute_dtype, place_all
+
+
+class Stream:
+    """The independent streams of noise of one seed. Part of the definition of the noise: never renumbered."""
+
+    NOISE = 0  # n of x_t
+    OFFSET = 1  # one normal a (sample, channel), for offset noise
+    PERTURBATION = 2  # xi of input perturbation
+    TIMESTEP = 3  # the uniform behind t
+    INITIAL = 4  # where sampling starts
+    STEP = 16  # + the index of the sampling step
+
+
+@dataclass(frozen=True)
+class Philox:
+    """Noise that is made where it is needed: a function of (seed, stream, sample index, element).
+
+    Args:
+        seed: 64-bit seed, int64 tensor of one element on the device (or an int).
+        sample_offset: the index of the first sample: rows 4 to 7 of a batch are a batch of 4 with offset 4.
+        stream: see ``Stream``.
+        offset: strength of the offset noise added, one normal a (sample, channel), channels being dimension 1.
+    """
+
+    seed: int | Tensor
+    sample_offset: int = 0
+    stream: int = Stream.NOISE
+    offset: float = 0.0
+
+    def tensor(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """The noise itself: float32 of ``shape``."""
+        n = philox.normal(self.seed, tuple(shape), self.stream, self.sample_offset, device=device)
+        if self.offset:
+            if len(shape) < 3:
+                raise ValueError(
+                    f"offset noise adds one number a channel, so x0 must be [batch, channels, ...]; got {tuple(shape)}."
+                )
+            channels = philox.normal(
+                self.seed, tuple(shape[:2]), Stream.OFFSET, self.sample_offset, device=device
+            ).reshape(*shape[:2], *(1,) * (len(shape) - 2))
+            n = n + self.offset * channels
+        return n
+
+
+def noise(
+    x0: Tensor,
+    alpha: Tensor | float,
+    sigma: Tensor | float,
+    n: Tensor | Philox,
+    *,
+    perturbation: float = 0.0,
+    perturbation_noise: Tensor | Philox | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x_t = alpha x0 + sigma (n + perturbation xi).
+
+    Args:
+        x0: clean data, any floating-point dtype and shape [batch, ...].
+        alpha, sigma: rows, see ``fastdiff.ops.checks.place_rows``.
+        n: the noise, shaped as x0; or a ``Philox`` to make it from.
+        perturbation, perturbation_noise: input perturbation (Ning et al. 2023): x_t sees n + perturbation xi, a target
+            made with the returned noise does not.
+
+    Returns:
+        (x_t in the dtype of x0, n as used: float32, or float64 with float64 inputs, or the tensor that was given).
+
+    Differentiable in x0, alpha, sigma and a given n. Raises TypeError or ValueError for unfit inputs.
+    """
+    check_floating(x0=x0)
+    given = n if isinstance(n, Tensor) else None
+    if given is not None:
+        check_floating(noise=given)
+    check_alike(x0=x0, noise=given)
+    dtype = compute_dtype(x0, given)
+    if given is None:
+        n = n.tensor(x0.shape, x0.device).to(dtype)
+    seen = n
+    if perturbation:
+        xi = perturbation_noise
+        if xi is None:
+            raise ValueError("perturbation needs perturbation_noise: a tensor like x0, or a Philox.")
+        xi = xi if isinstance(xi, Tensor) else xi.tensor(x0.shape, x0.device)
+        check_alike(x0=x0, perturbation_noise=xi)
+        seen = n.to(dtype) + perturbation * xi.to(dtype)
+    alpha, sigma = place_all(x0.shape, dtype, x0.device, alpha=alpha, sigma=sigma)
+    return backends.get(x0.device).noise(x0, seen, alpha, sigma, x0.dtype), n

@@ -1,0 +1,71 @@
+"""The sampler step: guidance, x0, clamp, linear multistep update and noise in one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import backends
+from .checks import check_alike, check_floating, compute_dtype, place_rows
+
+# The columns of a table of steps, one row a step:
+#   x0 = p_x x + p_m m, clamped
+#   y  = c_x x + c_m m + c_x0 x0 + sum_j c_hj H_j + c_noise exp((l_0 + l_v v) / 2) z
+#   H' = h_x x + h_m m + h_x0 x0
+COLUMNS = (
+    *("p_x", "p_m", "c_x", "c_m", "c_x0", "c_h1", "c_h2", "c_h3", "c_h4", "c_noise"),
+    *("l_0", "l_v", "h_x", "h_m", "h_x0"),
+)
+
+
+def step(
+    x: Tensor,
+    m: Tensor,
+    row: Tensor,
+    *,
+    uncond: Tensor | None = None,
+    guidance: Tensor | float = 1.0,
+    clip: float | None = None,
+    history: Sequence[Tensor] = (),
+    noise: Tensor | None = None,
+    log_variance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of any linear sampler.
+
+    Args:
+        x: the sample x_t, floating point, [batch, ...].
+        m: the model's output, shaped as x.
+        row: the coefficients of this step, [K] or one row a sample [batch, K], K = len(COLUMNS), in that order.
+        uncond: the unconditional output, for classifier-free guidance m_uncond + guidance (m - m_uncond).
+        guidance: the guidance scale: a number, or rows.
+        clip: clamp the x0 estimate to [-clip, clip].
+        history: up to four tensors kept from earlier steps, the latest first.
+        noise: z, shaped as x; None adds none, whatever c_noise.
+        log_variance: v, for a learned variance: the noise is scaled by exp((l_0 + l_v v) / 2) too.
+
+    Returns:
+        (y, x0 estimate, history entry): y and x0 in the dtype of x, the entry in float32 (float64 for float64).
+
+    Raises TypeError or ValueError for unfit inputs.
+    """
+    check_floating(x=x, model_output=m, row=row)
+    tensors = {"uncond": uncond, "noise": noise, "log_variance": log_variance}
+    tensors |= {f"history[{j}]": entry for j, entry in enumerate(history)}
+    check_floating(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
+    check_alike(x=x, model_output=m, **tensors)
+    if len(history) > 4:
+        raise ValueError(f"at most 4 history tensors are used; got {len(history)}.")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive; got {clip!r}.")
+    batches = () if row.ndim == 1 else x.shape[:1]
+    if row.shape != (*batches, len(COLUMNS)):
+        raise ValueError(f"row must be [{len(COLUMNS)}] or [batch, {len(COLUMNS)}]; got {tuple(row.shape)}.")
+    dtype = compute_dtype(x, m)
+    row = row.to(x.device, dtype)
+    columns = {name: place_rows(name, row[..., k], x.shape) for k, name in enumerate(COLUMNS)}
+    if isinstance(guidance, Tensor):
+        guidance = place_rows("guidance", guidance.to(x.device, dtype), x.shape)
+    return backends.get(x.device).step(
+        x, m, uncond, guidance, columns, clip, tuple(history), noise, log_variance, x.dtype
+    )

@@ -1,0 +1,379 @@
+"""Diffusion processes: the (alpha, sigma) of ``x_t = alpha * x0 + sigma * n`` as float64 functions of the time t."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Where a posterior variance of zero must have a logarithm (Improved DDPM's and diffusers' floor).
+MIN_VARIANCE = 1e-20
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def as_float64(value: Any) -> Tensor:
+    """``value`` as a float64 tensor (float32 on a device that has no float64, such as Apple's MPS)."""
+    value = torch.as_tensor(value)
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+
+
+def value_checks_are_free(tensor: Tensor) -> bool:
+    """Whether the values of ``tensor`` can be looked at without waiting for a device or breaking a traced graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """Noise levels: one entry a row, all of the shape of ``t``.
+
+    ``alpha`` and ``sigma`` are float64; ``x_t = alpha * x0 + sigma * n`` with n standard normal.
+    """
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    process: Process
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio (alpha / sigma)^2, float64; 0 and infinity where a level is pure noise or clean."""
+        return (self.alpha / self.sigma) ** 2
+
+    @property
+    def fraction(self) -> Tensor:
+        """How far the process has gone, 0 (clean) to 1 (noise): t / steps, or t itself for processes on [0, 1]."""
+        return self.process.fraction(self.t)
+
+
+def transition(
+    alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The Gaussian q(x_s | x_t, x0) of a level s less noisy than t, for any Gaussian process.
+
+    Returns float64 ``(c_x0, c_xt, variance, forward_variance)``: mean = c_x0 x0 + c_xt x_t, the variance, and that of
+    q(x_t | x_s), which for consecutive steps of DDPM is beta_t. Kingma et al. 2021 (Variational Diffusion Models),
+    appendix A.2; with ``alpha = sqrt(alpha_bar)`` it is Ho et al. 2020 (DDPM), equations 6 and 7.
+    """
+    # The ratio of the two SNRs keeps its digits where 1 - alpha_bar_t / alpha_bar_s would cancel.
+    removed = 1 - (alpha_t * sigma_s / (sigma_t * alpha_s)) ** 2
+    return alpha_s * removed, alpha_t / alpha_s * (sigma_s / sigma_t) ** 2, sigma_s**2 * removed, sigma_t**2 * removed
+
+
+class Process:
+    """Base of all processes. A subclass gives ``alpha_sigma`` and says what its time t is.
+
+    Attributes:
+        discrete: t is an integer index in [0, steps - 1]; otherwise a float in [t_min, t_max].
+        variance_preserving: x_t of unit-variance data keeps unit variance, so sampling starts from a standard normal.
+    """
+
+    discrete = False
+    variance_preserving = False
+    t_min, t_max = 0.0, 1.0
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at ``t`` (any shape, already checked): float64 tensors of t's shape and device."""
+        raise NotImplementedError
+
+    def levels(self, t: Any) -> Levels:
+        """The noise levels at ``t`` (tensor, number or list). Raises TypeError or ValueError as ``check_t``."""
+        t = torch.as_tensor(t)
+        self.check_t(t)
+        alpha, sigma = self.alpha_sigma(t)
+        return Levels(t, alpha, sigma, self)
+
+    def fraction(self, t: Tensor) -> Tensor:
+        """t as a fraction of the process, 0 for clean data and 1 for noise. float64."""
+        return as_float64(t)
+
+    def time(self, fraction: Tensor) -> Tensor:
+        """The inverse of ``fraction``: the process's own t for float64 fractions in [0, 1]."""
+        return fraction
+
+    def model_time(self, levels: Levels) -> Tensor:
+        """What a network is told about the noise level (unless its prediction is preconditioned): t by default."""
+        return levels.t
+
+    def check_t(self, t: Tensor) -> None:
+        """Raise TypeError for a wrong dtype, ValueError for a NaN or a value out of range.
+
+        Values are looked at on the CPU only: on an accelerator that would wait for the device. There a t out of range
+        makes its row NaN (discrete) or is passed to the formula (continuous).
+        """
+        if not t.is_floating_point():
+            raise TypeError(
+                f"{self!r} is continuous: t must be floating point in [{self.t_min:g}, {self.t_max:g}]; "
+                f"got dtype {t.dtype}. Convert indices to times first, for example t = (index + 0.5) / steps."
+            )
+        if value_checks_are_free(t) and t.numel():
+            inside = (t >= self.t_min) & (t <= self.t_max)
+            if not bool(inside.all()):
+                raise ValueError(
+                    f"t must lie in [{self.t_min:g}, {self.t_max:g}] for {self!r}; got {_first(t[~inside])}."
+                )
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self._arguments().items())
+        return f"{type(self).__name__}({arguments})"
+
+    def _arguments(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+
+
+class VariancePreserving(Process):
+    """The discrete variance-preserving process of DDPM: alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar).
+
+    Args:
+        betas: "linear" (Ho et al. 2020; 1e-4 to 0.02), "scaled_linear" (Rombach et al. 2022: linear in sqrt(beta);
+            0.00085 to 0.012, Stable Diffusion's), "cosine" (Nichol and Dhariwal 2021, equation 17), or the betas
+            themselves: a 1-D tensor or sequence in (0, 1] (then ``steps`` is its length).
+        steps: number of steps T. t is an integer in [0, T - 1]; t = 0 is the least noisy.
+        beta_start, beta_end: for "linear" and "scaled_linear".
+        zero_terminal_snr: rescale so that alpha_bar at T - 1 is exactly 0 (Lin et al. 2024, algorithm 1).
+
+    Attributes: ``betas`` and ``alpha_bar``, float64 [T] on the CPU.
+
+    Raises ValueError for an unknown schedule or betas out of range.
+    """
+
+    discrete = True
+    variance_preserving = True
+
+    def __init__(
+        self,
+        betas: str | Tensor | list | tuple = "linear",
+        steps: int = 1000,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        zero_terminal_snr: bool = False,
+    ):
+        if isinstance(betas, str):
+            self.schedule = betas
+            beta = _beta_schedule(betas, steps, beta_start, beta_end)
+        else:
+            self.schedule = "given"
+            beta = torch.as_tensor(betas).detach().to("cpu", torch.float64)
+            if beta_start is not None or beta_end is not None:
+                raise ValueError("beta_start and beta_end go with a named schedule; the betas were given themselves.")
+        if beta.ndim != 1 or len(beta) < 1:
+            raise ValueError(f"betas must be a 1-D sequence of at least one value; got shape {tuple(beta.shape)}.")
+        if not bool(((beta > 0) & (beta <= 1)).all()):
+            raise ValueError(f"betas must lie in (0, 1]; got {_first(beta[~((beta > 0) & (beta <= 1))])}.")
+        self.steps = len(beta)
+        self.zero_terminal_snr = bool(zero_terminal_snr)
+
+        # Sums of logarithms: 1 - alpha_bar keeps its digits at small t, where subtracting from 1 would lose them.
+        log_alpha_bar = torch.log1p(-beta).cumsum(0)
+        alpha, variance = (0.5 * log_alpha_bar).exp(), -torch.expm1(log_alpha_bar)
+        if zero_terminal_snr:
+            if self.steps < 2:
+                raise ValueError("zero_terminal_snr needs at least 2 steps.")
+            alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+            variance = torch.cat([variance[:1], ((1 - alpha) * (1 + alpha))[1:]])
+            beta = torch.cat([beta[:1], 1 - (alpha[1:] / alpha[:-1]) ** 2])
+        self._betas, self._alpha, self._sigma = beta, alpha, variance.sqrt()
+        self._tables: dict[torch.device, Tensor] = {}
+
+    @property
+    def betas(self) -> Tensor:
+        return self._betas
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        return self._alpha**2
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if t.device not in self._tables:
+            self._tables[t.device] = torch.stack([self._alpha, self._sigma], -1).to(
+                t.device, torch.float32 if t.device.type == "mps" else torch.float64
+            )
+        return gather_rows(self._tables[t.device], t).unbind(-1)
+
+    def posterior(self, t: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """q(x_{t-1} | x_t, x0) at integer ``t``: float64 (c_x0, c_xt, variance), mean = c_x0 x0 + c_xt x_t.
+
+        At t = 0 the previous sample is x0 itself: (1, 0, 0). Ho et al. 2020, equations 6 and 7.
+        """
+        levels = self.levels(t)
+        first = levels.t == 0
+        alpha, sigma = self.alpha_sigma((levels.t - 1).clamp(min=0))
+        alpha, sigma = torch.where(first, 1.0, alpha), torch.where(first, 0.0, sigma)
+        return transition(levels.alpha, levels.sigma, alpha, sigma)[:3]
+
+    def posterior_log_variance(self, t: Any, first: str = "clamp") -> Tensor:
+        """log of the posterior variance, float64. At t = 0 that variance is 0, and there are two customs:
+        ``first="clamp"`` takes log(1e-20) (diffusers), ``"reuse"`` the entry of t = 1 (guided-diffusion).
+        """
+        if first not in ("clamp", "reuse"):
+            raise ValueError(f"first must be 'clamp' or 'reuse'; got {first!r}.")
+        t = torch.as_tensor(t)
+        if first == "reuse":
+            self.check_t(t)
+            t = t.clamp(min=min(1, self.steps - 1))
+        return self.posterior(t)[2].clamp(min=MIN_VARIANCE).log()
+
+    def fraction(self, t: Tensor) -> Tensor:
+        return as_float64(t) / self.steps
+
+    def time(self, fraction: Tensor) -> Tensor:
+        # The clamp: a density that returns exactly 1 (SD3's "mode" at u = 0) must not index past the end.
+        return (fraction * self.steps).floor().long().clamp(0, self.steps - 1)
+
+    def check_t(self, t: Tensor) -> None:
+        if t.dtype not in _INTEGERS:
+            raise TypeError(
+                f"{self!r} is discrete: t must be integer indices in [0, {self.steps - 1}]; got dtype {t.dtype}."
+            )
+        if value_checks_are_free(t) and t.numel():
+            inside = (t >= 0) & (t < self.steps)
+            if not bool(inside.all()):
+                raise ValueError(f"t must lie in [0, {self.steps - 1}] for {self!r}; got {_first(t[~inside])}.")
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"betas": self.schedule, "steps": self.steps, "zero_terminal_snr": self.zero_terminal_snr}
+
+
+class RectifiedFlow(Process):
+    """Straight paths from data to noise: x_t = (1 - sigma) x0 + sigma n (Liu et al. 2022; Lipman et al. 2022).
+
+    Args:
+        shift: sigma = shift t / (1 + (shift - 1) t) for t in [0, 1] (Esser et al. 2024, equation 23). > 0.
+        sigma_min: noise left on the data at t = 0: the noise's factor is sigma + sigma_min (1 - sigma), in [0, 1).
+
+    A network is told sigma, not t, as in the trainers of SD3 and Flux (they pass 1000 sigma).
+    """
+
+    def __init__(self, shift: float = 1.0, sigma_min: float = 0.0):
+        if not shift > 0 or not math.isfinite(shift):
+            raise ValueError(f"shift must be a positive number; got {shift!r}.")
+        if not 0 <= sigma_min < 1:
+            raise ValueError(f"sigma_min must lie in [0, 1); got {sigma_min!r}.")
+        self.shift, self.sigma_min = float(shift), float(sigma_min)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = as_float64(t)
+        below = 1 + (self.shift - 1) * t
+        # alpha by its own formula: 1 - sigma would cancel near t = 1.
+        alpha = (1 - t) / below
+        return alpha, self.shift * t / below + self.sigma_min * alpha
+
+    def model_time(self, levels: Levels) -> Tensor:
+        return 1 - levels.alpha
+
+
+class EDM(Process):
+    """Karras et al. 2022: x_t = x0 + sigma n, and t is sigma itself, in [0, infinity).
+
+    ``sigma_data`` is the standard deviation of the data, for the preconditioned prediction "edm" and its weighting.
+    """
+
+    t_max = math.inf
+
+    def __init__(self, sigma_data: float = 0.5):
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data must be positive; got {sigma_data!r}.")
+        self.sigma_data = float(sigma_data)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = as_float64(t)
+        return torch.ones_like(t), t
+
+    def fraction(self, t: Tensor) -> Tensor:
+        raise ValueError("EDM's t is sigma, which has no fraction; use a weighting, loss or timesteps made for sigma.")
+
+    def time(self, fraction: Tensor) -> Tensor:
+        raise ValueError("EDM's t is sigma: draw it with timesteps=fastdiff.timesteps.LogNormal(), or pass t.")
+
+
+class VPSDE(Process):
+    """The continuous variance-preserving SDE, t in [0, 1] (Song et al. 2021, equation 33)."""
+
+    variance_preserving = True
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        if not 0 < beta_min <= beta_max:
+            raise ValueError(f"0 < beta_min <= beta_max is needed; got {beta_min!r} and {beta_max!r}.")
+        self.beta_min, self.beta_max = float(beta_min), float(beta_max)
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        return -t * (t * (self.beta_max - self.beta_min) / 4 + self.beta_min / 2)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha = self._log_alpha(as_float64(t))
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def diffusion_squared(self, t: Tensor) -> Tensor:
+        """g(t)^2 of the SDE dx = f dt + g dw, float64."""
+        return self.beta_min + as_float64(t) * (self.beta_max - self.beta_min)
+
+
+class SubVPSDE(VPSDE):
+    """The sub-VP SDE: VPSDE's mean with sigma = 1 - alpha^2 (Song et al. 2021, equation 34)."""
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha = self._log_alpha(as_float64(t))
+        return log_alpha.exp(), -torch.expm1(2 * log_alpha)
+
+    def diffusion_squared(self, t: Tensor) -> Tensor:
+        return super().diffusion_squared(t) * -torch.expm1(4 * self._log_alpha(as_float64(t)))
+
+
+class VESDE(Process):
+    """The variance-exploding SDE: x0 + sigma n, sigma = sigma_min (sigma_max / sigma_min)^t, t in [0, 1].
+
+    Song et al. 2021, equation 31.
+    """
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"0 < sigma_min < sigma_max is needed; got {sigma_min!r} and {sigma_max!r}.")
+        self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = as_float64(t)
+        return torch.ones_like(t), self.sigma_min * (t * math.log(self.sigma_max / self.sigma_min)).exp()
+
+    def diffusion_squared(self, t: Tensor) -> Tensor:
+        """g(t)^2 of the SDE dx = g dw, float64."""
+        return self.alpha_sigma(t)[1] ** 2 * (2 * math.log(self.sigma_max / self.sigma_min))
+
+    def model_time(self, levels: Levels) -> Tensor:
+        return levels.sigma
+
+
+def gather_rows(table: Tensor, t: Tensor) -> Tensor:
+    """Rows ``table[t]`` of a [steps, K] table: shape [*t.shape, K]. An index out of range gives a row of NaN."""
+    index = t.long()
+    rows = table[index.clamp(0, len(table) - 1)]
+    if value_checks_are_free(t):  # check_t has raised already
+        return rows
+    return torch.where(((index >= 0) & (index < len(table))).unsqueeze(-1), rows, math.nan)
+
+
+def _beta_schedule(name: str, steps: int, start: float | None, end: float | None) -> Tensor:
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive integer; got {steps!r}.")
+    if name == "cosine":
+        if start is not None or end is not None:
+            raise ValueError("the cosine schedule takes no beta_start or beta_end.")
+        i = torch.arange(steps + 1, dtype=torch.float64)
+        alpha_bar = torch.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    if name not in ("linear", "scaled_linear"):
+        raise ValueError(f"unknown beta schedule {name!r}: use 'linear', 'scaled_linear', 'cosine' or pass the betas.")
+    defaults = (1e-4, 0.02) if name == "linear" else (0.00085, 0.012)
+    start = defaults[0] if start is None else start
+    end = defaults[1] if end is None else end
+    if name == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+
+
+def _first(values: Tensor) -> str:
+    """The first few offending values, for an error message."""
+    shown = ", ".join(f"{value:g}" for value in values.flatten()[:3].tolist())
+    return shown + (f" and {values.numel() - 3} more" if values.numel() > 3 else "")

@@ -1,0 +1,78 @@
+"""The plan of a sampling run: the times, and one row of coefficients a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import prediction as kinds
+from ..ops.step import COLUMNS
+from ..prediction import Prediction
+from ..process import Levels, Process
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sampler does, decided before the first step.
+
+    Attributes:
+        times: the process's t of each step, [S].
+        table: float64 [S, len(fastdiff.ops.COLUMNS)] on the CPU.
+        draws: whether a step adds noise; the others draw none.
+        model_scale: factor on x before the network sees it, float64 [S], or None for 1.
+        model_time: what the network is told, [S]: the same numbers as in training.
+        initial_std: standard deviation of the noise that sampling starts from.
+        learned_variance: the network returns twice the channels: prediction, then variance.
+        clip: the bound of the x0 estimate, or None.
+    """
+
+    times: Tensor
+    table: Tensor
+    draws: tuple[bool, ...]
+    model_scale: Tensor | None
+    model_time: Tensor
+    initial_std: float
+    learned_variance: bool = False
+    clip: float | None = None
+
+
+class Sampler:
+    """Base of the samplers: ``plan`` makes the table."""
+
+    def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
+        """The plan of a run. Raises ValueError where the combination means nothing."""
+        raise NotImplementedError
+
+
+def x0_rows(prediction: Prediction, levels: Levels) -> tuple[Tensor, Tensor]:
+    """(p_x, p_m) of every level. Raises ValueError where x0 cannot be had from the prediction."""
+    p_x, p_m = kinds.conversion(prediction, kinds.SAMPLE, levels)
+    finite = p_x.isfinite() & p_m.isfinite()
+    if not bool(finite.all()):
+        t = levels.t[~finite][0].item()
+        raise ValueError(
+            f"{prediction.name!r} does not determine x0 at t = {t} of {levels.process!r} (zero SNR): use a network "
+            f"with prediction 'v_prediction' or 'sample', or timesteps that begin later."
+        )
+    return p_x, p_m
+
+
+def build_table(steps: int, **columns: Tensor | float) -> Tensor:
+    """float64 [steps, len(COLUMNS)]; a column that is not named is 0."""
+    zero = torch.zeros(steps, dtype=torch.float64)
+    unknown = set(columns) - set(COLUMNS)
+    assert not unknown, unknown
+    return torch.stack([columns[name] + zero if name in columns else zero for name in COLUMNS], -1)
+
+
+def following(levels: Levels, last: tuple[float, float] = (1.0, 0.0)) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma) of the level each step goes to: the next one's, and ``last`` (clean data) for the last."""
+    end = torch.tensor(last, dtype=levels.alpha.dtype)
+    return torch.cat([levels.alpha[1:], end[:1]]), torch.cat([levels.sigma[1:], end[1:]])
+
+
+def initial_std(levels: Levels) -> float:
+    """Standard deviation of x at the first level: 1 where the process preserves variance, its sigma elsewhere."""
+    return 1.0 if levels.process.variance_preserving else float(levels.sigma[0])

@@ -1,0 +1,84 @@
+"""DDIM: x0 and noise estimates recombined at the next level. With eta = 0 it is Euler's method on a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .. import prediction as kinds
+from ..prediction import Prediction
+from ..process import Process, VariancePreserving, transition
+from . import spacing as spacings
+from .base import Plan, Sampler, build_table, following, initial_std, x0_rows
+
+
+@dataclass(frozen=True)
+class DDIM(Sampler):
+    """Song et al. 2021 (DDIM), equations 12 and 16, for any process.
+
+    Args:
+        eta: 0 is deterministic, 1 has DDPM's posterior variance. In [0, 1].
+        clip: clamp the x0 estimate to [-clip, clip].
+        rederive_epsilon: the noise estimate is taken from the clamped x0 instead of from the network's output
+            (``use_clipped_model_output`` in diffusers). Without a clamp they are equal.
+        spacing, steps_offset, timesteps: as for ``DDPM``.
+        previous: "next" goes to the next time of the list. "stride" goes to t - T // steps, as diffusers' DDIM does,
+            which is not in the list for every spacing. Discrete processes.
+        set_alpha_to_one: the last step goes to clean data; False: to the level of t = 0. Discrete processes.
+    """
+
+    eta: float = 0.0
+    clip: float | None = None
+    rederive_epsilon: bool = False
+    spacing: str = "trailing"
+    steps_offset: int = 0
+    previous: str = "next"
+    set_alpha_to_one: bool = True
+    timesteps: Sequence[float] | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1]; got {self.eta!r}.")
+        if self.previous not in ("next", "stride"):
+            raise ValueError(f"previous must be 'next' or 'stride'; got {self.previous!r}.")
+
+    def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
+        prediction = kinds.get(prediction)
+        times = spacings.times(process, steps, self.spacing, self.steps_offset, self.timesteps)
+        levels = process.levels(times)
+        p_x, p_m = x0_rows(prediction, levels)
+        alpha, sigma = self._following(process, levels)
+        variance = self.eta**2 * transition(levels.alpha, levels.sigma, alpha, sigma)[2]
+        direction = (sigma**2 - variance).clamp(min=0).sqrt()
+        columns = {"p_x": p_x, "p_m": p_m, "c_noise": variance.sqrt()}
+        if self.rederive_epsilon:
+            # epsilon = (x - alpha x0) / sigma with the clamped x0
+            columns |= {"c_x": direction / levels.sigma, "c_x0": alpha - direction * levels.alpha / levels.sigma}
+        else:
+            e_x, e_m = kinds.conversion(prediction, kinds.EPSILON, levels)
+            columns |= {"c_x": direction * e_x, "c_m": direction * e_m, "c_x0": alpha}
+        scale, time = kinds.model_input(prediction, levels)
+        return Plan(
+            times,
+            build_table(len(times), **columns),
+            (self.eta > 0,) * len(times),
+            scale,
+            time,
+            initial_std(levels),
+            clip=self.clip,
+        )
+
+    def _following(self, process, levels) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(process, VariancePreserving):
+            if self.previous != "next" or not self.set_alpha_to_one:
+                raise ValueError(f"previous='stride' and set_alpha_to_one=False need discrete steps; got {process!r}.")
+            return following(levels)
+        end = process.levels(torch.tensor([0]))
+        last = (1.0, 0.0) if self.set_alpha_to_one else (float(end.alpha), float(end.sigma))
+        if self.previous == "next":
+            return following(levels, last)
+        target = levels.t - process.steps // len(levels.t)
+        alpha, sigma = process.alpha_sigma(target.clamp(min=0))
+        return torch.where(target < 0, last[0], alpha), torch.where(target < 0, last[1], sigma)

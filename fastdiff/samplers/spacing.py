@@ -1,0 +1,82 @@
+"""Which times a sampler visits: timestep spacings of discrete processes, time grids of continuous ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..process import EDM, VESDE, VPSDE, Process, RectifiedFlow, VariancePreserving
+
+SPACINGS = ("trailing", "leading", "linspace")
+
+
+def discrete_timesteps(total: int, steps: int, spacing: str = "trailing", steps_offset: int = 0) -> list[int]:
+    """``steps`` descending indices in [0, total - 1]: the spacings of Lin et al. 2024, table 2.
+
+    "trailing" starts at the noisiest index; "leading" ends at 0, plus ``steps_offset``; "linspace" has both ends.
+    """
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}; got {spacing!r}.")
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must lie in [1, {total}] for a process of {total} timesteps; got {steps}.")
+    index = torch.arange(steps, dtype=torch.float64)
+    if spacing == "trailing":
+        times = (total - index * (total / steps)).round() - 1
+    elif spacing == "leading":
+        times = ((steps - 1 - index) * (total // steps)).round() + steps_offset
+    else:
+        times = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().flip(0)
+    return checked_timesteps([int(t) for t in times], total)
+
+
+def checked_timesteps(times: Sequence[int], total: int) -> list[int]:
+    """``times`` as a list. Raises ValueError unless it falls strictly within [0, total - 1]."""
+    times = [int(t) for t in times]
+    if not times or times[0] >= total or times[-1] < 0 or any(a <= b for a, b in pairwise(times)):
+        raise ValueError(f"timesteps must fall strictly from at most {total - 1} to at least 0; got {times[:5]}...")
+    return times
+
+
+def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """float64 [steps], falling from sigma_max to sigma_min (Karras et al. 2022, equation 5)."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+
+
+def times(
+    process: Process,
+    steps: int | None,
+    spacing: str = "trailing",
+    steps_offset: int = 0,
+    timesteps: Sequence[float] | None = None,
+) -> Tensor:
+    """The times a sampler visits, noisiest first: int64 for discrete processes, float64 for continuous ones.
+
+    ``timesteps`` are taken as given. ``steps=None``: every timestep of a discrete process, 50 for others. After the
+    last of them comes clean data.
+    """
+    if timesteps is not None:
+        if steps is not None and steps != len(timesteps):
+            raise ValueError(f"{len(timesteps)} timesteps were given and steps={steps}: leave steps out.")
+        if isinstance(process, VariancePreserving):
+            return torch.tensor(checked_timesteps(timesteps, process.steps))
+        given = torch.as_tensor(timesteps, dtype=torch.float64)
+        process.check_t(given)
+        if not len(given) or not bool((given.diff() < 0).all()):
+            raise ValueError("timesteps must fall strictly, the noisiest first.")
+        return given
+    if isinstance(process, VariancePreserving):
+        return torch.tensor(discrete_timesteps(process.steps, steps or process.steps, spacing, steps_offset))
+    steps = 50 if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}.")
+    if isinstance(process, EDM):
+        return karras_sigmas(steps)
+    if isinstance(process, RectifiedFlow):
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+    if isinstance(process, (VPSDE, VESDE)):
+        return torch.linspace(1, 1e-3 if isinstance(process, VPSDE) else 1e-5, steps, dtype=torch.float64)
+    raise ValueError(f"no time grid is known for {process!r}: give the sampler its timesteps.")

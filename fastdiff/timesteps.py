@@ -1,0 +1,152 @@
+"""Timestep samplers: pure functions from uniforms in (0, 1) to the times of a process (inverse distribution functions).
+
+The uniforms come from the same counter-based generator as the noise, so t too depends on (seed, sample index) alone.
+A sampler makes fractions of the process (0 clean, 1 noise), which the process turns into its own t; only LogNormal
+makes sigmas, for EDM.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .process import EDM, Process
+
+
+class Timesteps:
+    """Base: ``fraction(u)`` maps float64 uniforms [B] to fractions in [0, 1]."""
+
+    def fraction(self, u: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, u: Tensor, process: Process) -> Tensor:
+        """Times of ``process`` for uniforms ``u`` in (0, 1): int64 for discrete processes, else float64."""
+        return process.time(self.fraction(u))
+
+
+@dataclass(frozen=True)
+class Uniform(Timesteps):
+    """Uniform over the fractions [low, high) of the process: all of it by default."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"0 <= low < high <= 1 is needed; got low={self.low!r}, high={self.high!r}.")
+
+    def fraction(self, u: Tensor) -> Tensor:
+        return self.low + (self.high - self.low) * u
+
+
+@dataclass(frozen=True)
+class Stratified(Timesteps):
+    """Low-discrepancy over the batch: (u_0 + i / B) mod 1 in place of u_i (Kingma et al. 2021, appendix I.1).
+
+    Each t alone is distributed as by ``inner``; the t of a batch cover it evenly. Depends on the batch as a whole.
+    """
+
+    inner: Timesteps = field(default_factory=Uniform)
+
+    def __call__(self, u: Tensor, process: Process) -> Tensor:
+        if not u.numel():
+            return self.inner(u, process)
+        i = torch.arange(u.numel(), dtype=u.dtype, device=u.device).view_as(u)
+        spread = (u.flatten()[0] + i / u.numel()) % 1
+        # Open interval: an inner quantile function may be infinite at 0.
+        return self.inner(spread.clamp(2.0**-53, 1 - 2.0**-53), process)
+
+
+@dataclass(frozen=True)
+class LogitNormal(Timesteps):
+    """sigmoid of a normal (Esser et al. 2024, equation 19)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def fraction(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+
+
+@dataclass(frozen=True)
+class Mode(Timesteps):
+    """1 - u - scale (cos^2(pi u / 2) - 1 + u): mass towards the middle (Esser et al. 2024, equation 20)."""
+
+    scale: float = 1.29
+
+    def __post_init__(self):
+        if not -1 <= self.scale <= 2 / (math.pi - 2):
+            raise ValueError(f"scale must lie in [-1, {2 / (math.pi - 2):.4f}] (monotone there); got {self.scale!r}.")
+
+    def fraction(self, u: Tensor) -> Tensor:
+        return (1 - u - self.scale * (torch.cos(u * (math.pi / 2)) ** 2 - 1 + u)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class CosMap(Timesteps):
+    """1 - 1 / (tan(pi u / 2) + 1): uniform for the cosine schedule (Esser et al. 2024, equation 21)."""
+
+    def fraction(self, u: Tensor) -> Tensor:
+        return 1 - 1 / (torch.tan(u * (math.pi / 2)) + 1)
+
+
+@dataclass(frozen=True)
+class LogNormal(Timesteps):
+    """ln sigma ~ N(mean, std^2), for a process whose t is sigma (Karras et al. 2022, table 1)."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __call__(self, u: Tensor, process: Process) -> Tensor:
+        if not isinstance(process, EDM):
+            raise ValueError(f"LogNormal draws sigma, so it goes with fastdiff.EDM; got {process!r}.")
+        return torch.exp(self.mean + self.std * torch.special.ndtri(u))
+
+
+@dataclass(frozen=True)
+class Shifted(Timesteps):
+    """shift t / (1 + (shift - 1) t) of ``inner``'s fractions. For RectifiedFlow prefer its own ``shift``."""
+
+    inner: Timesteps
+    shift: float
+
+    def __post_init__(self):
+        if not self.shift > 0:
+            raise ValueError(f"shift must be positive; got {self.shift!r}.")
+
+    def fraction(self, u: Tensor) -> Tensor:
+        t = self.inner.fraction(u)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def __call__(self, u: Tensor, process: Process) -> Tensor:
+        if getattr(process, "shift", 1.0) != 1.0:
+            raise ValueError(f"the shift would be applied twice: {process!r} has one of its own. Use one of the two.")
+        if isinstance(self.inner, Stratified):
+            raise ValueError("put Stratified outside: Stratified(Shifted(inner, shift)).")
+        return super().__call__(u, process)
+
+
+_NAMES = {
+    "uniform": Uniform,
+    "stratified": Stratified,
+    "logit_normal": LogitNormal,
+    "mode": Mode,
+    "cosmap": CosMap,
+    "lognormal": LogNormal,
+}
+
+
+def get(timesteps: Timesteps | str | None, process: Process) -> Timesteps:
+    """A sampler from its name or itself; None: LogNormal for EDM, uniform for every other process."""
+    if timesteps is None:
+        return LogNormal() if isinstance(process, EDM) else Uniform()
+    if isinstance(timesteps, str):
+        if timesteps not in _NAMES:
+            raise ValueError(f"unknown timestep sampler {timesteps!r}: use one of {', '.join(_NAMES)}, or an object.")
+        return _NAMES[timesteps]()
+    if not isinstance(timesteps, Timesteps):
+        raise TypeError(f"timesteps must be None, a name or a fastdiff.timesteps object; got {timesteps!r}.")
+    return timesteps

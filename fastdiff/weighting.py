@@ -1,0 +1,319 @@
+"""Loss weightings: one float64 weight a row, multiplying the squared error of the prediction.
+
+Papers state a weighting on the error of x0, of epsilon or of whatever the network predicts. Each weighting here says
+which (``on``), and ``evaluate`` carries it over to the error at hand: an error e of one kind is k e of another, so the
+weight is multiplied by k^2. Min-SNR's three published forms, for example, are one formula, min(SNR, gamma) on x0.
+
+Zero and infinite SNR: a weight takes its limit there (min(S, gamma) / S is 1 at S = 0). Where the limit is infinite,
+or beyond float32, no finite number is right: the weight is 0 and the row is left out of the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import prediction as kinds
+from .prediction import Prediction
+from .process import EDM, Levels, as_float64, gather_rows
+
+# Levels of exactly 0 become this, so that every formula yields its limit; far from any real level, and its powers up
+# to the third stay within float64.
+_TINY = 1e-100
+
+
+class Weighting:
+    """Base of the weightings: ``formula`` gives the weights, ``on`` the kind of error they multiply."""
+
+    def on(self, prediction: Prediction) -> Prediction:
+        """The kind of prediction on whose squared error the formula is stated."""
+        return prediction
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        """float64 weights of the levels' shape. No level is exactly 0 here: see ``evaluate``."""
+        raise NotImplementedError
+
+
+class _OnX0(Weighting):
+    def on(self, prediction: Prediction) -> Prediction:
+        return kinds.SAMPLE
+
+
+@dataclass(frozen=True)
+class Uniform(Weighting):
+    """1: the plain error of the prediction (L_simple of Ho et al. 2020 for epsilon)."""
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        return torch.ones_like(levels.alpha)
+
+
+@dataclass(frozen=True)
+class MinSNR(Weighting):
+    """min(S, gamma) on the error of x0: min(S, gamma) / S for epsilon, / (S + 1) for v (Hang et al. 2023).
+
+    ``form`` names what else goes under this name for v_prediction: "plus_one" is min(S, gamma) / S + 1 (several
+    diffusers scripts), "shifted" min(S + 1, gamma) / (S + 1). Other predictions are the same in every form.
+    """
+
+    gamma: float = 5.0
+    form: str = "paper"
+
+    def __post_init__(self):
+        _positive("gamma", self.gamma)
+        _one_of("form", self.form, ("paper", "plus_one", "shifted"))
+
+    def _own_form(self, prediction: Prediction) -> bool:
+        return prediction.name == "v_prediction" and self.form != "paper"
+
+    def on(self, prediction: Prediction) -> Prediction:
+        return prediction if self._own_form(prediction) else kinds.SAMPLE
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        snr = levels.snr
+        if not self._own_form(prediction):
+            return snr.clamp(max=self.gamma)
+        if self.form == "plus_one":
+            return snr.clamp(max=self.gamma) / snr + 1
+        return (snr + 1).clamp(max=self.gamma) / (snr + 1)
+
+
+@dataclass(frozen=True)
+class SoftMinSNR(_OnX0):
+    """S gamma / (S + gamma) on the error of x0 (Crowson et al. 2024). gamma = 1 / sigma_data^2 is k-diffusion's."""
+
+    gamma: float = 5.0
+
+    def __post_init__(self):
+        _positive("gamma", self.gamma)
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        # gamma / (1 + gamma / S): no infinity over infinity at S = inf.
+        return self.gamma / (1 + self.gamma / levels.snr)
+
+
+@dataclass(frozen=True)
+class TruncatedSNR(_OnX0):
+    """max(S, 1) on the error of x0 (Salimans and Ho 2022)."""
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        return levels.snr.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class SNR(Weighting):
+    """S^power on the prediction's own error; power = -1 is 1 / S."""
+
+    power: float = 1.0
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        return levels.snr**self.power
+
+
+@dataclass(frozen=True)
+class P2(Weighting):
+    """(k + S)^-gamma on the prediction's own error (Choi et al. 2022). ``k=None``: 1, and 2 for v_prediction."""
+
+    gamma: float = 1.0
+    k: float | None = None
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        k = self.k if self.k is not None else 2.0 if prediction.name == "v_prediction" else 1.0
+        return (k + levels.snr) ** -self.gamma
+
+
+@dataclass(frozen=True)
+class Debiased(Weighting):
+    """1 / sqrt(c) on the error of epsilon, c = min(S, cap) (Yu et al. 2024).
+
+    For v_prediction two forms are in use: ``v_form="reciprocal"`` 1 / (c + 1), ``"reciprocal_sqrt"`` 1 / sqrt(c + 1).
+    """
+
+    cap: float = 1000.0
+    v_form: str = "reciprocal"
+
+    def __post_init__(self):
+        _positive("cap", self.cap)
+        _one_of("v_form", self.v_form, ("reciprocal", "reciprocal_sqrt"))
+
+    def on(self, prediction: Prediction) -> Prediction:
+        return prediction if prediction.name == "v_prediction" else kinds.EPSILON
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        capped = levels.snr.clamp(max=self.cap)
+        if prediction.name != "v_prediction":
+            return capped**-0.5
+        return (capped + 1) ** (-1.0 if self.v_form == "reciprocal" else -0.5)
+
+
+@dataclass(frozen=True)
+class InverseAlphaBar(Weighting):
+    """1 / alpha_bar = 1 / alpha^2 on the prediction's own error."""
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        return levels.alpha**-2
+
+
+@dataclass(frozen=True)
+class EDMWeighting(_OnX0):
+    """(sigma^2 + d^2) / (sigma d)^2 on the error of x0, so 1 for the prediction "edm" (Karras et al. 2022, table 1).
+
+    sigma is sigma / alpha for processes that scale x0. ``sigma_data=None`` takes the process's own d, or 0.5.
+    """
+
+    sigma_data: float | None = None
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        d = self.sigma_data
+        if d is None:
+            d = levels.process.sigma_data if isinstance(levels.process, EDM) else 0.5
+        return 1 / d**2 + levels.snr
+
+
+@dataclass(frozen=True)
+class SigmaSqrt(Weighting):
+    """sigma^-2 on the prediction's own error: SD3's "sigma_sqrt", and CogVideoX's 1 / (1 - alpha_bar)."""
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        return levels.sigma**-2
+
+
+@dataclass(frozen=True)
+class CosMap(Weighting):
+    """2 / (pi (1 - 2 sigma + 2 sigma^2)) on the prediction's own error (Esser et al. 2024)."""
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        return 2 / (math.pi * (1 - 2 * levels.sigma + 2 * levels.sigma**2))
+
+
+@dataclass(frozen=True)
+class Bell(Weighting):
+    """A bell over the timesteps ("bsmntw"): y = exp(-2 ((t - 500) / 1000)^2), then (y - min) steps / sum. Discrete."""
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        steps = _discrete_steps(self, levels)
+        t = torch.arange(steps, dtype=levels.alpha.dtype, device=levels.t.device)
+        y = torch.exp(-2 * (t / steps - 0.5) ** 2)
+        y = y - y.min()
+        return gather_rows((y * (steps / y.sum())).unsqueeze(-1), levels.t).squeeze(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class PerTimestep(Weighting):
+    """A table of one weight per timestep of a discrete process, on the prediction's own error."""
+
+    table: Tensor
+
+    def __post_init__(self):
+        table = as_float64(self.table).detach()
+        if table.ndim != 1:
+            raise ValueError(f"PerTimestep needs a 1-D table, one weight a timestep; got shape {tuple(table.shape)}.")
+        object.__setattr__(self, "table", table)
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        steps = _discrete_steps(self, levels)
+        if len(self.table) != steps:
+            raise ValueError(f"PerTimestep has {len(self.table)} weights, but {levels.process!r} has {steps} steps.")
+        return gather_rows(self.table.to(levels.t.device).unsqueeze(-1), levels.t).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Likelihood(Weighting):
+    """g(t)^2 on the error of the score: the likelihood weighting of Song et al. 2021. SDE processes."""
+
+    def on(self, prediction: Prediction) -> Prediction:
+        return kinds.get("score")
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        if not hasattr(levels.process, "diffusion_squared"):
+            raise ValueError(
+                f"Likelihood needs a process with g(t)^2 (VPSDE, VESDE, SubVPSDE); got {levels.process!r}."
+            )
+        return levels.process.diffusion_squared(levels.t)
+
+
+_NAMES = {
+    "uniform": Uniform,
+    "min_snr": MinSNR,
+    "soft_min_snr": SoftMinSNR,
+    "truncated_snr": TruncatedSNR,
+    "snr": SNR,
+    "p2": P2,
+    "debiased": Debiased,
+    "inverse_alpha_bar": InverseAlphaBar,
+    "edm": EDMWeighting,
+    "sigma_sqrt": SigmaSqrt,
+    "cosmap": CosMap,
+    "bell": Bell,
+    "likelihood": Likelihood,
+}
+WeightingLike = Weighting | Callable[[Levels], Tensor] | str | None
+
+
+def get(weighting: WeightingLike) -> Weighting | Callable[[Levels], Tensor]:
+    """A weighting from its name, itself, any callable of the levels, or None (uniform)."""
+    if weighting is None:
+        return Uniform()
+    if isinstance(weighting, str):
+        if weighting not in _NAMES:
+            raise ValueError(f"unknown weighting {weighting!r}: use one of {', '.join(_NAMES)}, or an object.")
+        return _NAMES[weighting]()
+    if isinstance(weighting, type) or not (isinstance(weighting, Weighting) or callable(weighting)):
+        raise TypeError(
+            f"weighting must be None, a name, a fastdiff weighting such as MinSNR(5.0) or a callable of the levels; "
+            f"got {weighting!r}."
+        )
+    return weighting
+
+
+def evaluate(weighting: WeightingLike, levels: Levels, prediction: str | Prediction) -> Tensor:
+    """The float64 weights, of the levels' shape, of the squared error of ``prediction`` (see the module's policy).
+
+    Raises ValueError if the weighting returns another shape.
+    """
+    weight = _limits(weighting, levels, prediction)
+    return torch.where(_too_large(weight), torch.zeros_like(weight), weight)
+
+
+def infinite(weighting: WeightingLike, levels: Levels, prediction: str | Prediction) -> Tensor:
+    """Where the weight is infinite, and ``evaluate`` therefore gives 0: bool, of the levels' shape."""
+    return _too_large(_limits(weighting, levels, prediction))
+
+
+def _too_large(weight: Tensor) -> Tensor:
+    return weight.abs() > torch.finfo(torch.float32).max
+
+
+def _limits(weighting: WeightingLike, levels: Levels, prediction: str | Prediction) -> Tensor:
+    weighting, prediction = get(weighting), kinds.get(prediction)
+    inner = replace(levels, alpha=levels.alpha.clamp(min=_TINY), sigma=levels.sigma.clamp(min=_TINY))
+    if isinstance(weighting, Weighting):
+        weight = weighting.formula(inner, prediction)
+        on = weighting.on(prediction)
+        return weight if on is prediction else weight * kinds.conversion(prediction, on, inner)[1] ** 2
+    weight = as_float64(weighting(inner)).to(levels.alpha.device)
+    if weight.shape != levels.alpha.shape:
+        raise ValueError(
+            f"the weighting returned shape {tuple(weight.shape)}; one weight a row is needed: "
+            f"{tuple(levels.alpha.shape)}."
+        )
+    return weight
+
+
+def _discrete_steps(weighting: Weighting, levels: Levels) -> int:
+    if not levels.process.discrete:
+        raise ValueError(f"{type(weighting).__name__} needs a discrete process; got {levels.process!r}.")
+    return levels.process.steps
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive; got {value!r}.")
+
+
+def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}.")
