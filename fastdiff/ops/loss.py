@@ -66,9 +66,10 @@ def loss(
 
     dtype = compute_dtype(prediction, x0, n)
     shape, device = prediction.shape, prediction.device
-    p, q, weight, scale, c = place_all(shape, dtype, device, p=p, q=q, weight=weight, scale=scale, c=c)
     if row_shape is None:
-        row_shape = tuple(weight.shape) if weight.numel() > 1 else tuple(shape[:1])
+        shared = not isinstance(weight, Tensor) or weight.numel() == 1
+        row_shape = tuple(shape[:1]) if shared else tuple(weight.shape)
+    p, q, weight, scale, c = place_all(shape, dtype, device, p=p, q=q, weight=weight, scale=scale, c=c)
     placed_shape = tuple(row_shape) + (1,) * (len(shape) - len(row_shape))
     weight = weight.expand(placed_shape)
     result = backends.get(device).loss(

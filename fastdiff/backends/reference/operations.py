@@ -30,17 +30,11 @@ class _Error(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         e, c, ctx.function = inputs
         ctx.save_for_backward(e, c)
-        ctx.save_for_forward(e, c)
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
         e, c = ctx.saved_tensors
         return upstream * error_derivative(e, c, ctx.function), None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
-        e, c = ctx.saved_tensors
-        return tangent * error_derivative(e, c, ctx.function)
 
 
 def error_function(e: Tensor, c: Tensor | None, function: str) -> Tensor:

@@ -1,0 +1,27 @@
+"""How far a result may be from the truth: derived from the dtype, never tuned."""
+
+import numpy as np
+import torch
+
+
+def assert_rounded(actual: torch.Tensor, truth, terms, operations: int = 4) -> None:
+    """``actual`` is ``truth`` (float64) up to rounding: half an ulp of its dtype at the store, plus ``operations``
+    half-ulps of the compute dtype of ``terms``, the size of what was added up on the way.
+    """
+    compute = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    actual64 = actual.detach().to("cpu", torch.float64).numpy()
+    truth, terms = np.asarray(truth, np.float64), np.asarray(terms, np.float64)
+    unit = torch.finfo(actual.dtype).eps / 2
+    slack = operations * torch.finfo(compute).eps / 2
+    # Below the smallest normal number the spacing no longer shrinks with the value.
+    bound = unit * np.abs(truth) + (1 + unit) * slack * np.abs(terms) + torch.finfo(actual.dtype).smallest_normal * unit
+    excess = np.abs(actual64 - truth) - bound
+    assert actual64.shape == np.broadcast_shapes(truth.shape, actual64.shape)
+    assert (excess <= 0).all(), (
+        f"worst: {actual64.flat[excess.argmax()]!r} for {np.broadcast_to(truth, actual64.shape).flat[excess.argmax()]!r}, "
+        f"{np.abs(actual64 - truth).flat[excess.argmax()]:.3g} off, {np.broadcast_to(bound, actual64.shape).flat[excess.argmax()]:.3g} allowed"
+    )
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu", torch.float64).numpy()

@@ -1,0 +1,34 @@
+"""Every test runs with fresh buffers poisoned with NaN, a fixed seed and the automatic choice of backend."""
+
+import pytest
+import torch
+
+import fastdiff
+
+
+def pytest_configure():
+    # One thread: the tests run in parallel processes, and the tensors are small.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    # In this mode torch.empty is filled with NaN, so a result that reads what nobody wrote cannot pass.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    fastdiff.use_backend(None)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return torch.device(request.param)
