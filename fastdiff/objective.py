@@ -16,10 +16,10 @@ from . import timesteps as samplers_of_t
 from . import weighting as weightings
 from .backends.reference import philox
 from .losses import Loss
-from .ops.checks import check_floating, compute_dtype, place_rows
+from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
 from .ops.noise import Stream
 from .prediction import Prediction
-from .process import Levels, Process, gather_rows, value_checks_are_free
+from .process import Levels, Process, as_times, gather_rows, value_checks_are_free
 from .timesteps import Timesteps
 from .weighting import WeightingLike
 
@@ -141,12 +141,12 @@ class Objective:
         self.timesteps = samplers_of_t.get(timesteps, process)
         self.error_space = self.prediction if error_space is None else kinds.get(error_space)
         self.noise_offset, self.input_perturbation = float(noise_offset), float(input_perturbation)
+        # A combination that means nothing should not wait for the first batch to be found.
+        example = self.timesteps(torch.tensor([0.5], dtype=torch.float64), process)
+        self._coefficients(process.levels(example))
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         if process.discrete:
             self._table = self._checked_table()
-        else:
-            # Nothing to tabulate, but a meaningless combination should not wait for the first batch to be found.
-            self._coefficients(process.levels(torch.tensor([0.5], dtype=torch.float64)))
 
     def __repr__(self) -> str:
         return (
@@ -191,7 +191,7 @@ class Objective:
             u = philox.uniform(seed, x0.shape[0], Stream.TIMESTEP, sample_offset, x0.device)
             t = self.timesteps(u, self.process)
         else:
-            t = torch.as_tensor(t).to(x0.device)
+            t = as_times(t, x0.device)
             self.process.check_t(t)
             if t.numel() == 1:
                 t = t.reshape(()).expand(x0.shape[0])
@@ -379,7 +379,8 @@ def diffusion_loss(
     """
     objective = _objective(process, prediction_type, weighting, loss)
     check_floating(x0=x0, noise=noise)
-    t = torch.as_tensor(t).to(x0.device)
+    check_alike(x0=x0, noise=noise)
+    t = as_times(t, x0.device)
     process.check_t(t)
     if t.numel() == 1:
         t = t.reshape(()).expand(x0.shape[:1])

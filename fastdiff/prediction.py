@@ -132,8 +132,11 @@ def conversion(source: str | Prediction, target: str | Prediction, levels: Level
     float64, of the levels' shape. They are infinite or NaN where the source does not determine the target (x0 from
     epsilon at zero SNR).
     """
-    p, q = get(source).coefficients(levels)
-    p_target, q_target = get(target).coefficients(levels)
+    source, target = get(source), get(target)
+    if source is target:  # also where the two equations are singular
+        return torch.zeros_like(levels.alpha), torch.ones_like(levels.alpha)
+    p, q = source.coefficients(levels)
+    p_target, q_target = target.coefficients(levels)
     determinant = levels.alpha * q - levels.sigma * p
     return (
         (p_target * q - q_target * p) / determinant,

@@ -17,8 +17,17 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 def as_float64(value: Any) -> Tensor:
     """``value`` as a float64 tensor (float32 on a device that has no float64, such as Apple's MPS)."""
-    value = torch.as_tensor(value)
+    if not isinstance(value, Tensor):
+        return torch.as_tensor(value, dtype=torch.float64)  # without a detour through the default dtype
     return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+
+
+def as_times(t: Any, device: torch.device | str | None = None) -> Tensor:
+    """``t`` (tensor, number or list) as a tensor of its own kind, integer or floating point, on ``device``."""
+    if not isinstance(t, Tensor):
+        kind = torch.as_tensor(t)
+        t = as_float64(t) if kind.is_floating_point() else kind
+    return t.to(device) if device is not None else t
 
 
 def value_checks_are_free(tensor: Tensor) -> bool:
@@ -81,7 +90,7 @@ class Process:
 
     def levels(self, t: Any) -> Levels:
         """The noise levels at ``t`` (tensor, number or list). Raises TypeError or ValueError as ``check_t``."""
-        t = torch.as_tensor(t)
+        t = as_times(t)
         self.check_t(t)
         alpha, sigma = self.alpha_sigma(t)
         return Levels(t, alpha, sigma, self)
@@ -110,7 +119,7 @@ class Process:
                 f"got dtype {t.dtype}. Convert indices to times first, for example t = (index + 0.5) / steps."
             )
         if value_checks_are_free(t) and t.numel():
-            inside = (t >= self.t_min) & (t <= self.t_max)
+            inside = (t >= self.t_min) & (t <= self.t_max) & t.isfinite()
             if not bool(inside.all()):
                 raise ValueError(
                     f"t must lie in [{self.t_min:g}, {self.t_max:g}] for {self!r}; got {_first(t[~inside])}."
@@ -156,7 +165,7 @@ class VariancePreserving(Process):
             beta = _beta_schedule(betas, steps, beta_start, beta_end)
         else:
             self.schedule = "given"
-            beta = torch.as_tensor(betas).detach().to("cpu", torch.float64)
+            beta = as_float64(betas).detach().to("cpu", torch.float64)
             if beta_start is not None or beta_end is not None:
                 raise ValueError("beta_start and beta_end go with a named schedule; the betas were given themselves.")
         if beta.ndim != 1 or len(beta) < 1:
@@ -210,7 +219,7 @@ class VariancePreserving(Process):
         """
         if first not in ("clamp", "reuse"):
             raise ValueError(f"first must be 'clamp' or 'reuse'; got {first!r}.")
-        t = torch.as_tensor(t)
+        t = as_times(t)
         if first == "reuse":
             self.check_t(t)
             t = t.clamp(min=min(1, self.steps - 1))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .process import EDM, Process
+from .process import EDM, Process, as_float64
 
 
 class Timesteps:
@@ -24,7 +24,7 @@ class Timesteps:
 
     def __call__(self, u: Tensor, process: Process) -> Tensor:
         """Times of ``process`` for uniforms ``u`` in (0, 1): int64 for discrete processes, else float64."""
-        return process.time(self.fraction(u))
+        return process.time(self.fraction(as_float64(u)))
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Stratified(Timesteps):
     def __call__(self, u: Tensor, process: Process) -> Tensor:
         if not u.numel():
             return self.inner(u, process)
+        u = as_float64(u)
         i = torch.arange(u.numel(), dtype=u.dtype, device=u.device).view_as(u)
         spread = (u.flatten()[0] + i / u.numel()) % 1
         # Open interval: an inner quantile function may be infinite at 0.
@@ -66,6 +67,9 @@ class LogitNormal(Timesteps):
 
     mean: float = 0.0
     std: float = 1.0
+
+    def __post_init__(self):
+        _positive("std", self.std)
 
     def fraction(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
@@ -100,10 +104,13 @@ class LogNormal(Timesteps):
     mean: float = -1.2
     std: float = 1.2
 
+    def __post_init__(self):
+        _positive("std", self.std)
+
     def __call__(self, u: Tensor, process: Process) -> Tensor:
         if not isinstance(process, EDM):
             raise ValueError(f"LogNormal draws sigma, so it goes with fastdiff.EDM; got {process!r}.")
-        return torch.exp(self.mean + self.std * torch.special.ndtri(u))
+        return torch.exp(self.mean + self.std * torch.special.ndtri(as_float64(u)))
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,7 @@ class Shifted(Timesteps):
     shift: float
 
     def __post_init__(self):
-        if not self.shift > 0:
-            raise ValueError(f"shift must be positive; got {self.shift!r}.")
+        _positive("shift", self.shift)
 
     def fraction(self, u: Tensor) -> Tensor:
         t = self.inner.fraction(u)
@@ -150,3 +156,8 @@ def get(timesteps: Timesteps | str | None, process: Process) -> Timesteps:
     if not isinstance(timesteps, Timesteps):
         raise TypeError(f"timesteps must be None, a name or a fastdiff.timesteps object; got {timesteps!r}.")
     return timesteps
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number; got {value!r}.")

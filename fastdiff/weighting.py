@@ -19,11 +19,11 @@ from torch import Tensor
 
 from . import prediction as kinds
 from .prediction import Prediction
-from .process import EDM, Levels, as_float64, gather_rows
+from .process import EDM, Levels, as_float64, gather_rows, value_checks_are_free
 
-# Levels of exactly 0 become this, so that every formula yields its limit; far from any real level, and its powers up
-# to the third stay within float64.
-_TINY = 1e-100
+# A level of exactly 0 is replaced by these two, and the limit read off the two weights. They are far below any real
+# level, and their powers up to the sixth stay within float64.
+_TINY, _LESS_TINY = 1e-50, 1e-40
 
 
 class Weighting:
@@ -120,6 +120,10 @@ class P2(Weighting):
     gamma: float = 1.0
     k: float | None = None
 
+    def __post_init__(self):
+        if self.k is not None and not self.k >= 0:
+            raise ValueError(f"k must be at least 0, or None; got {self.k!r}.")
+
     def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
         k = self.k if self.k is not None else 2.0 if prediction.name == "v_prediction" else 1.0
         return (k + levels.snr) ** -self.gamma
@@ -165,6 +169,10 @@ class EDMWeighting(_OnX0):
     """
 
     sigma_data: float | None = None
+
+    def __post_init__(self):
+        if self.sigma_data is not None:
+            _positive("sigma_data", self.sigma_data)
 
     def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
         d = self.sigma_data
@@ -289,12 +297,23 @@ def _too_large(weight: Tensor) -> Tensor:
 
 def _limits(weighting: WeightingLike, levels: Levels, prediction: str | Prediction) -> Tensor:
     weighting, prediction = get(weighting), kinds.get(prediction)
-    inner = replace(levels, alpha=levels.alpha.clamp(min=_TINY), sigma=levels.sigma.clamp(min=_TINY))
+    edge = (levels.alpha == 0) | (levels.sigma == 0)
+    weight = _at_least(_TINY, weighting, levels, prediction)
+    if value_checks_are_free(edge) and not bool(edge.any()):
+        return weight
+    before = _at_least(_LESS_TINY, weighting, levels, prediction)
+    grows, falls = weight.abs() > before.abs() * (1 + 1e-6), weight.abs() < before.abs() * (1 - 1e-6)
+    limit = torch.where(grows, weight.sign() * torch.inf, torch.where(falls, 0.0, weight))
+    return torch.where(edge, limit, weight)
+
+
+def _at_least(tiny: float, weighting: Weighting | Callable, levels: Levels, prediction: Prediction) -> Tensor:
+    levels = replace(levels, alpha=levels.alpha.clamp(min=tiny), sigma=levels.sigma.clamp(min=tiny))
     if isinstance(weighting, Weighting):
-        weight = weighting.formula(inner, prediction)
+        weight = weighting.formula(levels, prediction)
         on = weighting.on(prediction)
-        return weight if on is prediction else weight * kinds.conversion(prediction, on, inner)[1] ** 2
-    weight = as_float64(weighting(inner)).to(levels.alpha.device)
+        return weight if on is prediction else weight * kinds.conversion(prediction, on, levels)[1] ** 2
+    weight = as_float64(weighting(levels)).to(levels.alpha.device)
     if weight.shape != levels.alpha.shape:
         raise ValueError(
             f"the weighting returned shape {tuple(weight.shape)}; one weight a row is needed: "

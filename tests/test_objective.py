@@ -1,4 +1,4 @@
-"""Objective, q_sample and diffusion_loss: the settled names, against each other and against trainers' own arithmetic."""
+"""Objective, q_sample and diffusion_loss: against each other and against trainers' own arithmetic."""
 
 import numpy as np
 import oracle

@@ -19,11 +19,10 @@ def check_floating(**tensors: Tensor) -> None:
 
 
 def check_alike(**tensors: Tensor | None) -> None:
-    """Raise ValueError unless all are of one shape and on one device. The first is what the others are held to."""
-    (first_name, first), *others = tensors.items()
+    """Raise ValueError unless all are of one shape and on one device. The first is what the others are held to; those
+    that are None are passed over."""
+    (first_name, first), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     for name, tensor in others:
-        if tensor is None:
-            continue
         if tensor.device != first.device:
             raise ValueError(
                 f"{name} is on {tensor.device}, but {first_name} on {first.device}: move one with .to(device)."
@@ -76,3 +75,9 @@ def place_all(shape: torch.Size, dtype: torch.dtype, device: torch.device, **row
             value = place_rows(name, value.to(dtype), shape)
         placed.append(value)
     return placed
+
+
+def check_clip(clip: float | None) -> None:
+    """Raise ValueError unless ``clip`` is None or a positive bound."""
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, or None for no clamping; got {clip!r}.")

@@ -54,7 +54,7 @@ def loss(
         check_floating(x0=x0)
     if n is not None:
         check_floating(noise=n)
-    check_alike(prediction=prediction, x0=x0, noise=n)
+    check_alike(x0=x0, noise=n, prediction=prediction)
     if prediction.ndim == 0:
         raise ValueError("prediction must have a batch dimension; got a scalar.")
     _one_of("function", function, FUNCTIONS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import backends
-from .checks import check_alike, check_floating, compute_dtype, place_rows
+from .checks import check_alike, check_clip, check_floating, compute_dtype, place_rows
 
 # The columns of a table of steps, one row a step:
 #   x0 = p_x x + p_m m, clamped
@@ -56,8 +56,7 @@ def step(
     check_alike(x=x, model_output=m, **tensors)
     if len(history) > 4:
         raise ValueError(f"at most 4 history tensors are used; got {len(history)}.")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be positive; got {clip!r}.")
+    check_clip(clip)
     batches = () if row.ndim == 1 else x.shape[:1]
     if row.shape != (*batches, len(COLUMNS)):
         raise ValueError(f"row must be [{len(COLUMNS)}] or [batch, {len(COLUMNS)}]; got {tuple(row.shape)}.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import prediction as kinds
+from ..ops.checks import check_clip
 from ..prediction import Prediction
 from ..process import Process, VariancePreserving, transition
 from . import spacing as spacings
@@ -39,6 +40,7 @@ class DDIM(Sampler):
     timesteps: Sequence[float] | None = None
 
     def __post_init__(self):
+        check_clip(self.clip)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1]; got {self.eta!r}.")
         if self.previous not in ("next", "stride"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import prediction as kinds
+from ..ops.checks import check_clip
 from ..prediction import Prediction
 from ..process import MIN_VARIANCE, Process, transition
 from . import spacing as spacings
@@ -42,6 +43,7 @@ class DDPM(Sampler):
     final_noise: bool = False
 
     def __post_init__(self):
+        check_clip(self.clip)
         if self.variance not in VARIANCES:
             raise ValueError(f"variance must be one of {', '.join(VARIANCES)}; got {self.variance!r}.")
 

@@ -24,11 +24,12 @@ def discrete_timesteps(total: int, steps: int, spacing: str = "trailing", steps_
         raise ValueError(f"steps must lie in [1, {total}] for a process of {total} timesteps; got {steps}.")
     index = torch.arange(steps, dtype=torch.float64)
     if spacing == "trailing":
-        times = (total - index * (total / steps)).round() - 1
+        # The stride as NumPy's arange has it, and below as its linspace: ties are rounded as in every other library.
+        times = (total - index * (total - (total - total / steps))).round() - 1
     elif spacing == "leading":
         times = ((steps - 1 - index) * (total // steps)).round() + steps_offset
     else:
-        times = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().flip(0)
+        times = (index * ((total - 1) / max(1, steps - 1))).round().flip(0)
     return checked_timesteps([int(t) for t in times], total)
 
 
@@ -69,7 +70,8 @@ def times(
             raise ValueError("timesteps must fall strictly, the noisiest first.")
         return given
     if isinstance(process, VariancePreserving):
-        return torch.tensor(discrete_timesteps(process.steps, steps or process.steps, spacing, steps_offset))
+        steps = process.steps if steps is None else steps
+        return torch.tensor(discrete_timesteps(process.steps, steps, spacing, steps_offset))
     steps = 50 if steps is None else steps
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}.")

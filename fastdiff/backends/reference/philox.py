@@ -37,11 +37,28 @@ def philox4x32(counter: Tensor, key: tuple[int | Tensor, int | Tensor]) -> Tenso
     return torch.stack(torch.broadcast_tensors(*_rounds(*counter.unbind(-1), k0, k1)), -1)
 
 
+def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
+    """``seed`` as an int64 tensor [] on ``device``: any 64 bits, as a signed or an unsigned number, or int64 tensor.
+
+    Raises TypeError or ValueError for anything else.
+    """
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed must be one int64; got a tensor {tuple(seed.shape)} of {seed.dtype}.")
+        return seed.to(device).reshape(())
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed must be an integer or an int64 tensor; got {seed!r}.")
+    seed = int(seed)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must have 64 bits, -2^63 to 2^64 - 1; got {seed}.")
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+
+
 def _words(
     seed: int | Tensor, samples: int, groups: int, stream: int, sample_offset: int, device
 ) -> tuple[Tensor, ...]:
     """The four uint32 words of every group: int64, each [samples, groups]."""
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
+    seed = seed_tensor(seed, device)
     sample = torch.arange(sample_offset, sample_offset + samples, dtype=torch.int64, device=device).unsqueeze(1)
     group = torch.arange(groups, dtype=torch.int64, device=device)
     words = _rounds(

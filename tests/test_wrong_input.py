@@ -1,0 +1,163 @@
+"""Wrong input gets an error, before anything runs, that says what was given, what is accepted and what to do."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff import losses, ops, samplers, weighting
+
+X = torch.randn(2, 3, 4)
+T = torch.tensor([1, 2])
+VP = fastdiff.VariancePreserving()
+FLOW = fastdiff.RectifiedFlow()
+
+
+def objective(process=VP, prediction="epsilon", **how):
+    return fastdiff.Objective(process, prediction, **how)
+
+
+def loss(prediction=X, mask=None, **how):
+    noised = objective().noise(X, T, X)
+    return objective().loss(prediction, noised, mask, **how)
+
+
+def never(*_):
+    raise AssertionError("the model was called")
+
+
+def sample(model=never, shape=(2, 3), process=VP, sampler="ddpm", steps=5, prediction="epsilon", **how):
+    return fastdiff.sample(model, shape, process, sampler, steps, prediction, **({"progress": False} | how))
+
+
+CASES = {
+    # what is given: (call, error, words of the message)
+    "x0 of integers": (lambda: objective().noise(torch.ones(2, 3, dtype=torch.uint8)), TypeError, "x0 must be .*uint8.*127.5"),
+    "x0 no tensor": (lambda: objective().noise([1.0, 2.0]), TypeError, "x0 must be a tensor; got list"),
+    "x0 complex": (lambda: objective().noise(X.to(torch.complex64)), TypeError, "complex64"),
+    "x0 scalar": (lambda: objective().noise(torch.tensor(1.0)), ValueError, "batch dimension"),
+    "t float for discrete": (
+        lambda: objective().noise(X, torch.rand(2)), TypeError, r"integer indices.*999"),
+    "t integer for continuous": (
+        lambda: objective(FLOW, "flow").noise(X, T), TypeError, r"floating point in \[0, 1\]"),
+    "t too large": (lambda: objective().noise(X, torch.tensor([0, 1000])), ValueError, r"\[0, 999\].*got 1000"),
+    "t negative": (lambda: objective().noise(X, torch.tensor([-1, 5])), ValueError, "got -1"),
+    "t above 1": (
+        lambda: objective(FLOW, "flow").noise(X, torch.tensor([0.5, 1.5])), ValueError, r"\[0, 1\].*got 1.5"),
+    "t NaN": (lambda: objective(FLOW, "flow").noise(X, torch.tensor([0.5, float("nan")])), ValueError, "got nan"),
+    "t of a wrong length": (lambda: objective().noise(X, torch.tensor([1, 2, 3])), ValueError, r"t has shape \(3,\)"),
+    "noise of another shape": (lambda: objective().noise(X, T, X[:, :2]), ValueError, r"noise has shape \(2, 2, 4\)"),
+    "noise of integers": (lambda: objective().noise(X, T, X.long()), TypeError, "noise must be floating"),
+    "noise elsewhere": (lambda: objective().noise(X, T, X.to("meta")), ValueError, r"noise is on meta.*\.to\(device\)"),
+    "offset noise without channels": (
+        lambda: objective(noise_offset=0.1).noise(torch.zeros(2, 3)), ValueError, "channels"),
+    "seed of 65 bits": (lambda: objective().noise(X, seed=1 << 64), ValueError, "64 bits"),
+    "seed a float": (lambda: objective().noise(X, seed=1.5), TypeError, "seed must be an integer"),
+    "seed and generator": (lambda: objective().noise(X, seed=1, generator=torch.Generator()), ValueError, "not both"),
+    "q_sample t": (lambda: fastdiff.q_sample(X, torch.tensor([0, 1000]), VP), ValueError, "999"),
+    "diffusion_loss t": (lambda: fastdiff.diffusion_loss(X, X, X, torch.tensor([1000]), VP), ValueError, "999"),
+    "diffusion_loss noise": (lambda: fastdiff.diffusion_loss(X, X, X[:1], T, VP), ValueError, "noise has shape"),
+    "prediction of another shape": (lambda: loss(X[:, :2]), ValueError, "prediction"),
+    "prediction with a variance": (lambda: loss(torch.cat([X, X], 1)), ValueError, r"chunk\(2, dim=1\)"),
+    "prediction of integers": (lambda: loss(X.long()), TypeError, "prediction must be floating"),
+    "mask that sums to zero": (lambda: loss(mask=torch.zeros(2, 1, 4)), ValueError, "mask sums to zero"),
+    "mask that does not broadcast": (lambda: loss(mask=torch.ones(2)), ValueError, r"mask.view\(-1, 1, 1\)"),
+    "mask elsewhere": (lambda: loss(mask=torch.ones(2, 1, 4, device="meta")), ValueError, "mask is on meta"),
+    "mask complex": (lambda: loss(mask=torch.ones(4, dtype=torch.complex64)), TypeError, "complex"),
+    "normalised sum": (
+        lambda: loss(mask=torch.ones(4), mask_normalization="row", reduction="sum"), ValueError, "divides by nothing"),
+    "unknown reduction": (lambda: loss(reduction="avg"), ValueError, "mean, sum, none; got 'avg'"),
+    "unknown mask normalisation": (lambda: loss(mask_normalization="all"), ValueError, "none, row, global"),
+    "weights of a wrong length": (lambda: loss(weight=torch.ones(3)), ValueError, r"weight has shape \(3,\)"),
+    "unknown prediction": (lambda: objective(prediction="eps"), ValueError, "epsilon, sample, v_prediction"),
+    "unknown weighting": (lambda: objective(weighting="minsnr"), ValueError, "min_snr"),
+    "weighting a class": (lambda: objective(weighting=fastdiff.MinSNR), TypeError, r"MinSNR\(5.0\)"),
+    "weighting a number": (lambda: objective(weighting=5.0), TypeError, "callable"),
+    "weighting NaN": (
+        lambda: objective(weighting=lambda levels: levels.alpha * float("nan")), ValueError, "NaN at t = 0"),
+    "weighting of a wrong shape": (lambda: objective(weighting=lambda levels: 1.0), ValueError, "one weight a row"),
+    "unknown loss": (lambda: objective(loss="l2"), ValueError, "mse, l1"),
+    "loss a function": (lambda: objective(loss=torch.nn.functional.mse_loss), TypeError, "Huber"),
+    "unknown timesteps": (lambda: objective(timesteps="normal"), ValueError, "logit_normal"),
+    "process a name": (lambda: objective("ddpm"), TypeError, r"VariancePreserving\(\)"),
+    "negative offset": (lambda: objective(noise_offset=-1.0), ValueError, "noise_offset"),
+    "uniform times for EDM": (
+        lambda: objective(fastdiff.EDM(), "edm", timesteps="uniform"), ValueError, "LogNormal"),
+    "shift twice": (
+        lambda: objective(fastdiff.RectifiedFlow(3.0), "flow",
+                          timesteps=fastdiff.timesteps.Shifted(fastdiff.timesteps.Uniform(), 3.0)),
+        ValueError, "twice"),
+    "v of a flow": (lambda: objective(FLOW, "v_prediction"), ValueError, "prediction='flow'"),
+    "previous sample of a flow": (lambda: objective(FLOW, "previous_sample"), ValueError, "discrete steps"),
+    "infinite error scale": (
+        lambda: objective(fastdiff.VariancePreserving(zero_terminal_snr=True), error_space="sample"),
+        ValueError, "t = 999"),
+    "unknown schedule": (lambda: fastdiff.VariancePreserving("sqrt"), ValueError, "scaled_linear"),
+    "betas out of range": (lambda: fastdiff.VariancePreserving([0.1, 1.5]), ValueError, "got 1.5"),
+    "betas NaN": (lambda: fastdiff.VariancePreserving([0.1, float("nan")]), ValueError, "got nan"),
+    "no betas": (lambda: fastdiff.VariancePreserving([]), ValueError, "at least one"),
+    "no steps": (lambda: fastdiff.VariancePreserving(steps=0), ValueError, "positive integer"),
+    "shift 0": (lambda: fastdiff.RectifiedFlow(shift=0.0), ValueError, "shift"),
+    "huber 0": (lambda: losses.Huber(0.0), ValueError, r"L1\(\)"),
+    "gamma 0": (lambda: weighting.MinSNR(0.0), ValueError, "gamma"),
+    "unknown sampler": (lambda: sample(sampler="euler"), ValueError, "ddpm, ddim"),
+    "sampler a class": (lambda: sample(sampler=samplers.DDPM), TypeError, "sampler"),
+    "too many steps": (lambda: sample(steps=1001), ValueError, r"\[1, 1000\]"),
+    "no sampling steps": (lambda: sample(steps=0), ValueError, "steps"),
+    "timesteps that rise": (lambda: sample(sampler=samplers.DDPM(timesteps=[1, 5]), steps=None), ValueError, "fall"),
+    "guidance without uncond": (lambda: sample(guidance=2.0), ValueError, "needs uncond"),
+    "uncond without cond": (lambda: sample(uncond=T), ValueError, "without cond"),
+    "x of another shape": (lambda: sample(x=X), ValueError, "x has shape"),
+    "dtype of integers": (lambda: sample(dtype=torch.int64), TypeError, "dtype"),
+    "stride of a flow": (
+        lambda: sample(process=FLOW, prediction="flow", sampler=samplers.DDIM(previous="stride")),
+        ValueError, "discrete"),
+    "model of another shape": (lambda: sample(lambda x, t: x[:, :2]), ValueError, r"returned shape \(2, 2\)"),
+    "learned variance without channels": (
+        lambda: sample(lambda x, t: x, sampler=samplers.DDPM("learned")), ValueError, "6 channels"),
+    "rows that fit nothing": (lambda: ops.convert(X, X, torch.ones(5), 1.0), ValueError, r"k_x has shape \(5,\)"),
+    "row of a wrong length": (lambda: ops.step(X, X, torch.ones(3)), ValueError, "row must be"),
+    "clip 0": (lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), clip=0.0), ValueError, "clip"),
+    "five history tensors": (
+        lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), history=[X] * 5), ValueError, "at most 4"),
+    "unknown error function": (lambda: ops.loss(X, None, X, q=1.0, function="mae"), ValueError, "mse, l1"),
+    "huber without c": (lambda: ops.loss(X, None, X, q=1.0, function="smooth_l1"), ValueError, "needs its constant"),
+    "unknown backend": (lambda: fastdiff.use_backend("cpu"), ValueError, "native, triton"),
+    "backend that is not there": (lambda: fastdiff.use_backend("cuda"), RuntimeError, "not available: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_clear_error(case):
+    call, error, words = CASES[case]
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_use_backend_is_undone():
+    with fastdiff.use_backend("reference"):
+        with pytest.raises(RuntimeError):
+            fastdiff.use_backend("native")
+        assert fastdiff.backends.choose("cpu") == "reference"
+    fastdiff.use_backend("reference")
+    assert fastdiff.backends._forced == "reference"
+    fastdiff.use_backend(None)
+    assert fastdiff.backends._forced is None
+    assert {backend.name for backend in fastdiff.backends.status()} == {"reference", "native", "triton", "cuda"}
+
+
+def test_importing_takes_torch_alone():
+    """No extra is imported, and none is needed, by `import fastdiff`."""
+    extras = ["numpy", "sklearn", "matplotlib", "PIL", "tqdm", "diffusers", "scipy"]
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastdiff; "
+        f"print([m for m in {extras} if m in set(sys.modules) - before])"
+    )
+    root = os.path.dirname(os.path.dirname(fastdiff.__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}
+    )
+    assert done.stdout.strip() == "[]", done.stderr
