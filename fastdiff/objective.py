@@ -142,7 +142,7 @@ class Objective:
         self.error_space = self.prediction if error_space is None else kinds.get(error_space)
         self.noise_offset, self.input_perturbation = float(noise_offset), float(input_perturbation)
         # A combination that means nothing should not wait for the first batch to be found.
-        example = self.timesteps(torch.tensor([0.5], dtype=torch.float64), process)
+        example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
         self._coefficients(process.levels(example))
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         if process.discrete:
@@ -247,9 +247,8 @@ class Objective:
     ) -> Tensor:
         row_weight = rows.weight * rows.factor
         if weight is not None:
-            weight = torch.as_tensor(weight, device=row_weight.device)
-            if weight.numel() > 1 and weight.shape != row_weight.shape:
-                weight = place_rows("weight", weight, row_weight.shape)
+            if isinstance(weight, Tensor):
+                weight = place_rows("weight", weight.to(row_weight.device), row_weight.shape)
             row_weight = row_weight * weight
         return ops.loss(
             prediction,
@@ -316,7 +315,7 @@ class Objective:
 
     def _checked_table(self) -> Tensor:
         """float64 [steps, len(Rows._fields)] on the CPU."""
-        levels = self.process.levels(torch.arange(self.process.steps))
+        levels = self.process.levels(torch.arange(self.process.steps, device="cpu"))
         rows = self._coefficients(levels)
         if self.error_space is not self.prediction and not bool(rows.scale.isfinite().all()):
             t = (~rows.scale.isfinite()).nonzero()[0].item()

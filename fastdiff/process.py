@@ -18,14 +18,14 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def as_float64(value: Any) -> Tensor:
     """``value`` as a float64 tensor (float32 on a device that has no float64, such as Apple's MPS)."""
     if not isinstance(value, Tensor):
-        return torch.as_tensor(value, dtype=torch.float64)  # without a detour through the default dtype
+        return torch.as_tensor(value, dtype=torch.float64, device="cpu")  # no detour through the default dtype
     return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
 def as_times(t: Any, device: torch.device | str | None = None) -> Tensor:
     """``t`` (tensor, number or list) as a tensor of its own kind, integer or floating point, on ``device``."""
     if not isinstance(t, Tensor):
-        kind = torch.as_tensor(t)
+        kind = torch.as_tensor(t, device="cpu")
         t = as_float64(t) if kind.is_floating_point() else kind
     return t.to(device) if device is not None else t
 
@@ -369,7 +369,7 @@ def _beta_schedule(name: str, steps: int, start: float | None, end: float | None
     if name == "cosine":
         if start is not None or end is not None:
             raise ValueError("the cosine schedule takes no beta_start or beta_end.")
-        i = torch.arange(steps + 1, dtype=torch.float64)
+        i = torch.arange(steps + 1, dtype=torch.float64, device="cpu")
         alpha_bar = torch.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     if name not in ("linear", "scaled_linear"):
@@ -378,8 +378,8 @@ def _beta_schedule(name: str, steps: int, start: float | None, end: float | None
     start = defaults[0] if start is None else start
     end = defaults[1] if end is None else end
     if name == "linear":
-        return torch.linspace(start, end, steps, dtype=torch.float64)
-    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+        return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
+    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64, device="cpu") ** 2
 
 
 def _first(values: Tensor) -> str:

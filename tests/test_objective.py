@@ -218,12 +218,19 @@ def test_default_dtype_and_device_do_not_matter():
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
     x0 = torch.randn(2, 3)
     expected = objective.noise(x0, seed=1)
+    start = fastdiff.sample(lambda x, t: x, (2, 3), objective.process, "ddpm", 3, seed=1, progress=False, device="cpu")
     torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")  # whatever is made there has no values, and cannot be compared
     try:
-        again = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon").noise(x0, seed=1)
+        fresh = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+        again = fresh.noise(x0, seed=1)
+        flow = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow").noise(x0, 0.5, x0)
+        x = fastdiff.sample(lambda x, t: x, (2, 3), fresh.process, "ddpm", 3, seed=1, progress=False, device="cpu")
     finally:
         torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
     assert again.x_t.dtype == torch.float32 and torch.equal(again.x_t, expected.x_t)
+    assert torch.equal(flow.x_t, x0) and torch.equal(x, start)
 
 
 def test_bfloat16_noising_and_loss():

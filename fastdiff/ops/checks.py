@@ -70,9 +70,10 @@ def place_all(shape: torch.Size, dtype: torch.dtype, device: torch.device, **row
     """``place_rows`` for several rows, numbers and Nones among them, in ``dtype`` on ``device``: a list in order."""
     placed = []
     for name, value in rows.items():
-        if value is not None:
-            value = torch.as_tensor(value, device=device)
-            value = place_rows(name, value.to(dtype), shape)
+        if isinstance(value, Tensor):
+            value = place_rows(name, value.to(device, dtype), shape)
+        elif value is not None:  # filled on the device: a copy to it would wait
+            value = torch.full((1,) * len(shape), value, dtype=dtype, device=device)
         placed.append(value)
     return placed
 

@@ -61,7 +61,7 @@ def x0_rows(prediction: Prediction, levels: Levels) -> tuple[Tensor, Tensor]:
 
 def build_table(steps: int, **columns: Tensor | float) -> Tensor:
     """float64 [steps, len(COLUMNS)]; a column that is not named is 0."""
-    zero = torch.zeros(steps, dtype=torch.float64)
+    zero = torch.zeros(steps, dtype=torch.float64, device="cpu")
     unknown = set(columns) - set(COLUMNS)
     assert not unknown, unknown
     return torch.stack([columns[name] + zero if name in columns else zero for name in COLUMNS], -1)
@@ -69,7 +69,7 @@ def build_table(steps: int, **columns: Tensor | float) -> Tensor:
 
 def following(levels: Levels, last: tuple[float, float] = (1.0, 0.0)) -> tuple[Tensor, Tensor]:
     """(alpha, sigma) of the level each step goes to: the next one's, and ``last`` (clean data) for the last."""
-    end = torch.tensor(last, dtype=levels.alpha.dtype)
+    end = torch.tensor(last, dtype=levels.alpha.dtype, device="cpu")
     return torch.cat([levels.alpha[1:], end[:1]]), torch.cat([levels.sigma[1:], end[1:]])
 
 

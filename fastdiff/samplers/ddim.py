@@ -77,7 +77,7 @@ class DDIM(Sampler):
             if self.previous != "next" or not self.set_alpha_to_one:
                 raise ValueError(f"previous='stride' and set_alpha_to_one=False need discrete steps; got {process!r}.")
             return following(levels)
-        end = process.levels(torch.tensor([0]))
+        end = process.levels(torch.tensor([0], device="cpu"))
         last = (1.0, 0.0) if self.set_alpha_to_one else (float(end.alpha), float(end.sigma))
         if self.previous == "next":
             return following(levels, last)

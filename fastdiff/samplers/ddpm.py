@@ -69,7 +69,7 @@ class DDPM(Sampler):
                 "l_0": (large.log() + small.log()) / 2,
                 "l_v": (large.log() - small.log()) / 2,
             }
-        columns["c_noise"] = columns["c_noise"] * torch.tensor(draws)
+        columns["c_noise"] = columns["c_noise"] * torch.tensor(draws, device="cpu")
         scale, time = kinds.model_input(prediction, levels)
         return Plan(
             times,

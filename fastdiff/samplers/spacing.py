@@ -22,7 +22,7 @@ def discrete_timesteps(total: int, steps: int, spacing: str = "trailing", steps_
         raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}; got {spacing!r}.")
     if not 1 <= steps <= total:
         raise ValueError(f"steps must lie in [1, {total}] for a process of {total} timesteps; got {steps}.")
-    index = torch.arange(steps, dtype=torch.float64)
+    index = torch.arange(steps, dtype=torch.float64, device="cpu")
     if spacing == "trailing":
         # The stride as NumPy's arange has it, and below as its linspace: ties are rounded as in every other library.
         times = (total - index * (total - (total - total / steps))).round() - 1
@@ -43,7 +43,7 @@ def checked_timesteps(times: Sequence[int], total: int) -> list[int]:
 
 def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """float64 [steps], falling from sigma_max to sigma_min (Karras et al. 2022, equation 5)."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
 
@@ -63,22 +63,23 @@ def times(
         if steps is not None and steps != len(timesteps):
             raise ValueError(f"{len(timesteps)} timesteps were given and steps={steps}: leave steps out.")
         if isinstance(process, VariancePreserving):
-            return torch.tensor(checked_timesteps(timesteps, process.steps))
-        given = torch.as_tensor(timesteps, dtype=torch.float64)
+            return torch.tensor(checked_timesteps(timesteps, process.steps), device="cpu")
+        given = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
         process.check_t(given)
         if not len(given) or not bool((given.diff() < 0).all()):
             raise ValueError("timesteps must fall strictly, the noisiest first.")
         return given
     if isinstance(process, VariancePreserving):
         steps = process.steps if steps is None else steps
-        return torch.tensor(discrete_timesteps(process.steps, steps, spacing, steps_offset))
+        return torch.tensor(discrete_timesteps(process.steps, steps, spacing, steps_offset), device="cpu")
     steps = 50 if steps is None else steps
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}.")
     if isinstance(process, EDM):
         return karras_sigmas(steps)
     if isinstance(process, RectifiedFlow):
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
     if isinstance(process, (VPSDE, VESDE)):
-        return torch.linspace(1, 1e-3 if isinstance(process, VPSDE) else 1e-5, steps, dtype=torch.float64)
+        end = 1e-3 if isinstance(process, VPSDE) else 1e-5
+        return torch.linspace(1, end, steps, dtype=torch.float64, device="cpu")
     raise ValueError(f"no time grid is known for {process!r}: give the sampler its timesteps.")

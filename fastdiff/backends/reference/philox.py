@@ -51,7 +51,8 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) ->
     seed = int(seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must have 64 bits, -2^63 to 2^64 - 1; got {seed}.")
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+    # Filled, not copied: a copy to a GPU would wait for it.
+    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 
 
 def _words(
@@ -63,7 +64,7 @@ def _words(
     group = torch.arange(groups, dtype=torch.int64, device=device)
     words = _rounds(
         group,
-        torch.as_tensor(stream, dtype=torch.int64, device=device),
+        torch.full((), stream, dtype=torch.int64, device=device),
         sample & _MASK,
         (sample >> 32) & _MASK,
         seed & _MASK,

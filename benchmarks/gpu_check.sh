@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# On a machine with a CUDA GPU: build and install fastdiff, run the tests (those marked gpu too), run the benchmarks,
+# and print a short table last. Works offline, with the Python packages that are there. Results: $OUT, or a new folder.
+#   bash benchmarks/gpu_check.sh
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-$(mktemp -d)}
+failed=0
+
+"$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 1
+"$PYTHON" -m pip install --quiet --no-build-isolation --no-deps . || exit 1
+
+# From a folder without the sources, so that it is the installed package that is tested.
+tests=$PWD/tests benchmarks=$PWD/benchmarks
+cd "$OUT"
+echo "== tests on the GPU"
+"$PYTHON" -m pytest "$tests" -q -p no:cacheprovider -k "cuda or gpu" 2>&1 | tee gpu_tests.log | tail -n 3
+[ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
+echo "== all tests"
+"$PYTHON" -m pytest "$tests" -q -p no:cacheprovider -n 8 2>&1 | tee tests.log | tail -n 3
+[ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
+echo "== benchmarks"
+"$PYTHON" -m pytest "$benchmarks" -q -p no:cacheprovider --benchmark-json=benchmarks.json >benchmarks.log 2>&1 ||
+    failed=1
+
+echo "== summary"
+"$PYTHON" -m fastdiff doctor
+tail -qn 1 gpu_tests.log tests.log
+if [ $failed -eq 0 ]; then echo "gpu_check: all passed"; else echo "gpu_check: FAILED, see the logs in $OUT"; fi
+"$PYTHON" "$benchmarks/table.py" benchmarks.json | tee benchmarks.md || failed=1
+exit $failed
