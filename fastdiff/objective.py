@@ -45,16 +45,24 @@ class Noised:
         x_t: noised data, shape and dtype of x0.
         t: the times, one a row: integers for discrete processes, float64 for continuous ones.
         alpha, sigma, snr, weight: rows of the shape of t, float32 (float64 if x0 is float64).
-        x0, noise: what x_t was made of; the noise as the target sees it (float32).
-        model_input, model_time, target: made when asked for.
+        x0: the data x_t was made of.
+        noise_source: the noise, or the ``fastdiff.ops.Philox`` that makes it.
+        noise, target, model_input, model_time: made when asked for.
     """
 
     objective: Objective
     x0: Tensor
     x_t: Tensor
     t: Tensor
-    noise: Tensor
+    noise_source: Tensor | ops.Philox
     rows: Rows
+
+    @property
+    def noise(self) -> Tensor:
+        """The noise as the target sees it: what was given, or float32 (float64 with float64 data)."""
+        if isinstance(self.noise_source, Tensor):
+            return self.noise_source
+        return self.noise_source.tensor(self.x0.shape, self.x0.device).to(self.rows.alpha.dtype)
 
     @property
     def alpha(self) -> Tensor:
@@ -76,7 +84,7 @@ class Noised:
     def target(self) -> Tensor:
         """What the network should predict: p x0 + q n, in the dtype of x0."""
         p, q = self.rows.p, self.rows.q
-        return ops.noise(self.x0, p, q, self.noise)[0]
+        return ops.noise(self.x0, p, q, self.noise_source)[0]
 
     @property
     def model_input(self) -> Tensor:
@@ -163,6 +171,7 @@ class Objective:
         *,
         seed: int | Tensor | None = None,
         sample_offset: int = 0,
+        keep_noise: bool = True,
     ) -> Noised:
         """Noise a batch.
 
@@ -176,6 +185,8 @@ class Objective:
                 a sample depend on its index alone: noising a batch of 8 is noising its halves, the second with
                 ``sample_offset=4``.
             sample_offset: the index of the batch's first sample.
+            keep_noise: False does not keep noise that is made here, but makes it again for the loss: a full-size
+                buffer less, for more arithmetic. The numbers are the same.
 
         Returns a ``Noised``. Differentiable in x0. Raises TypeError or ValueError for unfit inputs.
         """
@@ -205,6 +216,7 @@ class Objective:
             n,
             perturbation=self.input_perturbation,
             perturbation_noise=ops.Philox(seed, sample_offset, Stream.PERTURBATION) if made else None,
+            keep_noise=keep_noise,
         )
         return Noised(self, x0, x_t, t, n, rows)
 
@@ -232,13 +244,15 @@ class Objective:
         Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise and weight.
         Raises TypeError or ValueError for unfit inputs and for a mask that is zero everywhere (on the CPU).
         """
-        return self._loss(prediction, noised.x0, noised.noise, noised.rows, mask, reduction, weight, mask_normalization)
+        return self._loss(
+            prediction, noised.x0, noised.noise_source, noised.rows, mask, reduction, weight, mask_normalization
+        )
 
     def _loss(
         self,
         prediction: Tensor,
         x0: Tensor,
-        noise: Tensor,
+        noise: Tensor | ops.Philox,
         rows: Rows,
         mask: Tensor | None,
         reduction: str,

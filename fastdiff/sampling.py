@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import ops, samplers
-from .backends.reference import philox
 from .objective import draw_seed
 from .ops.noise import Stream
 from .prediction import Prediction
@@ -80,7 +79,7 @@ def sample(
         seed = draw_seed(generator, device)
 
     if x is None:
-        x = plan.initial_std * philox.normal(seed, shape, Stream.INITIAL, sample_offset, device=device)
+        x = plan.initial_std * ops.Philox(seed, sample_offset, Stream.INITIAL).tensor(shape, device)
     x = x.to(device, dtype)
     table = plan.table.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     times, model_time = plan.times.to(device), plan.model_time.to(device)
@@ -97,7 +96,7 @@ def sample(
             if noise is not None:
                 z = noise(k, shape).to(device)
             else:
-                z = philox.normal(seed, shape, Stream.STEP + k, sample_offset, device=device)
+                z = ops.Philox(seed, sample_offset, Stream.STEP + k)
         x, x0, _ = ops.step(
             x, m, table[k], uncond=half, guidance=guidance, clip=plan.clip, noise=z, log_variance=variance
         )

@@ -80,6 +80,20 @@ def test_batch_of_8_is_4_and_4(device):
         assert torch.equal(getattr(whole, name), parts), name
 
 
+@pytest.mark.parametrize("process", [fastdiff.VariancePreserving(), fastdiff.RectifiedFlow()])
+def test_noise_that_is_not_kept_is_made_again(process):
+    prediction = "v_prediction" if process.discrete else "flow"
+    objective = fastdiff.Objective(process, prediction, noise_offset=0.1, input_perturbation=0.1)
+    x0, m = torch.randn(2, 4, 3, 5)
+    kept, remade = (objective.noise(x0, seed=1, keep_noise=keep) for keep in (True, False))
+    assert isinstance(remade.noise_source, ops.Philox) and isinstance(kept.noise_source, torch.Tensor)
+    for name in ("x_t", "t", "noise", "target"):
+        assert torch.equal(getattr(kept, name), getattr(remade, name)), name
+    assert torch.equal(objective.loss(m, kept), objective.loss(m, remade))
+    given = objective.noise(x0, noise=m, keep_noise=False)
+    assert given.noise is m
+
+
 def test_seeds_and_generators():
     objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
     x0 = torch.randn(3, 2, 4)

@@ -35,7 +35,8 @@ def sample(model=never, shape=(2, 3), process=VP, sampler="ddpm", steps=5, predi
 
 CASES = {
     # what is given: (call, error, words of the message)
-    "x0 of integers": (lambda: objective().noise(torch.ones(2, 3, dtype=torch.uint8)), TypeError, "x0 must be .*uint8.*127.5"),
+    "x0 of integers": (
+        lambda: objective().noise(torch.ones(2, 3, dtype=torch.uint8)), TypeError, "x0 must be .*uint8.*127.5"),
     "x0 no tensor": (lambda: objective().noise([1.0, 2.0]), TypeError, "x0 must be a tensor; got list"),
     "x0 complex": (lambda: objective().noise(X.to(torch.complex64)), TypeError, "complex64"),
     "x0 scalar": (lambda: objective().noise(torch.tensor(1.0)), ValueError, "batch dimension"),

@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import backends
 from ..process import value_checks_are_free
 from .checks import check_alike, check_floating, compute_dtype, place_all
+from .noise import Philox, check_noise
 
 FUNCTIONS = ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh")
 REDUCTIONS = ("mean", "sum", "none")
@@ -16,7 +17,7 @@ MASK_NORMALIZATIONS = ("none", "row", "global")
 def loss(
     prediction: Tensor,
     x0: Tensor | None,
-    n: Tensor | None,
+    n: Tensor | Philox | None,
     *,
     p: Tensor | float | None = None,
     q: Tensor | float | None = None,
@@ -33,7 +34,8 @@ def loss(
 
     Args:
         prediction: the network's output, any floating-point dtype, [batch, ...].
-        x0, n: data and noise, shaped as prediction; one that p or q leaves out (None) is not read.
+        x0, n: data and noise, shaped as prediction; one that p or q leaves out (None) is not read. A ``Philox`` makes
+            the noise again.
         p, q, weight, scale, c: rows (``fastdiff.ops.checks.place_rows``) or numbers. ``weight`` may require grad.
         mask: bool or float, broadcastable to prediction.
         function: "mse" e^2, "l1" |e|, "smooth_l1" and "pseudo_huber" with constant c, "log_cosh".
@@ -52,9 +54,11 @@ def loss(
     x0, n = (x0 if p is not None else None), (n if q is not None else None)
     if x0 is not None:
         check_floating(x0=x0)
-    if n is not None:
+    if isinstance(n, Tensor):
         check_floating(noise=n)
-    check_alike(x0=x0, noise=n, prediction=prediction)
+    given = n if isinstance(n, Tensor) else None
+    check_alike(x0=x0, noise=given, prediction=prediction)
+    check_noise(prediction=prediction, noise=n)
     if prediction.ndim == 0:
         raise ValueError("prediction must have a batch dimension; got a scalar.")
     _one_of("function", function, FUNCTIONS)
@@ -64,7 +68,7 @@ def loss(
         raise ValueError(f"{function} needs its constant c.")
     _check_mask(mask, mask_normalization, reduction, prediction)
 
-    dtype = compute_dtype(prediction, x0, n)
+    dtype = compute_dtype(prediction, x0, given)
     shape, device = prediction.shape, prediction.device
     if row_shape is None:
         shared = not isinstance(weight, Tensor) or weight.numel() == 1

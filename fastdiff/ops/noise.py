@@ -39,14 +39,17 @@ class Philox:
     stream: int = Stream.NOISE
     offset: float = 0.0
 
+    def check(self, shape: torch.Size) -> None:
+        """Raise ValueError unless this noise can be made for ``shape``."""
+        if self.offset and len(shape) < 3:
+            raise ValueError(
+                f"offset noise adds one number a channel, so x0 must be [batch, channels, ...]; got {tuple(shape)}."
+            )
+
     def tensor(self, shape: torch.Size, device: torch.device) -> Tensor:
         """The noise itself: float32 of ``shape``."""
         n = philox.normal(self.seed, tuple(shape), self.stream, self.sample_offset, device=device)
         if self.offset:
-            if len(shape) < 3:
-                raise ValueError(
-                    f"offset noise adds one number a channel, so x0 must be [batch, channels, ...]; got {tuple(shape)}."
-                )
             channels = philox.normal(
                 self.seed, tuple(shape[:2]), Stream.OFFSET, self.sample_offset, device=device
             ).reshape(*shape[:2], *(1,) * (len(shape) - 2))
@@ -62,7 +65,8 @@ def noise(
     *,
     perturbation: float = 0.0,
     perturbation_noise: Tensor | Philox | None = None,
-) -> tuple[Tensor, Tensor]:
+    keep_noise: bool = True,
+) -> tuple[Tensor, Tensor | Philox]:
     """x_t = alpha x0 + sigma (n + perturbation xi).
 
     Args:
@@ -71,27 +75,34 @@ def noise(
         n: the noise, shaped as x0; or a ``Philox`` to make it from.
         perturbation, perturbation_noise: input perturbation (Ning et al. 2023): x_t sees n + perturbation xi, a target
             made with the returned noise does not.
+        keep_noise: return noise that was made here as a tensor; False returns the ``Philox``, from which it can be
+            made again: no full-size memory.
 
     Returns:
-        (x_t in the dtype of x0, n as used: float32, or float64 with float64 inputs, or the tensor that was given).
+        (x_t in the dtype of x0, n: what was given, or the noise that was made: float32, float64 with float64 inputs).
 
     Differentiable in x0, alpha, sigma and a given n. Raises TypeError or ValueError for unfit inputs.
     """
     check_floating(x0=x0)
-    given = n if isinstance(n, Tensor) else None
-    if given is not None:
-        check_floating(noise=given)
-    check_alike(x0=x0, noise=given)
-    dtype = compute_dtype(x0, given)
-    if given is None:
-        n = n.tensor(x0.shape, x0.device).to(dtype)
-    seen = n
+    given = check_noise(x0=x0, noise=n)
+    xi = None
     if perturbation:
-        xi = perturbation_noise
-        if xi is None:
+        if perturbation_noise is None:
             raise ValueError("perturbation needs perturbation_noise: a tensor like x0, or a Philox.")
-        xi = xi if isinstance(xi, Tensor) else xi.tensor(x0.shape, x0.device)
-        check_alike(x0=x0, perturbation_noise=xi)
-        seen = n.to(dtype) + perturbation * xi.to(dtype)
-    alpha, sigma = place_all(x0.shape, dtype, x0.device, alpha=alpha, sigma=sigma)
-    return backends.get(x0.device).noise(x0, seen, alpha, sigma, x0.dtype), n
+        check_noise(x0=x0, perturbation_noise=perturbation_noise)
+        xi = perturbation_noise
+    alpha, sigma = place_all(x0.shape, compute_dtype(x0, given), x0.device, alpha=alpha, sigma=sigma)
+    return backends.get(x0.device).noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
+
+
+def check_noise(**tensors: Tensor | Philox | None) -> Tensor | None:
+    """Check noise against the tensor it goes with, which comes first: the noise if it is a tensor, else None."""
+    (name, like), (noise_name, n) = tensors.items()
+    if n is None:
+        return None
+    if isinstance(n, Philox):
+        n.check(like.shape)
+        return None
+    check_floating(**{noise_name: n})
+    check_alike(**{name: like, noise_name: n})
+    return n

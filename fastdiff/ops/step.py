@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import backends
 from .checks import check_alike, check_clip, check_floating, compute_dtype, place_rows
+from .noise import Philox, check_noise
 
 # The columns of a table of steps, one row a step:
 #   x0 = p_x x + p_m m, clamped
@@ -28,7 +29,7 @@ def step(
     guidance: Tensor | float = 1.0,
     clip: float | None = None,
     history: Sequence[Tensor] = (),
-    noise: Tensor | None = None,
+    noise: Tensor | Philox | None = None,
     log_variance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of any linear sampler.
@@ -41,7 +42,7 @@ def step(
         guidance: the guidance scale: a number, or rows.
         clip: clamp the x0 estimate to [-clip, clip].
         history: up to four tensors kept from earlier steps, the latest first.
-        noise: z, shaped as x; None adds none, whatever c_noise.
+        noise: z, shaped as x, or a ``Philox`` to make it from; None adds none, whatever c_noise.
         log_variance: v, for a learned variance: the noise is scaled by exp((l_0 + l_v v) / 2) too.
 
     Returns:
@@ -50,10 +51,11 @@ def step(
     Raises TypeError or ValueError for unfit inputs.
     """
     check_floating(x=x, model_output=m, row=row)
-    tensors = {"uncond": uncond, "noise": noise, "log_variance": log_variance}
+    tensors = {"uncond": uncond, "log_variance": log_variance}
     tensors |= {f"history[{j}]": entry for j, entry in enumerate(history)}
     check_floating(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
     check_alike(x=x, model_output=m, **tensors)
+    check_noise(x=x, noise=noise)
     if len(history) > 4:
         raise ValueError(f"at most 4 history tensors are used; got {len(history)}.")
     check_clip(clip)

@@ -7,14 +7,30 @@ dtype: float32, or float64 where a full-size input is float64. Results are round
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def noise(x0: Tensor, n: Tensor, alpha: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor:
-    """x_t = alpha x0 + sigma n."""
-    return (alpha * x0.to(alpha.dtype) + sigma * n.to(alpha.dtype)).to(dtype)
+def made(n: Any, like: Tensor) -> Any:
+    """Noise as a tensor: ``n`` itself, or made from its ``Philox`` (``fastdiff.ops.Philox``). None passes through."""
+    return n if n is None or isinstance(n, Tensor) else n.tensor(like.shape, like.device)
+
+
+def noise(
+    x0: Tensor, n: Any, alpha: Tensor, sigma: Tensor, perturbation: float, xi: Any, keep_noise: bool
+) -> tuple[Tensor, Any]:
+    """(alpha x0 + sigma (n + perturbation xi), n as a tensor or, without ``keep_noise``, as it came)."""
+    dtype = alpha.dtype
+    source, n = n, made(n, x0)
+    if n is not source:
+        n = n.to(dtype)
+    seen = n.to(dtype)
+    if xi is not None:
+        seen = seen + perturbation * made(xi, x0).to(dtype)
+    x_t = (alpha * x0.to(dtype) + sigma * seen).to(x0.dtype)
+    return x_t, n if keep_noise else source
 
 
 class _Error(torch.autograd.Function):
@@ -75,7 +91,7 @@ def error_derivative(e: Tensor, c: Tensor | None, function: str) -> Tensor:
 def loss(
     prediction: Tensor,
     x0: Tensor | None,
-    n: Tensor | None,
+    n: Any,
     p: Tensor | None,
     q: Tensor | None,
     scale: Tensor | None,
@@ -95,7 +111,7 @@ def loss(
     if p is not None and x0 is not None:
         target = p * x0.to(dtype)
     if q is not None and n is not None:
-        target = target + q * n.to(dtype)
+        target = target + q * made(n, prediction).to(dtype)
     e = prediction.to(dtype) - target
     if scale is not None:
         e = scale * e
@@ -141,7 +157,7 @@ def step(
     row: dict[str, Tensor],
     clip: float | None,
     history: tuple[Tensor, ...],
-    noise: Tensor | None,
+    noise: Any,
     log_variance: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,6 +177,6 @@ def step(
         strength = row["c_noise"]
         if log_variance is not None:
             strength = strength * torch.exp(0.5 * (row["l_0"] + row["l_v"] * log_variance.to(compute)))
-        y = y + strength * noise.to(compute)
+        y = y + strength * made(noise, x).to(compute)
     entry = row["h_x"] * x + row["h_m"] * m + row["h_x0"] * x0
     return y.to(dtype), x0.to(dtype), entry
