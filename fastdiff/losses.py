@@ -95,7 +95,7 @@ class PseudoHuber(Loss):
         else:
             # 1 / (1 + sigma / alpha), written without the division by alpha = 0.
             c = (1 - self.c) * (levels.alpha / (levels.alpha + levels.sigma)) ** 2 + self.c
-        return c, {"plain": 1.0, "scaled": 2 * c, "normalized": 2.0}[self.form]
+        return c, 1.0 if self.form == "plain" else 2.0 if self.form == "normalized" else 2 * c
 
 
 @dataclass(frozen=True)

@@ -77,10 +77,12 @@ class Process:
 
     Attributes:
         discrete: t is an integer index in [0, steps - 1]; otherwise a float in [t_min, t_max].
+        steps: the number of timesteps, of discrete processes.
         variance_preserving: x_t of unit-variance data keeps unit variance, so sampling starts from a standard normal.
     """
 
     discrete = False
+    steps: int
     variance_preserving = False
     t_min, t_max = 0.0, 1.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,14 +40,14 @@ class Philox:
     stream: int = Stream.NOISE
     offset: float = 0.0
 
-    def check(self, shape: torch.Size) -> None:
+    def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError unless this noise can be made for ``shape``."""
         if self.offset and len(shape) < 3:
             raise ValueError(
                 f"offset noise adds one number a channel, so x0 must be [batch, channels, ...]; got {tuple(shape)}."
             )
 
-    def tensor(self, shape: torch.Size, device: torch.device) -> Tensor:
+    def tensor(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """The noise itself: float32 of ``shape``."""
         n = philox.normal(self.seed, tuple(shape), self.stream, self.sample_offset, device=device)
         if self.offset:
@@ -97,12 +98,12 @@ def noise(
 
 def check_noise(**tensors: Tensor | Philox | None) -> Tensor | None:
     """Check noise against the tensor it goes with, which comes first: the noise if it is a tensor, else None."""
-    (name, like), (noise_name, n) = tensors.items()
-    if n is None:
-        return None
+    (like_name, like), (name, n) = tensors.items()
+    assert isinstance(like, Tensor)
     if isinstance(n, Philox):
         n.check(like.shape)
-        return None
-    check_floating(**{noise_name: n})
-    check_alike(**{name: like, noise_name: n})
-    return n
+    elif n is not None:
+        check_floating(**{name: n})
+        check_alike(**{like_name: like, name: n})
+        return n
+    return None

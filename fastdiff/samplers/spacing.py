@@ -30,15 +30,17 @@ def discrete_timesteps(total: int, steps: int, spacing: str = "trailing", steps_
         times = ((steps - 1 - index) * (total // steps)).round() + steps_offset
     else:
         times = (index * ((total - 1) / max(1, steps - 1))).round().flip(0)
-    return checked_timesteps([int(t) for t in times], total)
+    return checked_timesteps(times.tolist(), total)
 
 
-def checked_timesteps(times: Sequence[int], total: int) -> list[int]:
+def checked_timesteps(times: Sequence[float], total: int) -> list[int]:
     """``times`` as a list. Raises ValueError unless it falls strictly within [0, total - 1]."""
-    times = [int(t) for t in times]
-    if not times or times[0] >= total or times[-1] < 0 or any(a <= b for a, b in pairwise(times)):
-        raise ValueError(f"timesteps must fall strictly from at most {total - 1} to at least 0; got {times[:5]}...")
-    return times
+    indices = [int(t) for t in times]
+    fall = all(a > b for a, b in pairwise(indices))
+    if not indices or indices[0] >= total or indices[-1] < 0 or not fall or indices != list(times):
+        shown = ", ".join(str(t) for t in list(times)[:5])
+        raise ValueError(f"timesteps must be integers that fall from at most {total - 1} to at least 0; got {shown}...")
+    return indices
 
 
 def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:

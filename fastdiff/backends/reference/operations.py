@@ -53,8 +53,8 @@ class _Error(torch.autograd.Function):
         return upstream * error_derivative(e, c, ctx.function), None, None
 
 
-def error_function(e: Tensor, c: Tensor | None, function: str) -> Tensor:
-    """rho(e; c), elementwise."""
+def error_function(e: Tensor, c: Any, function: str) -> Tensor:
+    """rho(e; c), elementwise; c is None for a function without a constant."""
     if function == "mse":
         return e * e
     size = e.abs()
@@ -72,7 +72,7 @@ def error_function(e: Tensor, c: Tensor | None, function: str) -> Tensor:
     raise AssertionError(function)
 
 
-def error_derivative(e: Tensor, c: Tensor | None, function: str) -> Tensor:
+def error_derivative(e: Tensor, c: Any, function: str) -> Tensor:
     """d rho / d e; 0 at the corner of |e|."""
     if function == "mse":
         return 2 * e

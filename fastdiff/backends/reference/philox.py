@@ -55,6 +55,15 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) ->
     return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 
 
+def _lacks_float64(device: torch.device | str | None) -> bool:
+    """Apple's MPS has none, and the transform needs it to emulate fma: there, noise comes from the CPU."""
+    return device is not None and torch.device(device).type == "mps"
+
+
+def _on_cpu(seed: int | Tensor) -> int | Tensor:
+    return seed.cpu() if isinstance(seed, Tensor) else seed
+
+
 def _words(
     seed: int | Tensor, samples: int, groups: int, stream: int, sample_offset: int, device
 ) -> tuple[Tensor, ...]:
@@ -75,11 +84,10 @@ def _words(
 
 def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int = 0, device=None) -> Tensor:
     """One uniform a sample in the open interval (0, 1): float64 [samples], 52 random bits each."""
+    if _lacks_float64(device):
+        return uniform(_on_cpu(seed), samples, stream, sample_offset).float().to(device)
     o0, o1, _, _ = _words(seed, samples, 1, stream, sample_offset, device)
-    dtype = torch.float32 if o0.device.type == "mps" else torch.float64
-    if dtype == torch.float32:
-        return ((o0 >> 9).to(dtype)[:, 0] + 0.5) * 2.0**-23
-    return (((o0 << 20) | (o1 >> 12)).to(dtype)[:, 0] + 0.5) * 2.0**-52
+    return (((o0 << 20) | (o1 >> 12)).double()[:, 0] + 0.5) * 2.0**-52
 
 
 def normal(
@@ -100,6 +108,8 @@ def normal(
         elements *= size
     if samples == 0 or elements == 0:
         return torch.empty(shape, dtype=dtype, device=device)
+    if _lacks_float64(device):
+        return normal(_on_cpu(seed), shape, stream, sample_offset, dtype).to(device)
     groups = (elements + 3) // 4
     o0, o1, o2, o3 = _words(seed, samples, groups, stream, sample_offset, device)
     lanes = torch.stack([*_box_muller(o0, o1), *_box_muller(o2, o3)], -1)
