@@ -117,19 +117,20 @@ class Process:
         """
         if not t.is_floating_point():
             raise TypeError(
-                f"{self!r} is continuous: t must be floating point in [{self.t_min:g}, {self.t_max:g}]; "
+                f"{self!r} is continuous: t must be floating point in {self._range()}; "
                 f"got dtype {t.dtype}. Convert indices to times first, for example t = (index + 0.5) / steps."
             )
         if value_checks_are_free(t) and t.numel():
             inside = (t >= self.t_min) & (t <= self.t_max) & t.isfinite()
             if not bool(inside.all()):
-                raise ValueError(
-                    f"t must lie in [{self.t_min:g}, {self.t_max:g}] for {self!r}; got {_first(t[~inside])}."
-                )
+                raise ValueError(f"t must lie in {self._range()} for {self!r}; got {_first(t[~inside])}.")
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self._arguments().items())
         return f"{type(self).__name__}({arguments})"
+
+    def _range(self) -> str:
+        return f"[{self.t_min:g}, {self.t_max:g}" + ("]" if math.isfinite(self.t_max) else ")")
 
     def _arguments(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if not key.startswith("_")}
@@ -255,7 +256,7 @@ class RectifiedFlow(Process):
         shift: sigma = shift t / (1 + (shift - 1) t) for t in [0, 1] (Esser et al. 2024, equation 23). > 0.
         sigma_min: noise left on the data at t = 0: the noise's factor is sigma + sigma_min (1 - sigma), in [0, 1).
 
-    A network is told sigma, not t, as in the trainers of SD3 and Flux (they pass 1000 sigma).
+    A network is told that sigma (without sigma_min), not t, as in the trainers of SD3 and Flux (they pass 1000 sigma).
     """
 
     def __init__(self, shift: float = 1.0, sigma_min: float = 0.0):
