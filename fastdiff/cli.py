@@ -1,0 +1,133 @@
+"""The command line: ``fastdiff demo``, ``fastdiff sample`` and ``fastdiff doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__, doctor
+from .demo import DemoError, run
+from .demo.settings import PROCESSES, SAMPLERS, Settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 2 for what the user can put right, 1 for the machine, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except DemoError as error:
+        print(f"fastdiff: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that cannot be written to
+        print(f"fastdiff: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastdiff", description="Fast arithmetic for diffusion models.")
+    parser.add_argument("--version", action="version", version=f"fastdiff {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_sample(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train a small U-Net on real images and draw new ones",
+        description="Train a small class-conditional U-Net on handwritten digits (or your own images), draw new ones, "
+        "and say how many a classifier recognises. A run that was killed goes on with --resume, to the same bits.",
+    )
+    parser.set_defaults(command=_demo)
+    setting = parser.add_argument_group("settings").add_argument
+    setting("--data", metavar="DIR", help="PNG and JPEG images; subfolders are classes (default: 1797 real digits)")
+    setting("--size", type=int, help="with --data: resize to SIZE x SIZE (default 32)")
+    setting("--gray", action="store_true", default=None, help="with --data: one channel")
+    setting("--process", metavar="NAME", help=f"{', '.join(PROCESSES)} (default vp-linear)")
+    setting("--prediction", metavar="NAME", help="epsilon, v_prediction, flow, edm, ... (default: the process's)")
+    setting("--weighting", metavar="NAME", help="uniform, min-snr, p2, ... (default uniform)")
+    setting("--loss", metavar="NAME", help="mse, l1, huber, pseudo-huber, ... (default mse)")
+    setting("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim for flow and edm, else ddpm)")
+    setting("--guidance", type=float, help="strength of classifier-free guidance, 1 is none (default 1.5)")
+    setting("--steps", type=int, help="training steps (default 1000)")
+    setting("--batch", type=int, help="images a step (default 256, with --data 64)")
+    setting("--sample-steps", type=int, help="sampling steps (default 50)")
+    setting("--width", type=int, help="channels of the U-Net, a multiple of 8 (default 32)")
+    setting("--seed", type=int, help="of everything random (default 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: a fresh runs/demo-TIME)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument(
+        "--save-every", type=int, default=100, metavar="STEPS", help="checkpoint interval (default 100)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default 1 up to 16 x 16, else at most 8)")
+    _add_device(parser)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    run.demo(
+        run.DemoOptions(
+            settings={field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)},
+            out=options.out,
+            resume=options.resume,
+            device=options.device,
+            threads=options.threads,
+            save_every=options.save_every,
+        )
+    )
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="draw images from a checkpoint of the demo",
+        description="Draw a grid of images from a checkpoint of the demo. What is not given is as in that run.",
+    )
+    parser.set_defaults(command=_sample)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--classes", metavar="A,B,...", help="the class of each image, by name or index")
+    which.add_argument("--count", type=int, help="so many images, of the classes in turn")
+    parser.add_argument("--sampler", choices=SAMPLERS)
+    parser.add_argument("--steps", type=int, help="sampling steps")
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    _add_device(parser)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    run.draw_samples(
+        options.checkpoint,
+        options.out,
+        classes=None if options.classes is None else options.classes.split(","),
+        count=options.count,
+        sampler=options.sampler,
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
+        overwrite=options.overwrite,
+        device=options.device,
+    )
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="show versions, devices and backends",
+        description="Show versions, devices, and which backends are available, or why not.",
+    )
+    parser.set_defaults(command=lambda options: doctor.show(options.json))
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default auto)")

@@ -1,0 +1,85 @@
+"""Checkpoints: plain tensors, numbers and strings in one file, complete or absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import DemoError
+from .files import write_atomically
+from .settings import Settings
+from .unet import UNet
+
+FORMAT = "fastdiff-demo-1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run as far as it has come.
+
+    Attributes:
+        settings: of the run.
+        data: "channels", "class_names" and "fingerprint" of the images.
+        network: arguments of ``UNet``.
+        step: training steps done.
+        model, ema, optimizer: state dicts.
+        losses: float64 [step], the loss of every step.
+        time_loss: float64 [2, quarters, bins], sum and number of the losses by quarter of training and by time.
+        machine: "device", "threads" and "torch" of the run so far: with others the bits may differ.
+        seconds: spent in training.
+    """
+
+    settings: Settings
+    data: dict[str, Any]
+    network: dict[str, Any]
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    losses: Tensor
+    time_loss: Tensor
+    machine: dict[str, Any]
+    seconds: float
+
+    def ema_network(self, device: torch.device) -> UNet:
+        """The network with the averaged weights, which samples are drawn from."""
+        network = UNet(**self.network)
+        network.load_state_dict(self.ema)
+        return network.to(device).eval().requires_grad_(False)
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write atomically."""
+    contents = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
+    contents |= {"format": FORMAT, "settings": dataclasses.asdict(checkpoint.settings)}
+    write_atomically(path, lambda file: torch.save(contents, file))
+
+
+def load(path: Path) -> Checkpoint:
+    """Read onto the CPU. Raises DemoError for a file that is missing, truncated, corrupt or something else."""
+    if not path.is_file():
+        raise DemoError(f"there is no checkpoint {path}.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load does not compare the checksums.
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, zlib, pickle and torch raise a dozen kinds for damaged files
+        # torch's advice to allow what a file asks for is not the user's to take.
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds more than plain tensors" if unsafe else str(error).strip().split("\n")[0]
+        raise DemoError(f"{path} is truncated, damaged or no checkpoint of fastdiff's demo ({reason}).") from error
+    if not isinstance(contents, dict) or contents.pop("format", None) != FORMAT:
+        raise DemoError(f"{path} is no checkpoint of this version of fastdiff's demo.")
+    try:
+        return Checkpoint(**contents | {"settings": Settings(**contents["settings"])})
+    except (TypeError, KeyError) as error:
+        raise DemoError(f"{path} is no checkpoint of this version of fastdiff's demo ({error}).") from error

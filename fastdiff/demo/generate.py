@@ -1,0 +1,76 @@
+"""Drawing images from a trained network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import fastdiff
+
+from . import DemoError
+from .settings import Recipe
+from .unet import UNet
+
+PIXELS_A_CALL = 2**17  # bounds the memory: 2048 digits, or 2 images of 256 x 256
+
+
+def draw(
+    network: UNet,
+    recipe: Recipe,
+    labels: Tensor,
+    steps: int,
+    guidance: float,
+    seed: int,
+    progress: bool = True,
+    callback: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """One image for each of the labels [N]: float32 [N, C, H, W] on the CPU, in [-1, 1].
+
+    Image i depends on the seed, i and its label alone. ``callback`` is ``fastdiff.sample``'s.
+    """
+    device = next(network.parameters()).device
+    channels, size = network.settings["channels"], network.settings["size"]
+    chunk = max(1, PIXELS_A_CALL // size**2)
+    images = []
+    for first in range(0, len(labels), chunk):
+        condition = labels[first : first + chunk].to(device)
+        try:
+            part = fastdiff.sample(
+                network,
+                (len(condition), channels, size, size),
+                recipe.process,
+                recipe.sampler,
+                steps,
+                recipe.objective.prediction,
+                cond=condition,
+                uncond=torch.full_like(condition, network.null_class),
+                guidance=guidance,
+                seed=seed,
+                sample_offset=first,
+                progress=progress,
+                callback=callback,
+            )
+        except ValueError as error:
+            raise DemoError(str(error)) from error
+        images.append(part.clamp(-1, 1).cpu())
+    return torch.cat(images)
+
+
+def trajectory(
+    network: UNet, recipe: Recipe, labels: Tensor, steps: int, guidance: float, seed: int, columns: int = 7
+) -> tuple[list[str], Tensor, Tensor]:
+    """How images come about: titles of the columns, and x and the estimate of x0, each [columns, N, C, H, W]."""
+    shown = sorted({round(k) for k in torch.linspace(0, steps - 1, columns).tolist()})
+    titles, seen, estimates = [], [], []
+
+    def record(step: int, t: Tensor, x: Tensor, x0: Tensor) -> None:
+        if step in shown:
+            time = f"{int(t)}" if recipe.process.discrete else f"{float(t):.2g}"
+            titles.append(f"step {step + 1}\nt = {time}")
+            seen.append(x.cpu())
+            estimates.append(x0.cpu())
+
+    draw(network, recipe, labels, steps, guidance, seed, progress=False, callback=record)
+    return titles, torch.stack(seen), torch.stack(estimates)

@@ -1,0 +1,171 @@
+"""The demo's pictures, as PNG files written atomically."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff import EDM, Process
+
+from .files import write_atomically
+from .training import LN_SIGMA_RANGE
+
+CELL = 0.55  # inches an image takes
+GAP = 0.06  # between images, as a part of an image
+MIN_WIDTH = 8.5  # inches: room for the longest title
+COLOURS = ("#b9c6d6", "#84a3c4", "#3f74a8", "#0b3c68")  # the quarters of training, early to late
+
+
+def loss_plot(path: Path, losses: Tensor, time_loss: Tensor, process: Process, title: str) -> None:
+    """The loss of every step, smoothed too, and the mean loss by time in each quarter of the training."""
+    figure = _figure(10, 4.2)
+    figure.suptitle(title, fontsize=11)
+    curve, by_time = figure.subplots(1, 2)
+    steps = torch.arange(1, len(losses) + 1)
+    curve.plot(steps, losses, color=COLOURS[0], linewidth=0.6, label="each step")
+    window = max(1, len(losses) // 40)
+    curve.plot(steps[window - 1 :], _running_mean(losses, window), color=COLOURS[-1], label=f"mean of {window} steps")
+    curve.set(xlabel="training step", ylabel="loss", title="Loss during training")
+    by_time.set(ylabel="mean loss", title="Loss against time", xlabel=_time_label(process))
+    times = _bin_centres(process, time_loss.shape[-1])
+    for quarter, (total, number) in enumerate(time_loss.transpose(0, 1)):
+        seen = number > 0
+        if bool(seen.any()):
+            label = f"{('first', 'second', 'third', 'last')[quarter]} quarter of training"
+            by_time.plot(times[seen], (total / number)[seen], color=COLOURS[quarter], label=label, marker=".")
+    for axes in (curve, by_time):
+        if min(line.get_ydata().min() for line in axes.lines) > 0:
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both", linewidth=0.5)
+        axes.legend(fontsize=9, edgecolor="none", framealpha=0.85)
+    _write(figure, path)
+
+
+def samples_plot(path: Path, real: Sequence[Tensor], generated: Sequence[Tensor], names: list[str], title: str) -> None:
+    """One row a class: real images left, generated ones right. Each entry is [n, C, H, W] of one class."""
+    columns = [max(len(images) for images in side) for side in (real, generated)]
+    figure = _figure(max(MIN_WIDTH, CELL * (sum(columns) + 1) + 1.2), CELL * len(names) + 1.1)
+    figure.suptitle(title, fontsize=11)
+    grids = figure.subplots(1, 2, width_ratios=columns)
+    for axes, side, width, heading in zip(grids, (real, generated), columns, ("real", "generated"), strict=True):
+        _show_grid(axes, [_filled(images, width) for images in side])
+        axes.set_title(heading)
+    _name_rows(grids[0], names)
+    _write(figure, path)
+
+
+def trajectory_plot(
+    path: Path, columns: list[str], seen: Tensor, estimates: Tensor, names: list[str], title: str
+) -> None:
+    """From noise to image: x and the network's estimate of x0, each [columns, rows, C, H, W]."""
+    figure = _figure(max(MIN_WIDTH, CELL * 1.25 * (2 * len(columns) + 1) + 1.2), CELL * 1.25 * len(names) + 1.5)
+    figure.suptitle(title, fontsize=11)
+    # A process that does not keep the variance starts far outside of [-1, 1]: show it as noise, not as black and white.
+    seen = seen / seen.std(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1)
+    grids = figure.subplots(1, 2)
+    for axes, images, heading in zip(grids, (seen, estimates), ("x after the step", "estimate of x0"), strict=True):
+        _show_grid(axes, list(images.transpose(0, 1)))
+        axes.set_title(heading, pad=30)
+        axes.set_xticks(_centres(len(columns), images.shape[-1]), columns, fontsize=7)
+        axes.xaxis.tick_top()
+    _name_rows(grids[0], names)
+    _write(figure, path)
+
+
+def grid_plot(path: Path, images: Tensor, captions: list[str], columns: int, title: str) -> None:
+    """Images [N, C, H, W] in rows of ``columns``, each with its caption above."""
+    rows = -(-len(images) // columns)
+    figure = _figure(max(CELL * 1.4 * columns + 0.4, 5.0), CELL * 1.75 * rows + 0.6)
+    figure.suptitle(title, fontsize=11)
+    for axes, image, caption in zip(
+        figure.subplots(rows, columns, squeeze=False).flat,
+        [*images, *[None] * (rows * columns - len(images))],
+        [*captions, *[""] * (rows * columns - len(images))],
+        strict=True,
+    ):
+        axes.axis("off")
+        if image is not None:
+            axes.imshow(_pixels(image), vmin=0, vmax=1, cmap="gray", interpolation="nearest")
+            axes.set_title(_shortened(caption), fontsize=8, pad=2)
+    _write(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    # No pyplot: nothing global, no display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _write(figure: Any, path: Path) -> None:
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
+
+
+def _show_grid(axes: Any, rows: list[Tensor]) -> None:
+    """Rows of images, each [columns, C, H, W], as one picture with gaps."""
+    gap = _gap(rows[0].shape[-1])
+    # Infinite outside of the images: transparent, whatever the background.
+    picture = torch.cat([torch.cat(list(F.pad(row, (0, gap, 0, gap), value=torch.nan)), dim=-1) for row in rows], -2)
+    axes.imshow(_pixels(picture), vmin=0, vmax=1, cmap="gray", interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+
+
+def _pixels(image: Tensor) -> Any:
+    """[C, H, W] in [-1, 1] as matplotlib wants it: [H, W], or [H, W, 4] with transparency where it is NaN."""
+    image = ((image.clamp(-1, 1) + 1) / 2).movedim(0, -1)
+    if image.shape[-1] == 1:
+        return image[..., 0].numpy()
+    opaque = (~image[..., :1].isnan()).to(image.dtype)
+    return torch.cat([image.nan_to_num(0), opaque], dim=-1).numpy()
+
+
+def _filled(images: Tensor, count: int) -> Tensor:
+    """[n, ...] with NaN images appended up to ``count``."""
+    missing = images.new_full((count - len(images), *images.shape[1:]), torch.nan)
+    return torch.cat([images, missing])
+
+
+def _gap(size: int) -> int:
+    return max(1, round(GAP * size))
+
+
+def _centres(count: int, size: int) -> list[float]:
+    pitch = size + _gap(size)
+    return [index * pitch + (size - 1) / 2 for index in range(count)]
+
+
+def _name_rows(axes: Any, names: list[str]) -> None:
+    height = axes.images[0].get_array().shape[0] // len(names)
+    size = next(size for size in range(1, height + 1) if size + _gap(size) == height)
+    axes.set_yticks(_centres(len(names), size), [_shortened(name) for name in names])
+    axes.set_ylabel("class")
+
+
+def _shortened(name: str, length: int = 14) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _running_mean(values: Tensor, window: int) -> Tensor:
+    return values.unfold(0, window, 1).mean(-1)
+
+
+def _bin_centres(process: Process, bins: int) -> Tensor:
+    fraction = (torch.arange(bins) + 0.5) / bins
+    if isinstance(process, EDM):
+        low, high = LN_SIGMA_RANGE
+        return low + fraction * (high - low)
+    return fraction * getattr(process, "steps", 1)
+
+
+def _time_label(process: Process) -> str:
+    if isinstance(process, EDM):
+        return "ln(sigma): clean to noise"
+    return "timestep t: clean to noise" if process.discrete else "time t: clean to noise"

@@ -1,0 +1,178 @@
+"""The training loop. Random choices are functions of (seed, step): a resumed run repeats an uninterrupted one."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import EDM, Noised
+
+from .checkpoint import Checkpoint
+from .data import ImageData
+from .settings import Recipe, Settings
+from .unet import UNet
+
+LEARNING_RATE = 2e-3
+WARM_UP = 100  # steps, or a tenth of a shorter run
+EMA_DECAY = 0.995
+LABEL_DROPOUT = 0.1
+QUARTERS, TIME_BINS = 4, 25
+LN_SIGMA_RANGE = (math.log(0.01), math.log(20.0))  # EDM's sigmas as its LogNormal draws them, about +- 2.9 std
+
+
+class Trainer:
+    """A network, its average and its optimizer, somewhere between step 0 and the last.
+
+    Args:
+        data: the images to learn.
+        resume: continue from it instead of starting.
+        machine: recorded in the checkpoints.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        recipe: Recipe,
+        data: ImageData,
+        device: torch.device,
+        machine: dict[str, Any],
+        resume: Checkpoint | None = None,
+    ):
+        self.settings, self.recipe, self.data, self.device, self.machine = settings, recipe, data, device, machine
+        self.data_description = {
+            "channels": data.images.shape[1],
+            "class_names": data.class_names,
+            "fingerprint": data.fingerprint(),
+        }
+        # Small enough for any device; indexing there saves a copy a step.
+        self.images, self.labels = data.images.to(device), data.labels.to(device)
+        channels, size = data.images.shape[1:3]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(settings.seed, "weights"))
+            network = UNet(channels, size, len(data.class_names), recipe.time_scale, settings.width)
+        self.model = network.to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps"
+        )
+        self.step, self.seconds = 0, 0.0
+        self.losses: list[float] = []
+        self.time_loss = torch.zeros(2, QUARTERS, TIME_BINS, dtype=torch.float64)
+        if resume is not None:
+            self.model.load_state_dict(resume.model)
+            self.ema.load_state_dict(resume.ema)
+            self.optimizer.load_state_dict(resume.optimizer)
+            self.step, self.seconds = resume.step, resume.seconds
+            self.losses, self.time_loss = resume.losses.tolist(), resume.time_loss.clone()
+
+    def checkpoint(self) -> Checkpoint:
+        """The state as it is now; it shares memory with the trainer."""
+        return Checkpoint(
+            settings=self.settings,
+            data=self.data_description,
+            network=self.model.settings,
+            step=self.step,
+            model=self.model.state_dict(),
+            ema=self.ema.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            losses=torch.tensor(self.losses, dtype=torch.float64),
+            time_loss=self.time_loss,
+            machine=self.machine,
+            seconds=self.seconds,
+        )
+
+    def train(self, save: Callable[[Checkpoint], None], save_every: int) -> None:
+        """Run to the last step under a progress bar; ``save`` every so many steps and after the last."""
+        from tqdm.auto import tqdm
+
+        settings = self.settings
+        with tqdm(total=settings.steps, initial=self.step, unit="step", desc="training") as bar:
+            started, seconds_before, first_step = time.perf_counter(), self.seconds, self.step
+            while self.step < settings.steps:
+                loss = self.train_step()
+                elapsed = time.perf_counter() - started
+                self.seconds = seconds_before + elapsed
+                speed = (self.step - first_step) * settings.batch / elapsed
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
+                bar.update()
+                if self.step % save_every == 0 or self.step == settings.steps:
+                    save(self.checkpoint())
+
+    def train_step(self) -> float:
+        """One step; returns its loss."""
+        settings, objective = self.settings, self.recipe.objective
+        index = batch_indices(len(self.images), settings.batch, self.step, settings.seed).to(self.device)
+        labels = drop_labels(self.labels[index], self.model.null_class, self.step, settings.seed)
+        # The seed gives t and noise by sample index: no sample of the run has those of another.
+        noised = objective.noise(self.images[index], seed=settings.seed, sample_offset=self.step * settings.batch)
+        output = self.model(noised.model_input, noised.model_time, labels)
+        row_losses = objective.loss(output, noised, reduction="none")
+        loss = row_losses.mean()
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, settings.steps)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self._update_ema()
+
+        quarter = QUARTERS * self.step // settings.steps
+        bins = (time_fraction(noised) * TIME_BINS).long().clamp(0, TIME_BINS - 1).cpu()
+        row_losses = row_losses.detach().double().cpu()
+        self.time_loss[0, quarter] += torch.bincount(bins, row_losses, TIME_BINS)
+        self.time_loss[1, quarter] += torch.bincount(bins, minlength=TIME_BINS)
+        self.losses.append(loss.item())
+        self.step += 1
+        return self.losses[-1]
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        # The ramp lets the average forget the random start, as in TensorFlow's ExponentialMovingAverage.
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+
+
+def derived_seed(seed: int, purpose: str, index: int = 0) -> int:
+    """A 63-bit seed for one purpose and step: unrelated to those of every other."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def batch_indices(count: int, batch: int, step: int, seed: int) -> Tensor:
+    """int64 [batch]: the batch of a step from the endless row of shuffled epochs."""
+    first = step * batch
+    epochs = range(first // count, (first + batch - 1) // count + 1)
+    order = torch.cat([torch.randperm(count, generator=_generator(seed, "order", epoch)) for epoch in epochs])
+    return order[first % count :][:batch]
+
+
+def drop_labels(labels: Tensor, null_class: int, step: int, seed: int) -> Tensor:
+    """``labels`` [B] with a tenth of them replaced by the null class, for classifier-free guidance."""
+    dropped = torch.rand(len(labels), generator=_generator(seed, "labels", step)) < LABEL_DROPOUT
+    return torch.where(dropped.to(labels.device), null_class, labels)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a half cosine to 0."""
+    warm_up = max(1, min(WARM_UP, steps // 10))
+    return LEARNING_RATE * min(1.0, (step + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def time_fraction(noised: Noised) -> Tensor:
+    """Where each sample's time lies on the axis of the loss-by-time plot, [B]: 0 is clean, 1 is noise."""
+    process = noised.objective.process
+    if isinstance(process, EDM):
+        low, high = LN_SIGMA_RANGE
+        return (noised.t.log() - low) / (high - low)
+    return process.fraction(noised.t)
+
+
+def _generator(seed: int, purpose: str, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derived_seed(seed, purpose, index))

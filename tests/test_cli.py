@@ -1,0 +1,283 @@
+"""The command line: what it writes, what it prints, and how it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff import doctor
+from fastdiff.cli import main
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+TINY = ("--steps", "6", "--batch", "8", "--width", "8", "--sample-steps", "3", "--device", "cpu", "--threads", "1")
+FILES = {"checkpoint.pt", "report.json", "loss.png", "samples.png", "trajectory.png"}
+
+
+def check_png(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        image.load()
+        assert min(image.size) > 100
+        assert len(image.convert("L").getcolors(256)) > 10  # not blank
+
+
+def refused(capsys, *arguments):
+    """The single line of an error that exits with status 2."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fastdiff: error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished tiny run on digits."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    assert main(["demo", *TINY, "--out", str(out)]) == 0
+    return out
+
+
+class TestDemo:
+    def test_writes_every_file(self, finished):
+        assert {path.name for path in finished.iterdir()} == FILES
+        for name in FILES:
+            if name.endswith(".png"):
+                check_png(finished / name)
+
+    def test_report(self, finished):
+        report = json.loads((finished / "report.json").read_text())
+        assert report["settings"]["steps"] == report["steps"] == 6
+        assert report["settings"]["process"] == "vp-linear" and report["settings"]["seed"] == 0
+        assert report["device"] == "cpu" and report["backend"] == fastdiff.backends.choose("cpu")
+        assert report["loss_first"] > 0 and report["loss_last"] > 0
+        assert report["seconds"] > 0 and report["images_per_second"] > 0
+        assert report["samples_drawn"] == 500 and 0 <= report["digit_accuracy"] <= 1
+        assert sum(report["digits_recognised"].values()) == round(500 * report["digit_accuracy"])
+        assert report["classifier_accuracy"] >= 0.98
+        assert report["versions"]["fastdiff"] == fastdiff.__version__
+        assert report["versions"]["torch"] == torch.__version__
+
+    def test_prints_the_results(self, tmp_path, capsys):
+        assert main(["demo", *TINY, "--process", "flow", "--out", str(tmp_path)]) == 0
+        output = capsys.readouterr().out
+        for text in ("flow", "of held-out real digits", "of 500 recognised", "images/s", *FILES):
+            assert text in output
+
+    def test_fresh_folder_without_out(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("fastdiff.demo.run.DIGITS_A_CLASS", 2)
+        for _ in range(2):
+            assert main(["demo", *TINY, "--steps", "1"]) == 0
+        runs = list((tmp_path / "runs").iterdir())
+        assert len(runs) == 2 and all({path.name for path in run.iterdir()} == FILES for run in runs)
+
+    def test_own_images(self, tmp_path, capsys):
+        for name, colour in (("a rather long name of a class", "red"), ("sky", "blue")):
+            (tmp_path / "images" / name).mkdir(parents=True)
+            Image.new("RGB", (20, 10), colour).save(tmp_path / "images" / name / "a.png")
+        out = tmp_path / "out"
+        assert main(["demo", *TINY, "--data", str(tmp_path / "images"), "--size", "9", "--out", str(out)]) == 0
+        report = json.loads((out / "report.json").read_text())
+        assert report["digit_accuracy"] is None and report["classes"] == ["a rather long name of a class", "sky"]
+        assert report["settings"]["batch"] == 8 and report["images"] == 2
+        for name in ("loss.png", "samples.png", "trajectory.png"):
+            check_png(out / name)
+        # Moved images are the same images; other images are not.
+        (tmp_path / "images").rename(tmp_path / "moved")
+        assert main(["demo", "--out", str(out), "--resume", "--data", str(tmp_path / "moved")]) == 0
+        Image.new("RGB", (20, 10), "green").save(tmp_path / "moved" / "sky" / "b.png")
+        assert "are not those" in refused(capsys, "demo", "--out", out, "--resume", "--data", tmp_path / "moved")
+
+    def test_a_single_image(self, tmp_path):
+        (tmp_path / "in").mkdir()
+        Image.new("L", (30, 30), 99).save(tmp_path / "in" / "a.jpg")
+        command = [
+            "demo",
+            *TINY,
+            "--data",
+            str(tmp_path / "in"),
+            "--size",
+            "8",
+            "--gray",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+        assert main(command) == 0
+        check_png(tmp_path / "out" / "samples.png")
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("--process", "flow", "--prediction", "v_prediction"), "not defined for RectifiedFlow"),
+            (("--process", "nonsense"), "unknown process"),
+            (("--sampler", "nonsense"), "unknown sampler"),
+            (("--steps", "0"), "--steps must lie in"),
+            (("--size", "16"), "go with --data"),
+            (("--data", "/nowhere/at/all"), "not a folder"),
+            (("--device", "nonsense"), "cannot be used"),
+            (("--threads", "0"), "--threads must be at least 1"),
+            (("--save-every", "0"), "--save-every must be at least 1"),
+        ],
+    )
+    def test_refuses_in_one_line_and_writes_nothing(self, tmp_path, capsys, arguments, message):
+        assert message in refused(capsys, "demo", "--out", tmp_path / "out", *arguments)
+        assert not (tmp_path / "out").exists()
+
+    def test_out_that_cannot_be_made(self, tmp_path, capsys):
+        (tmp_path / "file").touch()
+        assert "not a folder" in refused(capsys, "demo", *TINY, "--out", tmp_path / "file")
+        assert main(["demo", *TINY, "--out", str(tmp_path / "file" / "below")]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+class TestResume:
+    @pytest.fixture
+    def content(self, finished):
+        """The files of the finished run; none may change."""
+        before = {path.name: path.read_bytes() for path in finished.iterdir()}
+        yield before
+        assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+    def test_refuses_to_overwrite(self, finished, content, capsys):
+        message = refused(capsys, "demo", *TINY, "--out", finished)
+        assert "checkpoint.pt" in message and "--resume" in message
+
+    @pytest.mark.parametrize("name", ["report.json", "samples.png"])
+    def test_refuses_to_overwrite_any_output(self, tmp_path, capsys, name):
+        (tmp_path / name).touch()
+        assert name in refused(capsys, "demo", *TINY, "--out", tmp_path)
+        assert name in refused(capsys, "demo", *TINY, "--out", tmp_path, "--resume")
+        assert (tmp_path / name).read_bytes() == b""
+
+    def test_other_settings_are_named(self, finished, content, capsys):
+        message = refused(capsys, "demo", "--out", finished, "--resume", "--steps", "7", "--prediction", "v")
+        assert "--steps 7 (the checkpoint has 6)" in message and "--prediction v_prediction" in message
+        assert "--batch" not in message
+
+    def test_needs_out(self, capsys):
+        assert "--out" in refused(capsys, "demo", "--resume")
+
+    def test_without_checkpoint_starts_from_the_beginning(self, tmp_path, capsys):
+        assert main(["demo", *TINY, "--out", str(tmp_path / "new"), "--resume"]) == 0
+        assert "starting from the beginning" in capsys.readouterr().out
+        assert {path.name for path in (tmp_path / "new").iterdir()} == FILES
+
+    def test_truncated_checkpoint(self, finished, tmp_path, capsys):
+        whole = (finished / "checkpoint.pt").read_bytes()
+        (tmp_path / "checkpoint.pt").write_bytes(whole[:-1000])
+        (tmp_path / "report.json").write_text("old")
+        assert "truncated" in refused(capsys, "demo", "--out", tmp_path, "--resume")
+        assert (tmp_path / "checkpoint.pt").read_bytes() == whole[:-1000]
+        assert (tmp_path / "report.json").read_text() == "old"
+
+    def test_finished_run_makes_its_outputs_again(self, finished, tmp_path):
+        (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes())
+        assert main(["demo", "--out", str(tmp_path), "--resume", "--device", "cpu"]) == 0
+        assert {path.name for path in tmp_path.iterdir()} == FILES
+        for name in ("checkpoint.pt", "loss.png", "samples.png", "trajectory.png"):
+            assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+    def test_other_machine_is_said(self, finished, tmp_path, capsys):
+        (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes())
+        assert main(["demo", "--out", str(tmp_path), "--resume", "--device", "cpu", "--threads", "2"]) == 0
+        torch.set_num_threads(1)
+        assert "threads 2" in capsys.readouterr().out
+
+
+class TestSample:
+    def test_draws_a_grid(self, finished, tmp_path, capsys):
+        for arguments in (("--classes", "3,1,4"), ("--count", "5"), ("--sampler", "ddim", "--guidance", "1"), ()):
+            out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
+            command = ["sample", "--checkpoint", finished / "checkpoint.pt", "--out", out, "--steps", "2", *arguments]
+            assert main([str(argument) for argument in command]) == 0
+            check_png(out)
+
+    def test_depends_on_the_seed_alone(self, finished, tmp_path):
+        for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+            command = ["sample", "--checkpoint", finished / "checkpoint.pt", "--count", "2", "--seed", seed]
+            assert main([*map(str, command), "--out", str(tmp_path / f"{name}.png")]) == 0
+        a, b, c = (Image.open(tmp_path / f"{name}.png").tobytes() for name in "abc")
+        assert a == b and a != c
+
+    def test_overwrite(self, finished, tmp_path, capsys):
+        out = tmp_path / "a.png"
+        out.write_bytes(b"mine")
+        command = ("sample", "--checkpoint", finished / "checkpoint.pt", "--count", "1", "--out", out)
+        assert "--overwrite" in refused(capsys, *command)
+        assert out.read_bytes() == b"mine"
+        assert main([*map(str, command), "--overwrite"]) == 0
+        check_png(out)
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("--classes", "12"), "no class '12'"),
+            (("--classes", ""), "no class ''"),
+            (("--count", "0"), "--count must be"),
+            (("--steps", "1001"), "steps must lie in"),
+            (("--steps", "0"), "--steps must be"),
+            (("--out", "a.jpg"), ".png"),
+        ],
+    )
+    def test_refuses(self, finished, tmp_path, monkeypatch, capsys, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        assert message in refused(capsys, "sample", "--checkpoint", finished / "checkpoint.pt", *arguments)
+        assert not list(tmp_path.iterdir())
+
+    def test_bad_checkpoint(self, finished, tmp_path, capsys):
+        path = tmp_path / "c.pt"
+        assert "there is no checkpoint" in refused(capsys, "sample", "--checkpoint", path, "--out", tmp_path / "a.png")
+        path.write_bytes((finished / "checkpoint.pt").read_bytes()[:-1])
+        assert "truncated" in refused(capsys, "sample", "--checkpoint", path, "--out", tmp_path / "a.png")
+
+
+class TestDoctor:
+    def test_text(self, capsys):
+        assert main(["doctor"]) == 0
+        output = capsys.readouterr().out
+        for text in (fastdiff.__version__, torch.__version__, "cpu", "scikit-learn", "backend chosen for"):
+            assert text in output
+        for status in fastdiff.backends.status():
+            assert status.name in output and status.reason in output
+
+    def test_json(self, capsys):
+        assert main(["doctor", "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report == json.loads(json.dumps(doctor.report()))
+        assert report["versions"]["torch"] == torch.__version__
+        assert report["chosen"]["cpu"] == fastdiff.backends.choose("cpu")
+        assert [device["name"] for device in report["devices"]][0] == "cpu"
+
+    def test_works_with_torch_alone(self):
+        """Neither the import nor the doctor needs an extra; the demo says which it needs."""
+        code = (
+            "import sys\n"
+            "for name in ('numpy', 'sklearn', 'matplotlib', 'PIL', 'tqdm', 'triton'): sys.modules[name] = None\n"
+            "from fastdiff.cli import main\n"
+            "assert main(['doctor']) == 0\n"
+            "sys.exit(main(['demo']))\n"
+        )
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.strip().endswith('run  pip install "fastdiff[demo]"')
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["demo", "--help"], ["sample", "--help"], ["doctor", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 0
+    assert fastdiff.__version__ in capsys.readouterr().out
+
+
+def test_module_runs():
+    done = subprocess.run([sys.executable, "-m", "fastdiff", "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == f"fastdiff {fastdiff.__version__}"
