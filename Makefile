@@ -19,7 +19,7 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@echo "== tests"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -q -n auto $(ARGS)
 
 bench: $(VENV)/.dev
 	@echo "== benchmarks"

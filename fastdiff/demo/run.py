@@ -32,8 +32,8 @@ SHOWN_A_CLASS = 8
 SHOWN_CLASSES = 10
 TRAJECTORIES = 5
 MAX_THREADS = 8
-# Two threads save a third of the time on images this small, but wait ten times as long whenever another program wants
-# one of the cores.
+# On images up to this size two threads save a third of the time (115 to 76 ms a step of 256 digits on two cores), but
+# take ten times as long (1 to 2 s) whenever another program wants one of the cores.
 SINGLE_THREAD_SIZE = 16
 
 
@@ -135,6 +135,7 @@ def draw_samples(
     steps = saved.settings.sample_steps if steps is None else steps
     guidance = saved.settings.guidance if guidance is None else guidance
     network = saved.ema_network(pick_device(device))
+    torch.set_num_threads(saved.machine["threads"])
     images = generate.draw(network, recipe, torch.tensor(labels), steps, guidance, seed)
     if saved.step < saved.settings.steps:
         print(f"note: this checkpoint has done {saved.step} of {saved.settings.steps} training steps.")
