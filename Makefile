@@ -1,4 +1,4 @@
-# make demo   train a small diffusion model on real digits and draw samples (about 3 minutes on 2 CPU cores)
+# make demo   train a small diffusion model on real digits and draw samples (2 to 3 minutes on 2 CPU cores)
 # make test   run the whole test suite
 # Both set up everything they need in .venv first.
 
