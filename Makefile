@@ -36,12 +36,14 @@ $(VENV)/.torch: constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/cpu/*.*)
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	@echo "== setting up $(VENV): fastdiff and what the demo needs"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	@echo "== setting up $(VENV): fastdiff and what development needs"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

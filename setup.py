@@ -1,5 +1,91 @@
-"""Everything is declared in pyproject.toml; building the native extension will be added here."""
+"""Builds ``fastdiff._C`` through CMake and ninja. Everything else is declared in pyproject.toml.
 
-from setuptools import setup
+FASTDIFF_BUILD=auto (default) installs without the extension where it cannot be built, and says why; 1 fails there;
+0 does not try. FASTDIFF_CMAKE_ARGS is passed on to CMake.
+"""
 
-setup()
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeExtension(Extension):
+    def __init__(self, name):
+        # Optional in the sense of setuptools too: an editable install must not look for a file that was not built.
+        super().__init__(name, sources=[], optional=wanted() != "1")
+
+
+def wanted():
+    choice = os.environ.get("FASTDIFF_BUILD", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTDIFF_BUILD must be auto, 0 or 1; got {choice!r}.")
+    return choice
+
+
+class CannotBuild(Exception):
+    """Why the extension is not built."""
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        try:
+            super().run()
+        except CannotBuild as reason:
+            if wanted() == "1":
+                raise SystemExit(f"fastdiff: the native extension cannot be built: {reason}") from reason
+            print(
+                f"fastdiff: installing without the native extension: {reason}. Operations on the CPU will use plain "
+                "PyTorch. FASTDIFF_BUILD=1 makes this an error.",
+                file=sys.stderr,
+            )
+            # Nothing was built, so there is nothing to copy for an editable install or a wheel.
+            self.extensions = []
+
+    def build_extension(self, extension):
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise CannotBuild("cmake was not found")
+        try:
+            import pybind11
+        except ImportError as error:
+            raise CannotBuild("pybind11 was not found") from error
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        build = Path(self.build_temp).resolve() / extension.name
+        build.mkdir(parents=True, exist_ok=True)
+        arguments = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            *(["-G", "Ninja"] if shutil.which("ninja") else []),
+            *shlex.split(os.environ.get("FASTDIFF_CMAKE_ARGS", "")),
+        ]
+        self._call([cmake, "-S", str(ROOT), "-B", str(build), *arguments])
+        self._call([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
+        if not target.exists():
+            raise CannotBuild(f"CMake built no {target.name}")
+
+    def _call(self, command):
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        except OSError as error:
+            raise CannotBuild(f"{command[0]} does not run ({error})") from error
+        if self.verbose or done.returncode:
+            print(done.stdout)
+        if done.returncode:
+            lines = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
+            raise CannotBuild(f"`cmake` failed ({'; '.join(lines[:2]) or 'no message'})")
+
+
+setup(
+    ext_modules=[CMakeExtension("fastdiff._C")] if wanted() != "0" else [],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import losses, ops
+from . import backends, losses, ops
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
-from .backends.reference import philox
 from .losses import Loss
 from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
 from .ops.noise import Stream
@@ -198,8 +197,9 @@ class Objective:
         made = noise is None or t is None or bool(self.input_perturbation)
         if made and seed is None:
             seed = draw_seed(generator, x0.device)
+        source = ops.Philox(seed, sample_offset, offset=self.noise_offset) if made else None
         if t is None:
-            u = philox.uniform(seed, x0.shape[0], Stream.TIMESTEP, sample_offset, x0.device)
+            u = backends.get(x0.device).uniform(seed, x0.shape[0], Stream.TIMESTEP, sample_offset, x0.device)
             t = self.timesteps(u, self.process)
         else:
             t = as_times(t, x0.device)
@@ -207,7 +207,7 @@ class Objective:
             if t.numel() == 1:
                 t = t.reshape(()).expand(x0.shape[0])
             place_rows("t", t, x0.shape)
-        n = ops.Philox(seed, sample_offset, offset=self.noise_offset) if noise is None else noise
+        n = source if noise is None else noise
         rows = self.rows(t, compute_dtype(x0, noise))
         x_t, n = ops.noise(
             x0,

@@ -29,6 +29,16 @@ def clean_state():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["reference", "native"])
+def backend(request):
+    """Runs the test once with each backend of the CPU."""
+    found = {status.name: status for status in fastdiff.backends.status()}[request.param]
+    if not found.available:
+        pytest.skip(found.reason)
+    with fastdiff.use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return torch.device(request.param)

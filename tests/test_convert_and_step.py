@@ -7,6 +7,8 @@ from accuracy import assert_rounded, to_numpy
 
 from fastdiff import ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -10,6 +10,8 @@ from accuracy import to_numpy
 
 from fastdiff import ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 FUNCTIONS = {
     "mse": lambda e, c: oracle.loss_mse(e),
     "l1": lambda e, c: oracle.loss_l1(e),

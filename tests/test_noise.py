@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 import fastdiff
 from fastdiff import ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -14,6 +14,8 @@ import fastdiff
 from fastdiff import losses, weighting
 from fastdiff import timesteps as ts
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 ZERO_SNR = fastdiff.VariancePreserving("scaled_linear", zero_terminal_snr=True)
 
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from . import reference
+from . import native, reference
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Status:
     devices: tuple[str, ...]
 
 
-_PLANNED = "not part of this version of fastdiff: the reference backend does all operations"
-_MODULES: dict[str, ModuleType] = {"reference": reference}
+_PLANNED = "not part of this version of fastdiff"
+_MODULES: dict[str, ModuleType] = {"native": native, "reference": reference}
 _STATUS = (
-    Status("native", False, _PLANNED, ("cpu",)),
+    Status("native", native.available, native.unavailable_because or native.description(), ("cpu",)),
     Status("triton", False, _PLANNED, ("cuda",)),
     Status("cuda", False, _PLANNED, ("cuda",)),
     Status("reference", True, "plain PyTorch, on every device", ("cpu", "cuda", "mps", "xpu")),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.reference import philox
+from ..backends.reference.philox import check_seed
 from .checks import check_alike, check_floating, compute_dtype, place_all
 
 
@@ -40,6 +40,9 @@ class Philox:
     stream: int = Stream.NOISE
     offset: float = 0.0
 
+    def __post_init__(self):
+        check_seed(self.seed)
+
     def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError unless this noise can be made for ``shape``."""
         if self.offset and len(shape) < 3:
@@ -49,11 +52,12 @@ class Philox:
 
     def tensor(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """The noise itself: float32 of ``shape``."""
-        n = philox.normal(self.seed, tuple(shape), self.stream, self.sample_offset, device=device)
+        normal = backends.get(device).normal
+        n = normal(self.seed, tuple(shape), self.stream, self.sample_offset, device=device)
         if self.offset:
-            channels = philox.normal(
-                self.seed, tuple(shape[:2]), Stream.OFFSET, self.sample_offset, device=device
-            ).reshape(*shape[:2], *(1,) * (len(shape) - 2))
+            channels = normal(self.seed, tuple(shape[:2]), Stream.OFFSET, self.sample_offset, device=device).reshape(
+                *shape[:2], *(1,) * (len(shape) - 2)
+            )
             n = n + self.offset * channels
         return n
 

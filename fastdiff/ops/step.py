@@ -7,17 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import backends
+from ..backends.reference import COLUMNS
 from .checks import check_alike, check_clip, check_floating, compute_dtype, place_rows
 from .noise import Philox, check_noise
-
-# The columns of a table of steps, one row a step:
-#   x0 = p_x x + p_m m, clamped
-#   y  = c_x x + c_m m + c_x0 x0 + sum_j c_hj H_j + c_noise exp((l_0 + l_v v) / 2) z
-#   H' = h_x x + h_m m + h_x0 x0
-COLUMNS = (
-    *("p_x", "p_m", "c_x", "c_m", "c_x0", "c_h1", "c_h2", "c_h3", "c_h4", "c_noise"),
-    *("l_0", "l_v", "h_x", "h_m", "h_x0"),
-)
 
 
 def step(
@@ -64,9 +56,6 @@ def step(
         raise ValueError(f"row must be [{len(COLUMNS)}] or [batch, {len(COLUMNS)}]; got {tuple(row.shape)}.")
     dtype = compute_dtype(x, m)
     row = row.to(x.device, dtype)
-    columns = {name: place_rows(name, row[..., k], x.shape) for k, name in enumerate(COLUMNS)}
     if isinstance(guidance, Tensor):
         guidance = place_rows("guidance", guidance.to(x.device, dtype), x.shape)
-    return backends.get(x.device).step(
-        x, m, uncond, guidance, columns, clip, tuple(history), noise, log_variance, x.dtype
-    )
+    return backends.get(x.device).step(x, m, uncond, guidance, row, clip, tuple(history), noise, log_variance, x.dtype)

@@ -149,20 +149,32 @@ def convert(m: Tensor, x_t: Tensor, k_x: Tensor, k_m: Tensor, dtype: torch.dtype
     return (k_x * x_t.to(k_x.dtype) + k_m * m.to(k_x.dtype)).to(dtype)
 
 
+# The columns of a table of steps, one row a step:
+#   x0 = p_x x + p_m m, clamped
+#   y  = c_x x + c_m m + c_x0 x0 + sum_j c_hj H_j + c_noise exp((l_0 + l_v v) / 2) z
+#   H' = h_x x + h_m m + h_x0 x0
+COLUMNS = (
+    *("p_x", "p_m", "c_x", "c_m", "c_x0", "c_h1", "c_h2", "c_h3", "c_h4", "c_noise"),
+    *("l_0", "l_v", "h_x", "h_m", "h_x0"),
+)
+
+
 def step(
     x: Tensor,
     m: Tensor,
     uncond: Tensor | None,
     guidance: Tensor | float,
-    row: dict[str, Tensor],
+    table: Tensor,
     clip: float | None,
     history: tuple[Tensor, ...],
     noise: Any,
     log_variance: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One sampler step, (y, x0, history entry): see ``fastdiff.ops.step``."""
-    compute = row["c_x"].dtype
+    """One sampler step, (y, x0, history entry), of ``table`` [15] or [batch, 15]: see ``fastdiff.ops.step``."""
+    shape = table.shape[:-1] + (1,) * (x.ndim if table.ndim > 1 else 0)
+    row = {name: table[..., k].reshape(shape[: x.ndim]) for k, name in enumerate(COLUMNS)}
+    compute = table.dtype
     x, m = x.to(compute), m.to(compute)
     if uncond is not None:
         uncond = uncond.to(compute)

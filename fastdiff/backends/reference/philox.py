@@ -37,20 +37,23 @@ def philox4x32(counter: Tensor, key: tuple[int | Tensor, int | Tensor]) -> Tenso
     return torch.stack(torch.broadcast_tensors(*_rounds(*counter.unbind(-1), k0, k1)), -1)
 
 
-def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
-    """``seed`` as an int64 tensor [] on ``device``: any 64 bits, as a signed or an unsigned number, or int64 tensor.
-
-    Raises TypeError or ValueError for anything else.
-    """
+def check_seed(seed: int | Tensor) -> None:
+    """Raise TypeError or ValueError unless ``seed`` is any 64 bits: a signed or unsigned number, or an int64 tensor."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed must be one int64; got a tensor {tuple(seed.shape)} of {seed.dtype}.")
-        return seed.to(device).reshape(())
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+    elif isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise TypeError(f"seed must be an integer or an int64 tensor; got {seed!r}.")
-    seed = int(seed)
-    if not -(2**63) <= seed < 2**64:
+    elif not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"seed must have 64 bits, -2^63 to 2^64 - 1; got {seed}.")
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
+    """``seed`` as an int64 tensor [] on ``device``."""
+    check_seed(seed)
+    if isinstance(seed, Tensor):
+        return seed.to(device).reshape(())
+    seed = int(seed)
     # Filled, not copied: a copy to a GPU would wait for it.
     return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 

@@ -1,0 +1,207 @@
+// fastdiff._C: the operations on pointers and sizes. It needs no torch to be built, and knows none.
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <string>
+
+#include "checks.h"
+#include "cpu/run.h"
+#include "cpu/table.h"
+#include "philox.h"
+
+namespace fastdiff {
+
+namespace {
+
+// Other Python threads may run meanwhile. Not for what takes microseconds: handing the lock over would take longer.
+class Unlocked {
+ public:
+  explicit Unlocked(const Layout& layout) : state_(layout.elements > 16384 ? PyEval_SaveThread() : nullptr) {}
+  ~Unlocked() {
+    if (state_) PyEval_RestoreThread(state_);
+  }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+void normal(py::handle layout, py::handle source, py::handle out, py::handle threads) {
+  NormalArguments a{};
+  a.layout = parse_layout(layout);
+  a.noise = parse_noise("source", source, a.layout);
+  if (a.noise.kind != Noise::made) throw py::value_error("source: expected (seed, stream, sample_offset, offset)");
+  a.out = parse_output("out", out, a.layout.elements);
+  const int team = parse_threads(threads);
+  const Unlocked unlocked(a.layout);
+  run(a, team);
+}
+
+void uniform(py::handle seed, py::handle stream, py::handle sample_offset, py::handle out, py::handle samples) {
+  const uint64_t key = parse_seed(seed), first = uint64_t(parse_integer("sample_offset", sample_offset));
+  const int64_t word = parse_integer("stream", stream), count = parse_integer("samples", samples);
+  if (word < 0 || word > UINT32_MAX) throw py::value_error("stream: must have 32 bits");
+  const Output to = parse_optional_output("out", out, count, DType::f64);
+  if (!to.data) throw py::value_error("out: is needed");
+  for (int64_t k = 0; k < count; ++k)
+    ((double*)to.data)[k] = philox::uniform(philox::words(key, 0, uint32_t(word), first + uint64_t(k)));
+}
+
+void noise(py::handle layout, py::handle x0, py::handle alpha, py::handle sigma, py::handle n, py::handle perturbation,
+           py::handle xi, py::handle x_t, py::handle keep, py::handle threads) {
+  NoiseArguments a{};
+  a.layout = parse_layout(layout);
+  RowParser rows{a.layout};
+  a.x0 = parse_input("x0", x0, a.layout.elements);
+  a.alpha = rows.required("alpha", alpha);
+  a.sigma = rows.required("sigma", sigma);
+  a.n = parse_noise("n", n, a.layout);
+  a.perturbation = parse_number("perturbation", perturbation);
+  a.xi = parse_optional_noise("xi", xi, a.layout);
+  a.x_t = parse_optional_output("x_t", x_t, a.layout.elements);
+  a.keep = parse_optional_output("keep", keep, a.layout.elements, rows.dtype());
+  const int team = parse_threads(threads);
+  const Unlocked unlocked(a.layout);
+  run(a, rows.wide, team);
+}
+
+void convert(py::handle layout, py::handle m, py::handle x_t, py::handle k_x, py::handle k_m, py::handle out,
+             py::handle threads) {
+  ConvertArguments a{};
+  a.layout = parse_layout(layout);
+  RowParser rows{a.layout};
+  a.m = parse_input("m", m, a.layout.elements);
+  a.x_t = parse_input("x_t", x_t, a.layout.elements);
+  a.k_x = rows.required("k_x", k_x);
+  a.k_m = rows.required("k_m", k_m);
+  a.out = parse_output("out", out, a.layout.elements);
+  const int team = parse_threads(threads);
+  const Unlocked unlocked(a.layout);
+  run(a, rows.wide, team);
+}
+
+void loss(py::handle layout, py::handle prediction, py::handle x0, py::handle n, py::handle p, py::handle q,
+          py::handle scale, py::handle weight, py::handle c, py::handle mask, py::handle function,
+          py::handle normalization, py::handle reduction, py::handle upstream, py::handle result, py::handle means,
+          py::handle gradient, py::handle threads) {
+  LossCall call{};
+  LossArguments& a = call.kernel;
+  a.layout = parse_layout(layout);
+  const int64_t elements = a.layout.elements;
+  RowParser rows{a.layout};
+  call.weight = rows.required("weight", weight);
+  a.prediction = parse_input("prediction", prediction, elements);
+  a.p = rows.optional("p", p);
+  a.q = rows.optional("q", q);
+  a.x0 = parse_optional_input("x0", x0, elements);
+  a.n = parse_optional_noise("n", n, a.layout);
+  if (!a.p.data != !a.x0.data) throw py::value_error("x0: goes with p, both or neither");
+  if (!a.q.data != (a.n.kind == Noise::none)) throw py::value_error("n: goes with q, both or neither");
+  a.scale = rows.optional("scale", scale);
+  a.c = rows.optional("c", c);
+  a.mask = parse_optional_mask(mask, a.layout);
+  a.function = Function(parse_code("function", function, 5));
+  if ((a.function == Function::smooth_l1 || a.function == Function::pseudo_huber) && !a.c.data)
+    throw py::value_error("c: this error function needs its constant");
+  call.normalization = Normalization(parse_code("normalization", normalization, 3));
+  call.reduction = Reduction(parse_code("reduction", reduction, 3));
+  call.upstream = rows.optional("upstream", upstream);
+  if (call.upstream.stride && a.layout.rows > 1 && call.reduction != Reduction::none)
+    throw py::value_error("upstream: a reduced loss has one upstream gradient");
+  const int64_t results = call.reduction == Reduction::none ? a.layout.rows : 1;
+  call.result = parse_optional_output("result", result, results, rows.dtype());
+  call.means = (double*)parse_optional_output("means", means, a.layout.rows, DType::f64).data;
+  a.gradient = parse_optional_output("gradient", gradient, elements);
+  const int team = parse_threads(threads);
+  const Unlocked unlocked(a.layout);
+  run(call, rows.wide, team);
+}
+
+void step(py::handle layout, py::handle x, py::handle m, py::handle uncond, py::handle guidance, py::handle table,
+          py::handle clip, py::handle history, py::handle source, py::handle log_variance, py::handle y, py::handle x0,
+          py::handle entry, py::handle threads) {
+  StepArguments a{};
+  a.layout = parse_layout(layout);
+  const int64_t elements = a.layout.elements;
+  RowParser rows{a.layout};
+  a.table = rows.required("table", table, kColumns);
+  a.x = parse_input("x", x, elements);
+  a.m = parse_input("m", m, elements);
+  a.uncond = parse_optional_input("uncond", uncond, elements);
+  a.guidance = rows.optional("guidance", guidance);
+  if (a.uncond.data && !a.guidance.data) throw py::value_error("guidance: is needed with uncond");
+  a.clip = clip.is_none() ? -1 : parse_number("clip", clip);
+  if (!clip.is_none() && !(a.clip >= 0)) throw py::value_error("clip: must be at least 0, or None");
+  if (!PyTuple_Check(history.ptr()) || PyTuple_GET_SIZE(history.ptr()) > kHistory)
+    throw py::value_error("history: expected a tuple of at most 4 tensors");
+  for (int j = 0; j < PyTuple_GET_SIZE(history.ptr()); ++j)
+    a.history[j] = parse_input("history", PyTuple_GET_ITEM(history.ptr(), j), elements);
+  a.noise = parse_optional_noise("noise", source, a.layout);
+  a.log_variance = parse_optional_input("log_variance", log_variance, elements);
+  a.y = parse_output("y", y, elements);
+  a.x0 = parse_optional_output("x0", x0, elements);
+  a.entry = parse_optional_output("entry", entry, elements, rows.dtype());
+  const int team = parse_threads(threads);
+  const Unlocked unlocked(a.layout);
+  run(a, rows.wide, team);
+}
+
+// out[k, r] = table[indices[r], k]: every column becomes a row array. Returns -1, or the place of the first index that
+// is out of range, before anything is written.
+int64_t gather(py::handle table, py::handle rows, py::handle columns, py::handle indices, py::handle out) {
+  const int64_t width = parse_integer("columns", columns);
+  if (width < 1 || width > 4096) throw py::value_error("columns: must be from 1 to 4096");
+  const Indices t = parse_indices(indices);
+  const int64_t height = parse_integer("height", rows);
+  int64_t results, entries;
+  if (__builtin_mul_overflow(t.count, width, &results) || __builtin_mul_overflow(height, width, &entries))
+    throw py::value_error("gather: too many");
+  const Input from = parse_input("table", table, entries);
+  if (from.dtype != DType::f32 && from.dtype != DType::f64) throw py::value_error("table: must be float32 or float64");
+  const Output to = parse_optional_output("out", out, results, from.dtype);
+  if (!to.data) throw py::value_error("out: is needed");
+  for (int64_t r = 0; r < t.count; ++r)
+    if (t.data[r] < 0 || t.data[r] >= height) return r;
+  for (int64_t r = 0; r < t.count; ++r) {
+    for (int64_t k = 0; k < width; ++k) {
+      if (from.dtype == DType::f32)
+        ((float*)to.data)[k * t.count + r] = ((const float*)from.data)[t.data[r] * width + k];
+      else
+        ((double*)to.data)[k * t.count + r] = ((const double*)from.data)[t.data[r] * width + k];
+    }
+  }
+  return -1;
+}
+
+py::list simd_names() {
+  py::list names;
+  int count;
+  const Variant* all = variants(count);
+  for (int k = 0; k < count; ++k)
+    if (all[k].supported()) names.append(all[k].name);
+  return names;
+}
+
+void set_simd(const std::string& name) {
+  if (!choose(name.c_str())) throw py::value_error("simd: " + name + " is unknown, or this machine lacks it");
+}
+
+}  // namespace
+
+}  // namespace fastdiff
+
+PYBIND11_MODULE(_C, module) {
+  using namespace fastdiff;
+  module.doc() = "fastdiff's operations on the CPU, on pointers and sizes; see csrc/checks.h for the arguments.";
+  module.def("normal", normal);
+  module.def("uniform", uniform);
+  module.def("noise", noise);
+  module.def("convert", convert);
+  module.def("loss", loss);
+  module.def("step", step);
+  module.def("gather", gather);
+  module.def("simd", [] { return chosen().name; });
+  module.def("simd_variants", simd_names);
+  module.def("set_simd", set_simd);
+}

@@ -1,0 +1,262 @@
+#include "checks.h"
+
+#include <string>
+
+namespace fastdiff {
+
+namespace {
+
+constexpr int64_t kMostElements = int64_t(1) << 58;  // whose bytes can still be counted
+constexpr int64_t kMostEmptyRows = int64_t(1) << 24;
+constexpr int64_t kMostOfSample = int64_t(1) << 34;  // four to each of 2^32 groups
+constexpr int kInt64 = 5;                            // dtype code of indices
+
+[[noreturn]] void refuse(const char* name, const std::string& why) { throw py::value_error(std::string(name) + ": " + why); }
+
+bool as_int64(py::handle value, int64_t& number) {
+  if (!value || !PyLong_Check(value.ptr())) return false;
+  int overflow = 0;
+  number = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+  return overflow == 0;
+}
+
+int64_t size_of(int code) {
+  switch (code) {
+    case int(DType::f32):
+      return 4;
+    case int(DType::f64):
+    case kInt64:
+      return 8;
+    case int(DType::bf16):
+    case int(DType::f16):
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+py::handle item(py::handle tuple, int k) { return PyTuple_GET_ITEM(tuple.ptr(), k); }
+
+int64_t length(py::handle value) { return PyTuple_Check(value.ptr()) ? PyTuple_GET_SIZE(value.ptr()) : -1; }
+
+struct Memory {
+  void* data;
+  int code;
+  int64_t elements;
+};
+
+// (pointer, dtype code, number of elements, ...): a pointer that is not null unless there are no elements.
+Memory parse_memory(const char* name, py::handle value, int64_t fields) {
+  if (length(value) != fields) refuse(name, "expected (pointer, dtype, elements)");
+  int64_t code, elements;
+  if (!PyLong_Check(item(value, 0).ptr())) refuse(name, "the pointer must be an integer");
+  const unsigned long long pointer = PyLong_AsUnsignedLongLong(item(value, 0).ptr());
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    refuse(name, "the pointer must be from 0 to 2^64 - 1");
+  }
+  if (!as_int64(item(value, 1), code) || code < 0 || code > kInt64) refuse(name, "unknown dtype code");
+  if (!as_int64(item(value, 2), elements) || elements < 0 || elements > kMostElements)
+    refuse(name, "the number of elements must be from 0 to 2^58");
+  if (pointer == 0 && elements) refuse(name, "a null pointer to " + std::to_string(elements) + " elements");
+  if (pointer % size_of(int(code))) refuse(name, "the pointer is not aligned to its dtype");
+  if (pointer > UINT64_MAX - uint64_t(elements) * 8) refuse(name, "the memory would wrap around");
+  return {(void*)pointer, int(code), elements};
+}
+
+Memory parse_tensor(const char* name, py::handle value, int64_t elements, int64_t fields = 3) {
+  const Memory memory = parse_memory(name, value, fields);
+  if (memory.code > int(DType::f16)) refuse(name, "the dtype must be floating point");
+  if (memory.elements != elements)
+    refuse(name, "has " + std::to_string(memory.elements) + " elements, but " + std::to_string(elements) + " are needed");
+  return memory;
+}
+
+// An empty tensor has no address, but is not absent.
+int placeholder;
+void* present(void* data) { return data ? data : &placeholder; }
+
+}  // namespace
+
+int64_t parse_integer(const char* name, py::handle value) {
+  int64_t number;
+  if (!as_int64(value, number)) refuse(name, "must be an integer of 64 bits");
+  return number;
+}
+
+double parse_number(const char* name, py::handle value) {
+  const double number = PyFloat_AsDouble(value.ptr());
+  if (number == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    refuse(name, "must be a number");
+  }
+  return number;
+}
+
+int parse_code(const char* name, py::handle value, int count) {
+  int64_t code;
+  if (!as_int64(value, code) || code < 0 || code >= count) refuse(name, "must be from 0 to " + std::to_string(count - 1));
+  return int(code);
+}
+
+int parse_threads(py::handle value) {
+  int64_t threads;
+  if (!as_int64(value, threads) || threads < 0 || threads > 4096) refuse("threads", "must be from 0 (as OpenMP would) to 4096");
+  return int(threads);
+}
+
+uint64_t parse_seed(py::handle value) {
+  int64_t number;
+  if (as_int64(value, number)) return uint64_t(number);
+  if (PyLong_Check(value.ptr())) {
+    const unsigned long long large = PyLong_AsUnsignedLongLong(value.ptr());
+    if (!PyErr_Occurred()) return large;
+    PyErr_Clear();
+  }
+  refuse("seed", "must be an integer from -2^63 to 2^64 - 1");
+}
+
+Layout parse_layout(py::handle value) {
+  if (length(value) != 6) refuse("layout", "expected (outer, shared, frames, inner, samples, channels)");
+  int64_t numbers[6];
+  for (int k = 0; k < 6; ++k)
+    if (!as_int64(item(value, k), numbers[k]) || numbers[k] < 0) refuse("layout", "needs integers of at least 0");
+  Layout layout{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], 0, 0};
+  // The size with zeros taken for ones must be countable too, so that no partial product overflows.
+  int64_t most = 1;
+  for (int k = 0; k < 4; ++k)
+    if (__builtin_mul_overflow(most, numbers[k] ? numbers[k] : 1, &most) || most > kMostElements)
+      refuse("layout", "more than 2^58 elements");
+  layout.rows = layout.outer * layout.frames;
+  layout.elements = layout.rows * layout.shared * layout.inner;
+  if (layout.elements == 0 && layout.rows > kMostEmptyRows) refuse("layout", "more than 2^24 rows without elements");
+  // With one row to a run of memory, and with one run to a row, the general order is the plain one.
+  if (layout.frames == 1) {
+    layout.inner *= layout.shared;
+    layout.shared = 1;
+  }
+  if (layout.shared == 1) {
+    layout.outer *= layout.frames;
+    layout.frames = 1;
+  }
+  return layout;
+}
+
+Input parse_input(const char* name, py::handle value, int64_t elements) {
+  const Memory memory = parse_tensor(name, value, elements);
+  return {present(memory.data), DType(memory.code)};
+}
+
+Input parse_optional_input(const char* name, py::handle value, int64_t elements) {
+  return value.is_none() ? Input{nullptr, DType::f32} : parse_input(name, value, elements);
+}
+
+Output parse_output(const char* name, py::handle value, int64_t elements) {
+  const Memory memory = parse_tensor(name, value, elements);
+  return {present(memory.data), DType(memory.code)};
+}
+
+Output parse_optional_output(const char* name, py::handle value, int64_t elements) {
+  return value.is_none() ? Output{nullptr, DType::f32} : parse_output(name, value, elements);
+}
+
+Output parse_optional_output(const char* name, py::handle value, int64_t elements, DType dtype) {
+  const Output output = parse_optional_output(name, value, elements);
+  if (output.data && output.dtype != dtype) refuse(name, dtype == DType::f64 ? "must be float64" : "must be float32");
+  return output;
+}
+
+Rows RowParser::required(const char* name, py::handle value, int columns) {
+  const Memory memory = parse_memory(name, value, 3);
+  if (memory.code > int(DType::f64)) refuse(name, "rows must be float32 or float64");
+  if (known && wide != (memory.code == int(DType::f64))) refuse(name, "all rows must be of one dtype");
+  known = true;
+  wide = memory.code == int(DType::f64);
+  if (memory.elements == columns * layout.rows) return {present(memory.data), columns};
+  if (memory.elements == columns) return {memory.data, 0};
+  refuse(name, "has " + std::to_string(memory.elements) + " elements, but there are " + std::to_string(layout.rows) +
+                   " rows of " + std::to_string(columns));
+}
+
+Rows RowParser::optional(const char* name, py::handle value) {
+  return value.is_none() ? Rows{nullptr, 0} : required(name, value);
+}
+
+Noise parse_noise(const char* name, py::handle value, const Layout& layout) {
+  Noise noise{};
+  if (length(value) == 3) {
+    noise.kind = Noise::given;
+    noise.tensor = parse_input(name, value, layout.elements);
+    return noise;
+  }
+  if (length(value) != 4) refuse(name, "expected (pointer, dtype, elements) or (seed, stream, sample_offset, offset)");
+  noise.kind = Noise::made;
+  noise.seed = parse_seed(item(value, 0));
+  const int64_t stream = parse_integer("stream", item(value, 1));
+  if (stream < 0 || stream > UINT32_MAX) refuse("stream", "must have 32 bits");
+  noise.stream = uint32_t(stream);
+  noise.sample_offset = uint64_t(parse_integer("sample_offset", item(value, 2)));
+  noise.offset = float(parse_number("offset", item(value, 3)));
+  if (layout.elements) {
+    if (layout.samples == 0 || layout.elements % layout.samples)
+      refuse("layout", "the samples do not divide the elements");
+    const int64_t sample = layout.elements / layout.samples;
+    if (sample > kMostOfSample) refuse("layout", "noise can be made for samples of at most 2^34 elements");
+    if (noise.offset != 0 && (layout.channels == 0 || sample % layout.channels))
+      refuse("layout", "the channels do not divide a sample");
+  }
+  return noise;
+}
+
+Noise parse_optional_noise(const char* name, py::handle value, const Layout& layout) {
+  return value.is_none() ? Noise{} : parse_noise(name, value, layout);
+}
+
+Mask parse_optional_mask(py::handle value, const Layout& layout) {
+  Mask mask{};
+  if (value.is_none()) return mask;
+  const Memory memory = parse_memory("mask", value, 5);
+  if (memory.code == kInt64) refuse("mask", "the dtype must be floating point, uint8 or bool");
+  const py::handle sizes = item(value, 3), strides = item(value, 4);
+  const int64_t dims = length(sizes);
+  if (dims < 1 || dims > 64 || length(strides) != dims) refuse("mask", "needs as many sizes as strides, from 1 to 64");
+  int64_t elements = 1, last = 0;
+  int kept = 0;
+  for (int d = 0; d < dims; ++d) {
+    int64_t size, stride, reach;
+    if (!as_int64(item(sizes, d), size) || !as_int64(item(strides, d), stride) || size < 0 || stride < 0)
+      refuse("mask", "sizes and strides must be integers of at least 0");
+    if (__builtin_mul_overflow(elements, size, &elements)) refuse("mask", "its sizes are not those of the elements");
+    if (size == 0) continue;
+    if (__builtin_mul_overflow(size - 1, stride, &reach) || __builtin_add_overflow(last, reach, &last))
+      refuse("mask", "its strides reach beyond its memory");
+    if (size == 1) continue;
+    // Two dimensions that one stride goes through are one.
+    if (kept && mask.strides[kept - 1] == size * stride) {
+      mask.sizes[kept - 1] *= size;
+      mask.strides[kept - 1] = stride;
+      continue;
+    }
+    if (kept == kMaxMaskDims) refuse("mask", "has too many dimensions");
+    mask.sizes[kept] = size;
+    mask.strides[kept++] = stride;
+  }
+  if (elements != layout.elements) refuse("mask", "its sizes are not those of the elements");
+  if (elements && last >= memory.elements) refuse("mask", "its strides reach beyond its memory");
+  if (!kept) {
+    mask.sizes[0] = 1;
+    mask.strides[0] = 1;
+    kept = 1;
+  }
+  mask.dims = kept;
+  mask.tensor = {present(memory.data), DType(memory.code)};
+  return mask;
+}
+
+Indices parse_indices(py::handle value) {
+  const Memory memory = parse_memory("indices", value, 3);
+  if (memory.code != kInt64) refuse("indices", "must be int64");
+  return {(const int64_t*)memory.data, memory.elements};
+}
+
+}  // namespace fastdiff

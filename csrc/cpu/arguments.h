@@ -1,0 +1,110 @@
+// What the kernels are told. Plain data without member functions: these types are shared by translation units that are
+// compiled for different instruction sets, where an inline function could be linked from the wrong one.
+#pragma once
+
+#include <cstdint>
+
+namespace fastdiff {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3, u8 = 4 };
+
+struct Input {
+  const void* data;  // null: absent
+  DType dtype;
+};
+
+struct Output {
+  void* data;  // null: not wanted
+  DType dtype;
+};
+
+// One number a row in the compute dtype; stride 0 where all rows share it.
+struct Rows {
+  const void* data;  // null: absent
+  int stride;
+};
+
+// N elements in memory order are outer x shared x frames x inner; element (o, s, f, i) belongs to row o * frames + f.
+// Leading rows ([B], [B, F]) have shared = frames = 1; rows [B, 1, F, 1, 1] of a video have shared = channels.
+// `samples` and `channels` (dimension 1) say which noise belongs to an element, whatever its row.
+struct Layout {
+  int64_t outer, shared, frames, inner;
+  int64_t samples, channels;
+  int64_t rows, elements;
+};
+
+struct Noise {
+  enum Kind { none, given, made } kind;
+  Input tensor;  // where given
+  uint64_t seed, sample_offset;
+  uint32_t stream;
+  float offset;  // of the channels
+};
+
+constexpr int kMaxMaskDims = 8;
+
+// Any strides, in elements: 0 where the mask is broadcast. Neighbouring dimensions that can be one are one.
+struct Mask {
+  Input tensor;
+  int dims;
+  int64_t sizes[kMaxMaskDims], strides[kMaxMaskDims];
+};
+
+struct NormalArguments {
+  Layout layout;
+  Noise noise;
+  Output out;
+};
+
+struct NoiseArguments {
+  Layout layout;
+  Input x0;
+  Rows alpha, sigma;
+  Noise n, xi;
+  double perturbation;
+  Output x_t, keep;
+};
+
+struct ConvertArguments {
+  Layout layout;
+  Input x_t, m;
+  Rows k_x, k_m;
+  Output out;
+};
+
+enum class Function : int { mse = 0, l1 = 1, smooth_l1 = 2, pseudo_huber = 3, log_cosh = 4 };
+
+struct LossArguments {
+  Layout layout;
+  Input prediction, x0;
+  Noise n;
+  Rows p, q, scale, c;
+  Rows factor;  // of the gradient: upstream * weight / divisor
+  Mask mask;
+  Function function;
+  double* sums;  // one a unit of work, or null where no value is wanted
+  Output gradient;
+};
+
+struct MaskSumArguments {
+  Layout layout;
+  Mask mask;
+  double* sums;
+};
+
+constexpr int kHistory = 4;
+// fastdiff.ops.COLUMNS
+enum Column { p_x, p_m, c_x, c_m, c_x0, c_h1, c_h2, c_h3, c_h4, c_noise, l_0, l_v, h_x, h_m, h_x0, kColumns };
+
+struct StepArguments {
+  Layout layout;
+  Input x, m, uncond, log_variance;
+  Input history[kHistory];
+  Rows table;  // kColumns numbers a row; stride 0 or kColumns
+  Rows guidance;
+  double clip;  // negative: none
+  Noise noise;
+  Output y, x0, entry;
+};
+
+}  // namespace fastdiff

@@ -1,0 +1,121 @@
+// Walking over the work, and the blocks of noise and mask that belong to a place in it.
+#pragma once
+
+#include "normals.h"
+#include "storage.h"
+
+namespace fastdiff {
+namespace FASTDIFF_VARIANT {
+
+struct Unit {
+  int64_t start, row, slot;  // slot: the place of its sum, those of a row side by side
+  int length;
+};
+
+// Calls body(unit) for the units [begin, end) of the layout.
+template <class Body>
+FASTDIFF_INLINE void for_units(const Layout& layout, int64_t begin, int64_t end, Body body) {
+  const int64_t pieces = (layout.inner + kUnit - 1) / kUnit;
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t segment = u / pieces, piece = u % pieces;
+    const int64_t frame = segment % layout.frames, rest = segment / layout.frames;
+    const int64_t shared = rest % layout.shared, outer = rest / layout.shared;
+    const int64_t left = layout.inner - piece * kUnit;
+    Unit unit;
+    unit.start = segment * layout.inner + piece * kUnit;
+    unit.row = outer * layout.frames + frame;
+    unit.slot = (unit.row * layout.shared + shared) * pieces + piece;
+    unit.length = int(left < kUnit ? left : kUnit);
+    body(unit);
+  }
+}
+
+// Calls body(row, start, count) for the blocks of the units [begin, end).
+template <class Body>
+FASTDIFF_INLINE void for_blocks(const Layout& layout, int64_t begin, int64_t end, Body body) {
+  for_units(layout, begin, end, [&](const Unit& unit) {
+    for (int done = 0; done < unit.length; done += kBlock) {
+      const int left = unit.length - done;
+      body(unit.row, unit.start + done, left < kBlock ? left : kBlock);
+    }
+  });
+}
+
+// Adds offset * (one normal a channel) to elements [element, element + count) of a sample.
+inline void add_offset(const Noise& noise, const Layout& layout, int64_t sample, int64_t element, int count, float* n) {
+  const int64_t channel_size = layout.elements / layout.samples / layout.channels;
+  for (int done = 0; done < count;) {
+    const int64_t channel = (element + done) / channel_size;
+    const int64_t end = (channel + 1) * channel_size - element;
+    const int stop = end < count ? int(end) : count;
+    const float shift = noise.offset * philox::normal(noise.seed, philox::kOffsetStream,
+                                                      noise.sample_offset + uint64_t(sample), uint64_t(channel));
+    for (; done < stop; ++done) n[done] = n[done] + shift;
+  }
+}
+
+// Elements [start, start + count) of the noise, from memory order; writes up to kSlack beyond the end.
+inline void make_noise(const Noise& noise, const Layout& layout, int64_t start, int count, float* n) {
+  const int64_t sample_size = layout.elements / layout.samples;
+  for (int done = 0; done < count;) {
+    const int64_t sample = (start + done) / sample_size, element = (start + done) % sample_size;
+    const int64_t left = sample_size - element;
+    const int part = left < count - done ? int(left) : count - done;
+    normal_elements(noise.seed, noise.stream, noise.sample_offset + uint64_t(sample), uint64_t(element), part, n + done);
+    if (noise.offset != 0.0f) add_offset(noise, layout, sample, element, part, n + done);
+    done += part;
+  }
+}
+
+template <class C>
+struct NoiseBuffer {
+  alignas(64) C values[kBlock + kSlack];
+};
+
+// A block of noise to compute on: given or made. Zeros behind it up to a multiple of kLanes.
+template <class C>
+FASTDIFF_INLINE const C* view(const Noise& noise, const Layout& layout, int64_t start, int count, NoiseBuffer<C>& buffer) {
+  if (noise.kind == Noise::given) return view<C>(noise.tensor, start, count, buffer.values);
+  if constexpr (sizeof(C) == 4) {
+    make_noise(noise, layout, start, count, buffer.values);
+  } else {
+    NoiseBuffer<float> narrow;
+    make_noise(noise, layout, start, count, narrow.values);
+    for (int k = 0; k < count; ++k) buffer.values[k] = C(narrow.values[k]);
+  }
+  for (int k = count; k < padded(count); ++k) buffer.values[k] = C(0);
+  return buffer.values;
+}
+
+// Elements [start, start + count) of the mask, broadcast; zeros behind them up to a multiple of kLanes.
+template <class C>
+inline const C* view(const Mask& mask, int64_t start, int count, C* buffer) {
+  const int last = mask.dims - 1;
+  const int64_t run = mask.sizes[last], stride = mask.strides[last];
+  if (mask.dims == 1 && stride == 1) return view<C>(mask.tensor, start, count, buffer);
+  for (int done = 0; done < count;) {
+    int64_t rest = (start + done) / run;
+    const int64_t within = (start + done) % run;
+    int64_t place = within * stride;
+    for (int d = last - 1; d >= 0; --d) {
+      place += rest % mask.sizes[d] * mask.strides[d];
+      rest /= mask.sizes[d];
+    }
+    const int part = run - within < count - done ? int(run - within) : count - done;
+    if (stride == 1) {
+      read<C>(mask.tensor, place, part, buffer + done);
+    } else if (stride == 0) {
+      C value{};
+      read<C>(mask.tensor, place, 1, &value);
+      for (int k = 0; k < part; ++k) buffer[done + k] = value;
+    } else {
+      for (int k = 0; k < part; ++k) read<C>(mask.tensor, place + k * stride, 1, buffer + done + k);
+    }
+    done += part;
+  }
+  for (int k = count; k < padded(count); ++k) buffer[k] = C(0);
+  return buffer;
+}
+
+}  // namespace FASTDIFF_VARIANT
+}  // namespace fastdiff

@@ -1,0 +1,170 @@
+#include "run.h"
+
+#include <omp.h>
+
+#include <cmath>
+#include <memory>
+
+#include "table.h"
+#include "work.h"
+
+namespace fastdiff {
+
+namespace {
+
+// Below so many elements a thread, waking it costs more than it saves.
+constexpr int64_t kElementsPerThread = 16384;
+
+int64_t unit_count(const Layout& layout) {
+  if (layout.elements == 0) return 0;
+  return layout.outer * layout.shared * layout.frames * ((layout.inner + kUnit - 1) / kUnit);
+}
+
+template <class Body>
+void parallel(const Layout& layout, int threads, Body body) {
+  const int64_t units = unit_count(layout);
+  int64_t team = threads > 0 ? threads : omp_get_max_threads();
+  if (team > layout.elements / kElementsPerThread) team = layout.elements / kElementsPerThread;
+  if (team > units) team = units;
+  if (team <= 1) {
+    if (units) body(0, units);
+    return;
+  }
+#pragma omp parallel num_threads(int(team))
+  {
+    const int64_t index = omp_get_thread_num(), size = omp_get_num_threads();
+    body(units * index / size, units * (index + 1) / size);
+  }
+}
+
+double number(const Rows& rows, bool wide, int64_t row, double absent) {
+  if (!rows.data) return absent;
+  const int64_t at = row * rows.stride;
+  return wide ? ((const double*)rows.data)[at] : double(((const float*)rows.data)[at]);
+}
+
+void put(const Output& to, bool wide, int64_t at, double value) {
+  if (wide)
+    ((double*)to.data)[at] = value;
+  else
+    ((float*)to.data)[at] = float(value);
+}
+
+// The sum of each row from those of its units, which lie side by side: in one order, whatever thread made them.
+void sum_rows(const Layout& layout, const double* units, double* rows) {
+  const int64_t per_row = unit_count(layout) / layout.rows;
+  for (int64_t row = 0; row < layout.rows; ++row) {
+    double sum = 0;
+    for (int64_t k = 0; k < per_row; ++k) sum += units[row * per_row + k];
+    rows[row] = sum;
+  }
+}
+
+// What each row's sum is divided by, as in the reference.
+void find_divisors(const LossCall& call, bool wide, int threads, double* units, double* divisors) {
+  const Layout& layout = call.kernel.layout;
+  const int64_t rows = layout.rows;
+  if (call.reduction == Reduction::sum) {
+    for (int64_t row = 0; row < rows; ++row) divisors[row] = 1;
+    return;
+  }
+  if (call.normalization == Normalization::none || !call.kernel.mask.tensor.data) {
+    for (int64_t row = 0; row < rows; ++row) divisors[row] = double(layout.elements / rows);
+    return;
+  }
+  for (int64_t row = 0; row < rows; ++row) divisors[row] = 0;
+  if (layout.elements) {
+    const MaskSumArguments arguments{layout, call.kernel.mask, units};
+    const auto kernel = chosen().table->mask_sum[wide];
+    parallel(layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+    sum_rows(layout, units, divisors);
+  }
+  if (call.normalization == Normalization::row) {
+    // A row with nothing in its mask has no mean: it counts as 0.
+    for (int64_t row = 0; row < rows; ++row) divisors[row] = divisors[row] == 0 ? 1 : divisors[row];
+  } else {
+    double sum = 0;
+    for (int64_t row = 0; row < rows; ++row) sum += divisors[row];
+    for (int64_t row = 0; row < rows; ++row) divisors[row] = sum / double(rows);
+  }
+}
+
+// upstream * weight / divisor, and the mean over rows: what multiplies a row's part of the gradient.
+void find_factors(const LossCall& call, bool wide, const double* divisors, double* factors) {
+  const int64_t rows = call.kernel.layout.rows;
+  for (int64_t row = 0; row < rows; ++row) {
+    double factor = number(call.upstream, wide, row, 1);
+    if (call.reduction == Reduction::mean) factor /= double(rows);
+    factor = factor / divisors[row] * number(call.weight, wide, row, 1);
+    if (wide)
+      factors[row] = factor;
+    else
+      ((float*)factors)[row] = float(factor);
+  }
+}
+
+void reduce(const LossCall& call, bool wide, const double* sums, const double* divisors) {
+  const int64_t rows = call.kernel.layout.rows;
+  double total = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const double mean = sums[row] / divisors[row];
+    const double weighted = number(call.weight, wide, row, 1) * sums[row] / divisors[row];
+    if (call.means) call.means[row] = mean;
+    if (call.result.data && call.reduction == Reduction::none) put(call.result, wide, row, weighted);
+    total += weighted;
+  }
+  if (!call.result.data || call.reduction == Reduction::none) return;
+  if (call.reduction == Reduction::mean) total = rows ? total / double(rows) : NAN;
+  put(call.result, wide, 0, total);
+}
+
+}  // namespace
+
+void run(const NormalArguments& arguments, int threads) {
+  const auto kernel = chosen().table->normal;
+  parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
+void run(const NoiseArguments& arguments, bool wide, int threads) {
+  const auto kernel = chosen().table->noise[wide];
+  parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
+void run(const ConvertArguments& arguments, bool wide, int threads) {
+  const auto kernel = chosen().table->convert[wide];
+  parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
+void run(const StepArguments& arguments, bool wide, int threads) {
+  const auto kernel = chosen().table->step[wide];
+  parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
+void run(LossCall& call, bool wide, int threads) {
+  LossArguments& kernel_arguments = call.kernel;
+  const Layout& layout = kernel_arguments.layout;
+  const bool value = call.result.data || call.means;
+  const int64_t rows = layout.rows, units = unit_count(layout);
+  // One piece of memory: the sums of the units, then for each row its sum, divisor and factor.
+  const std::unique_ptr<double[]> memory(new double[size_t(units + 3 * rows + 1)]);
+  double *unit_sums = memory.get(), *row_sums = unit_sums + units, *divisors = row_sums + rows,
+         *factors = divisors + rows;
+  find_divisors(call, wide, threads, unit_sums, divisors);
+  if (kernel_arguments.gradient.data) {
+    find_factors(call, wide, divisors, factors);
+    kernel_arguments.factor = {factors, 1};
+  }
+  kernel_arguments.sums = value ? unit_sums : nullptr;
+  if (units && (value || kernel_arguments.gradient.data)) {
+    const auto kernel = chosen().table->loss[wide];
+    parallel(layout, threads, [&](int64_t begin, int64_t end) { kernel(kernel_arguments, begin, end); });
+  }
+  if (!value) return;
+  if (units)
+    sum_rows(layout, unit_sums, row_sums);
+  else
+    for (int64_t row = 0; row < rows; ++row) row_sums[row] = 0;
+  reduce(call, wide, row_sums, divisors);
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,28 @@
+// The operations on all their elements: kernels on threads, and the loss put together from its sums.
+#pragma once
+
+#include "arguments.h"
+
+namespace fastdiff {
+
+// `threads`: at most so many; 0: as many as OpenMP would use. Few elements are done by the calling thread.
+void run(const NormalArguments& arguments, int threads);
+void run(const NoiseArguments& arguments, bool wide, int threads);  // wide: compute in float64
+void run(const ConvertArguments& arguments, bool wide, int threads);
+void run(const StepArguments& arguments, bool wide, int threads);
+
+enum class Reduction : int { mean = 0, sum = 1, none = 2 };
+enum class Normalization : int { none = 0, row = 1, global = 2 };
+
+struct LossCall {
+  LossArguments kernel;  // its factor and sums are made here
+  Reduction reduction;
+  Normalization normalization;
+  Rows weight, upstream;  // upstream: of the result; absent: 1
+  Output result;          // one number, or one a row, in the compute dtype
+  double* means;          // one a row, before the weight: what the weight's gradient is made of
+};
+
+void run(LossCall& call, bool wide, int threads);
+
+}  // namespace fastdiff

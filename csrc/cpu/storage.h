@@ -1,0 +1,181 @@
+// Blocks between memory, in any dtype, and buffers in the compute dtype. The kernels see nothing but compute dtypes;
+// where memory holds just that, they get the memory itself and nothing is copied.
+#pragma once
+
+#include "arguments.h"
+#include "simd.h"
+#include "work.h"
+
+namespace fastdiff {
+namespace FASTDIFF_VARIANT {
+
+template <class C>
+constexpr DType kCode = sizeof(C) == 4 ? DType::f32 : DType::f64;
+
+FASTDIFF_INLINE float from_bfloat16(uint16_t h) {
+  const uint32_t bits = uint32_t(h) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// To the nearest, ties to even. AVX512_BF16 has an instruction for it, which turns subnormal numbers into zeros.
+FASTDIFF_INLINE uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? uint16_t(0x7FC0u) : uint16_t(rounded);
+}
+
+FASTDIFF_INLINE float from_half_bits(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, rest = h & 0x7FFFu;
+  uint32_t bits;
+  if (rest >= 0x7C00u) {
+    bits = 0x7F800000u | (rest << 13) | (rest > 0x7C00u ? 0x400000u : 0u);  // inf, or NaN made quiet
+  } else if (rest >= 0x0400u) {
+    bits = (rest << 13) + (112u << 23);
+  } else {
+    const float value = float(rest) * 0x1p-24f;  // subnormal in float16, exact here
+    memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+FASTDIFF_INLINE uint16_t to_half_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+  bits &= 0x7FFFFFFFu;
+  if (bits > 0x7F800000u) return uint16_t(sign | 0x7E00u | ((bits >> 13) & 0x3FFu));
+  if (bits >= 0x477FF000u) return uint16_t(sign | 0x7C00u);  // from 65520 on it rounds to inf
+  if (bits < 0x38800000u) {
+    // Subnormal: adding 1/2 leaves 24 bits below it, which is the spacing, and the addition rounds.
+    float size;
+    memcpy(&size, &bits, 4);
+    size += 0.5f;
+    memcpy(&bits, &size, 4);
+    return uint16_t(sign | (bits - 0x3F000000u));
+  }
+  bits += 0xFFFu + ((bits >> 13) & 1u);
+  return uint16_t(sign | ((bits - (112u << 23)) >> 13));
+}
+
+inline void read_halves(const uint16_t* from, int count, float* to) {
+  int k = 0;
+#if defined(FASTDIFF_AVX512) || defined(FASTDIFF_AVX2)
+  for (; k + 8 <= count; k += 8) _mm256_storeu_ps(to + k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + k))));
+#endif
+  for (; k < count; ++k) to[k] = from_half_bits(from[k]);
+}
+
+inline void write_halves(const float* from, int count, uint16_t* to) {
+  int k = 0;
+#if defined(FASTDIFF_AVX512) || defined(FASTDIFF_AVX2)
+  for (; k + 8 <= count; k += 8)
+    _mm_storeu_si128((__m128i*)(to + k), _mm256_cvtps_ph(_mm256_loadu_ps(from + k), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; k < count; ++k) to[k] = to_half_bits(from[k]);
+}
+
+// Elements [start, start + count) of `from`; count <= kBlock.
+template <class C>
+inline void read(const Input& from, int64_t start, int count, C* to) {
+  switch (from.dtype) {
+    case DType::f32: {
+      const float* source = (const float*)from.data + start;
+      for (int k = 0; k < count; ++k) to[k] = C(source[k]);
+      break;
+    }
+    case DType::f64: {
+      const double* source = (const double*)from.data + start;
+      for (int k = 0; k < count; ++k) to[k] = C(source[k]);
+      break;
+    }
+    case DType::bf16: {
+      const uint16_t* source = (const uint16_t*)from.data + start;
+      for (int k = 0; k < count; ++k) to[k] = C(from_bfloat16(source[k]));
+      break;
+    }
+    case DType::f16: {
+      const uint16_t* source = (const uint16_t*)from.data + start;
+      if constexpr (sizeof(C) == 4) {
+        read_halves(source, count, to);
+      } else {
+        float narrow[kBlock];
+        read_halves(source, count, narrow);
+        for (int k = 0; k < count; ++k) to[k] = C(narrow[k]);
+      }
+      break;
+    }
+    case DType::u8: {
+      const uint8_t* source = (const uint8_t*)from.data + start;
+      for (int k = 0; k < count; ++k) to[k] = C(source[k]);
+      break;
+    }
+  }
+}
+
+FASTDIFF_INLINE int padded(int count) { return (count + kLanes - 1) & ~(kLanes - 1); }
+
+// A block of `from` to compute on, zeros behind it up to a multiple of kLanes: memory itself, or `buffer`.
+template <class C>
+FASTDIFF_INLINE const C* view(const Input& from, int64_t start, int count, C* buffer) {
+  if (from.dtype == kCode<C> && count % kLanes == 0) return (const C*)from.data + start;
+  read(from, start, count, buffer);
+  for (int k = count; k < padded(count); ++k) buffer[k] = C(0);
+  return buffer;
+}
+
+// Where to put a block of results: memory itself, or `buffer`, which commit() then takes to memory.
+template <class C>
+FASTDIFF_INLINE C* place(const Output& to, int64_t start, int count, C* buffer) {
+  return to.dtype == kCode<C> && count % kLanes == 0 ? (C*)to.data + start : buffer;
+}
+
+template <class C>
+inline void commit(const Output& to, int64_t start, int count, const C* values) {
+  switch (to.dtype) {
+    case DType::f32: {
+      float* target = (float*)to.data + start;
+      if ((const void*)target == (const void*)values) return;
+      for (int k = 0; k < count; ++k) target[k] = float(values[k]);
+      break;
+    }
+    case DType::f64: {
+      double* target = (double*)to.data + start;
+      if ((const void*)target == (const void*)values) return;
+      for (int k = 0; k < count; ++k) target[k] = double(values[k]);
+      break;
+    }
+    case DType::bf16: {
+      uint16_t* target = (uint16_t*)to.data + start;
+      // From float64 by way of float32, as PyTorch does.
+      for (int k = 0; k < count; ++k) target[k] = to_bfloat16(float(values[k]));
+      break;
+    }
+    case DType::f16: {
+      uint16_t* target = (uint16_t*)to.data + start;
+      if constexpr (sizeof(C) == 4) {
+        write_halves(values, count, target);
+      } else {
+        float narrow[kBlock];
+        for (int k = 0; k < count; ++k) narrow[k] = float(values[k]);
+        write_halves(narrow, count, target);
+      }
+      break;
+    }
+    case DType::u8:
+      break;  // never an output: the binding refuses it
+  }
+}
+
+template <class C>
+FASTDIFF_INLINE C at(const Rows& rows, int64_t row) {
+  return ((const C*)rows.data)[row * rows.stride];
+}
+
+}  // namespace FASTDIFF_VARIANT
+}  // namespace fastdiff

@@ -1,0 +1,23 @@
+// The kernels, compiled once for each instruction set: FASTDIFF_VARIANT names the namespace, the compiler's flags say
+// what may be used. Everything but the table is inside that namespace or static, because a function with one name in
+// two of these would be linked from either, and run instructions that the machine may lack.
+#include "affine.h"
+#include "loss.h"
+#include "step.h"
+#include "table.h"
+
+namespace fastdiff {
+namespace FASTDIFF_VARIANT {
+
+extern const Table table;
+const Table table = {
+    normal_units,
+    {noise_units<float>, noise_units<double>},
+    {convert_units<float>, convert_units<double>},
+    {loss_units<float>, loss_units<double>},
+    {mask_sum_units<float>, mask_sum_units<double>},
+    {step_units<float>, step_units<double>},
+};
+
+}  // namespace FASTDIFF_VARIANT
+}  // namespace fastdiff

@@ -1,0 +1,89 @@
+"""Tensors to the pointers and sizes that ``fastdiff._C`` takes. No autograd, and no checks: ``fastdiff.ops`` made them.
+
+Rows come placed: as many dimensions as the data, 1 where shared. Tensors are contiguous; a mask may be anything.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.uint8: 4,
+    torch.bool: 4,
+    torch.int64: 5,
+}
+FUNCTIONS = {"mse": 0, "l1": 1, "smooth_l1": 2, "pseudo_huber": 3, "log_cosh": 4}
+REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+NORMALIZATIONS = {"none": 0, "row": 1, "global": 2}
+
+
+@lru_cache(maxsize=256)
+def layout_of(shape: tuple[int, ...], rows: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(layout, the shape that rows must be expanded to) for data of ``shape`` and rows of the placed shape ``rows``.
+
+    A layout has rows that differ along some dimensions, are shared along the next, differ along the next and are shared
+    along the rest. Rows that alternate more often are expanded until they do not.
+    """
+    sizes, part = [1, 1, 1, 1], 0
+    expanded: list[int] = []
+    for size, kept in zip(shape, rows):
+        differs = kept == size and size != 1
+        if size != 1:
+            if differs and part == 1:
+                part = 2
+            elif differs and part == 3:
+                # A third run of differing dimensions: let the rows differ along everything up to here instead.
+                sizes, part = [sizes[0] * sizes[1] * sizes[2] * sizes[3], 1, 1, 1], 0
+                expanded = list(shape[: len(expanded)])
+            elif not differs and part in (0, 2):
+                part += 1
+            sizes[part] *= size
+        expanded.append(size if differs else 1)
+    samples = shape[0] if shape else 1
+    channels = shape[1] if len(shape) > 1 else 1
+    return (*sizes, samples, channels), tuple(expanded)
+
+
+def arrange(shape: torch.Size, *rows: Tensor | None) -> tuple[tuple[int, ...], list[Tensor | None]]:
+    """The layout for rows that may be shared differently, and the rows: a single number, or contiguous in one shape."""
+    many = {tuple(row.shape) for row in rows if row is not None and row.numel() != 1}
+    one = (1,) * len(shape)
+    common = tuple(torch.broadcast_shapes(one, *many)) if len(many) > 1 else next(iter(many), one)
+    layout, expanded = layout_of(tuple(shape), common)
+    return layout, [row if row is None or row.numel() == 1 else row.expand(expanded).contiguous() for row in rows]
+
+
+def fits(shape: torch.Size, weight: Tensor, *rows: Tensor | None) -> bool:
+    """Whether a layout has just the rows of ``weight``, so that there is one sum for each."""
+    own = tuple(weight.shape)
+    same = all(row is None or row.numel() == 1 or tuple(row.shape) == own for row in rows)
+    return same and layout_of(tuple(shape), own)[1] == own
+
+
+def memory(tensor: Tensor | None) -> tuple[int, int, int] | None:
+    return None if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype], tensor.numel())
+
+
+def source(n: Any) -> tuple | None:
+    """A noise tensor, or the ``fastdiff.ops.Philox`` to make it from."""
+    if n is None or isinstance(n, Tensor):
+        return memory(n)
+    return int(n.seed), n.stream, n.sample_offset, n.offset
+
+
+def masked(mask: Tensor | None, shape: torch.Size) -> tuple | None:
+    if mask is None:
+        return None
+    if mask.dtype not in DTYPES or mask.dtype == torch.int64:
+        mask = mask.to(torch.float64)
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(mask.shape, mask.stride())) if mask.numel() else 0
+    # What the mask's storage holds from its first element on may be more; only what is reached counts.
+    return mask.data_ptr(), DTYPES[mask.dtype], elements, tuple(shape), tuple(mask.expand(shape).stride())

@@ -1,0 +1,319 @@
+"""The operations on the CPU: the arguments of the reference's, run by ``fastdiff._C``, and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .launch import DTYPES, FUNCTIONS, NORMALIZATIONS, REDUCTIONS, arrange, fits, masked, memory, source
+
+try:
+    from ... import _C
+except ImportError as error:
+    _C, unavailable_because = None, f"the extension fastdiff._C is not there ({error}): install with a C++ compiler"
+else:
+    unavailable_because = ""
+available = _C is not None
+
+
+def description() -> str:
+    """What runs, for ``fastdiff doctor``."""
+    return f"C++, {_C.simd()} of {', '.join(_C.simd_variants())}"
+
+
+_DATA = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _plain(*tensors: Any) -> bool:
+    """Whether all tensors have memory to point at: none is traced, wrapped by torch.func or a subclass."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and (
+            type(tensor) not in (Tensor, torch.nn.Parameter)
+            or tensor.device.type != "cpu"
+            or tensor.dtype not in DTYPES
+            or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        ):
+            return False
+    return True
+
+
+def _differentiable(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def _contiguous(tensor: Any) -> Any:
+    return tensor.contiguous() if isinstance(tensor, Tensor) else tensor
+
+
+def _like(result: Tensor, tensor: Tensor) -> Tensor:
+    """``result`` in the memory format of ``tensor``: a channels_last network gets a channels_last x_t."""
+    return result if tensor.is_contiguous() else torch.empty_like(tensor, dtype=result.dtype).copy_(result)
+
+
+def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int = 0, device: Any = None) -> Tensor:
+    """As ``reference.uniform``."""
+    if not _plain(seed):
+        return reference.uniform(seed, samples, stream, sample_offset, device)
+    u = torch.empty(samples, dtype=torch.float64, device="cpu")
+    _C.uniform(int(seed), stream, sample_offset, memory(u), samples)
+    return u
+
+
+def normal(
+    seed: int | Tensor,
+    shape: tuple[int, ...],
+    stream: int = 0,
+    sample_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: Any = None,
+) -> Tensor:
+    """As ``reference.normal``."""
+    if not _plain(seed) or dtype not in _DATA:
+        return reference.normal(seed, shape, stream, sample_offset, dtype, device)
+    z = torch.empty(shape, dtype=dtype, device="cpu")
+    layout, _ = arrange(z.shape)
+    _C.normal(layout, (int(seed), stream, sample_offset, 0.0), memory(z), torch.get_num_threads())
+    return z
+
+
+class _Noise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x0, n, alpha, sigma, perturbation, xi, keep_noise):
+        ctx.save_for_backward(alpha, sigma)
+        ctx.dtypes = x0.dtype, n.dtype if isinstance(n, Tensor) else None
+        x_t, kept = _noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
+        if kept is not n and isinstance(kept, Tensor):
+            ctx.mark_non_differentiable(kept)
+        return x_t, kept
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        alpha, sigma = ctx.saved_tensors
+        wide = gradient.to(alpha.dtype)
+        d_x0 = (alpha * wide).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        d_n = (sigma * wide).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        return d_x0, d_n, None, None, None, None, None
+
+
+def noise(
+    x0: Tensor, n: Any, alpha: Tensor, sigma: Tensor, perturbation: float, xi: Any, keep_noise: bool
+) -> tuple[Tensor, Any]:
+    """As ``reference.noise``."""
+    arguments = (x0, n, alpha, sigma, perturbation, xi, keep_noise)
+    seed = getattr(n, "seed", None)
+    if not _plain(x0, n, seed, alpha, sigma, xi) or _differentiable(alpha, sigma, xi):
+        return reference.noise(*arguments)
+    if not _differentiable(x0, n):
+        return _noise(*arguments)
+    x_t, kept = _Noise.apply(*arguments)
+    return x_t, n if isinstance(n, Tensor) else kept
+
+
+def _noise(x0, n, alpha, sigma, perturbation, xi, keep_noise):
+    layout, (a, s) = arrange(x0.shape, alpha, sigma)
+    x_t = torch.empty(x0.shape, dtype=x0.dtype, device="cpu")
+    kept = n
+    if keep_noise and not isinstance(n, Tensor):
+        kept = torch.empty(x0.shape, dtype=alpha.dtype, device="cpu")
+    data, given, xi = _contiguous(x0), _contiguous(n), _contiguous(xi)
+    _C.noise(
+        layout,
+        memory(data),
+        memory(a),
+        memory(s),
+        source(given),
+        float(perturbation),
+        source(xi),
+        memory(x_t),
+        None if kept is n else memory(kept),
+        torch.get_num_threads(),
+    )
+    return _like(x_t, x0), kept
+
+
+class _Loss(torch.autograd.Function):
+    """The loss; its gradient is written in the same pass, as for an upstream gradient of 1, and given out if that is
+    what comes. Otherwise it is computed again with the one that came: the upstream factor is in before any rounding."""
+
+    @staticmethod
+    def forward(ctx, prediction, weight, x0, n, p, q, scale, c, mask, function, normalization, reduction):
+        ctx.made, given = (n, None) if not isinstance(n, Tensor) else (None, n)
+        ctx.save_for_backward(prediction, weight, x0, given, p, q, scale, c, mask)
+        ctx.how = function, normalization, reduction
+        # A float16 loss is scaled; its gradient for 1 would be of no use.
+        ahead = ctx.needs_input_grad[0] and reduction != "none" and prediction.dtype != torch.float16
+        rest = (x0, n, p, q, scale, c, mask, *ctx.how)
+        result, ctx.means, ctx.gradient = _launch_loss(
+            prediction, weight, *rest, means=ctx.needs_input_grad[1], gradient=ahead
+        )
+        return result
+
+    @staticmethod
+    def backward(ctx, upstream):
+        prediction, weight, x0, n, *rows = ctx.saved_tensors
+        rest = (x0, n if n is not None else ctx.made, *rows, *ctx.how)
+        if torch.is_grad_enabled():  # a graph of the gradient is wanted
+            inputs = [t for t, needed in zip((prediction, weight), ctx.needs_input_grad) if needed]
+            loss = reference.loss(prediction, *rest[:5], weight, *rest[5:])
+            found = iter(torch.autograd.grad(loss, inputs, upstream, create_graph=True))
+            gradients = [next(found) if needed else None for needed in ctx.needs_input_grad[:2]]
+            return (*gradients, *(None,) * 10)
+        d_prediction = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_prediction, ctx.gradient = ctx.gradient, None
+            if d_prediction is None or upstream.numel() != 1 or float(upstream) != 1.0:
+                _, _, d_prediction = _launch_loss(
+                    prediction, weight, *rest, upstream=upstream, result=False, gradient=True
+                )
+        if ctx.needs_input_grad[1]:
+            count = weight.numel() if ctx.how[-1] == "mean" else 1
+            d_weight = (upstream * ctx.means / count).to(weight.dtype)
+        return (d_prediction, d_weight, *(None,) * 10)
+
+
+def loss(
+    prediction: Tensor,
+    x0: Tensor | None,
+    n: Any,
+    p: Tensor | None,
+    q: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    c: Tensor | None,
+    mask: Tensor | None,
+    function: str,
+    mask_normalization: str,
+    reduction: str,
+) -> Tensor:
+    """As ``reference.loss``."""
+    rest = (x0, n, p, q, scale, c, mask, function, mask_normalization, reduction)
+    seed = getattr(n, "seed", None)
+    if (
+        not _plain(prediction, weight, *rest[:7], seed)
+        or _differentiable(x0, n, p, q, scale, c, mask)
+        or not fits(prediction.shape, weight, p, q, scale, c)
+    ):
+        return reference.loss(prediction, x0, n, p, q, scale, weight, *rest[5:])
+    if _differentiable(prediction, weight):
+        return _Loss.apply(prediction, weight, *rest)
+    return _launch_loss(prediction, weight, *rest)[0]
+
+
+def _launch_loss(
+    prediction, weight, x0, n, p, q, scale, c, mask, function, normalization, reduction,
+    *, upstream=None, result=True, means=False, gradient=False,
+):  # fmt: skip
+    """(result or None, means of the rows or None, gradient or None)."""
+    dtype, shape = weight.dtype, prediction.shape
+    if reduction == "none" and upstream is not None:
+        layout, (w, p_, q_, scale_, c_, up) = arrange(shape, weight, p, q, scale, c, upstream.to(dtype))
+    else:
+        layout, (w, p_, q_, scale_, c_) = arrange(shape, weight, p, q, scale, c)
+        up = None if upstream is None else upstream.to(dtype)
+    rows = weight.shape
+    value = torch.empty(rows if reduction == "none" else (), dtype=dtype, device="cpu") if result else None
+    row_means = torch.empty(rows, dtype=torch.float64, device="cpu") if means else None
+    d = torch.empty(shape, dtype=prediction.dtype, device="cpu") if gradient else None
+    m, x0, n = _contiguous(prediction), _contiguous(x0), _contiguous(n)
+    _C.loss(
+        layout,
+        memory(m),
+        memory(x0) if p_ is not None else None,
+        source(n) if q_ is not None else None,
+        memory(p_),
+        memory(q_),
+        memory(scale_),
+        memory(w),
+        memory(c_),
+        masked(mask, shape),
+        FUNCTIONS[function],
+        NORMALIZATIONS[normalization],
+        REDUCTIONS[reduction],
+        memory(up),
+        memory(value),
+        memory(row_means),
+        memory(d),
+        torch.get_num_threads(),
+    )
+    return value, row_means, d
+
+
+class _Convert(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, m, x_t, k_x, k_m):
+        ctx.save_for_backward(k_x, k_m)
+        ctx.dtypes = m.dtype, x_t.dtype
+        return _convert(m, x_t, k_x, k_m)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        k_x, k_m = ctx.saved_tensors
+        wide = gradient.to(k_m.dtype)
+        d_m = (k_m * wide).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        d_x = (k_x * wide).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        return d_m, d_x, None, None
+
+
+def convert(m: Tensor, x_t: Tensor, k_x: Tensor, k_m: Tensor, dtype: torch.dtype) -> Tensor:
+    """As ``reference.convert``."""
+    if not _plain(m, x_t, k_x, k_m) or _differentiable(k_x, k_m) or dtype != m.dtype:
+        return reference.convert(m, x_t, k_x, k_m, dtype)
+    return (_Convert.apply if _differentiable(m, x_t) else _convert)(m, x_t, k_x, k_m)
+
+
+def _convert(m, x_t, k_x, k_m):
+    layout, (k_x, k_m) = arrange(m.shape, k_x, k_m)
+    out = torch.empty(m.shape, dtype=m.dtype, device="cpu")
+    data, x = _contiguous(m), _contiguous(x_t)
+    _C.convert(layout, memory(data), memory(x), memory(k_x), memory(k_m), memory(out), torch.get_num_threads())
+    return _like(out, m)
+
+
+def step(
+    x: Tensor,
+    m: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor | float,
+    row: Tensor,
+    clip: float | None,
+    history: tuple[Tensor, ...],
+    noise: Any,
+    log_variance: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.step``."""
+    tensors = (x, m, uncond, guidance, row, *history, noise, log_variance)
+    seed = getattr(noise, "seed", None)
+    if not _plain(*tensors, seed) or _differentiable(*tensors) or dtype != x.dtype:
+        return reference.step(x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype)
+    per_sample = row.new_empty(1).expand((len(x),) + (1,) * (x.ndim - 1)) if row.ndim > 1 else None
+    scale = None
+    if uncond is not None:
+        scale = guidance if isinstance(guidance, Tensor) else row.new_full((1,), guidance)
+    layout, (_, scale) = arrange(x.shape, per_sample, scale)
+    y, x0 = torch.empty(x.shape, dtype=dtype, device="cpu"), torch.empty(x.shape, dtype=dtype, device="cpu")
+    entry = torch.empty(x.shape, dtype=row.dtype, device="cpu")
+    held = [_contiguous(t) for t in (x, m, uncond, row, noise, log_variance)]
+    entries = [_contiguous(t) for t in history]
+    _C.step(
+        layout,
+        memory(held[0]),
+        memory(held[1]),
+        memory(held[2]),
+        memory(scale),
+        memory(held[3]),
+        clip,
+        tuple(memory(t) for t in entries),
+        source(held[4]),
+        memory(held[5]),
+        memory(y),
+        memory(x0),
+        memory(entry),
+        torch.get_num_threads(),
+    )
+    return _like(y, x), _like(x0, x), _like(entry, x)
