@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from .. import reference
 from .launch import DTYPES, FUNCTIONS, NORMALIZATIONS, REDUCTIONS, arrange, fits, masked, memory, source
 
 try:
-    from ... import _C
+    _C: Any = importlib.import_module("fastdiff._C")
 except ImportError as error:
-    _C, unavailable_because = None, f"the extension fastdiff._C is not there ({error}): install with a C++ compiler"
+    _C, unavailable_because = None, f"{error}: install fastdiff where there is a C++ compiler"
 else:
     unavailable_because = ""
 available = _C is not None
