@@ -32,7 +32,7 @@ class Rows(NamedTuple):
     q: Tensor
     scale: Tensor  # what makes an error of the prediction one of the error space
     weight: Tensor
-    factor: Tensor  # of the error function
+    loss_weight: Tensor  # the weight times the factor of the error function
     c: Tensor  # its constant; NaN where it has none
 
 
@@ -259,7 +259,7 @@ class Objective:
         weight: Tensor | float | None,
         mask_normalization: str,
     ) -> Tensor:
-        row_weight = rows.weight * rows.factor
+        row_weight = rows.loss_weight
         if weight is not None:
             if isinstance(weight, Tensor):
                 weight = place_rows("weight", weight.to(row_weight.device), row_weight.shape)
@@ -316,14 +316,15 @@ class Objective:
         scale = kinds.conversion(self.prediction, self.error_space, levels)[1]
         c, factor = self.loss_function.rows(levels)
         one = torch.ones_like(levels.alpha)
+        weight = weightings.evaluate(self.weighting, levels, self.error_space)
         return Rows(
             levels.alpha,
             levels.sigma,
             p,
             q,
             scale,
-            weightings.evaluate(self.weighting, levels, self.error_space),
-            factor * one,
+            weight,
+            weight * factor,
             c if c is not None else one * torch.nan,
         )
 

@@ -121,8 +121,9 @@ class Process:
                 f"got dtype {t.dtype}. Convert indices to times first, for example t = (index + 0.5) / steps."
             )
         if value_checks_are_free(t) and t.numel():
-            inside = (t >= self.t_min) & (t <= self.t_max) & t.isfinite()
-            if not bool(inside.all()):
+            low, high = t.aminmax()  # NaN if there is one
+            if not (low >= self.t_min and high <= self.t_max and high < math.inf):
+                inside = (t >= self.t_min) & (t <= self.t_max) & t.isfinite()
                 raise ValueError(f"t must lie in {self._range()} for {self!r}; got {_first(t[~inside])}.")
 
     def __repr__(self) -> str:
@@ -241,9 +242,10 @@ class VariancePreserving(Process):
                 f"{self!r} is discrete: t must be integer indices in [0, {self.steps - 1}]; got dtype {t.dtype}."
             )
         if value_checks_are_free(t) and t.numel():
-            inside = (t >= 0) & (t < self.steps)
-            if not bool(inside.all()):
-                raise ValueError(f"t must lie in [0, {self.steps - 1}] for {self!r}; got {_first(t[~inside])}.")
+            low, high = t.aminmax()
+            if low < 0 or high >= self.steps:
+                outside = t[(t < 0) | (t >= self.steps)]
+                raise ValueError(f"t must lie in [0, {self.steps - 1}] for {self!r}; got {_first(outside)}.")
 
     def _arguments(self) -> dict[str, Any]:
         return {"betas": self.schedule, "steps": self.steps, "zero_terminal_snr": self.zero_terminal_snr}
@@ -360,9 +362,9 @@ class VESDE(Process):
 def gather_rows(table: Tensor, t: Tensor) -> Tensor:
     """Rows ``table[t]`` of a [steps, K] table: shape [*t.shape, K]. An index out of range gives a row of NaN."""
     index = t.long()
-    rows = table[index.clamp(0, len(table) - 1)]
     if value_checks_are_free(t):  # check_t has raised already
-        return rows
+        return table[index]
+    rows = table[index.clamp(0, len(table) - 1)]
     return torch.where(((index >= 0) & (index < len(table))).unsqueeze(-1), rows, math.nan)
 
 

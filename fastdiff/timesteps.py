@@ -39,6 +39,8 @@ class Uniform(Timesteps):
             raise ValueError(f"0 <= low < high <= 1 is needed; got low={self.low!r}, high={self.high!r}.")
 
     def fraction(self, u: Tensor) -> Tensor:
+        if (self.low, self.high) == (0.0, 1.0):
+            return u
         return self.low + (self.high - self.low) * u
 
 

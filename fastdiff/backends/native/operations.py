@@ -25,20 +25,16 @@ def description() -> str:
     return f"C++, {_C.simd()} of {', '.join(_C.simd_variants())}"
 
 
+_TYPES = (Tensor, torch.nn.Parameter)
 _DATA = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _plain(*tensors: Any) -> bool:
     """Whether all tensors have memory to point at: none is traced, wrapped by torch.func or a subclass."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and (
-            type(tensor) not in (Tensor, torch.nn.Parameter)
-            or tensor.device.type != "cpu"
-            or tensor.dtype not in DTYPES
-            or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        ):
+        if isinstance(tensor, Tensor) and not (type(tensor) in _TYPES and tensor.is_cpu and tensor.dtype in DTYPES):
             return False
     return True
 
