@@ -83,7 +83,8 @@ def test_training_step(benchmark, kind, shape, dtype, implementation, device):
     benchmark.extra_info["bytes"] = passes * x0.numel() * x0.element_size()
     if implementation == "fastdiff":
         benchmark.extra_info["backend"] = fastdiff.backends.choose(device)
-    benchmark.pedantic(run, rounds=15, iterations=1, warmup_rounds=2)
+    small = x0.numel() < 1e5
+    benchmark.pedantic(run, rounds=200 if small else 25, iterations=1, warmup_rounds=3)
 
 
 @pytest.mark.parametrize("megabytes", [64])

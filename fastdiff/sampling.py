@@ -98,7 +98,16 @@ def sample(
             else:
                 z = ops.Philox(seed, sample_offset, Stream.STEP + k)
         x, x0, _ = ops.step(
-            x, m, table[k], uncond=half, guidance=guidance, clip=plan.clip, noise=z, log_variance=variance
+            x,
+            m,
+            table[k],
+            uncond=half,
+            guidance=guidance,
+            clip=plan.clip,
+            noise=z,
+            log_variance=variance,
+            return_x0=callback is not None,
+            return_entry=False,
         )
         if callback is not None:
             callback(k, times[k], x, x0)

@@ -68,6 +68,13 @@ def test_step_does_what_its_table_says(dtype, batched, clip, device):
     assert y.dtype == x0.dtype == dtype and entry.dtype == (dtype if dtype == torch.float64 else torch.float32)
 
 
+def test_what_is_not_wanted_is_none():
+    x = torch.randn(2, 3)
+    full = ops.step(x, x, row(p_x=1.0, c_x0=2.0, h_x=1.0))
+    y, x0, entry = ops.step(x, x, row(p_x=1.0, c_x0=2.0, h_x=1.0), return_x0=False, return_entry=False)
+    assert x0 is None and entry is None and torch.equal(y, full[0])
+
+
 def test_learned_variance_scales_the_noise():
     x, m, z, v = torch.randn(4, 2, 3, dtype=torch.float64)
     y, _, _ = ops.step(x, m, row(c_noise=2.0, l_0=-1.0, l_v=0.5), noise=z, log_variance=v)

@@ -197,9 +197,9 @@ def test_convert_and_step(dtype, batched, simd):
                 (0.5, ops.Philox(3, 1, 20), None),
                 (None, None, None),
             ):
-                arguments = (x, m, uncond, guidance, row, clip, tuple(history), noise, variance, dtype)
+                arguments = (x, m, uncond, guidance, row, clip, tuple(history), noise, variance, dtype, (True, True))
                 wider = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
-                wider[6], wider[-1] = tuple(h.double() for h in history), torch.float64
+                wider[6], wider[-2] = tuple(h.double() for h in history), torch.float64
                 results = native.step(*arguments), reference.step(*arguments), reference.step(*wider)
                 for got, want, exact in zip(*results):
                     # Terms cancel: the scale of the errors is that of the tensor.

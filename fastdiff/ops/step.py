@@ -23,7 +23,9 @@ def step(
     history: Sequence[Tensor] = (),
     noise: Tensor | Philox | None = None,
     log_variance: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_x0: bool = True,
+    return_entry: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One step of any linear sampler.
 
     Args:
@@ -36,6 +38,7 @@ def step(
         history: up to four tensors kept from earlier steps, the latest first.
         noise: z, shaped as x, or a ``Philox`` to make it from; None adds none, whatever c_noise.
         log_variance: v, for a learned variance: the noise is scaled by exp((l_0 + l_v v) / 2) too.
+        return_x0, return_entry: what is not wanted is None in the result, and not written.
 
     Returns:
         (y, x0 estimate, history entry): y and x0 in the dtype of x, the entry in float32 (float64 for float64).
@@ -58,4 +61,7 @@ def step(
     row = row.to(x.device, dtype)
     if isinstance(guidance, Tensor):
         guidance = place_rows("guidance", guidance.to(x.device, dtype), x.shape)
-    return backends.get(x.device).step(x, m, uncond, guidance, row, clip, tuple(history), noise, log_variance, x.dtype)
+    wanted = (return_x0, return_entry)
+    return backends.get(x.device).step(
+        x, m, uncond, guidance, row, clip, tuple(history), noise, log_variance, x.dtype, wanted
+    )

@@ -282,19 +282,21 @@ def step(
     noise: Any,
     log_variance: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``reference.step``."""
     tensors = (x, m, uncond, guidance, row, *history, noise, log_variance)
     seed = getattr(noise, "seed", None)
     if not _plain(*tensors, seed) or _differentiable(*tensors) or dtype != x.dtype:
-        return reference.step(x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype)
+        return reference.step(x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted)
     per_sample = row.new_empty(1).expand((len(x),) + (1,) * (x.ndim - 1)) if row.ndim > 1 else None
     scale = None
     if uncond is not None:
         scale = guidance if isinstance(guidance, Tensor) else row.new_full((1,), guidance)
     layout, (_, scale) = arrange(x.shape, per_sample, scale)
-    y, x0 = torch.empty(x.shape, dtype=dtype, device="cpu"), torch.empty(x.shape, dtype=dtype, device="cpu")
-    entry = torch.empty(x.shape, dtype=row.dtype, device="cpu")
+    y = torch.empty(x.shape, dtype=dtype, device="cpu")
+    x0 = torch.empty(x.shape, dtype=dtype, device="cpu") if wanted[0] else None
+    entry = torch.empty(x.shape, dtype=row.dtype, device="cpu") if wanted[1] else None
     held = [_contiguous(t) for t in (x, m, uncond, row, noise, log_variance)]
     entries = [_contiguous(t) for t in history]
     _C.step(
@@ -313,4 +315,4 @@ def step(
         memory(entry),
         torch.get_num_threads(),
     )
-    return _like(y, x), _like(x0, x), _like(entry, x)
+    return _like(y, x), x0 if x0 is None else _like(x0, x), entry if entry is None else _like(entry, x)

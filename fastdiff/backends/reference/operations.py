@@ -170,8 +170,10 @@ def step(
     noise: Any,
     log_variance: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One sampler step, (y, x0, history entry), of ``table`` [15] or [batch, 15]: see ``fastdiff.ops.step``."""
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One sampler step, (y, x0, history entry), of ``table`` [15] or [batch, 15]: see ``fastdiff.ops.step``. x0 and the
+    entry are None where they are not ``wanted``."""
     shape = table.shape[:-1] + (1,) * (x.ndim if table.ndim > 1 else 0)
     row = {name: table[..., k].reshape(shape[: x.ndim]) for k, name in enumerate(COLUMNS)}
     compute = table.dtype
@@ -190,5 +192,5 @@ def step(
         if log_variance is not None:
             strength = strength * torch.exp(0.5 * (row["l_0"] + row["l_v"] * log_variance.to(compute)))
         y = y + strength * made(noise, x).to(compute)
-    entry = row["h_x"] * x + row["h_m"] * m + row["h_x0"] * x0
-    return y.to(dtype), x0.to(dtype), entry
+    entry = row["h_x"] * x + row["h_m"] * m + row["h_x0"] * x0 if wanted[1] else None
+    return y.to(dtype), x0.to(dtype) if wanted[0] else None, entry
