@@ -13,18 +13,26 @@ constexpr int kNormals = 4 * kGroups;      // and the normals that they make
 constexpr int kSlack = 32;                 // a buffer for normals is so much longer than what is asked for
 static_assert(kNormals <= kSlack, "a vector of groups must fit into the slack");
 
+// How many vectors are worked on side by side: a chain of ten rounds leaves a processor waiting, several do not.
+constexpr int kChains = 4;
+
 // The words stay in 64-bit lanes. A product looks only at the low half of a lane, so the high halves of the words,
 // which hold what is left of earlier products, need no clearing.
-FASTDIFF_INLINE void philox_rounds(Longs& c0, Longs& c1, Longs& c2, Longs& c3, uint64_t seed) {
+template <int chains>
+FASTDIFF_INLINE void philox_rounds(Longs (&c)[chains][4], uint64_t seed) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < philox::kRounds; ++round) {
-    const Longs product0 = product(c0, Longs{} + philox::kMultiplier0);
-    const Longs product1 = product(c2, Longs{} + philox::kMultiplier1);
-    c0 = (product1 >> 32) ^ c1 ^ (Longs{} + k0);
-    c1 = product1;
-    c2 = (product0 >> 32) ^ c3 ^ (Longs{} + k1);
-    c3 = product0;
+    const Longs key0 = Longs{} + k0, key1 = Longs{} + k1;
+#pragma GCC unroll 4
+    for (int j = 0; j < chains; ++j) {
+      const Longs product0 = product(c[j][0], Longs{} + philox::kMultiplier0);
+      const Longs product1 = product(c[j][2], Longs{} + philox::kMultiplier1);
+      c[j][0] = (product1 >> 32) ^ c[j][1] ^ key0;
+      c[j][1] = product1;
+      c[j][2] = (product0 >> 32) ^ c[j][3] ^ key1;
+      c[j][3] = product0;
+    }
     k0 += philox::kWeyl0;
     k1 += philox::kWeyl1;
   }
@@ -54,21 +62,40 @@ FASTDIFF_INLINE void box_muller(Words i1, Words i2, Floats& n1, Floats& n2) {
   n2 = (Floats)((Words)(radius * (cosine + sine)) ^ ((i2 >> 1) << 31));
 }
 
-// Normals of `vectors` * kGroups groups from `group` on, in order of their elements.
-inline void normal_groups(uint64_t seed, uint32_t stream, uint64_t sample, uint32_t group, int vectors, float* out) {
+// Normals of `chains` * kGroups groups from `group` on, in order of their elements.
+template <int chains>
+FASTDIFF_INLINE void normal_chains(uint64_t seed, uint32_t stream, uint64_t sample, uint32_t group, float* out) {
   // Interleaving works within 128-bit parts. So that the results come out in order, the lanes of the first and the
   // second 64 bits of each part hold the lower and the upper half of the groups.
   Longs order;
+#pragma GCC unroll 8
   for (int k = 0; k < kGroups; ++k) order[k] = uint64_t(k / 2 + (k % 2) * (kGroups / 2));
-  for (int v = 0; v < vectors; ++v, group += kGroups, out += kNormals) {
-    Longs c0 = order + group, c1 = Longs{} + stream, c2 = Longs{} + uint32_t(sample), c3 = Longs{} + (sample >> 32);
-    philox_rounds(c0, c1, c2, c3, seed);
-    const Words i1 = (Words)((c0 & 0xFFFFFFFFull) | (c2 << 32)), i2 = (Words)((c1 & 0xFFFFFFFFull) | (c3 << 32));
+  Longs c[chains][4];
+#pragma GCC unroll 4
+  for (int j = 0; j < chains; ++j) {
+    c[j][0] = order + uint64_t(group + uint32_t(j) * kGroups);
+    c[j][1] = Longs{} + stream;
+    c[j][2] = Longs{} + uint32_t(sample);
+    c[j][3] = Longs{} + (sample >> 32);
+  }
+  philox_rounds(c, seed);
+#pragma GCC unroll 4
+  for (int j = 0; j < chains; ++j) {
+    const Words i1 = (Words)((c[j][0] & 0xFFFFFFFFull) | (c[j][2] << 32));
+    const Words i2 = (Words)((c[j][1] & 0xFFFFFFFFull) | (c[j][3] << 32));
     Floats n1, n2;
     box_muller(i1, i2, n1, n2);
-    store(out, zip_low(n1, n2));
-    store(out + kNormals / 2, zip_high(n1, n2));
+    store(out + j * kNormals, zip_low(n1, n2));
+    store(out + j * kNormals + kNormals / 2, zip_high(n1, n2));
   }
+}
+
+// Normals of `vectors` * kGroups groups.
+inline void normal_groups(uint64_t seed, uint32_t stream, uint64_t sample, uint32_t group, int vectors, float* out) {
+  int v = 0;
+  for (; v + kChains <= vectors; v += kChains)
+    normal_chains<kChains>(seed, stream, sample, group + uint32_t(v * kGroups), out + v * kNormals);
+  for (; v < vectors; ++v) normal_chains<1>(seed, stream, sample, group + uint32_t(v * kGroups), out + v * kNormals);
 }
 
 // Elements [element, element + count) of a sample, count <= kBlock. Writes up to kSlack floats beyond the end.

@@ -63,9 +63,58 @@ FASTDIFF_INLINE uint16_t to_half_bits(float value) {
   return uint16_t(sign | ((bits - (112u << 23)) >> 13));
 }
 
-inline void read_halves(const uint16_t* from, int count, float* to) {
+// A little faster than what the compiler makes of the plain loops, which do the rest.
+inline void read_bfloats(const uint16_t* from, int count, float* to) {
+  int k = 0;
+#if defined(FASTDIFF_AVX512)
+  for (; k + 16 <= count; k += 16)
+    _mm512_storeu_si512(to + k, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from + k))), 16));
+#elif defined(FASTDIFF_AVX2)
+  for (; k + 8 <= count; k += 8)
+    _mm256_storeu_si256((__m256i*)(to + k),
+                        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + k))), 16));
+#endif
+  for (; k < count; ++k) to[k] = from_bfloat16(from[k]);
+}
+
+#if defined(FASTDIFF_AVX512)
+FASTDIFF_INLINE __m256i to_bfloats(const float* from) {
+  const __m512 value = _mm512_loadu_ps(from);
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF)), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
+}
+#elif defined(FASTDIFF_AVX2)
+FASTDIFF_INLINE __m256i to_bfloat_words(const float* from) {
+  const __m256 value = _mm256_loadu_ps(from);
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7FFF)), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
+}
+FASTDIFF_INLINE __m256i to_bfloats(const float* from) {
+  const __m256i packed = _mm256_packus_epi32(to_bfloat_words(from), to_bfloat_words(from + 8));
+  return _mm256_permute4x64_epi64(packed, 0xD8);  // packing works within 128-bit parts
+}
+#endif
+
+inline void write_bfloats(const float* from, int count, uint16_t* to) {
   int k = 0;
 #if defined(FASTDIFF_AVX512) || defined(FASTDIFF_AVX2)
+  for (; k + 16 <= count; k += 16) _mm256_storeu_si256((__m256i*)(to + k), to_bfloats(from + k));
+#endif
+  for (; k < count; ++k) to[k] = to_bfloat16(from[k]);
+}
+
+inline void read_halves(const uint16_t* from, int count, float* to) {
+  int k = 0;
+#if defined(FASTDIFF_AVX512)
+  for (; k + 16 <= count; k += 16)
+    _mm512_storeu_ps(to + k, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + k))));
+#elif defined(FASTDIFF_AVX2)
   for (; k + 8 <= count; k += 8) _mm256_storeu_ps(to + k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + k))));
 #endif
   for (; k < count; ++k) to[k] = from_half_bits(from[k]);
@@ -73,7 +122,10 @@ inline void read_halves(const uint16_t* from, int count, float* to) {
 
 inline void write_halves(const float* from, int count, uint16_t* to) {
   int k = 0;
-#if defined(FASTDIFF_AVX512) || defined(FASTDIFF_AVX2)
+#if defined(FASTDIFF_AVX512)
+  for (; k + 16 <= count; k += 16)
+    _mm256_storeu_si256((__m256i*)(to + k), _mm512_cvtps_ph(_mm512_loadu_ps(from + k), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(FASTDIFF_AVX2)
   for (; k + 8 <= count; k += 8)
     _mm_storeu_si128((__m128i*)(to + k), _mm256_cvtps_ph(_mm256_loadu_ps(from + k), _MM_FROUND_TO_NEAREST_INT));
 #endif
@@ -94,18 +146,15 @@ inline void read(const Input& from, int64_t start, int count, C* to) {
       for (int k = 0; k < count; ++k) to[k] = C(source[k]);
       break;
     }
-    case DType::bf16: {
-      const uint16_t* source = (const uint16_t*)from.data + start;
-      for (int k = 0; k < count; ++k) to[k] = C(from_bfloat16(source[k]));
-      break;
-    }
+    case DType::bf16:
     case DType::f16: {
       const uint16_t* source = (const uint16_t*)from.data + start;
+      const auto read_narrow = from.dtype == DType::bf16 ? read_bfloats : read_halves;
       if constexpr (sizeof(C) == 4) {
-        read_halves(source, count, to);
+        read_narrow(source, count, to);
       } else {
         float narrow[kBlock];
-        read_halves(source, count, narrow);
+        read_narrow(source, count, narrow);
         for (int k = 0; k < count; ++k) to[k] = C(narrow[k]);
       }
       break;
@@ -150,20 +199,17 @@ inline void commit(const Output& to, int64_t start, int count, const C* values) 
       for (int k = 0; k < count; ++k) target[k] = double(values[k]);
       break;
     }
-    case DType::bf16: {
-      uint16_t* target = (uint16_t*)to.data + start;
-      // From float64 by way of float32, as PyTorch does.
-      for (int k = 0; k < count; ++k) target[k] = to_bfloat16(float(values[k]));
-      break;
-    }
+    case DType::bf16:
     case DType::f16: {
       uint16_t* target = (uint16_t*)to.data + start;
+      const auto write_narrow = to.dtype == DType::bf16 ? write_bfloats : write_halves;
       if constexpr (sizeof(C) == 4) {
-        write_halves(values, count, target);
+        write_narrow(values, count, target);
       } else {
+        // By way of float32, as PyTorch does.
         float narrow[kBlock];
         for (int k = 0; k < count; ++k) narrow[k] = float(values[k]);
-        write_halves(narrow, count, target);
+        write_narrow(narrow, count, target);
       }
       break;
     }
