@@ -51,7 +51,7 @@ def test_values(function, dtype, device):
     np.testing.assert_allclose(to_numpy(total), expected.sum(), rtol=relative(dtype))
 
 
-@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.uint8])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize("mask_shape", [(4, 1, 5, 6), (4, 3, 5, 6), (5, 6), (4, 1, 1, 1)])
 def test_mask_normalizations(mask_shape, mask_dtype):
     prediction, x0, n = batch(torch.float64)

@@ -53,7 +53,8 @@ def get(device: torch.device) -> ModuleType:
 
 
 class use_backend:
-    """Force one backend, from the call on or, as a context manager, for a block.
+    """Force one backend, from the call on or, as a context manager, for a block. (Tensors that are not on a device it
+    is for still go to the reference.)
 
     Args:
         name: "reference", "native", "triton" or "cuda"; None goes back to the automatic choice.

@@ -82,8 +82,6 @@ def source(n: Any) -> tuple | None:
 def masked(mask: Tensor | None, shape: torch.Size) -> tuple | None:
     if mask is None:
         return None
-    if mask.dtype not in DTYPES or mask.dtype == torch.int64:
-        mask = mask.to(torch.float64)
     elements = 1 + sum((size - 1) * stride for size, stride in zip(mask.shape, mask.stride())) if mask.numel() else 0
     # What the mask's storage holds from its first element on may be more; only what is reached counts.
     return mask.data_ptr(), DTYPES[mask.dtype], elements, tuple(shape), tuple(mask.expand(shape).stride())

@@ -39,6 +39,10 @@ def _plain(*tensors: Any) -> bool:
     return True
 
 
+def _on_cpu(device: Any) -> bool:
+    return device is None or torch.device(device).type == "cpu"
+
+
 def _differentiable(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
@@ -54,7 +58,7 @@ def _like(result: Tensor, tensor: Tensor) -> Tensor:
 
 def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int = 0, device: Any = None) -> Tensor:
     """As ``reference.uniform``."""
-    if not _plain(seed):
+    if not _plain(seed) or not _on_cpu(device):
         return reference.uniform(seed, samples, stream, sample_offset, device)
     u = torch.empty(samples, dtype=torch.float64, device="cpu")
     _C.uniform(int(seed), stream, sample_offset, memory(u), samples)
@@ -70,7 +74,7 @@ def normal(
     device: Any = None,
 ) -> Tensor:
     """As ``reference.normal``."""
-    if not _plain(seed) or dtype not in _DATA:
+    if not _plain(seed) or not _on_cpu(device) or dtype not in _DATA:
         return reference.normal(seed, shape, stream, sample_offset, dtype, device)
     z = torch.empty(shape, dtype=dtype, device="cpu")
     layout, _ = arrange(z.shape)
@@ -216,7 +220,10 @@ def _launch_loss(
     value = torch.empty(rows if reduction == "none" else (), dtype=dtype, device="cpu") if result else None
     row_means = torch.empty(rows, dtype=torch.float64, device="cpu") if means else None
     d = torch.empty(shape, dtype=prediction.dtype, device="cpu") if gradient else None
+    # Whatever is pointed at must be held until the call returns.
     m, x0, n = _contiguous(prediction), _contiguous(x0), _contiguous(n)
+    if mask is not None and mask.dtype == torch.int64:
+        mask = mask.double()
     _C.loss(
         layout,
         memory(m),
