@@ -32,7 +32,7 @@ class Checkpoint:
         model, ema, optimizer: state dicts.
         losses: float64 [step], the loss of every step.
         time_loss: float64 [2, quarters, bins], sum and number of the losses by quarter of training and by time.
-        machine: "device", "threads" and "torch" of the run so far: with others the bits may differ.
+        machine: "device", "backend", "threads" and "torch" of the run so far: with others the bits may differ.
         seconds: spent in training.
     """
 

@@ -199,7 +199,8 @@ def _prepare_machine(device: torch.device, threads: int, resumed: checkpoint.Che
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-    machine = {"device": device.type, "threads": threads, "torch": str(torch.__version__)}
+    backend = fastdiff.backends.choose(device)
+    machine = {"device": device.type, "backend": backend, "threads": threads, "torch": str(torch.__version__)}
     if resumed is not None:
         for name, now in machine.items():
             if resumed.machine[name] != now:
