@@ -278,10 +278,11 @@ def test_falls_back_where_there_is_no_memory_to_point_at():
 class TestBinding:
     """``fastdiff._C`` takes pointers: what it lets through must be safe to run."""
 
-    X = torch.zeros(64)
+    X = torch.zeros(1024)  # room for 64 elements of any dtype: a size that is claimed is not the binding's to doubt
     LAYOUT = (4, 1, 1, 16, 4, 1)
     GOOD = (X.data_ptr(), 0, 64)
-    ROWS = (torch.ones(4).data_ptr(), 0, 4)
+    R = torch.ones(4)  # held: the pointer must stay good
+    ROWS = (R.data_ptr(), 0, 4)
 
     @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
