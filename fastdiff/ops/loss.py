@@ -48,7 +48,7 @@ def loss(
     in prediction, x0, n and weight. A batch of size 0 has the sum 0 and, as in PyTorch, the mean NaN.
 
     Raises TypeError or ValueError for unfit inputs, and (on the CPU, where looking costs nothing) for a mask that is
-    zero everywhere; elsewhere such a mask gives NaN where it is divided by, and else 0.
+    zero everywhere; elsewhere such a mask gives NaN under "global", and else 0.
     """
     check_floating(prediction=prediction)
     x0, n = (x0 if p is not None else None), (n if q is not None else None)

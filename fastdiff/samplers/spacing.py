@@ -24,7 +24,7 @@ def discrete_timesteps(total: int, steps: int, spacing: str = "trailing", steps_
         raise ValueError(f"steps must lie in [1, {total}] for a process of {total} timesteps; got {steps}.")
     index = torch.arange(steps, dtype=torch.float64, device="cpu")
     if spacing == "trailing":
-        # The stride as NumPy's arange has it, and below as its linspace: ties are rounded as in every other library.
+        # The stride as NumPy's arange has it, and below as its linspace: ties are rounded as in diffusers.
         times = (total - index * (total - (total - total / steps))).round() - 1
     elif spacing == "leading":
         times = ((steps - 1 - index) * (total // steps)).round() + steps_offset
