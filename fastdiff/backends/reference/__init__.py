@@ -2,5 +2,6 @@
 
 from .operations import COLUMNS, convert, loss, noise, step
 from .philox import normal, uniform
+from .trajectory import Trajectory
 
-__all__ = ["COLUMNS", "convert", "loss", "noise", "normal", "step", "uniform"]
+__all__ = ["COLUMNS", "Trajectory", "convert", "loss", "noise", "normal", "step", "uniform"]
