@@ -178,6 +178,7 @@ class Objective:
             if used
         )
         self._tables: dict[tuple, Tensor] = {}
+        self._singular: set[Prediction] = set()  # kinds that are not determined at every time
         if process.discrete:
             self._table = self._checked_table()
 
@@ -324,16 +325,22 @@ class Objective:
         SNR.
         """
         kind = kinds.get(kind)
-        levels = self.process.levels(noised.t)
-        k_x, k_m = kinds.conversion(self.prediction, kind, levels)
-        if value_checks_are_free(k_m) and not bool((k_x.isfinite() & k_m.isfinite()).all()):
-            bad = noised.t[~(k_x.isfinite() & k_m.isfinite())].flatten()[0].item()
+        x_t, t = noised.x_t, noised.t
+        if self.process.discrete:
+            table = self._table_of(kind, t.device, compute_dtype(prediction, x_t))
+            placed = place_rows("t", t, x_t.shape)
+            k_x, k_m = backends.get(x_t.device).gather(table, placed, self.process.check_t)
+            singular = kind in self._singular
+        else:
+            k_x, k_m = kinds.conversion(self.prediction, kind, self.process.levels(t))
+            singular = True
+        if singular and value_checks_are_free(k_m) and not bool((k_x.isfinite() & k_m.isfinite()).all()):
+            bad = t[~(k_x.isfinite() & k_m.isfinite()).reshape(t.shape)].flatten()[0]
             raise ValueError(
-                f"{self.prediction.name!r} does not determine {kind.name!r} at t = {bad} of {self.process!r} "
-                f"(SNR {levels.snr.flatten()[levels.t.flatten() == bad][0].item():g}): "
-                f"use prediction='v_prediction' or 'sample'."
+                f"{self.prediction.name!r} does not determine {kind.name!r} at t = {bad.item()} of {self.process!r} "
+                f"(SNR {self.process.levels(bad).snr.item():g}): use prediction='v_prediction' or 'sample'."
             )
-        return ops.convert(prediction, noised.x_t, k_x, k_m)
+        return ops.convert(prediction, x_t, k_x, k_m)
 
     def _rows_for(self, t: Any, x0: Tensor, dtype: torch.dtype) -> tuple[Rows, Tensor]:
         """The coefficients at ``t``, which is checked, for ``x0``; and ``t``, one time a row."""
@@ -354,12 +361,18 @@ class Objective:
 
         return Rows(dict(zip(self._used, known)), evaluate), t
 
-    def _table_of(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The columns of those names of a discrete process's table: [steps, len(names)]."""
-        key = (names, device, dtype)
+    def _table_of(self, columns: tuple[str, ...] | Prediction, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[steps, K] of a discrete process: the coefficients of those names, or the conversion to that kind."""
+        key = (columns, device, dtype)
         if key not in self._tables:
-            columns = self._table[:, [COEFFICIENTS.index(name) for name in names]]
-            self._tables[key] = columns.to(device, dtype)
+            if isinstance(columns, Prediction):
+                levels = self.process.levels(torch.arange(self.process.steps, device="cpu"))
+                table = torch.stack(kinds.conversion(self.prediction, columns, levels), -1)
+                if not bool(table.isfinite().all()):
+                    self._singular.add(columns)
+            else:
+                table = self._table[:, [COEFFICIENTS.index(name) for name in columns]]
+            self._tables[key] = table.to(device, dtype)
         return self._tables[key]
 
     def _coefficients(self, name: str, levels: Levels) -> dict[str, Tensor]:
