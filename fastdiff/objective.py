@@ -15,7 +15,7 @@ from . import backends, losses, ops
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
-from .backends.rows import value_checks_are_free
+from .backends.rows import cached, value_checks_are_free
 from .losses import Loss
 from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
 from .ops.loss import check_loss
@@ -181,6 +181,7 @@ class Objective:
         self._singular: set[Prediction] = set()  # kinds that are not determined at every time
         if process.discrete:
             self._table = self._checked_table()
+            self._table_of(self._used, torch.device("cpu"), torch.float32)
 
     def __repr__(self) -> str:
         return (
@@ -363,17 +364,18 @@ class Objective:
 
     def _table_of(self, columns: tuple[str, ...] | Prediction, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[steps, K] of a discrete process: the coefficients of those names, or the conversion to that kind."""
-        key = (columns, device, dtype)
-        if key not in self._tables:
-            if isinstance(columns, Prediction):
+
+        def make() -> Tensor:
+            if not isinstance(columns, Prediction):
+                table = self._table[:, [COEFFICIENTS.index(name) for name in columns]]
+            else:
                 levels = self.process.levels(torch.arange(self.process.steps, device="cpu"))
                 table = torch.stack(kinds.conversion(self.prediction, columns, levels), -1)
-                if not bool(table.isfinite().all()):
+                if value_checks_are_free(table) and not bool(table.isfinite().all()):
                     self._singular.add(columns)
-            else:
-                table = self._table[:, [COEFFICIENTS.index(name) for name in columns]]
-            self._tables[key] = table.to(device, dtype)
-        return self._tables[key]
+            return table.to(device, dtype)
+
+        return cached(self._tables, (columns, device, dtype), make)
 
     def _coefficients(self, name: str, levels: Levels) -> dict[str, Tensor]:
         """The coefficient of that name at ``levels``, and those that come with it: float64."""

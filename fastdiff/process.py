@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.rows import gather_rows, value_checks_are_free
+from .backends.rows import cached, gather_rows, value_checks_are_free
 
 # Where a posterior variance of zero must have a logarithm (Improved DDPM's and diffusers' floor).
 MIN_VARIANCE = 1e-20
@@ -197,11 +197,9 @@ class VariancePreserving(Process):
         return self._alpha**2
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        if t.device not in self._tables:
-            self._tables[t.device] = torch.stack([self._alpha, self._sigma], -1).to(
-                t.device, torch.float32 if t.device.type == "mps" else torch.float64
-            )
-        return gather_rows(self._tables[t.device], t).unbind(-1)
+        wide = torch.float32 if t.device.type == "mps" else torch.float64
+        table = cached(self._tables, t.device, lambda: torch.stack([self._alpha, self._sigma], -1).to(t.device, wide))
+        return gather_rows(table, t).unbind(-1)
 
     def posterior(self, t: Any) -> tuple[Tensor, Tensor, Tensor]:
         """q(x_{t-1} | x_t, x0) at integer ``t``: float64 (c_x0, c_xt, variance), mean = c_x0 x0 + c_xt x_t.

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from . import native, reference
+from . import compiled, native, reference
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def choose(device: torch.device | str) -> str:
 
 
 def get(device: torch.device) -> ModuleType:
-    """The module with the operations for ``device``."""
+    """The module with the operations for ``device``; while a program is traced, their operators."""
+    if torch.compiler.is_compiling():
+        return compiled
     return _MODULES[_forced or _CHOICE.get(device.type, "reference")]
 
 

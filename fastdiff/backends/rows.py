@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,16 @@ class Gathered(NamedTuple):
 def value_checks_are_free(tensor: Tensor) -> bool:
     """Whether the values of ``tensor`` can be looked at without waiting for a device or breaking a traced graph."""
     return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+def cached(store: dict, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    """``store[key]``, made if it is not there. Nothing is stored while a program is traced: it would be no tensor."""
+    found = store.get(key)
+    if found is None:
+        found = make()
+        if not torch.compiler.is_compiling():
+            store[key] = found
+    return found
 
 
 def gather_rows(table: Tensor, t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The native backend: the operations on the CPU in C++ (csrc/), vectorised, one pass each.
 
-What it does not do, the reference does: under ``torch.compile`` and ``torch.func``, for tensor subclasses, and where
+What it does not do, the reference does: under ``torch.func``, for tensor subclasses, and where
 gradients are asked for that are not those of a training step (of the coefficients, of x0 in a loss, of a step).
 """
 
@@ -10,6 +10,7 @@ from .operations import (
     description,
     gather,
     loss,
+    loss_gradient,
     noise,
     normal,
     step,
@@ -23,6 +24,7 @@ __all__ = [
     "description",
     "gather",
     "loss",
+    "loss_gradient",
     "noise",
     "normal",
     "step",

@@ -236,6 +236,15 @@ def loss(
     return _launch_loss(prediction, weight, *rest)[0]
 
 
+def loss_gradient(upstream: Tensor, prediction: Tensor, x0: Any, n: Any, *arguments: Any) -> Tensor:
+    """As ``reference.loss_gradient``."""
+    p, q, scale, weight, c, mask, *how = arguments
+    if not _plain(upstream, prediction, x0, n, *arguments) or not fits(prediction.shape, weight, p, q, scale, c):
+        return reference.loss_gradient(upstream, prediction, x0, n, *arguments)
+    rest = (x0, n, p, q, scale, c, mask, *how)
+    return _launch_loss(prediction, weight, *rest, upstream=upstream, result=False, gradient=True)[2]
+
+
 def _launch_loss(
     prediction, weight, x0, n, p, q, scale, c, mask, function, normalization, reduction,
     *, upstream=None, result=True, means=False, gradient=False,
