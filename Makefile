@@ -1,5 +1,6 @@
 # make demo   train a small diffusion model on real digits and draw samples (2 to 3 minutes on 2 CPU cores)
 # make test   run the whole test suite
+# make wheel  build the sdist and the wheel, and run the tests against the wheel in an environment of its own
 # Both set up everything they need in .venv first.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench wheel lint clean
 
 demo: $(VENV)/.demo
 	@echo "== fastdiff demo: training on real handwritten digits, then sampling"
@@ -24,6 +25,16 @@ test: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@echo "== benchmarks"
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# The sdist, the wheel made of it, and the tests against that wheel in an environment of its own.
+wheel: $(VENV)/.dev
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip install --quiet -c constraints.txt torch
+	build/wheel/bin/pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[test]"
+	cp -r tests build/wheel/tests
+	cd build/wheel && bin/python -m pytest -q -n auto -p no:cacheprovider tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -49,4 +60,4 @@ $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ops.loss import NEED_C
 from .process import Levels
 
 
@@ -18,7 +19,7 @@ class Loss:
 
     @property
     def uses_c(self) -> bool:
-        return self.function in ("smooth_l1", "pseudo_huber")
+        return self.function in NEED_C
 
     def rows(self, levels: Levels) -> tuple[Tensor | None, Tensor | float]:
         """(c or None, factor): float64 of the levels' shape (or a number); the error is factor * function(e; c)."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,26 +15,38 @@ from . import backends, losses, ops
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
+from .backends.rows import cached, value_checks_are_free
 from .losses import Loss
 from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
-from .ops.noise import Stream
+from .ops.loss import check_loss
+from .ops.noise import Stream, check_noise
 from .prediction import Prediction
-from .process import Levels, Process, as_times, gather_rows, value_checks_are_free
+from .process import Levels, Process, as_times
 from .timesteps import Timesteps
 from .weighting import WeightingLike
 
+# The coefficients of an objective, in the order of its table.
+COEFFICIENTS = ("alpha", "sigma", "p", "q", "scale", "weight", "loss_weight", "c")
 
-class Rows(NamedTuple):
-    """The coefficients of an objective, one entry a row (the shape of t)."""
 
-    alpha: Tensor
-    sigma: Tensor
-    p: Tensor  # target = p x0 + q n
-    q: Tensor
-    scale: Tensor  # what makes an error of the prediction one of the error space
-    weight: Tensor
-    loss_weight: Tensor  # the weight times the factor of the error function
-    c: Tensor  # its constant; NaN where it has none
+class Rows:
+    """The coefficients of an objective at the times of a batch, placed to broadcast to the data.
+
+    alpha, sigma; p, q of target = p x0 + q n; scale, which makes an error of the prediction one of the error space;
+    weight; loss_weight, the weight times the factor of the error function; c, its constant, where it has one.
+    They are computed in float64 and rounded once. ``evaluate(name)`` gives those that are not known yet, when they are
+    first asked for.
+    """
+
+    def __init__(self, known: dict[str, Any], evaluate: Callable[[str], dict[str, Tensor]] | None = None):
+        self.__dict__.update(known)
+        self._evaluate = evaluate
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in COEFFICIENTS or self._evaluate is None:
+            raise AttributeError(name)
+        self.__dict__.update(self._evaluate(name))
+        return self.__dict__[name]
 
 
 @dataclass(eq=False)
@@ -65,19 +78,19 @@ class Noised:
 
     @property
     def alpha(self) -> Tensor:
-        return self.rows.alpha
+        return self.rows.alpha.reshape(self.t.shape)
 
     @property
     def sigma(self) -> Tensor:
-        return self.rows.sigma
+        return self.rows.sigma.reshape(self.t.shape)
 
     @property
     def snr(self) -> Tensor:
-        return (self.rows.alpha / self.rows.sigma) ** 2
+        return (self.alpha / self.sigma) ** 2
 
     @property
     def weight(self) -> Tensor:
-        return self.rows.weight
+        return self.rows.weight.reshape(self.t.shape)
 
     @property
     def target(self) -> Tensor:
@@ -150,10 +163,25 @@ class Objective:
         self.noise_offset, self.input_perturbation = float(noise_offset), float(input_perturbation)
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
-        self._coefficients(process.levels(example))
-        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._all_coefficients(process.levels(example))
+        self._used = tuple(
+            name
+            for name, used in (
+                ("alpha", True),
+                ("sigma", True),
+                ("p", self.prediction.uses_x0),
+                ("q", self.prediction.uses_noise),
+                ("scale", self.error_space is not self.prediction),
+                ("loss_weight", True),
+                ("c", self.loss_function.uses_c),
+            )
+            if used
+        )
+        self._tables: dict[tuple, Tensor] = {}
+        self._singular: set[Prediction] = set()  # kinds that are not determined at every time
         if process.discrete:
             self._table = self._checked_table()
+            self._table_of(self._used, torch.device("cpu"), torch.float32)
 
     def __repr__(self) -> str:
         return (
@@ -190,34 +218,29 @@ class Objective:
         Returns a ``Noised``. Differentiable in x0. Raises TypeError or ValueError for unfit inputs.
         """
         check_floating(x0=x0)
-        if x0.ndim == 0:
+        if not x0.ndim:
             raise ValueError("x0 must have a batch dimension; got a scalar.")
         if generator is not None and seed is not None:
             raise ValueError("pass a generator or a seed, not both.")
-        made = noise is None or t is None or bool(self.input_perturbation)
-        if made and seed is None:
-            seed = draw_seed(generator, x0.device)
-        source = ops.Philox(seed, sample_offset, offset=self.noise_offset) if made else None
-        if t is None:
-            u = backends.get(x0.device).uniform(seed, x0.shape[0], Stream.TIMESTEP, sample_offset, x0.device)
-            t = self.timesteps(u, self.process)
+        backend = backends.get(x0.device)
+        made = source = None
+        if noise is None or t is None or self.input_perturbation:
+            if seed is None:
+                seed = draw_seed(generator, x0.device)
+            made = ops.Philox(seed, sample_offset, offset=self.noise_offset)
+        if noise is not None:
+            check_noise(x0=x0, noise=noise)
+            source = noise
         else:
-            t = as_times(t, x0.device)
-            self.process.check_t(t)
-            if t.numel() == 1:
-                t = t.reshape(()).expand(x0.shape[0])
-            place_rows("t", t, x0.shape)
-        n = source if noise is None else noise
-        rows = self.rows(t, compute_dtype(x0, noise))
-        x_t, n = ops.noise(
-            x0,
-            rows.alpha,
-            rows.sigma,
-            n,
-            perturbation=self.input_perturbation,
-            perturbation_noise=ops.Philox(seed, sample_offset, Stream.PERTURBATION) if made else None,
-            keep_noise=keep_noise,
-        )
+            made.check(x0.shape)
+            source = made
+        if t is None:
+            t = self.timesteps(
+                backend.uniform(seed, x0.shape[0], Stream.TIMESTEP, sample_offset, x0.device), self.process
+            )
+        rows, t = self._rows_for(t, x0, compute_dtype(x0, noise))
+        xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION) if self.input_perturbation else None
+        x_t, n = backend.noise(x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise)
         return Noised(self, x0, x_t, t, n, rows)
 
     def loss(
@@ -245,7 +268,15 @@ class Objective:
         Raises TypeError or ValueError for unfit inputs and for a mask that is zero everywhere (on the CPU).
         """
         return self._loss(
-            prediction, noised.x0, noised.noise_source, noised.rows, mask, reduction, weight, mask_normalization
+            prediction,
+            noised.x0,
+            noised.noise_source,
+            noised.rows,
+            noised.t.shape,
+            mask,
+            reduction,
+            weight,
+            mask_normalization,
         )
 
     def _loss(
@@ -254,31 +285,35 @@ class Objective:
         x0: Tensor,
         noise: Tensor | ops.Philox,
         rows: Rows,
+        row_shape: torch.Size,
         mask: Tensor | None,
         reduction: str,
         weight: Tensor | float | None,
         mask_normalization: str,
     ) -> Tensor:
-        row_weight = rows.loss_weight
+        uses_x0, uses_noise, function = self.prediction.uses_x0, self.prediction.uses_noise, self.loss_function
+        x0_, n = x0 if uses_x0 else None, noise if uses_noise else None
+        check_loss(prediction, x0_, n, mask, mask_normalization, reduction)
+        dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) else None)
+        coefficients = [
+            rows.p if uses_x0 else None,
+            rows.q if uses_noise else None,
+            None if self.error_space is self.prediction else rows.scale,
+            rows.loss_weight,
+            rows.c if function.uses_c else None,
+        ]
         if weight is not None:
             if isinstance(weight, Tensor):
-                weight = place_rows("weight", weight.to(row_weight.device), row_weight.shape)
-            row_weight = row_weight * weight
-        return ops.loss(
-            prediction,
-            x0,
-            noise,
-            p=rows.p if self.prediction.uses_x0 else None,
-            q=rows.q if self.prediction.uses_noise else None,
-            weight=row_weight,
-            scale=None if self.error_space is self.prediction else rows.scale,
-            c=rows.c if self.loss_function.uses_c else None,
-            mask=mask,
-            function=self.loss_function.function,
-            mask_normalization=mask_normalization,
-            reduction=reduction,
-            row_shape=tuple(rows.weight.shape),
+                weight = place_rows("weight", weight.to(prediction.device), row_shape).expand(row_shape)
+                weight = place_rows("weight", weight, prediction.shape)
+            coefficients[3] = coefficients[3] * weight
+        p, q, scale, row_weight, c = (
+            row if row is None or row.dtype == dtype else row.to(dtype) for row in coefficients
         )
+        result = backends.get(prediction.device).loss(
+            prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction
+        )
+        return result.reshape(row_shape) if reduction == "none" else result
 
     def predict_x0(self, prediction: Tensor, noised: Noised) -> Tensor:
         """The x0 that the network's output stands for, shaped and typed as prediction; differentiable."""
@@ -291,55 +326,90 @@ class Objective:
         SNR.
         """
         kind = kinds.get(kind)
-        levels = self.process.levels(noised.t)
-        k_x, k_m = kinds.conversion(self.prediction, kind, levels)
-        if value_checks_are_free(k_m) and not bool((k_x.isfinite() & k_m.isfinite()).all()):
-            bad = noised.t[~(k_x.isfinite() & k_m.isfinite())].flatten()[0].item()
+        x_t, t = noised.x_t, noised.t
+        if self.process.discrete:
+            table = self._table_of(kind, t.device, compute_dtype(prediction, x_t))
+            placed = place_rows("t", t, x_t.shape)
+            k_x, k_m = backends.get(x_t.device).gather(table, placed, self.process.check_t)
+            singular = kind in self._singular
+        else:
+            k_x, k_m = kinds.conversion(self.prediction, kind, self.process.levels(t))
+            singular = True
+        if singular and value_checks_are_free(k_m) and not bool((k_x.isfinite() & k_m.isfinite()).all()):
+            bad = t[~(k_x.isfinite() & k_m.isfinite()).reshape(t.shape)].flatten()[0]
             raise ValueError(
-                f"{self.prediction.name!r} does not determine {kind.name!r} at t = {bad} of {self.process!r} "
-                f"(SNR {levels.snr.flatten()[levels.t.flatten() == bad][0].item():g}): "
-                f"use prediction='v_prediction' or 'sample'."
+                f"{self.prediction.name!r} does not determine {kind.name!r} at t = {bad.item()} of {self.process!r} "
+                f"(SNR {self.process.levels(bad).snr.item():g}): use prediction='v_prediction' or 'sample'."
             )
-        return ops.convert(prediction, noised.x_t, k_x, k_m)
+        return ops.convert(prediction, x_t, k_x, k_m)
 
-    def rows(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Rows:
-        """The coefficients at ``t``, computed in float64 and rounded once to ``dtype``."""
+    def _rows_for(self, t: Any, x0: Tensor, dtype: torch.dtype) -> tuple[Rows, Tensor]:
+        """The coefficients at ``t``, which is checked, for ``x0``; and ``t``, one time a row."""
+        if not isinstance(t, Tensor) or t.device != x0.device:
+            t = as_times(t, x0.device)
+        if t.ndim != 1 or len(t) != len(x0):
+            if t.numel() == 1:
+                t = t.reshape(()).expand(len(x0))
+        placed = place_rows("t", t, x0.shape)
         if not self.process.discrete:
-            return Rows(*(row.to(dtype) for row in self._coefficients(self.process.levels(t))))
-        key = (t.device, dtype)
-        if key not in self._tables:
-            self._tables[key] = self._table.to(t.device, dtype)
-        return Rows(*gather_rows(self._tables[key], t).unbind(-1))
+            levels = self.process.levels(placed)
+            return Rows({}, lambda name: {k: v.to(dtype) for k, v in self._coefficients(name, levels).items()}), t
+        gather, check = backends.get(x0.device).gather, self.process.check_t
+        known = gather(self._table_of(self._used, t.device, dtype), placed, check)
 
-    def _coefficients(self, levels: Levels) -> Rows:
-        p, q = self.prediction.coefficients(levels)
-        scale = kinds.conversion(self.prediction, self.error_space, levels)[1]
+        def evaluate(name: str) -> dict[str, Any]:
+            return {name: gather(self._table_of((name,), t.device, dtype), placed, check)[0]}
+
+        return Rows(dict(zip(self._used, known)), evaluate), t
+
+    def _table_of(self, columns: tuple[str, ...] | Prediction, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[steps, K] of a discrete process: the coefficients of those names, or the conversion to that kind."""
+
+        def make() -> Tensor:
+            if not isinstance(columns, Prediction):
+                table = self._table[:, [COEFFICIENTS.index(name) for name in columns]]
+            else:
+                levels = self.process.levels(torch.arange(self.process.steps, device="cpu"))
+                table = torch.stack(kinds.conversion(self.prediction, columns, levels), -1)
+                if value_checks_are_free(table) and not bool(table.isfinite().all()):
+                    self._singular.add(columns)
+            return table.to(device, dtype)
+
+        return cached(self._tables, (columns, device, dtype), make)
+
+    def _coefficients(self, name: str, levels: Levels) -> dict[str, Tensor]:
+        """The coefficient of that name at ``levels``, and those that come with it: float64."""
+        if name in ("alpha", "sigma"):
+            return {"alpha": levels.alpha, "sigma": levels.sigma}
+        if name in ("p", "q"):
+            return dict(zip(("p", "q"), self.prediction.coefficients(levels)))
+        if name == "scale":
+            return {"scale": kinds.conversion(self.prediction, self.error_space, levels)[1]}
         c, factor = self.loss_function.rows(levels)
-        one = torch.ones_like(levels.alpha)
         weight = weightings.evaluate(self.weighting, levels, self.error_space)
-        return Rows(
-            levels.alpha,
-            levels.sigma,
-            p,
-            q,
-            scale,
-            weight,
-            weight * factor,
-            c if c is not None else one * torch.nan,
-        )
+        rows = {
+            "weight": weight,
+            "loss_weight": weight if isinstance(factor, float) and factor == 1 else weight * factor,
+        }
+        return rows if c is None else rows | {"c": c}
+
+    def _all_coefficients(self, levels: Levels) -> dict[str, Tensor]:
+        return {
+            key: row for name in ("alpha", "p", "scale", "c") for key, row in self._coefficients(name, levels).items()
+        }
 
     def _checked_table(self) -> Tensor:
-        """float64 [steps, len(Rows._fields)] on the CPU."""
+        """float64 [steps, len(COEFFICIENTS)] on the CPU."""
         levels = self.process.levels(torch.arange(self.process.steps, device="cpu"))
-        rows = self._coefficients(levels)
-        if self.error_space is not self.prediction and not bool(rows.scale.isfinite().all()):
-            t = (~rows.scale.isfinite()).nonzero()[0].item()
+        rows = self._all_coefficients(levels)
+        if self.error_space is not self.prediction and not bool(rows["scale"].isfinite().all()):
+            t = (~rows["scale"].isfinite()).nonzero()[0].item()
             raise ValueError(
                 f"an error of {self.prediction.name!r} is no finite error of {self.error_space.name!r} at t = {t} "
                 f"(SNR {levels.snr[t].item():g}): use another prediction or error_space."
             )
-        if bool(rows.weight.isnan().any()):
-            t = rows.weight.isnan().nonzero()[0].item()
+        if bool(rows["weight"].isnan().any()):
+            t = rows["weight"].isnan().nonzero()[0].item()
             raise ValueError(f"the weighting {self.weighting!r} is NaN at t = {t} (SNR {levels.snr[t].item():g}).")
         dropped = weightings.infinite(self.weighting, levels, self.error_space).nonzero().flatten().tolist()
         if dropped:
@@ -348,7 +418,7 @@ class Objective:
                 f"these timesteps get weight 0 and are left out of the loss.",
                 stacklevel=3,
             )
-        return torch.stack(tuple(rows), -1)
+        return torch.stack([rows[name] for name in COEFFICIENTS if name in rows], -1)
 
 
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -394,13 +464,8 @@ def diffusion_loss(
     objective = _objective(process, prediction_type, weighting, loss)
     check_floating(x0=x0, noise=noise)
     check_alike(x0=x0, noise=noise)
-    t = as_times(t, x0.device)
-    process.check_t(t)
-    if t.numel() == 1:
-        t = t.reshape(()).expand(x0.shape[:1])
-    place_rows("t", t, x0.shape)
-    rows = objective.rows(t, compute_dtype(x0, noise, prediction))
-    return objective._loss(prediction, x0, noise, rows, mask, reduction, weight, mask_normalization)
+    rows, t = objective._rows_for(t, x0, compute_dtype(x0, noise, prediction))
+    return objective._loss(prediction, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
 
 
 def _objective(process, kind, weights, loss) -> Objective:

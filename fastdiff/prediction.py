@@ -59,7 +59,7 @@ def _flow(levels: Levels) -> tuple[Tensor, Tensor]:
     # The velocity d x / d sigma of the path; Lipman et al. 2022, equation 23 with sigma_min.
     sigma_min = levels.process.sigma_min if isinstance(levels.process, RectifiedFlow) else 0.0
     one = torch.ones_like(levels.alpha)
-    return -one, one * (1 - sigma_min)
+    return -one, one * (1 - sigma_min) if sigma_min else one
 
 
 def _reversed_flow(levels: Levels) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends.rows import cached, gather_rows, value_checks_are_free
+
 # Where a posterior variance of zero must have a logarithm (Improved DDPM's and diffusers' floor).
 MIN_VARIANCE = 1e-20
 
@@ -28,11 +30,6 @@ def as_times(t: Any, device: torch.device | str | None = None) -> Tensor:
         kind = torch.as_tensor(t, device="cpu")
         t = as_float64(t) if kind.is_floating_point() else kind
     return t.to(device) if device is not None else t
-
-
-def value_checks_are_free(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` can be looked at without waiting for a device or breaking a traced graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +140,7 @@ class Process:
                 f"got dtype {t.dtype}. Convert indices to times first, for example t = (index + 0.5) / steps."
             )
         if value_checks_are_free(t) and t.numel():
-            low, high = t.aminmax()  # NaN if there is one
+            low, high = (end.item() for end in t.aminmax())  # NaN if there is one
             if not (low >= self.t_min and high <= self.t_max and high < math.inf):
                 inside = (t >= self.t_min) & (t <= self.t_max) & t.isfinite()
                 raise ValueError(f"t must lie in {self._range()} for {self!r}; got {_first(t[~inside])}.")
@@ -222,11 +219,9 @@ class VariancePreserving(Process):
         return self._alpha**2
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        if t.device not in self._tables:
-            self._tables[t.device] = torch.stack([self._alpha, self._sigma], -1).to(
-                t.device, torch.float32 if t.device.type == "mps" else torch.float64
-            )
-        return gather_rows(self._tables[t.device], t).unbind(-1)
+        wide = torch.float32 if t.device.type == "mps" else torch.float64
+        table = cached(self._tables, t.device, lambda: torch.stack([self._alpha, self._sigma], -1).to(t.device, wide))
+        return gather_rows(table, t).unbind(-1)
 
     def levels_between(self, t: Any) -> Levels:
         """The levels at times between the timesteps: sigma / alpha is interpolated linearly, as diffusers' Euler does.
@@ -281,7 +276,7 @@ class VariancePreserving(Process):
 
     def time(self, fraction: Tensor) -> Tensor:
         # The clamp: a density that returns exactly 1 (SD3's "mode" at u = 0) must not index past the end.
-        return (fraction * self.steps).floor().long().clamp(0, self.steps - 1)
+        return (fraction * self.steps).long().clamp(0, self.steps - 1)
 
     def check_t(self, t: Tensor) -> None:
         if t.dtype not in _INTEGERS:
@@ -289,7 +284,7 @@ class VariancePreserving(Process):
                 f"{self!r} is discrete: t must be integer indices in [0, {self.steps - 1}]; got dtype {t.dtype}."
             )
         if value_checks_are_free(t) and t.numel():
-            low, high = t.aminmax()
+            low, high = (end.item() for end in t.aminmax())
             if low < 0 or high >= self.steps:
                 outside = t[(t < 0) | (t >= self.steps)]
                 raise ValueError(f"t must lie in [0, {self.steps - 1}] for {self!r}; got {_first(outside)}.")
@@ -317,10 +312,12 @@ class RectifiedFlow(Process):
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = as_float64(t)
-        below = 1 + (self.shift - 1) * t
-        # alpha by its own formula: 1 - sigma would cancel near t = 1.
-        alpha = (1 - t) / below
-        return alpha, self.shift * t / below + self.sigma_min * alpha
+        alpha, sigma = 1 - t, t
+        if self.shift != 1:
+            below = 1 + (self.shift - 1) * t
+            # alpha by its own formula: 1 - sigma would cancel near t = 1.
+            alpha, sigma = alpha / below, self.shift * t / below
+        return alpha, sigma + self.sigma_min * alpha if self.sigma_min else sigma
 
     def model_time(self, levels: Levels) -> Tensor:
         return 1 - levels.alpha
@@ -428,15 +425,6 @@ class VESDE(Process):
 
     def _time_at(self, sigma: Tensor) -> Tensor:
         return (sigma / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
-
-
-def gather_rows(table: Tensor, t: Tensor) -> Tensor:
-    """Rows ``table[t]`` of a [steps, K] table: shape [*t.shape, K]. An index out of range gives a row of NaN."""
-    index = t.long()
-    if value_checks_are_free(t):  # check_t has raised already
-        return table[index]
-    rows = table[index.clamp(0, len(table) - 1)]
-    return torch.where(((index >= 0) & (index < len(table))).unsqueeze(-1), rows, math.nan)
 
 
 def _beta_schedule(name: str, steps: int, start: float | None, end: float | None) -> Tensor:

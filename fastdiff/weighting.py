@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from . import prediction as kinds
+from .backends.rows import gather_rows, value_checks_are_free
 from .prediction import Prediction
-from .process import EDM, Levels, as_float64, gather_rows, value_checks_are_free
+from .process import EDM, Levels, as_float64
 
 # A level of exactly 0 is replaced by these two, and the limit read off the two weights. They are far below any real
 # level, and their powers up to the sixth stay within float64.
@@ -282,6 +283,8 @@ def evaluate(weighting: WeightingLike, levels: Levels, prediction: str | Predict
 
     Raises ValueError if the weighting returns another shape.
     """
+    if weighting is None or isinstance(weighting, Uniform):
+        return torch.ones_like(levels.alpha)
     weight = _limits(weighting, levels, prediction)
     return torch.where(_too_large(weight), torch.zeros_like(weight), weight)
 

@@ -11,7 +11,11 @@ def pytest_configure():
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "large" not in config.option.markexpr:
+        for item in items:
+            if "large" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs 14 GiB: run with -m large"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from . import native, reference
+from . import compiled, native, reference
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ _STATUS = (
     Status("cuda", False, _PLANNED, ("cuda",)),
     Status("reference", True, "plain PyTorch, on every device", ("cpu", "cuda", "mps", "xpu")),
 )
+_CHOICE = {kind: backend.name for backend in reversed(_STATUS) if backend.available for kind in backend.devices}
 _forced: str | None = None
 
 
@@ -38,18 +39,14 @@ def status() -> list[Status]:
 
 def choose(device: torch.device | str) -> str:
     """The name of the backend that operations on ``device`` use."""
-    if _forced is not None:
-        return _forced
-    kind = torch.device(device).type
-    for backend in _STATUS:
-        if backend.available and kind in backend.devices:
-            return backend.name
-    return "reference"
+    return _forced or _CHOICE.get(torch.device(device).type, "reference")
 
 
 def get(device: torch.device) -> ModuleType:
-    """The module with the operations for ``device``."""
-    return _MODULES[choose(device)]
+    """The module with the operations for ``device``; while a program is traced, their operators."""
+    if torch.compiler.is_compiling():
+        return compiled
+    return _MODULES[_forced or _CHOICE.get(device.type, "reference")]
 
 
 class use_backend:

@@ -9,37 +9,42 @@ from torch import Tensor
 def check_floating(**tensors: Tensor) -> None:
     """Raise TypeError for what is no floating-point tensor."""
     for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}.")
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"{name} must be floating point (float16, bfloat16, float32 or float64); got {tensor.dtype}. "
-                f"Scale images to about [-1, 1] first, for example {name}.float() / 127.5 - 1."
-            )
+        raise TypeError(
+            f"{name} must be floating point (float16, bfloat16, float32 or float64); got {tensor.dtype}. "
+            f"Scale images to about [-1, 1] first, for example {name}.float() / 127.5 - 1."
+        )
 
 
 def check_alike(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all are of one shape and on one device. The first is what the others are held to; those
     that are None are passed over."""
-    (first_name, first), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
-    for name, tensor in others:
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, but {first_name} on {first.device}: move one with .to(device)."
-            )
-        if tensor.shape != first.shape:
+    first: Tensor | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first_name, first, shape, device = name, tensor, tensor.shape, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first_name} on {device}: move one with .to(device).")
+        elif tensor.shape != shape:
             hint = ""
-            if tensor.ndim == first.ndim > 1 and tensor.shape[1] == 2 * first.shape[1]:
+            if tensor.ndim == first.ndim > 1 and tensor.shape[1] / max(shape[1], 1) in (2, 0.5):
                 hint = " A network that predicts a variance too: split its channels with .chunk(2, dim=1) first."
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, but {first_name} {tuple(first.shape)}; they must be equal."
-                + hint
+                f"{name} has shape {tuple(tensor.shape)}, but {first_name} {tuple(shape)}; they must be equal." + hint
             )
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any tensor is float64, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def place_rows(name: str, rows: Tensor, shape: torch.Size) -> Tensor:
@@ -48,10 +53,12 @@ def place_rows(name: str, rows: Tensor, shape: torch.Size) -> Tensor:
     Rows are one number for all ([]), for leading dimensions ([B], [B, F], ...) or given with as many dimensions as the
     tensor, 1 where shared ([B, 1, F, 1, 1]). Raises ValueError for anything else.
     """
-    if rows.ndim == len(shape) and all(r in (1, s) for r, s in zip(rows.shape, shape)):
+    own = rows.shape
+    missing = len(shape) - len(own)
+    if missing > 0 and own == shape[: len(own)]:
+        return rows.reshape(own + (1,) * missing)
+    if missing == 0 and all(r in (1, s) for r, s in zip(own, shape)):
         return rows
-    if rows.ndim < len(shape) and rows.shape == shape[: rows.ndim]:
-        return rows.reshape(rows.shape + (1,) * (len(shape) - rows.ndim))
     if rows.numel() == 1:
         return rows.reshape((1,) * len(shape))
     full = [1] * len(shape)
@@ -71,7 +78,9 @@ def place_all(shape: torch.Size, dtype: torch.dtype, device: torch.device, **row
     placed = []
     for name, value in rows.items():
         if isinstance(value, Tensor):
-            value = place_rows(name, value.to(device, dtype), shape)
+            if value.dtype != dtype or value.device != device:
+                value = value.to(device, dtype)
+            value = place_rows(name, value, shape)
         elif value is not None:  # filled on the device: a copy to it would wait
             value = torch.full((1,) * len(shape), value, dtype=dtype, device=device)
         placed.append(value)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import backends
-from ..process import value_checks_are_free
+from ..backends.rows import value_checks_are_free
 from .checks import check_alike, check_floating, compute_dtype, place_all
 from .noise import Philox, check_noise
 
 FUNCTIONS = ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh")
+NEED_C = ("smooth_l1", "pseudo_huber")
 REDUCTIONS = ("mean", "sum", "none")
 MASK_NORMALIZATIONS = ("none", "row", "global")
 
@@ -50,24 +51,12 @@ def loss(
     Raises TypeError or ValueError for unfit inputs, and (on the CPU, where looking costs nothing) for a mask that is
     zero everywhere; elsewhere such a mask gives NaN under "global", and else 0.
     """
-    check_floating(prediction=prediction)
     x0, n = (x0 if p is not None else None), (n if q is not None else None)
-    if x0 is not None:
-        check_floating(x0=x0)
-    if isinstance(n, Tensor):
-        check_floating(noise=n)
-    given = n if isinstance(n, Tensor) else None
-    check_alike(x0=x0, noise=given, prediction=prediction)
-    check_noise(prediction=prediction, noise=n)
-    if prediction.ndim == 0:
-        raise ValueError("prediction must have a batch dimension; got a scalar.")
+    check_loss(prediction, x0, n, mask, mask_normalization, reduction)
     _one_of("function", function, FUNCTIONS)
-    _one_of("reduction", reduction, REDUCTIONS)
-    _one_of("mask_normalization", mask_normalization, MASK_NORMALIZATIONS)
-    if function in ("smooth_l1", "pseudo_huber") and c is None:
+    if function in NEED_C and c is None:
         raise ValueError(f"{function} needs its constant c.")
-    _check_mask(mask, mask_normalization, reduction, prediction)
-
+    given = n if isinstance(n, Tensor) else None
     dtype = compute_dtype(prediction, x0, given)
     shape, device = prediction.shape, prediction.device
     if row_shape is None:
@@ -82,9 +71,30 @@ def loss(
     return result.reshape(row_shape) if reduction == "none" else result
 
 
-def _check_mask(mask: Tensor | None, normalization: str, reduction: str, prediction: Tensor) -> None:
-    if mask is None:
-        return
+def check_loss(
+    prediction: Tensor,
+    x0: Tensor | None,
+    n: Tensor | Philox | None,
+    mask: Tensor | None,
+    mask_normalization: str,
+    reduction: str,
+) -> None:
+    """Raise TypeError or ValueError unless these go together."""
+    check_floating(prediction=prediction)
+    if x0 is not None:
+        check_floating(x0=x0)
+        check_alike(x0=x0, prediction=prediction)
+    if n is not None:
+        check_noise(prediction=prediction, noise=n)
+    if not prediction.ndim:
+        raise ValueError("prediction must have a batch dimension; got a scalar.")
+    _one_of("reduction", reduction, REDUCTIONS)
+    _one_of("mask_normalization", mask_normalization, MASK_NORMALIZATIONS)
+    if mask is not None:
+        _check_mask(mask, mask_normalization, reduction, prediction)
+
+
+def _check_mask(mask: Tensor, normalization: str, reduction: str, prediction: Tensor) -> None:
     if mask.device != prediction.device:
         raise ValueError(f"mask is on {mask.device}, but prediction on {prediction.device}: move it with .to(device).")
     if mask.is_complex():

@@ -102,12 +102,12 @@ def noise(
 
 def check_noise(**tensors: Tensor | Philox | None) -> Tensor | None:
     """Check noise against the tensor it goes with, which comes first: the noise if it is a tensor, else None."""
-    (like_name, like), (name, n) = tensors.items()
-    assert isinstance(like, Tensor)
+    (_, like), (name, n) = tensors.items()
     if isinstance(n, Philox):
         n.check(like.shape)
     elif n is not None:
         check_floating(**{name: n})
-        check_alike(**{like_name: like, name: n})
+        if n.shape != like.shape or n.device != like.device:
+            check_alike(**tensors)  # raises
         return n
     return None

@@ -1,6 +1,6 @@
 """The native backend: the operations on the CPU in C++ (csrc/), vectorised, one pass each.
 
-What it does not do, the reference does: under ``torch.compile`` and ``torch.func``, for tensor subclasses, and where
+What it does not do, the reference does: under ``torch.func``, for tensor subclasses, and where
 gradients are asked for that are not those of a training step (of the coefficients, of x0 in a loss, of a step).
 """
 
@@ -8,19 +8,25 @@ from .operations import (
     available,
     convert,
     description,
+    gather,
     loss,
+    loss_gradient,
     noise,
     normal,
     step,
     unavailable_because,
     uniform,
 )
+from .trajectory import Trajectory
 
 __all__ = [
+    "Trajectory",
     "available",
     "convert",
     "description",
+    "gather",
     "loss",
+    "loss_gradient",
     "noise",
     "normal",
     "step",

@@ -5,6 +5,7 @@ Rows come placed: as many dimensions as the data, 1 where shared. Tensors are co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -52,20 +53,31 @@ def layout_of(shape: tuple[int, ...], rows: tuple[int, ...]) -> tuple[tuple[int,
     return (*sizes, samples, channels), tuple(expanded)
 
 
-def arrange(shape: torch.Size, *rows: Tensor | None) -> tuple[tuple[int, ...], list[Tensor | None]]:
+def arrange(shape: torch.Size, *rows: Tensor | None) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
     """The layout for rows that may be shared differently, and the rows: a single number, or contiguous in one shape."""
-    many = {tuple(row.shape) for row in rows if row is not None and row.numel() != 1}
-    one = (1,) * len(shape)
-    common = tuple(torch.broadcast_shapes(one, *many)) if len(many) > 1 else next(iter(many), one)
-    layout, expanded = layout_of(tuple(shape), common)
-    return layout, [row if row is None or row.numel() == 1 else row.expand(expanded).contiguous() for row in rows]
+    common = None
+    for row in rows:
+        if row is not None and row.numel() != 1:
+            if common is None:
+                common = row.shape
+            elif row.shape != common:
+                common = torch.broadcast_shapes(*{row.shape for row in rows if row is not None})
+                break
+    layout, expanded = layout_of(shape, (1,) * len(shape) if common is None else common)
+    for row in rows:
+        if row is not None and row.numel() != 1 and not (row.shape == expanded and row.is_contiguous()):
+            one_shape = [r if r is None or r.numel() == 1 else r.expand(expanded).contiguous() for r in rows]
+            return layout, one_shape
+    return layout, rows
 
 
 def fits(shape: torch.Size, weight: Tensor, *rows: Tensor | None) -> bool:
     """Whether a layout has just the rows of ``weight``, so that there is one sum for each."""
-    own = tuple(weight.shape)
-    same = all(row is None or row.numel() == 1 or tuple(row.shape) == own for row in rows)
-    return same and layout_of(tuple(shape), own)[1] == own
+    own = weight.shape
+    for row in rows:
+        if row is not None and row.shape != own and row.numel() != 1:
+            return False
+    return layout_of(shape, own)[1] == own
 
 
 def memory(tensor: Tensor | None) -> tuple[int, int, int] | None:

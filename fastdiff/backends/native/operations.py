@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,16 +26,21 @@ def description() -> str:
     return f"C++, {_C.simd()} of {', '.join(_C.simd_variants())}"
 
 
-_TYPES = (Tensor, torch.nn.Parameter)
 _DATA = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_Parameter = torch.nn.Parameter
+_is_compiling, _wrapping = torch.compiler.is_compiling, torch._C._functorch.peek_interpreter_stack
 
 
 def _plain(*tensors: Any) -> bool:
     """Whether all tensors have memory to point at: none is traced, wrapped by torch.func or a subclass."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if _is_compiling() or _wrapping() is not None:
         return False
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and not (type(tensor) in _TYPES and tensor.is_cpu and tensor.dtype in DTYPES):
+        kind = type(tensor)
+        if kind is Tensor or kind is _Parameter:
+            if not tensor.is_cpu or tensor.dtype not in DTYPES:
+                return False
+        elif isinstance(tensor, Tensor):
             return False
     return True
 
@@ -44,16 +50,37 @@ def _on_cpu(device: Any) -> bool:
 
 
 def _differentiable(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                return True
+    return False
 
 
 def _contiguous(tensor: Any) -> Any:
     return tensor.contiguous() if isinstance(tensor, Tensor) else tensor
 
 
+def _empty(shape: torch.Size, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A contiguous tensor to write to; ``like`` is on the CPU, and saves time if it is just so."""
+    if dtype == like.dtype and like.is_contiguous() and shape == like.shape:
+        return torch.empty_like(like)
+    return like.new_empty(shape, dtype=dtype)
+
+
 def _like(result: Tensor, tensor: Tensor) -> Tensor:
     """``result`` in the memory format of ``tensor``: a channels_last network gets a channels_last x_t."""
     return result if tensor.is_contiguous() else torch.empty_like(tensor, dtype=result.dtype).copy_(result)
+
+
+def gather(table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Tensor]:
+    """As ``reference.gather``."""
+    if _plain(table, t) and t.dtype == torch.int64:
+        height, width = table.shape
+        held, rows = t.contiguous(), table.new_empty((width, *t.shape))
+        if _C.gather(memory(table), height, width, memory(held), memory(rows)) < 0:
+            return rows.unbind(0)
+    return reference.gather(table, t, check)
 
 
 def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int = 0, device: Any = None) -> Tensor:
@@ -116,11 +143,12 @@ def noise(
 
 
 def _noise(x0, n, alpha, sigma, perturbation, xi, keep_noise):
-    layout, (a, s) = arrange(x0.shape, alpha, sigma)
-    x_t = torch.empty(x0.shape, dtype=x0.dtype, device="cpu")
+    shape = x0.shape
+    layout, (a, s) = arrange(shape, alpha, sigma)
+    x_t = _empty(shape, x0.dtype, x0)
     kept = n
     if keep_noise and not isinstance(n, Tensor):
-        kept = torch.empty(x0.shape, dtype=alpha.dtype, device="cpu")
+        kept = _empty(shape, alpha.dtype, x0)
     data, given, xi = _contiguous(x0), _contiguous(n), _contiguous(xi)
     _C.noise(
         layout,
@@ -142,39 +170,42 @@ class _Loss(torch.autograd.Function):
     what comes. Otherwise it is computed again with the one that came: the upstream factor is in before any rounding."""
 
     @staticmethod
-    def forward(ctx, prediction, weight, x0, n, p, q, scale, c, mask, function, normalization, reduction):
+    def forward(ctx, prediction, weight, rest):
+        x0, n, *rows, ctx.function, ctx.normalization, ctx.reduction = rest
         ctx.made, given = (n, None) if not isinstance(n, Tensor) else (None, n)
-        ctx.save_for_backward(prediction, weight, x0, given, p, q, scale, c, mask)
-        ctx.how = function, normalization, reduction
+        ctx.save_for_backward(prediction, weight, x0, given, *rows)
+        for_prediction, for_weight, _ = ctx.needs_input_grad
         # A float16 loss is scaled; its gradient for 1 would be of no use.
-        ahead = ctx.needs_input_grad[0] and reduction != "none" and prediction.dtype != torch.float16
-        rest = (x0, n, p, q, scale, c, mask, *ctx.how)
-        result, ctx.means, ctx.gradient = _launch_loss(
-            prediction, weight, *rest, means=ctx.needs_input_grad[1], gradient=ahead
-        )
+        ahead = for_prediction and ctx.reduction != "none" and prediction.dtype != torch.float16
+        result, ctx.means, ctx.gradient = _launch_loss(prediction, weight, *rest, means=for_weight, gradient=ahead)
         return result
 
     @staticmethod
     def backward(ctx, upstream):
+        for_prediction, for_weight, _ = ctx.needs_input_grad
+        graph = torch.is_grad_enabled()  # of the gradient
+        if ctx.gradient is not None and not for_weight and not graph and float(upstream) == 1.0:
+            gradient, ctx.gradient = ctx.gradient, None
+            return gradient, None, None
         prediction, weight, x0, n, *rows = ctx.saved_tensors
-        rest = (x0, n if n is not None else ctx.made, *rows, *ctx.how)
-        if torch.is_grad_enabled():  # a graph of the gradient is wanted
-            inputs = [t for t, needed in zip((prediction, weight), ctx.needs_input_grad) if needed]
+        how = ctx.function, ctx.normalization, ctx.reduction
+        rest = (x0, n if n is not None else ctx.made, *rows, *how)
+        if graph:
+            inputs = [t for t, needed in ((prediction, for_prediction), (weight, for_weight)) if needed]
             loss = reference.loss(prediction, *rest[:5], weight, *rest[5:])
             found = iter(torch.autograd.grad(loss, inputs, upstream, create_graph=True))
-            gradients = [next(found) if needed else None for needed in ctx.needs_input_grad[:2]]
-            return (*gradients, *(None,) * 10)
+            return next(found) if for_prediction else None, next(found) if for_weight else None, None
         d_prediction = d_weight = None
-        if ctx.needs_input_grad[0]:
+        if for_prediction:
             d_prediction, ctx.gradient = ctx.gradient, None
             if d_prediction is None or upstream.numel() != 1 or float(upstream) != 1.0:
                 _, _, d_prediction = _launch_loss(
                     prediction, weight, *rest, upstream=upstream, result=False, gradient=True
                 )
-        if ctx.needs_input_grad[1]:
-            count = weight.numel() if ctx.how[-1] == "mean" else 1
+        if for_weight:
+            count = weight.numel() if ctx.reduction == "mean" else 1
             d_weight = (upstream * ctx.means / count).to(weight.dtype)
-        return (d_prediction, d_weight, *(None,) * 10)
+        return d_prediction, d_weight, None
 
 
 def loss(
@@ -201,8 +232,17 @@ def loss(
     ):
         return reference.loss(prediction, x0, n, p, q, scale, weight, *rest[5:])
     if _differentiable(prediction, weight):
-        return _Loss.apply(prediction, weight, *rest)
+        return _Loss.apply(prediction, weight, rest)
     return _launch_loss(prediction, weight, *rest)[0]
+
+
+def loss_gradient(upstream: Tensor, prediction: Tensor, x0: Any, n: Any, *arguments: Any) -> Tensor:
+    """As ``reference.loss_gradient``."""
+    p, q, scale, weight, c, mask, *how = arguments
+    if not _plain(upstream, prediction, x0, n, *arguments) or not fits(prediction.shape, weight, p, q, scale, c):
+        return reference.loss_gradient(upstream, prediction, x0, n, *arguments)
+    rest = (x0, n, p, q, scale, c, mask, *how)
+    return _launch_loss(prediction, weight, *rest, upstream=upstream, result=False, gradient=True)[2]
 
 
 def _launch_loss(
@@ -215,11 +255,11 @@ def _launch_loss(
         layout, (w, p_, q_, scale_, c_, up) = arrange(shape, weight, p, q, scale, c, upstream.to(dtype))
     else:
         layout, (w, p_, q_, scale_, c_) = arrange(shape, weight, p, q, scale, c)
-        up = None if upstream is None else upstream.to(dtype)
+        up = upstream if upstream is None or upstream.dtype == dtype else upstream.to(dtype)
     rows = weight.shape
-    value = torch.empty(rows if reduction == "none" else (), dtype=dtype, device="cpu") if result else None
-    row_means = torch.empty(rows, dtype=torch.float64, device="cpu") if means else None
-    d = torch.empty(shape, dtype=prediction.dtype, device="cpu") if gradient else None
+    value = weight.new_empty(rows if reduction == "none" else ()) if result else None
+    row_means = weight.new_empty(rows, dtype=torch.float64) if means else None
+    d = _empty(shape, prediction.dtype, prediction) if gradient else None
     # Whatever is pointed at must be held until the call returns.
     m, x0, n = _contiguous(prediction), _contiguous(x0), _contiguous(n)
     if mask is not None and mask.dtype == torch.int64:
@@ -272,7 +312,7 @@ def convert(m: Tensor, x_t: Tensor, k_x: Tensor, k_m: Tensor, dtype: torch.dtype
 
 def _convert(m, x_t, k_x, k_m):
     layout, (k_x, k_m) = arrange(m.shape, k_x, k_m)
-    out = torch.empty(m.shape, dtype=m.dtype, device="cpu")
+    out = _empty(m.shape, m.dtype, m)
     data, x = _contiguous(m), _contiguous(x_t)
     _C.convert(layout, memory(data), memory(x), memory(k_x), memory(k_m), memory(out), torch.get_num_threads())
     return _like(out, m)
@@ -290,23 +330,35 @@ def step(
     log_variance: Tensor | None,
     dtype: torch.dtype,
     wanted: tuple[bool, bool],
-    **extras: Any,
+    *,
+    threshold: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Any = None,
+    model_input: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``reference.step``."""
-    tensors = (x, m, uncond, guidance, row, *history, noise, log_variance)
-    seed = getattr(noise, "seed", None)
-    extra = any(value is not None for value in extras.values())
-    if extra or not _plain(*tensors, seed) or _differentiable(*tensors) or dtype != x.dtype:
-        return reference.step(x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, **extras)
+    tensors = (x, m, uncond, guidance, row, *history, noise, log_variance, threshold, mask, known, known_noise)
+    seeds = getattr(noise, "seed", None), getattr(known_noise, "seed", None)
+    held_input = model_input is None or model_input.is_contiguous()
+    if (
+        not (_plain(*tensors, *seeds, model_input) and held_input and len(row.shape) <= 2)
+        or _differentiable(*tensors)
+        or dtype != x.dtype
+    ):
+        return reference.step(
+            x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, threshold=threshold,
+            mask=mask, known=known, known_noise=known_noise, model_input=model_input,
+        )  # fmt: skip
     per_sample = row.new_empty(1).expand((len(x),) + (1,) * (x.ndim - 1)) if row.ndim > 1 else None
     scale = None
     if uncond is not None:
         scale = guidance if isinstance(guidance, Tensor) else row.new_full((1,), guidance)
-    layout, (_, scale) = arrange(x.shape, per_sample, scale)
-    y = torch.empty(x.shape, dtype=dtype, device="cpu")
-    x0 = torch.empty(x.shape, dtype=dtype, device="cpu") if wanted[0] else None
-    entry = torch.empty(x.shape, dtype=row.dtype, device="cpu") if wanted[1] else None
-    held = [_contiguous(t) for t in (x, m, uncond, row, noise, log_variance)]
+    layout, (_, scale, threshold) = arrange(x.shape, per_sample, scale, threshold)
+    y = _empty(x.shape, dtype, x)
+    x0 = _empty(x.shape, dtype, x) if wanted[0] else None
+    entry = _empty(x.shape, row.dtype, x) if wanted[1] else None
+    held = [_contiguous(t) for t in (x, m, uncond, row, noise, log_variance, known, known_noise)]
     entries = [_contiguous(t) for t in history]
     _C.step(
         layout,
@@ -322,6 +374,11 @@ def step(
         memory(y),
         memory(x0),
         memory(entry),
+        memory(threshold),
+        masked(mask, x.shape),
+        memory(held[6]),
+        source(held[7]),
+        memory(model_input),
         torch.get_num_threads(),
     )
     return _like(y, x), x0 if x0 is None else _like(x0, x), entry if entry is None else _like(entry, x)

@@ -1,7 +1,19 @@
 """The reference backend: every operation in plain PyTorch, on any device. The others must equal it."""
 
-from .operations import COLUMNS, convert, loss, noise, step
+from ..rows import gather
+from .operations import COLUMNS, convert, loss, loss_gradient, noise, step
 from .philox import normal, uniform
 from .trajectory import Trajectory
 
-__all__ = ["COLUMNS", "Trajectory", "convert", "loss", "noise", "normal", "step", "uniform"]
+__all__ = [
+    "COLUMNS",
+    "Trajectory",
+    "convert",
+    "gather",
+    "loss",
+    "loss_gradient",
+    "noise",
+    "normal",
+    "step",
+    "uniform",
+]

@@ -106,35 +106,66 @@ def loss(
 
     ``weight`` is shaped as the rows (size 1 where elements share a row); "none" returns that shape.
     """
+    e = _scaled_error(prediction, x0, n, p, q, scale, weight.dtype)
+    error = _Error.apply(e, c, function)
+    if mask is not None:
+        error = mask.to(weight.dtype) * error
+    rows = weight * sum_rows(error, weight.shape)
+    if reduction == "sum":
+        return rows.sum().to(weight.dtype)
+    rows = rows / _divisor(prediction, weight, mask, mask_normalization)
+    return (rows.mean() if reduction == "mean" else rows).to(weight.dtype)
+
+
+def loss_gradient(
+    upstream: Tensor,
+    prediction: Tensor,
+    x0: Tensor | None,
+    n: Any,
+    p: Tensor | None,
+    q: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    c: Tensor | None,
+    mask: Tensor | None,
+    function: str,
+    mask_normalization: str,
+    reduction: str,
+) -> Tensor:
+    """The gradient of ``loss`` by the prediction, times ``upstream``, without autograd."""
     dtype = weight.dtype
+    factor = upstream * sum_rows(weight, weight.shape)
+    if reduction != "sum":
+        factor = factor / _divisor(prediction, weight, mask, mask_normalization)
+        factor = factor / max(1, weight.numel()) if reduction == "mean" else factor
+    e = _scaled_error(prediction, x0, n, p, q, scale, dtype)
+    gradient = factor.to(dtype) * error_derivative(e, c, function)
+    for further in (None if mask is None else mask.to(dtype), scale):
+        gradient = gradient if further is None else further * gradient
+    return gradient.to(prediction.dtype)
+
+
+def _scaled_error(
+    prediction: Tensor, x0: Tensor | None, n: Any, p: Any, q: Any, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     target: Tensor | float = 0.0
     if p is not None and x0 is not None:
         target = p * x0.to(dtype)
     if q is not None and n is not None:
         target = target + q * made(n, prediction).to(dtype)
     e = prediction.to(dtype) - target
-    if scale is not None:
-        e = scale * e
-    error = _Error.apply(e, c, function)
-    if mask is not None:
-        error = mask.to(dtype) * error
+    return e if scale is None else scale * e
 
-    rows = weight * sum_rows(error, weight.shape)
-    elements = math.prod(prediction.shape)
-    row_elements = elements // max(1, weight.numel())
-    if reduction == "sum":
-        return rows.sum().to(dtype)
-    if mask_normalization == "none" or mask is None:
-        divisor: Tensor | float = float(row_elements)
-    else:
-        counts = sum_rows(mask.expand(prediction.shape).to(dtype), weight.shape)
-        if mask_normalization == "row":
-            # A row with nothing in its mask has no mean: it counts as 0, and 0 / 1 keeps its gradient 0 too.
-            divisor = torch.where(counts == 0, 1.0, counts)
-        else:
-            divisor = counts.sum() / max(1, counts.numel())
-    rows = rows / divisor
-    return (rows.mean() if reduction == "mean" else rows).to(dtype)
+
+def _divisor(prediction: Tensor, weight: Tensor, mask: Tensor | None, normalization: str) -> Tensor | float:
+    """What the sum of a row is divided by."""
+    if normalization == "none" or mask is None:
+        return float(math.prod(prediction.shape) // max(1, weight.numel()))
+    counts = sum_rows(mask.expand(prediction.shape).to(weight.dtype), weight.shape)
+    if normalization == "row":
+        # A row with nothing in its mask has no mean: it counts as 0, and 0 / 1 keeps its gradient 0 too.
+        return torch.where(counts == 0, 1.0, counts)
+    return counts.sum() / max(1, counts.numel())
 
 
 def sum_rows(values: Tensor, shape: tuple[int, ...]) -> Tensor:

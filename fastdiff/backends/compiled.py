@@ -1,0 +1,242 @@
+"""The operations as ``torch.compile`` and ``torch.export`` see them: operators ``fastdiff::...``, not looked into.
+
+Each runs the backend that is chosen for its device when the program runs. Defined with ``torch.library``, with fake
+implementations and gradients; for what the operators do not differentiate (coefficients, x0 in a loss), the reference
+is traced. Eager calls do not come here: they go to the backend directly, which costs less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import step
+from .reference.philox import seed_tensor
+from .rows import gather
+
+__all__ = ["convert", "gather", "loss", "noise", "normal", "step", "uniform"]
+
+_MADE = "Tensor? {0}, Tensor? {0}_seed, int {0}_stream, SymInt {0}_sample_offset, float {0}_offset"
+_LOSS = (
+    f"Tensor prediction, Tensor weight, Tensor? x0, {_MADE.format('n')}, Tensor? p, Tensor? q, Tensor? scale, "
+    "Tensor? c, Tensor? mask, str function, str normalization, str reduction"
+)
+OPERATORS = {
+    "uniform": "(Tensor seed, SymInt samples, int stream, SymInt sample_offset) -> Tensor",
+    "normal": "(Tensor seed, SymInt[] shape, int stream, SymInt sample_offset, ScalarType dtype) -> Tensor",
+    "noise": f"(Tensor x0, {_MADE.format('n')}, Tensor alpha, Tensor sigma, float perturbation, "
+    f"{_MADE.format('xi')}, bool keep) -> (Tensor, Tensor)",
+    "loss": f"({_LOSS}) -> Tensor",
+    "loss_gradient": f"(Tensor upstream, {_LOSS}) -> Tensor",
+    "convert": "(Tensor m, Tensor x_t, Tensor k_x, Tensor k_m) -> Tensor",
+}
+
+
+def _operator(implementation: Callable) -> Callable:
+    name = f"fastdiff::{implementation.__name__.strip('_')}"
+    torch.library.define(name, OPERATORS[implementation.__name__.strip("_")])
+
+    @torch.library.impl(name, "CompositeExplicitAutograd")
+    def run(*arguments):
+        with torch.no_grad():
+            return implementation(*arguments)
+
+    return implementation
+
+
+def _backend(tensor: Tensor) -> Any:
+    from . import get
+
+    return get(tensor.device)
+
+
+def _source(n: Tensor | None, seed: Tensor | None, stream: int, sample_offset: int, offset: float) -> Any:
+    """Noise from its arguments, as the backends take it: the inverse of ``_parts``."""
+    if seed is None:
+        return n
+    from ..ops.noise import Philox
+
+    return Philox(seed, sample_offset, stream, offset)
+
+
+def _parts(n: Any, device: torch.device) -> tuple:
+    if n is None or isinstance(n, Tensor):
+        return n, None, 0, 0, 0.0
+    return None, seed_tensor(n.seed, device), n.stream, n.sample_offset, n.offset
+
+
+def _strided(result: Tensor, like: Tensor) -> Tensor:
+    """``result`` with the strides that the fake implementation promises."""
+    promised = torch.empty_like(like, dtype=result.dtype)
+    return result if result.stride() == promised.stride() else promised.copy_(result)
+
+
+@_operator
+def _uniform(seed, samples, stream, sample_offset):
+    return _backend(seed).uniform(seed, samples, stream, sample_offset, seed.device)
+
+
+@torch.library.register_fake("fastdiff::uniform")
+def _(seed, samples, stream, sample_offset):
+    return seed.new_empty((samples,), dtype=torch.float64)
+
+
+@_operator
+def _normal(seed, shape, stream, sample_offset, dtype):
+    return _backend(seed).normal(seed, tuple(shape), stream, sample_offset, dtype, seed.device).contiguous()
+
+
+@torch.library.register_fake("fastdiff::normal")
+def _(seed, shape, stream, sample_offset, dtype):
+    return seed.new_empty(shape, dtype=dtype)
+
+
+@_operator
+def _noise(x0, *arguments):
+    n, (alpha, sigma, perturbation), xi = _source(*arguments[:5]), arguments[5:8], _source(*arguments[8:13])
+    x_t, kept = _backend(x0).noise(x0, n, alpha, sigma, perturbation, xi, arguments[13])
+    # A result must not be an argument.
+    return _strided(x_t, x0), kept if kept is not n else x0.new_empty(0, dtype=alpha.dtype)
+
+
+@torch.library.register_fake("fastdiff::noise")
+def _(x0, *arguments):
+    made = arguments[0] is None and arguments[13]
+    return torch.empty_like(x0), x0.new_empty(x0.shape if made else (0,), dtype=arguments[5].dtype)
+
+
+@_operator
+def _loss(prediction, weight, x0, *arguments):
+    n, rows, how = _source(*arguments[:5]), arguments[5:10], arguments[10:]
+    p, q, scale, c, mask = rows
+    return _backend(prediction).loss(prediction, x0, n, p, q, scale, weight, c, mask, *how)
+
+
+@torch.library.register_fake("fastdiff::loss")
+def _(prediction, weight, *arguments):
+    return weight.new_empty(weight.shape if arguments[-1] == "none" else ())
+
+
+@_operator
+def _loss_gradient(upstream, prediction, weight, x0, *arguments):
+    n, (p, q, scale, c, mask), how = _source(*arguments[:5]), arguments[5:10], arguments[10:]
+    backend = _backend(prediction)
+    gradient = backend.loss_gradient(upstream, prediction, x0, n, p, q, scale, weight, c, mask, *how)
+    return _strided(gradient, prediction)
+
+
+@torch.library.register_fake("fastdiff::loss_gradient")
+def _(upstream, prediction, *arguments):
+    return torch.empty_like(prediction)
+
+
+@_operator
+def _convert(m, x_t, k_x, k_m):
+    return _strided(_backend(m).convert(m, x_t, k_x, k_m, m.dtype), m)
+
+
+@torch.library.register_fake("fastdiff::convert")
+def _(m, x_t, k_x, k_m):
+    return torch.empty_like(m)
+
+
+def _affine_gradient(upstream: Tensor, row: Tensor, dtype: torch.dtype) -> Tensor:
+    return (row * upstream.to(row.dtype)).to(dtype)
+
+
+def _noise_context(ctx, inputs, output):
+    x0, n = inputs[:2]
+    ctx.save_for_backward(*inputs[6:8])
+    ctx.dtypes = x0.dtype, n if n is None else n.dtype
+    ctx.mark_non_differentiable(output[1])
+
+
+def _noise_backward(ctx, upstream, _):
+    alpha, sigma = ctx.saved_tensors
+    d_x0 = _affine_gradient(upstream, alpha, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+    d_n = _affine_gradient(upstream, sigma, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+    return d_x0, d_n, *(None,) * 13
+
+
+def _loss_context(ctx, inputs, output):
+    ctx.arguments = tuple(None if isinstance(a, Tensor) else a for a in inputs)
+    ctx.tensors = tuple(k for k, a in enumerate(inputs) if isinstance(a, Tensor))
+    ctx.save_for_backward(*(inputs[k] for k in ctx.tensors))
+
+
+def _loss_backward(ctx, upstream):
+    arguments = list(ctx.arguments)
+    for k, tensor in zip(ctx.tensors, ctx.saved_tensors):
+        arguments[k] = tensor
+    d_prediction = d_weight = None
+    if ctx.needs_input_grad[0]:
+        d_prediction = torch.ops.fastdiff.loss_gradient(upstream, *arguments)
+    if ctx.needs_input_grad[1]:
+        prediction, weight, reduction = *arguments[:2], arguments[-1]
+        means = torch.ops.fastdiff.loss(prediction, torch.ones_like(weight), *arguments[2:-1], "none")
+        count = max(1, weight.numel())
+        factor = {"mean": 1 / count, "sum": prediction.numel() / count, "none": 1.0}[reduction]
+        d_weight = (upstream * means * factor).to(weight.dtype)
+    return d_prediction, d_weight, *(None,) * (len(arguments) - 2)
+
+
+def _convert_context(ctx, inputs, output):
+    m, x_t, k_x, k_m = inputs
+    ctx.save_for_backward(k_x, k_m)
+    ctx.dtypes = m.dtype, x_t.dtype
+
+
+def _convert_backward(ctx, upstream):
+    k_x, k_m = ctx.saved_tensors
+    d_m = _affine_gradient(upstream, k_m, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+    d_x = _affine_gradient(upstream, k_x, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+    return d_m, d_x, None, None
+
+
+torch.library.register_autograd("fastdiff::noise", _noise_backward, setup_context=_noise_context)
+torch.library.register_autograd("fastdiff::loss", _loss_backward, setup_context=_loss_context)
+torch.library.register_autograd("fastdiff::convert", _convert_backward, setup_context=_convert_context)
+
+
+def _differentiable(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def uniform(seed, samples, stream, sample_offset=0, device=None):
+    """As ``reference.uniform``."""
+    return torch.ops.fastdiff.uniform(seed_tensor(seed, device), samples, stream, sample_offset)
+
+
+def normal(seed, shape, stream=0, sample_offset=0, dtype=torch.float32, device=None):
+    """As ``reference.normal``."""
+    return torch.ops.fastdiff.normal(seed_tensor(seed, device), shape, stream, sample_offset, dtype)
+
+
+def noise(x0, n, alpha, sigma, perturbation, xi, keep_noise):
+    """As ``reference.noise``."""
+    if _differentiable(alpha, sigma, xi):
+        return reference.noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
+    parts, xi_parts = _parts(n, x0.device), _parts(xi, x0.device)
+    x_t, kept = torch.ops.fastdiff.noise(x0, *parts, alpha, sigma, float(perturbation), *xi_parts, keep_noise)
+    return x_t, n if isinstance(n, Tensor) or not keep_noise else kept
+
+
+def loss(prediction, x0, n, p, q, scale, weight, c, mask, function, mask_normalization, reduction):
+    """As ``reference.loss``."""
+    how = (function, mask_normalization, reduction)
+    if _differentiable(x0, n, p, q, scale, c, mask):
+        return reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *how)
+    parts = _parts(n if q is not None else None, prediction.device)
+    x0 = x0 if p is not None else None
+    return torch.ops.fastdiff.loss(prediction, weight, x0, *parts, p, q, scale, c, mask, *how)
+
+
+def convert(m, x_t, k_x, k_m, dtype):
+    """As ``reference.convert``."""
+    if _differentiable(k_x, k_m) or dtype != m.dtype:
+        return reference.convert(m, x_t, k_x, k_m, dtype)
+    return torch.ops.fastdiff.convert(m, x_t, k_x, k_m)

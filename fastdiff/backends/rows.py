@@ -1,0 +1,48 @@
+"""Coefficients, one a row: how they are taken from a table by the times t."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Gathered(NamedTuple):
+    """A coefficient a row that is still to be gathered: column[index]; NaN where index is out of range."""
+
+    column: Tensor  # [steps], any stride
+    index: Tensor  # int64, rows as placed
+
+
+def value_checks_are_free(tensor: Tensor) -> bool:
+    """Whether the values of ``tensor`` can be looked at without waiting for a device or breaking a traced graph."""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+def cached(store: dict, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    """``store[key]``, made if it is not there. Nothing is stored while a program is traced: it would be no tensor."""
+    found = store.get(key)
+    if found is None:
+        found = make()
+        if not torch.compiler.is_compiling():
+            store[key] = found
+    return found
+
+
+def gather_rows(table: Tensor, t: Tensor) -> Tensor:
+    """Rows ``table[t]`` of a [steps, K] table: shape [*t.shape, K]. An index out of range gives a row of NaN."""
+    index = t.long()
+    if value_checks_are_free(t):  # the process's check has raised already
+        return table[index]
+    rows = table[index.clamp(0, len(table) - 1)]
+    return torch.where(((index >= 0) & (index < len(table))).unsqueeze(-1), rows, math.nan)
+
+
+def gather(table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Tensor]:
+    """The columns of ``table`` [steps, K] at ``t``, each of the shape of ``t``. ``check`` raises for a wrong ``t``;
+    where its values cannot be looked at, one out of range gives NaN."""
+    check(t)
+    return gather_rows(table, t).unbind(-1)

@@ -1,0 +1,204 @@
+"""The operators that torch.compile sees: opcheck of each, and compiled training steps against eager ones."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastdiff
+from fastdiff.backends import compiled
+
+OPS = torch.ops.fastdiff
+SEED = torch.tensor([11])
+
+
+def data(*shape, dtype=torch.float32, grad=False, channels_last=False):
+    x = torch.randn(shape).to(dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    return x.requires_grad_(grad)
+
+
+def rows(batch=3):
+    return torch.rand(batch, 1, 1, 1) + 0.5
+
+
+def given(*, grad=False, dtype=torch.float32):
+    return (data(3, 2, 4, 5, grad=grad, dtype=dtype), None, 0, 0, 0.0)
+
+
+SMOOTH = ("smooth_l1", "none", "sum")
+MADE, NONE = (None, SEED, 0, 5, 0.1), (None, None, 0, 0, 0.0)
+XI = (None, SEED, 2, 5, 0.0)
+
+
+def loss_arguments(n, *, weight=None, mask=None, how=("mse", "none", "mean"), dtype=torch.float32, grad=True):
+    c = rows() if how[0] == "pseudo_huber" else None
+    weight = rows() if weight is None else weight
+    prediction, x0 = data(3, 2, 4, 5, dtype=dtype, grad=grad), data(3, 2, 4, 5)
+    return (prediction, weight, x0, *n, rows(), rows(), None, c, mask, *how)
+
+
+CASES = {
+    "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0)),
+    "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, torch.float32)),
+    "noise given": (OPS.noise, lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True)),
+    "noise with gradients": (
+        OPS.noise,
+        lambda: (data(3, 2, 4, 5, grad=True), *given(grad=True), rows(), rows(), 0.0, *NONE, True),
+    ),
+    "noise made": (OPS.noise, lambda: (data(3, 2, 4, 5, grad=True), *MADE, rows(), rows(), 0.1, *XI, True)),
+    "noise made, not kept": (
+        OPS.noise,
+        lambda: (data(3, 2, 4, 5, dtype=torch.bfloat16), *MADE, rows(), rows(), 0.0, *NONE, False),
+    ),
+    "noise of channels_last": (
+        OPS.noise,
+        lambda: (data(3, 2, 4, 5, channels_last=True), *given(), rows(), rows(), 0.0, *NONE, True),
+    ),
+    "loss": (OPS.loss, lambda: loss_arguments(given())),
+    "loss with made noise": (OPS.loss, lambda: loss_arguments(MADE, dtype=torch.bfloat16)),
+    "loss with a learned weight": (OPS.loss, lambda: loss_arguments(given(), weight=rows().requires_grad_())),
+    "loss summed with a learned weight": (
+        OPS.loss,
+        lambda: loss_arguments(given(), weight=rows().requires_grad_(), how=("l1", "none", "sum")),
+    ),
+    "loss per row, masked": (
+        OPS.loss,
+        lambda: loss_arguments(
+            given(),
+            weight=rows().requires_grad_(),
+            mask=torch.rand(3, 1, 4, 5) > 0.5,
+            how=("pseudo_huber", "row", "none"),
+        ),
+    ),
+    "loss with a global mask": (
+        OPS.loss,
+        lambda: loss_arguments(given(), mask=torch.rand(3, 2, 4, 5), how=("log_cosh", "global", "mean")),
+    ),
+    "loss with a scale": (
+        OPS.loss,
+        lambda: (data(3, 2, 4, 5, grad=True), rows(), None, *MADE, None, rows(), rows(), rows(), None, *SMOOTH),
+    ),
+    "gradient": (OPS.loss_gradient, lambda: (torch.tensor(0.5), *loss_arguments(given(), grad=False))),
+    "gradient of channels_last": (
+        OPS.loss_gradient,
+        lambda: (
+            torch.tensor(2.0),
+            data(3, 2, 4, 5, channels_last=True),
+            *loss_arguments(MADE, grad=False)[1:],
+        ),
+    ),
+    "convert": (OPS.convert, lambda: (data(3, 2, 4, 5, grad=True), data(3, 2, 4, 5, grad=True), rows(), rows())),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case, backend):
+    operator, arguments = CASES[case]
+    torch.library.opcheck(operator, arguments())
+
+
+def test_every_operator_is_checked():
+    assert {operator._qualified_op_name for operator, _ in CASES.values()} == {
+        f"fastdiff::{name}" for name in compiled.OPERATORS
+    }
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "gradient" not in case])
+def test_operators_equal_the_reference(case, backend):
+    """Values and gradients of an operator against autograd through the reference, which opcheck does not compare."""
+    operator, make = CASES[case]
+    arguments = make()
+    results = operator(*arguments)
+    with fastdiff.use_backend("reference"):
+        expected = _reference(operator, *arguments)
+    for result, truth in zip(results if isinstance(results, tuple) else (results,), expected):
+        torch.testing.assert_close(result, truth)
+    inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+    if inputs:
+        first = results[0] if isinstance(results, tuple) else results
+        upstream = torch.rand_like(first)
+        found = torch.autograd.grad(first, inputs, upstream)
+        for gradient, truth in zip(found, torch.autograd.grad(expected[0], inputs, upstream)):
+            torch.testing.assert_close(gradient, truth)
+
+
+def _reference(operator, *arguments):
+    from fastdiff.backends import reference
+
+    name, source = operator._qualified_op_name.split("::")[1], compiled._source
+    if name == "uniform":
+        return (reference.uniform(*arguments),)
+    if name == "normal":
+        return (reference.normal(*arguments),)
+    if name == "convert":
+        return (reference.convert(*arguments, arguments[0].dtype),)
+    if name == "noise":
+        x0, n, xi = arguments[0], source(*arguments[1:6]), source(*arguments[9:14])
+        x_t, kept = reference.noise(x0, n, *arguments[6:9], xi, arguments[14])
+        return x_t, kept if isinstance(kept, torch.Tensor) and kept is not n else torch.empty(0)
+    prediction, weight, x0 = arguments[:3]
+    n, (p, q, scale, c, mask) = source(*arguments[3:8]), arguments[8:13]
+    return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *arguments[13:]),)
+
+
+@pytest.mark.parametrize("inductor", [False, True], ids=["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_a_training_step_compiles_whole_and_once(kind, inductor, backend):
+    """fullgraph=True, no recompilation across t, seeds and scales, and the eager bits, gradient included."""
+    process = fastdiff.RectifiedFlow() if kind == "flow" else fastdiff.VariancePreserving()
+    objective = fastdiff.Objective(process, kind, None if kind == "flow" else fastdiff.MinSNR(5.0))
+    layer = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def step(x0, t, seed, scale):
+        noised = objective.noise(x0, t, seed=seed)
+        return objective.loss(layer(noised.x_t), noised) * scale
+
+    def run(call, *arguments):
+        layer.weight.grad = None
+        loss = call(*arguments)
+        loss.backward()
+        return loss.detach(), layer.weight.grad
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor" if inductor else "aot_eager")
+    whole = torch.compile(step, fullgraph=True, backend=counter)
+    for k in range(3):
+        t = torch.rand(4, dtype=torch.float64) if kind == "flow" else torch.randint(0, 1000, (4,))
+        arguments = torch.randn(4, 3, 8, 8), t, torch.tensor([k]), torch.tensor(1.0 + k)
+        expected, found = run(step, *arguments), run(whole, *arguments)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert counter.frame_count == 1
+
+
+def test_the_graph_holds_operators(backend):
+    """What a compiler sees of a step: one operator for the noise and one for the loss."""
+    objective, seen = fastdiff.Objective(fastdiff.VariancePreserving()), []
+
+    def look(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    def step(x0, t, seed, prediction):
+        return objective.loss(prediction, objective.noise(x0, t, seed=seed))
+
+    torch._dynamo.reset()
+    x0 = torch.randn(2, 3, 4)
+    torch.compile(step, fullgraph=True, backend=look)(x0, torch.tensor([1, 5]), SEED, torch.randn(2, 3, 4))
+    operators = [name for name in seen if name.startswith("fastdiff.")]
+    assert [name.removesuffix(".default") for name in operators] == ["fastdiff.noise", "fastdiff.loss"]
+
+
+def test_export_keeps_the_operators():
+    if not fastdiff.backends.native.available:
+        pytest.skip("needs the native backend")
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+
+    class Step(torch.nn.Module):
+        def forward(self, x0, t, n, prediction):
+            return objective.loss(prediction, objective.noise(x0, t, n))
+
+    arguments = torch.randn(2, 3, 4), torch.tensor([1, 5]), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    program = torch.export.export(Step(), arguments)
+    assert torch.equal(program.module()(*arguments), Step()(*arguments))
+    assert "fastdiff.loss" in program.graph_module.code
