@@ -162,7 +162,7 @@ def sample(
             variance = None
             if plan.learned_variance:
                 m, variance = _variance(m, shape, guided)
-            if m.shape != run.seen.shape:
+            elif not how.plain and m.shape != run.seen.shape:
                 raise ValueError(f"the model returned shape {tuple(m.shape)} for an input of {tuple(run.seen.shape)}.")
             copies = 1 + how.guided[k + 1] if k < last else 0
             wanted = callback is not None and ends

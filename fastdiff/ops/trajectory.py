@@ -23,7 +23,7 @@ def trajectory(
     known_noise: Tensor | Philox | None = None,
     reuse: bool = False,
 ) -> Trajectory:
-    """Prepare the steps of ``table`` from ``x`` on.
+    """Prepare the steps of ``table`` from ``x`` on. (Without gradients: ``fastdiff.ops.step`` is differentiable.)
 
     Args:
         x: where to start, floating point, [batch, ...].

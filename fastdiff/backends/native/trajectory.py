@@ -23,7 +23,7 @@ class Trajectory(reference.Trajectory):
         self._prepared = operations._plain(*given) and x.is_contiguous() and x.numel() > 0
         if not self._prepared:
             return
-        self._shape, self._both = x.shape, (2 * len(x), *x.shape[1:])
+        self._shape, self._both = x.shape, torch.Size((2 * len(x), *x.shape[1:]))
         self._elements, self._code, self._size = x.numel(), DTYPES[x.dtype], x.element_size()
         one = placed.new_empty(1)
         samples = one.expand((len(x),) + (1,) * (x.ndim - 1))
@@ -45,7 +45,7 @@ class Trajectory(reference.Trajectory):
         self._buffers: dict[Any, tuple] = {}
         self._turn = False
         count = max(self.reads, default=0)
-        self._ring = [torch.empty(x.shape, dtype=placed.dtype) for _ in range(count + 1)] if count else []
+        self._ring = [torch.empty(x.shape, dtype=placed.dtype, device="cpu") for _ in range(count + 1)] if count else []
         self._entries: list[tuple[int, int, int]] = []  # of the history, the latest first
         self._free = [memory(entry) for entry in self._ring]
 
@@ -66,6 +66,8 @@ class Trajectory(reference.Trajectory):
         if not self._prepared:
             super().step(k, m, guided, noise, copies, want_x0, log_variance, threshold, row, history)
             return
+        if m.shape != (self._both if guided else self._shape):
+            self._refuse_shape(m, guided)
         m = _data(m)
         pointer, code, elements = m.data_ptr(), DTYPES[m.dtype], self._elements
         uncond = scale = None
@@ -75,7 +77,13 @@ class Trajectory(reference.Trajectory):
             pointer += elements * m.element_size()
         held = None
         at = self._rows[k]
-        if row is not None or threshold is not None or log_variance is not None or history is not None or noise is not None:
+        if (
+            row is not None
+            or threshold is not None
+            or log_variance is not None
+            or history is not None
+            or noise is not None
+        ):
             if row is not None or threshold is not None:
                 layout = self._sample_layout
                 if guided:
@@ -85,6 +93,7 @@ class Trajectory(reference.Trajectory):
             if row is not None:
                 at = memory(held[0])
             if isinstance(noise, Tensor):
+                self._check_noise(noise)
                 noise = _data(noise)
                 held.append(noise)
                 noise = memory(noise)
@@ -92,7 +101,7 @@ class Trajectory(reference.Trajectory):
                 drawn = self._noisy[k] or log_variance is not None
                 noise = (int(noise.seed), noise.stream, noise.sample_offset, noise.offset) if drawn else None
         y, written, seen, target = self._outputs(k, copies)
-        x0 = torch.empty(self._shape, dtype=y.dtype) if want_x0 else None
+        x0 = torch.empty(self._shape, dtype=y.dtype, device="cpu") if want_x0 else None
         entry = self._free.pop() if self.keeps[k] and self._ring else None
         operations._C.step(
             layout,
@@ -102,7 +111,9 @@ class Trajectory(reference.Trajectory):
             scale,
             at,
             self._clip,
-            tuple(self._entries[: self.reads[k]]) if history is None else tuple(memory(t) for t in held[3:][: len(history)]),
+            tuple(self._entries[: self.reads[k]])
+            if history is None
+            else tuple(memory(t) for t in held[3:][: len(history)]),
             noise,
             None if log_variance is None else memory(held[2]),
             written,
@@ -136,14 +147,14 @@ class Trajectory(reference.Trajectory):
     def _made(self, copies: int, scaled: bool) -> tuple[Tensor, tuple, Tensor, tuple | None]:
         dtype, n = self.x.dtype, self._elements
         if copies > 1 and not scaled:  # the first half of what the network sees is y itself
-            seen = torch.empty(self._both, dtype=dtype)
+            seen = torch.empty(self._both, dtype=dtype, device="cpu")
             start = seen.data_ptr()
             y = seen[: len(self.x)]
             return y, (start, self._code, n), seen, (start + n * self._size, self._code, n)
-        y = torch.empty(self._shape, dtype=dtype)
+        y = torch.empty(self._shape, dtype=dtype, device="cpu")
         if not scaled:
             return y, memory(y), y, None
-        seen = torch.empty(self._both if copies > 1 else self._shape, dtype=dtype)
+        seen = torch.empty(self._both if copies > 1 else self._shape, dtype=dtype, device="cpu")
         return y, memory(y), seen, memory(seen)
 
 

@@ -53,6 +53,14 @@ class Trajectory:
         seen = self.x if scale == 1 else (scale * self.x.to(self._placed.dtype)).to(self.x.dtype)
         self.seen = torch.cat([seen] * copies) if copies > 1 else seen
 
+    def _refuse_shape(self, m: Tensor, guided: bool) -> None:
+        wanted = (2 * len(self.x) if guided else len(self.x), *self.x.shape[1:])
+        raise ValueError(f"the model returned shape {tuple(m.shape)} for an input of {wanted}.")
+
+    def _check_noise(self, noise: Tensor) -> None:
+        if noise.shape != self.x.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, but x {tuple(self.x.shape)}; they must be equal.")
+
     def step(
         self,
         k: int,
@@ -75,6 +83,10 @@ class Trajectory:
             row: in place of the table's, [K] or [batch, K].
         """
         x, uncond = self.x, None
+        if m.shape != (2 * len(x) if guided else len(x), *x.shape[1:]):
+            self._refuse_shape(m, guided)
+        if isinstance(noise, Tensor):
+            self._check_noise(noise)
         if guided:
             uncond, m = m[: len(x)], m[len(x) :]
         seen = None
