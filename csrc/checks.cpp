@@ -153,11 +153,11 @@ Input parse_optional_input(const char* name, py::handle value, int64_t elements)
 
 Output parse_output(const char* name, py::handle value, int64_t elements) {
   const Memory memory = parse_tensor(name, value, elements);
-  return {present(memory.data), DType(memory.code)};
+  return {present(memory.data), DType(memory.code), false};
 }
 
 Output parse_optional_output(const char* name, py::handle value, int64_t elements) {
-  return value.is_none() ? Output{nullptr, DType::f32} : parse_output(name, value, elements);
+  return value.is_none() ? Output{nullptr, DType::f32, false} : parse_output(name, value, elements);
 }
 
 Output parse_optional_output(const char* name, py::handle value, int64_t elements, DType dtype) {

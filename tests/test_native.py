@@ -106,6 +106,32 @@ def test_noise(shape, rows, dtype, simd):
                     assert kept is n
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [800_000, 800_003])
+def test_results_larger_than_the_cache_are_those_of_their_rows(size, dtype, simd):
+    """Large results are written past the caches; those of one row are not."""
+    rows = 4 if dtype == torch.float32 else 8
+    x0, n, m = (torch.randn(rows, size).to(dtype) for _ in range(3))
+    alpha, sigma, weight = (torch.rand(rows, 1) + 0.1 for _ in range(3))
+    table = torch.rand(len(ops.COLUMNS))
+
+    def everything(r, k):
+        made = ops.Philox(7, sample_offset=k)
+        x_t, _ = native.noise(x0[r], n[r], alpha[r], sigma[r], 0.0, None, False)
+        y_t, kept = native.noise(x0[r], made, alpha[r], sigma[r], 0.0, None, True)
+        predicted = m[r].clone().requires_grad_()
+        loss = native.loss(
+            predicted, x0[r], n[r], alpha[r], sigma[r], None, weight[r], None, None, "mse", "none", "sum"
+        )
+        loss.backward()
+        step = native.step(x0[r], m[r], None, 1.0, table, 1.0, (), n[r], None, dtype, (True, True))
+        return [x_t, y_t, kept, predicted.grad, native.convert(m[r], x0[r], alpha[r], sigma[r], dtype), *step]
+
+    pieces = [everything(slice(k, k + 1), k) for k in range(rows)]
+    for whole, *parts in zip(everything(slice(None), 0), *pieces):
+        assert_same_bits(whole, torch.cat(parts))
+
+
 def loss_arguments(shape, rows, dtype, mask, made=False, wide=torch.float32):
     if dtype == torch.float64:
         wide = torch.float64

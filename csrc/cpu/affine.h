@@ -54,7 +54,8 @@ void noise_units(const NoiseArguments& a, int64_t begin, int64_t end) {
   for_storage<C>(data, noise, [&](auto d, auto n) {
     typedef decltype(d) D;
     typedef decltype(n) N;
-    const bool direct = a.n.kind == Noise::given && a.xi.kind == Noise::none && data == kCode<D> && noise == kCode<N>;
+    const bool buffered = a.n.kind == Noise::made || a.xi.kind != Noise::none || a.x_t.streamed;
+    const bool direct = data == kCode<D> && noise == kCode<N> && !buffered;
     noise_blocks<D, N>(a, begin, end, direct ? kUnit : kBlock);
   });
 }
@@ -82,7 +83,7 @@ void convert_units(const ConvertArguments& a, int64_t begin, int64_t end) {
   const DType data = common(a.m.dtype, a.x_t, a.out);
   for_storage<C>(data, data, [&](auto d, auto) {
     typedef decltype(d) D;
-    convert_blocks<D>(a, begin, end, data == kCode<D> ? kUnit : kBlock);
+    convert_blocks<D>(a, begin, end, data == kCode<D> && !a.out.streamed ? kUnit : kBlock);
   });
 }
 

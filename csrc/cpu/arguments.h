@@ -16,6 +16,7 @@ struct Input {
 struct Output {
   void* data;  // null: not wanted
   DType dtype;
+  bool streamed;  // written past the caches
 };
 
 // One number a row in the compute dtype; stride 0 where all rows share it.

@@ -210,7 +210,8 @@ void loss_units(const LossArguments& a, int64_t begin, int64_t end) {
   for_storage<C>(data, noise, [&](auto d, auto n) {
     typedef decltype(d) D;
     typedef decltype(n) N;
-    const bool direct = data == kCode<D> && noise == kCode<N> && !made && (has_x0 || has_n) && !a.mask.tensor.data;
+    const bool buffered = made || a.mask.tensor.data || a.gradient.streamed || !(has_x0 || has_n);
+    const bool direct = data == kCode<D> && noise == kCode<N> && !buffered;
     loss_blocks<D, N>(a, begin, end, direct ? kUnit : kBlock);
   });
 }

@@ -20,6 +20,13 @@ int64_t unit_count(const Layout& layout) {
   return layout.outer * layout.shared * layout.frames * ((layout.inner + kUnit - 1) / kUnit);
 }
 
+// What was written past the caches is there for every other thread.
+void finish_streams() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 template <class Body>
 void parallel(const Layout& layout, int threads, Body body) {
   const int64_t units = unit_count(layout);
@@ -28,13 +35,25 @@ void parallel(const Layout& layout, int threads, Body body) {
   if (team > units) team = units;
   if (team <= 1) {
     if (units) body(0, units);
+    finish_streams();
     return;
   }
 #pragma omp parallel num_threads(int(team))
   {
     const int64_t index = omp_get_thread_num(), size = omp_get_num_threads();
     body(units * index / size, units * (index + 1) / size);
+    finish_streams();
   }
+}
+
+// An operation that goes through more memory than a last-level cache commonly holds (and it has two inputs of the size
+// of a result, or more) leaves little of the result there; written past the caches, its memory need not be read first.
+constexpr int64_t kCache = int64_t(32) << 20;
+
+Output placed(Output output, const Layout& layout) {
+  const int64_t size = output.dtype == DType::f64 ? 8 : output.dtype == DType::f32 ? 4 : 2;
+  output.streamed = output.data && 3 * size * layout.elements > kCache;
+  return output;
 }
 
 double number(const Rows& rows, bool wide, int64_t row, double absent) {
@@ -120,22 +139,29 @@ void reduce(const LossCall& call, bool wide, const double* sums, const double* d
 
 }  // namespace
 
-void run(const NormalArguments& arguments, int threads) {
+void run(NormalArguments& arguments, int threads) {
+  arguments.out = placed(arguments.out, arguments.layout);
   const auto kernel = chosen().table->normal;
   parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
-void run(const NoiseArguments& arguments, bool wide, int threads) {
+void run(NoiseArguments& arguments, bool wide, int threads) {
+  arguments.x_t = placed(arguments.x_t, arguments.layout);
+  arguments.keep = placed(arguments.keep, arguments.layout);
   const auto kernel = chosen().table->noise[wide];
   parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
-void run(const ConvertArguments& arguments, bool wide, int threads) {
+void run(ConvertArguments& arguments, bool wide, int threads) {
+  arguments.out = placed(arguments.out, arguments.layout);
   const auto kernel = chosen().table->convert[wide];
   parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
-void run(const StepArguments& arguments, bool wide, int threads) {
+void run(StepArguments& arguments, bool wide, int threads) {
+  arguments.y = placed(arguments.y, arguments.layout);
+  arguments.x0 = placed(arguments.x0, arguments.layout);
+  arguments.entry = placed(arguments.entry, arguments.layout);
   const auto kernel = chosen().table->step[wide];
   parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
@@ -154,6 +180,7 @@ void run(LossCall& call, bool wide, int threads) {
     find_factors(call, wide, divisors, factors);
     kernel_arguments.factor = {factors, 1};
   }
+  kernel_arguments.gradient = placed(kernel_arguments.gradient, layout);
   kernel_arguments.sums = value ? unit_sums : nullptr;
   if (units && (value || kernel_arguments.gradient.data)) {
     const auto kernel = chosen().table->loss[wide];

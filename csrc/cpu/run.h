@@ -5,11 +5,12 @@
 
 namespace fastdiff {
 
-// `threads`: at most so many; 0: as many as OpenMP would use. Few elements are done by the calling thread.
-void run(const NormalArguments& arguments, int threads);
-void run(const NoiseArguments& arguments, bool wide, int threads);  // wide: compute in float64
-void run(const ConvertArguments& arguments, bool wide, int threads);
-void run(const StepArguments& arguments, bool wide, int threads);
+// `threads`: at most so many; 0: as many as OpenMP would use. Few elements are done by the calling thread. How results
+// are written (Output::streamed) is decided here.
+void run(NormalArguments& arguments, int threads);
+void run(NoiseArguments& arguments, bool wide, int threads);  // wide: compute in float64
+void run(ConvertArguments& arguments, bool wide, int threads);
+void run(StepArguments& arguments, bool wide, int threads);
 
 enum class Reduction : int { mean = 0, sum = 1, none = 2 };
 enum class Normalization : int { none = 0, row = 1, global = 2 };

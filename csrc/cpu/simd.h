@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace fastdiff {
@@ -110,6 +112,24 @@ FASTDIFF_INLINE Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps
 FASTDIFF_INLINE void widen(Floats x, Doubles& low, Doubles& high) {
   low = (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
   high = (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+}
+
+#elif defined(__aarch64__)
+
+FASTDIFF_INLINE Floats fused(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+FASTDIFF_INLINE Doubles fused(Doubles a, Doubles b, Doubles c) { return vfmaq_f64(c, a, b); }
+FASTDIFF_INLINE Floats root(Floats x) { return vsqrtq_f32(x); }
+FASTDIFF_INLINE Doubles root(Doubles x) { return vsqrtq_f64(x); }
+FASTDIFF_INLINE Longs product(Longs a, Longs b) {
+  return (Longs)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+}
+FASTDIFF_INLINE Floats zip_low(Floats a, Floats b) { return vzip1q_f32(a, b); }
+FASTDIFF_INLINE Floats zip_high(Floats a, Floats b) { return vzip2q_f32(a, b); }
+FASTDIFF_INLINE Words low_halves(Longs low, Longs high) { return (Words)vtrn1q_u32((uint32x4_t)low, (uint32x4_t)high); }
+FASTDIFF_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+FASTDIFF_INLINE void widen(Floats x, Doubles& low, Doubles& high) {
+  low = vcvt_f64_f32(vget_low_f32(x));
+  high = vcvt_high_f64_f32(x);
 }
 
 #else

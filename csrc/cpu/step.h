@@ -147,7 +147,7 @@ void step_units(const StepArguments& a, int64_t begin, int64_t end) {
     typedef decltype(d) D;
     typedef decltype(n) N;
     const bool noisy = a.noise.kind != Noise::none, clips = a.clip >= 0;
-    const bool direct = data == kCode<D> && noise == kCode<N> && a.noise.kind != Noise::made;
+    const bool direct = data == kCode<D> && noise == kCode<N> && a.noise.kind != Noise::made && !a.y.streamed;
     const auto kernel = noisy ? (clips ? plain_step_blocks<D, N, true, true> : plain_step_blocks<D, N, false, true>)
                               : (clips ? plain_step_blocks<D, N, true, false> : plain_step_blocks<D, N, false, false>);
     kernel(a, begin, end, direct ? kUnit : kBlock);

@@ -306,16 +306,39 @@ FASTDIFF_INLINE const S* view(const Input& from, int64_t start, int count, S* bu
   return buffer;
 }
 
-// Where to put a block of results: memory itself, or `buffer`, which commit() then takes to memory.
+// Where to put a block of results: memory itself, or `buffer`, which commit() then takes to memory, past the caches if
+// the output is streamed.
 template <class S>
 FASTDIFF_INLINE S* place(const Output& to, int64_t start, int count, S* buffer) {
-  return to.dtype == kCode<S> && count % kStep == 0 ? (S*)to.data + start : buffer;
+  return to.dtype == kCode<S> && count % kStep == 0 && !to.streamed ? (S*)to.data + start : buffer;
+}
+
+// Copies past the caches what fills vectors of memory.
+FASTDIFF_INLINE void stream(void* to, const void* from, size_t bytes) {
+#if defined(__x86_64__)
+  if ((uintptr_t)to % kBytes == 0 && bytes % kBytes == 0) {
+    for (size_t k = 0; k < bytes; k += kBytes) {
+      char* target = (char*)to + k;
+      const char* source = (const char*)from + k;
+#if defined(FASTDIFF_AVX512)
+      _mm512_stream_si512((__m512i*)target, _mm512_loadu_si512(source));
+#elif defined(FASTDIFF_AVX2)
+      _mm256_stream_si256((__m256i*)target, _mm256_loadu_si256((const __m256i*)source));
+#else
+      _mm_stream_si128((__m128i*)target, _mm_loadu_si128((const __m128i*)source));
+#endif
+    }
+    return;
+  }
+#endif
+  memcpy(to, from, bytes);
 }
 
 template <class S>
 FASTDIFF_INLINE void commit(const Output& to, int64_t start, int count, const S* values) {
   S* memory = (S*)to.data + start;
   if (to.dtype == kCode<S> && memory == values) return;
+  if (to.dtype == kCode<S> && to.streamed) return stream(memory, values, sizeof(S) * size_t(count));
   if constexpr (kComputed<S>)
     write(values, count, to, start);
   else
