@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import DemoError
-from .files import write_atomically
+from ..files import write_atomically
 from .settings import Settings
 from .unet import UNet
 

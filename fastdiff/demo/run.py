@@ -22,7 +22,7 @@ import fastdiff
 from . import DemoError, checkpoint, extras, generate, plots
 from .classifier import train_classifier
 from .data import ImageData, digits, folder
-from .files import remove_leftovers, write_atomically
+from ..files import remove_leftovers, write_atomically
 from .settings import Recipe, Settings, build, differing, make_sampler, resolve
 from .training import Trainer
 
