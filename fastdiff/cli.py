@@ -126,9 +126,9 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure the operations on this machine, against what one would use instead",
-        description="Measure what the operations and a whole training step take on this machine: against the memory, and "
-        "against eager PyTorch, torch.compile and diffusers in the same run. Writes bench.json, bench.csv, bench.md, "
-        "bench.png and bench.html.",
+        description="Measure what the operations and a whole training step take on this machine: against the memory, "
+        "and against eager PyTorch, torch.compile and diffusers in the same run. Writes bench.json, bench.csv, "
+        "bench.md, bench.png and bench.html.",
     )
     parser.set_defaults(command=_bench)
     parser.add_argument("--preset", default="quick", metavar="NAME", help=f"{', '.join(PRESETS)} (default quick)")

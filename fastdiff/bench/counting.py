@@ -51,6 +51,7 @@ def floor_bytes(case: Case) -> int:
 
 _NO_TRAFFIC = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"}
 _WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
+_LIKE = {"randn_like", "rand_like", "randint_like", "zeros_like", "ones_like", "full_like"}  # read only the shape
 _GATHERS = {"index", "index_select", "gather", "embedding"}
 
 
@@ -83,6 +84,8 @@ class Trace(TorchDispatchMode):
         only_written = name in _WRITE_ONLY or "out" in kwargs
         if only_written:
             inputs = [value for value in inputs if not any(value is written for written in written_in_place)]
+        if name in _LIKE:
+            inputs = []
         outputs = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         outputs = written_in_place or outputs
         read = sum(stored_bytes(value) for value in inputs)

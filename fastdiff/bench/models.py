@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,15 +19,19 @@ KIND = "v_prediction"
 MAX_ROUNDS = 40
 
 
-def share(name: str, device: torch.device, dtype: str, seconds: float, progress: Progress) -> dict[str, Any]:
+def share(
+    name: str, device: torch.device, dtype: str, seconds: float, progress: Progress, batch: int | None = None
+) -> dict[str, Any]:
     """Train ``name`` for some steps with the eager lines and with fastdiff, taking turns, and time the noising and loss
     of each alone. Raises BenchError for an unknown model or one whose package is missing.
 
-    Returns plain values: for "before" (eager) and "after" (fastdiff) the time of a step (noise, network, loss, backward,
-    AdamW), that of noising, loss and its gradient alone, and their quotient.
+    Returns plain values: for "before" (eager) and "after" (fastdiff) the time of a step (noise, network, loss,
+    backward, AdamW), that of noising, loss and its gradient alone, and their quotient.
     """
     progress.say(f"{name} between noising and loss")
     network, shape = _build(name, device, DTYPES[dtype])
+    if batch is not None:
+        shape = (batch, *shape[1:])
     case = Case("training step", KIND, dtype, shape)
     timer, o = Timer(device), operands(shape, dtype, device)
     parts: dict[str, Callable[[], Any]] = {
@@ -148,6 +151,4 @@ class _Diffusers(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.network(x, timestep=t, class_labels=t, return_dict=False)[0].reshape(
-            math.prod(x.shape[:1]), *x.shape[1:]
-        )
+        return self.network(x, timestep=t, class_labels=t, return_dict=False)[0]

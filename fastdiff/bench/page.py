@@ -31,13 +31,14 @@ p, figcaption, li { max-width: 75ch; }
 .tile span { font-size: .85rem; color: var(--faint); }
 figure { margin: 1.5rem 0; } figure img { display: block; width: 100%; max-width: 860px; height: auto; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; max-height: 80vh; }
-table { border-collapse: separate; border-spacing: 0; font-size: .85rem; font-variant-numeric: tabular-nums; width: 100%; }
+table { border-collapse: separate; border-spacing: 0; font-size: .85rem; font-variant-numeric: tabular-nums;
+  width: 100%; }
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 thead th { position: sticky; top: 0; background: var(--band); z-index: 1; }
 th:first-child { position: sticky; left: 0; text-align: left; background: var(--band); font-weight: 500; }
 thead th:first-child { z-index: 2; }
-@media (max-width: 700px) { body { padding: .8rem; } th:first-child { white-space: normal; min-width: 8.5rem; max-width: 9.5rem; }
-  th, td { padding: .3rem .4rem; font-size: .8rem; } }
+@media (max-width: 700px) { body { padding: .8rem; } th, td { padding: .3rem .4rem; font-size: .8rem; }
+  th:first-child { white-space: normal; min-width: 8.5rem; max-width: 9.5rem; } }
 summary { cursor: pointer; margin: 1rem 0 .5rem; font-weight: 600; }
 """
 
@@ -90,7 +91,7 @@ def _tiles(report: dict[str, Any]) -> str:
         tiles.append((table.share(case["peers"]["fastdiff"]["of_ceiling"]), "of the ceiling in that step"))
         for peer, found in case["peers"].items():
             if found["ratio"] and found["ratio"]["steady"] and peer != "reference":
-                tiles.append((f"{found['ratio']['median']:.1f} x", f"the time in {plots.NAMES.get(peer, peer)}"))
+                tiles.append((f"{found['ratio']['median']:.1f} times", f"as long in {plots.NAMES.get(peer, peer)}"))
     return (
         '<div class="tiles">'
         + "".join(f'<div class="tile"><b>{_escape(a)}</b><span>{_escape(b)}</span></div>' for a, b in tiles)
@@ -102,7 +103,8 @@ def _missing(notes: list[str]) -> str:
     if not notes:
         return ""
     items = "".join(f"<li>{_escape(note)}</li>" for note in notes)
-    return f'<details><summary class="warn">What is missing ({len(notes)})</summary><ul class="faint">{items}</ul></details>'
+    heading = f'<summary class="warn">What is missing ({len(notes)})</summary>'
+    return f'<details>{heading}<ul class="faint">{items}</ul></details>'
 
 
 def _model(report: dict[str, Any]) -> list[str]:

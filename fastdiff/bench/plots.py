@@ -266,9 +266,8 @@ def _bars(report: dict[str, Any]) -> list[dict[str, Any]]:
 
     cases = shapes[max(shapes, key=telling)]
     kind = _kind(cases)
-    return [
-        case for case in cases if case["kind"] == kind or (kind == "v_prediction" and case["operation"] == "noising")
-    ]
+    noising = (kind, "epsilon") if kind == "v_prediction" else (kind,)  # whose noising is the same
+    return [case for case in cases if case["kind"] in (noising if case["operation"] == "noising" else (kind,))]
 
 
 def _sizes(report: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:

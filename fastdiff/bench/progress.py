@@ -24,13 +24,8 @@ class Progress:
                 from tqdm import tqdm
             except ImportError:
                 return
-            self._bar = tqdm(
-                total=1.0,
-                bar_format="{percentage:3.0f}% |{bar}| {desc}",
-                file=sys.stderr,
-                dynamic_ncols=True,
-                leave=False,
-            )
+            form = "{percentage:3.0f}% |{bar}| {desc}"
+            self._bar = tqdm(total=1.0, bar_format=form, file=sys.stderr, dynamic_ncols=True, leave=False)
 
     def say(self, what: str) -> None:
         """What is being done now."""

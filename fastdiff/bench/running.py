@@ -20,9 +20,7 @@ from .progress import Progress
 
 SWEEPS = 2  # so that the spread takes in what drifts within minutes
 BURST_SECONDS = 1e-3  # a sample is the mean of as many calls in a row as take so long
-SETTLE_SECONDS = (
-    4e-3  # a shorter call is made once untimed before: its threads and its code are then as in a loop of it
-)
+SETTLE_SECONDS = 4e-3  # a shorter call is made once untimed before, so that its threads are awake
 MAX_SETS = 32  # sets of operands to rotate through; a case that would need more stays in the cache
 MAX_ROUNDS = 60
 MIN_SWEEP_ROUNDS = 3
@@ -190,8 +188,8 @@ class Run:
     def _prepare(self, name: str, case: Case) -> peers.Call:
         if name == "compile" and case in self._not_compiled:
             raise Missing(self._not_compiled[case])
-        if name == "reference" and (expected := self._expected_reference(case)) > 3 * HOPELESS * self._case_seconds:
-            raise Missing(f"too slow for the time of this run: about {expected:.1f} s a call")
+        if name == "reference" and self._expected_reference(case) > HOPELESS * self._case_seconds:
+            raise Missing("too slow for the time of this run")
         return peers.build(name, case, self.device)
 
     def _expected_reference(self, case: Case) -> float:
@@ -229,7 +227,7 @@ class Run:
         found.host_seconds = self._host_seconds(name, case, call, o)
 
     def _host_seconds(self, name: str, case: Case, call: peers.Call, o: Operands) -> float | None:
-        """What a call costs the host: on a GPU until it returns; on a CPU, which does the work itself, a call on a single
+        """What a call costs the host: on a GPU until it returns; on a CPU, which does the work itself, a call on one
         element."""
         if self.device.type != "cpu":
             return self.timer.host_seconds(lambda: call(o))

@@ -85,9 +85,10 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 LEGEND = (
-    "time: median of a call of fastdiff; host: until the call returns on a GPU, the call on one element on a CPU; moved: "
-    "bytes counted; of copy: the least bytes there can be over the time, as a share of the measured copy; NAME ×: how "
-    "many times as long NAME takes, medians of rounds in the same run; 'wide' and the spread where it varies too much."
+    "time: median of a call of fastdiff; host: until the call returns on a GPU, the call on one element on a CPU; "
+    "moved: bytes counted; of copy: the least bytes there can be over the time, as a share of the measured copy; "
+    "NAME ×: how many times as long NAME takes, medians of rounds in the same run; 'wide' and the spread where it "
+    "varies too much."
 )
 
 
