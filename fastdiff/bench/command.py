@@ -130,7 +130,7 @@ def _write(found: dict[str, Any], out: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        found["notes"].append("no plots: matplotlib is not installed (pip install matplotlib)")
+        found["notes"].append("no plots: matplotlib is not installed (pip install fastdiff[bench])")
         _text(out / "bench.json", json.dumps(found, indent=1) + "\n")
     else:
         if plots.plots(found):
