@@ -1,8 +1,9 @@
-# make demo   train a small diffusion model on real digits and draw samples (2 to 3 minutes on 2 CPU cores)
-# make test   run the whole test suite
-# make wheel  build the sdist and the wheel, and run the tests against the wheel in an environment of its own
-# make sanitize   run the native backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
-# All set up everything they need in .venv first.
+# make demo       train a small diffusion model on real digits and draw samples (2 to 3 minutes on 2 CPU cores)
+# make test       run the whole test suite
+# make bench      the operations against eager PyTorch, torch.compile and diffusers (2 minutes; ARGS="--preset full": 5)
+# make sanitize   the native backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make wheel      the sdist and the wheel, and the tests against the wheel in an environment of its own
+# They set up everything they need in .venv first.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,8 +25,10 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n auto $(ARGS)
 
 bench: $(VENV)/.dev
-	@echo "== benchmarks"
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	@echo "== the cases under pytest-benchmark"
+	$(BIN)/python -m pytest benchmarks -q
+	@echo "== fastdiff bench"
+	$(BIN)/fastdiff bench $(ARGS)
 
 # The sdist, the wheel made of it, and the tests against that wheel in an environment of its own.
 wheel: $(VENV)/.dev

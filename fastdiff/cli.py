@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff demo``, ``fastdiff sample`` and ``fastdiff doctor``."""
+"""The command line: ``fastdiff demo``, ``fastdiff sample``, ``fastdiff bench`` and ``fastdiff doctor``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__, doctor
+from .bench import BenchError
+from .bench.cases import DTYPES, PRESETS
 from .demo import DemoError, run
 from .demo.settings import PROCESSES, SAMPLERS, Settings
 
@@ -17,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 2 for what the user can put right, 1 for the machine, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
-    except DemoError as error:
+        status = options.command(options)
+    except (DemoError, BenchError) as error:
         print(f"fastdiff: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that cannot be written to
@@ -26,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_sample(commands)
+    _add_bench(commands)
     _add_doctor(commands)
     return parser
 
@@ -117,6 +120,64 @@ def _sample(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         device=options.device,
     )
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure the operations on this machine, against what one would use instead",
+        description="Measure what the operations and a whole training step take on this machine: against the memory, "
+        "and against eager PyTorch, torch.compile and diffusers in the same run. Writes bench.json, bench.csv, "
+        "bench.md, bench.png and bench.html.",
+    )
+    parser.set_defaults(command=_bench)
+    parser.add_argument("--preset", default="quick", metavar="NAME", help=f"{', '.join(PRESETS)} (default quick)")
+    parser.add_argument("--dtype", metavar="A,B,...", help=f"{', '.join(DTYPES)} (default: the preset's)")
+    parser.add_argument(
+        "--against",
+        default="eager,compile,diffusers,reference",
+        metavar="A,B,...",
+        help="eager, compile, diffusers, reference, or none (default: all)",
+    )
+    parser.add_argument("--model", default="none", help="unet-small or dit-b: a network between noising and loss")
+    parser.add_argument("--nproc", type=int, metavar="N", help="measure in N processes at once, one a GPU")
+    parser.add_argument("--seconds", type=float, help="measure for so long (default: the preset's)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: a fresh runs/bench-TIME)")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="show what changed between two reports"
+    )
+    _add_device(parser)
+
+
+def _bench(options: argparse.Namespace) -> int | None:
+    from .bench import command
+
+    if options.compare is not None:
+        command.compare_files(*options.compare)
+        return None
+    if options.nproc is not None:
+        return command.in_processes(options.nproc, _without_nproc(options))
+    command.bench(
+        command.BenchOptions(
+            preset=options.preset,
+            device=options.device,
+            dtypes=None if options.dtype is None else tuple(options.dtype.split(",")),
+            against=() if options.against == "none" else tuple(options.against.split(",")),
+            model=options.model,
+            out=options.out,
+            seconds=options.seconds,
+            threads=options.threads,
+        )
+    )
+    return None
+
+
+def _without_nproc(options: argparse.Namespace) -> list[str]:
+    """The arguments of the processes that --nproc starts."""
+    names = ("preset", "dtype", "against", "model", "seconds", "threads", "out", "device")
+    given = {name: getattr(options, name) for name in names}
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:

@@ -19,9 +19,9 @@ pytest.importorskip("tqdm")
 
 from fastdiff.demo import DemoError, checkpoint, data, extras, settings, training  # noqa: E402
 from fastdiff.demo.classifier import train_classifier  # noqa: E402
-from fastdiff.demo.files import remove_leftovers, write_atomically  # noqa: E402
 from fastdiff.demo.generate import draw, trajectory  # noqa: E402
 from fastdiff.demo.unet import UNet  # noqa: E402
+from fastdiff.files import remove_leftovers, write_atomically  # noqa: E402
 
 TINY = {"steps": 12, "batch": 8, "width": 8, "sample_steps": 3}
 MACHINE = {"device": "cpu", "threads": 1, "torch": str(torch.__version__)}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import write_atomically
 from . import DemoError
-from .files import write_atomically
 from .settings import Settings
 from .unet import UNet
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff import EDM, Process
 
-from .files import write_atomically
+from ..files import write_atomically
 from .training import LN_SIGMA_RANGE
 
 CELL = 0.55  # inches an image takes

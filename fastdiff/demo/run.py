@@ -19,10 +19,10 @@ from torch import Tensor
 
 import fastdiff
 
+from ..files import remove_leftovers, write_atomically
 from . import DemoError, checkpoint, extras, generate, plots
 from .classifier import train_classifier
 from .data import ImageData, digits, folder
-from .files import remove_leftovers, write_atomically
 from .settings import Recipe, Settings, build, differing, make_sampler, resolve
 from .training import Trainer
 

@@ -1,0 +1,157 @@
+"""``fastdiff bench``: what happens in which order, what is written, and what is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..demo.run import pick_device
+from ..files import write_atomically
+from . import BenchError, compare, models, page, plots, report, table
+from .cases import PRESETS, choose
+from .measuring import Timer, copy_ceiling
+from .peers import AGAINST
+from .processes import Group, launch
+from .progress import Progress
+from .running import Run
+
+MODEL_SECONDS = 25.0
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What ``fastdiff bench`` was asked for. None: as the preset has it."""
+
+    preset: str = "quick"
+    device: str = "auto"
+    dtypes: tuple[str, ...] | None = None
+    against: tuple[str, ...] = AGAINST
+    model: str = "none"
+    out: Path | None = None
+    seconds: float | None = None
+    threads: int | None = None
+
+
+def bench(options: BenchOptions) -> dict[str, Any]:
+    """Measure, write the report, and print the table. Returns the report.
+
+    Ctrl-C ends the measuring: what was measured is written and printed, and KeyboardInterrupt raised again.
+    """
+    started = time.perf_counter()
+    for peer in options.against:
+        if peer not in AGAINST:
+            raise BenchError(f"unknown --against {peer!r}: use some of {', '.join(AGAINST)}, or none.")
+    if options.model not in (*models.MODELS, "none"):
+        raise BenchError(f"unknown model {options.model!r}: use one of {', '.join(models.MODELS)}, none.")
+    if options.threads is not None and options.threads < 1:
+        raise BenchError(f"--threads must be at least 1; got {options.threads}.")
+    if options.seconds is not None and not options.seconds > 0:
+        raise BenchError(f"--seconds must be positive; got {options.seconds}.")
+    cases = choose(options.preset, options.dtypes)
+    device = pick_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    out = _folder(options.out)
+    group = Group.join()
+    device = group.device(device)
+    preset = PRESETS[options.preset]
+    measuring = preset.seconds if options.seconds is None else options.seconds
+    compiling = preset.compile_seconds if "compile" in options.against else 0.0
+    if options.seconds is not None:
+        compiling = min(compiling, options.seconds)
+    modelling = 0.0 if options.model == "none" else min(MODEL_SECONDS, 2 * measuring)
+    run = Run(cases, ("fastdiff", *options.against), device, measuring, compiling, before_case=group.wait)
+    progress = Progress(measuring + compiling + modelling, quiet=group.rank != 0)
+    ceiling = model = None
+    try:
+        try:
+            ceiling = copy_ceiling(Timer(device))
+        except (RuntimeError, MemoryError) as error:
+            run.notes.append(f"the copy ceiling: {error}")
+        run.measure(progress)
+        if run.complete and modelling:
+            model = _model(options.model, run, modelling, progress)
+    except KeyboardInterrupt:
+        run.complete = False
+        run.notes.append("interrupted")
+    finally:
+        progress.close()
+    found = report.build(run, options.preset, ceiling, time.perf_counter() - started)
+    found["model"] = model
+    if run.complete:
+        found["ranks"] = group.gather(found)
+    if group.rank == 0:
+        _write(found, out)
+        _print(found, out)
+    if not run.complete:
+        raise KeyboardInterrupt
+    group.leave()
+    return found
+
+
+def compare_files(a: Path, b: Path) -> None:
+    """Print what changed from one report to the other."""
+    print(compare.text(report.load(a), report.load(b)))
+
+
+def in_processes(processes: int, arguments: list[str]) -> int:
+    """Run in several processes; returns the exit status."""
+    return launch(processes, arguments)
+
+
+def _model(name: str, run: Run, seconds: float, progress: Progress) -> dict[str, Any] | None:
+    try:
+        return models.share(name, run.device, run.cases[0].dtype, seconds, progress)
+    except (BenchError, RuntimeError, MemoryError) as error:
+        run.notes.append(f"{name}: {error}")
+        return None
+
+
+def _folder(out: Path | None) -> Path:
+    folder = Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}" if out is None else out
+    if folder.exists() and not folder.is_dir():
+        raise BenchError(f"--out {folder} is a file: name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)  # before the measuring, so that a wrong one is not found after it
+    return folder
+
+
+def _write(found: dict[str, Any], out: Path) -> None:
+    """Every output, each whole or not there: the numbers first."""
+    _text(out / "bench.json", json.dumps(found, indent=1) + "\n")
+    _text(out / "bench.csv", table.as_csv(found))
+    _text(out / "bench.md", table.markdown(found))
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        found["notes"].append("no plots: matplotlib is not installed (pip install fastdiff[bench])")
+        _text(out / "bench.json", json.dumps(found, indent=1) + "\n")
+    else:
+        if plots.plots(found):
+            write_atomically(out / "bench.png", lambda file: file.write(plots.png(found)))
+    _text(out / "bench.html", page.page(found))
+
+
+def _text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _print(found: dict[str, Any], out: Path) -> None:
+    width = shutil.get_terminal_size((200, 24)).columns
+    print(table.text(found, width))
+    print()
+    for line in table.summary(found):
+        print(line)
+    if found["model"]:
+        print(table.model_text(found["model"]))
+    if found["ranks"]:
+        print()
+        print(table.ranks_text(found))
+    print()
+    print(f"time: median of a call; NAME ×: how many times as long NAME takes; more in {out / 'bench.html'}")

@@ -1,0 +1,140 @@
+"""Times: how a call is timed, how many of them are summed up, and what the memory allows at best."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIN_ROUNDS = 5  # fewer make no ratio
+WIDEST = 0.5  # (p80 - p20) / median of the ratios beyond which no ratio is printed
+DEFAULT_CACHE = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, 20th and 80th percentile of ``rounds`` samples."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+    @property
+    def width(self) -> float:
+        return (self.p80 - self.p20) / self.median if self.median else math.inf
+
+    @property
+    def steady(self) -> bool:
+        """Whether it is narrow enough, and of enough samples, for a ratio to mean something."""
+        return self.rounds >= MIN_ROUNDS and self.width <= WIDEST
+
+    def overlaps(self, other: Spread) -> bool:
+        return self.p20 <= other.p80 and other.p20 <= self.p80
+
+
+def summary(samples: Sequence[float]) -> Spread:
+    """The spread of at least one sample."""
+    ordered = sorted(samples)
+    return Spread(*(_quantile(ordered, q) for q in (0.5, 0.2, 0.8)), len(ordered))
+
+
+def _quantile(ordered: list[float], q: float) -> float:
+    position = q * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+class Timer:
+    """Times calls on a device: by the clock on a CPU, by events on a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def seconds(self, calls: Sequence[Callable[[], Any]]) -> float:
+        """Seconds a call, of calls made one after the other."""
+        if self._cuda:
+            self._start.record()
+            for call in calls:
+                call()
+            self._stop.record()
+            self._stop.synchronize()
+            return self._start.elapsed_time(self._stop) / 1e3 / len(calls)
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        self.synchronize()
+        return (time.perf_counter() - start) / len(calls)
+
+    def host_seconds(self, call: Callable[[], Any], samples: int = 30, most: float = 0.02) -> float:
+        """Median seconds until a call returns, the device idle before it. Takes at most about ``most`` seconds."""
+        found: list[float] = []
+        spent = 0.0
+        while len(found) < 3 or (len(found) < samples and spent < most):
+            self.synchronize()
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+            spent += found[-1]
+        return summary(found).median
+
+    def synchronize(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize(self.device)
+        elif self.device.type in ("mps", "xpu"):
+            getattr(torch, self.device.type).synchronize()
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last cache before the memory: a GPU's L2, a CPU's largest. An assumed one where it is not told."""
+    if device.type == "cuda":
+        return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or DEFAULT_CACHE
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 1)
+        sizes.append(int(text.rstrip("KMG")) * unit)
+    return max(sizes, default=DEFAULT_CACHE)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free, or None where it is not told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def copy_ceiling(timer: Timer, megabytes: int | None = None, rounds: int = 15) -> dict[str, Any]:
+    """Bytes a second that a copy between two buffers moves (read and written), far larger than the cache, with the
+    threads that everything else runs with."""
+    size = max(64 * 2**20, 4 * cache_bytes(timer.device)) if megabytes is None else megabytes * 2**20
+    free = free_bytes(timer.device)
+    if free is not None:
+        size = min(size, free // 8)
+    source = torch.ones(size, dtype=torch.uint8, device=timer.device)
+    target = torch.empty_like(source)
+    for _ in range(3):
+        target.copy_(source)
+    found = summary([2 * size / timer.seconds([lambda: target.copy_(source)]) for _ in range(rounds)])
+    return {
+        "buffer_bytes": size,
+        "bytes_per_second": found.median,
+        "p20": found.p20,
+        "p80": found.p80,
+        "rounds": rounds,
+    }
