@@ -89,7 +89,35 @@ CASES = {
         ),
     ),
     "convert": (OPS.convert, lambda: (data(3, 2, 4, 5, grad=True), data(3, 2, 4, 5, grad=True), rows(), rows())),
+    "step": (OPS.step, lambda: step_arguments(data(3, 2, 4, 5))),
+    "step with everything": (
+        OPS.step,
+        lambda: step_arguments(
+            data(3, 2, 4, 5, dtype=torch.bfloat16),
+            table=torch.rand(3, len(fastdiff.ops.COLUMNS)),
+            history=[data(3, 2, 4, 5), data(3, 2, 4, 5)],
+            noise=MADE[:4] + (0.0,),
+            known_noise=given(),
+            guided=True,
+            wanted=(True, True),
+        ),
+    ),
 }
+
+
+def step_arguments(
+    x, *, table=None, history=(), noise=NONE, known_noise=NONE, guided=False, wanted=(False, False)
+) -> tuple:
+    row = torch.rand(len(fastdiff.ops.COLUMNS)) if table is None else table
+    more = guided and wanted[0]
+    return (
+        *(x, torch.randn_like(x), row, list(history), *noise, *known_noise),
+        *(torch.randn_like(x) if guided else None, None, 3.0, 1.0),
+        *(torch.randn_like(x) if more else None, rows() if more else None),
+        *(torch.rand(3, 1, 4, 5) if more else None, torch.randn_like(x) if more else None),
+        *wanted,
+        2 * len(x) if guided else 0,
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -137,6 +165,16 @@ def _reference(operator, *arguments):
         x0, n, xi = arguments[0], source(*arguments[1:6]), source(*arguments[9:14])
         x_t, kept = reference.noise(x0, n, *arguments[6:9], xi, arguments[14])
         return x_t, kept if isinstance(kept, torch.Tensor) and kept is not n else torch.empty(0)
+    if name == "step":
+        x, m, row, history = arguments[:4]
+        uncond, guidance, scale, clip, log_variance, threshold, mask, known, *wanted, copies = arguments[14:]
+        seen = torch.empty((copies, *x.shape[1:]), dtype=x.dtype)
+        y, x0, entry = reference.step(
+            x, m, uncond, scale, row, clip, tuple(history), source(*arguments[4:9]), log_variance, x.dtype, wanted,
+            threshold=threshold, mask=mask, known=known, known_noise=source(*arguments[9:14]),
+            model_input=seen if copies else None,
+        )  # fmt: skip
+        return y, *(torch.empty(0, dtype=x.dtype) if tensor is None else tensor for tensor in (x0, entry)), seen
     prediction, weight, x0 = arguments[:3]
     n, (p, q, scale, c, mask) = source(*arguments[3:8]), arguments[8:13]
     return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *arguments[13:]),)
@@ -187,6 +225,22 @@ def test_the_graph_holds_operators(backend):
     torch.compile(step, fullgraph=True, backend=look)(x0, torch.tensor([1, 5]), SEED, torch.randn(2, 3, 4))
     operators = [name for name in seen if name.startswith("fastdiff.")]
     assert [name.removesuffix(".default") for name in operators] == ["fastdiff.noise", "fastdiff.loss"]
+
+
+def test_a_sampler_step_compiles(backend):
+    row = torch.rand(len(fastdiff.ops.COLUMNS))
+
+    def step(x, m, seed):
+        seen = torch.empty(4, 3, 4)
+        y, x0, _ = fastdiff.ops.step(x, m, row, clip=1.0, noise=fastdiff.ops.Philox(seed), model_input=seen)
+        return y, x0, seen
+
+    torch._dynamo.reset()
+    whole = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for seed in (SEED, SEED + 1):
+        x, m = data(2, 3, 4), data(2, 3, 4)
+        for found, expected in zip(whole(x, m, seed), step(x, m, seed)):
+            torch.testing.assert_close(found, expected)
 
 
 def test_export_keeps_the_operators():

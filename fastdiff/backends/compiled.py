@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import step
 from .reference.philox import seed_tensor
 from .rows import gather
 
@@ -33,6 +32,10 @@ OPERATORS = {
     "loss": f"({_LOSS}) -> Tensor",
     "loss_gradient": f"(Tensor upstream, {_LOSS}) -> Tensor",
     "convert": "(Tensor m, Tensor x_t, Tensor k_x, Tensor k_m) -> Tensor",
+    "step": "(Tensor x, Tensor m, Tensor row, Tensor[] history, "
+    f"{_MADE.format('noise')}, {_MADE.format('known_noise')}, Tensor? uncond, Tensor? guidance, float? scale, "
+    "float? clip, Tensor? log_variance, Tensor? threshold, Tensor? mask, Tensor? known, bool x0, bool entry, "
+    "SymInt seen) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -144,6 +147,38 @@ def _(m, x_t, k_x, k_m):
     return torch.empty_like(m)
 
 
+@_operator
+def _step(x, m, row, history, *arguments):
+    noise, known_noise = _source(*arguments[:5]), _source(*arguments[5:10])
+    uncond, guidance, scale, clip, log_variance, threshold, mask, known, *wanted, rows = arguments[10:]
+    extras = {"threshold": threshold, "mask": mask, "known": known, "known_noise": known_noise}
+    seen = x.new_empty((rows, *x.shape[1:]))
+    if rows:
+        extras["model_input"] = seen
+    y, x0, entry = _backend(x).step(
+        x, m, uncond, scale if guidance is None else guidance, row, clip, tuple(history), noise, log_variance, x.dtype,
+        tuple(wanted), **{name: value for name, value in extras.items() if value is not None},
+    )  # fmt: skip
+    nothing = x.new_empty(0)
+    return (
+        _strided(y, x),
+        nothing if x0 is None else _strided(x0, x),
+        nothing.clone() if entry is None else _strided(entry, x),
+        seen,
+    )
+
+
+@torch.library.register_fake("fastdiff::step")
+def _(x, m, row, history, *arguments):
+    x0, entry, rows = arguments[-3:]
+    return (
+        torch.empty_like(x),
+        torch.empty_like(x) if x0 else x.new_empty(0),
+        torch.empty_like(x, dtype=row.dtype) if entry else x.new_empty(0),
+        x.new_empty((rows, *x.shape[1:])),
+    )
+
+
 def _affine_gradient(upstream: Tensor, row: Tensor, dtype: torch.dtype) -> Tensor:
     return (row * upstream.to(row.dtype)).to(dtype)
 
@@ -240,3 +275,25 @@ def convert(m, x_t, k_x, k_m, dtype):
     if _differentiable(k_x, k_m) or dtype != m.dtype:
         return reference.convert(m, x_t, k_x, k_m, dtype)
     return torch.ops.fastdiff.convert(m, x_t, k_x, k_m)
+
+
+def step(
+    x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted,
+    *, threshold=None, mask=None, known=None, known_noise=None, model_input=None,
+):  # fmt: skip
+    """As ``reference.step``."""
+    extras = {"threshold": threshold, "mask": mask, "known": known, "known_noise": known_noise}
+    if _differentiable(x, m, uncond, guidance, row, *history, noise, log_variance, *extras.values()):
+        return reference.step(
+            x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted,
+            **extras, model_input=model_input,
+        )  # fmt: skip
+    rows = isinstance(guidance, Tensor)
+    y, x0, entry, seen = torch.ops.fastdiff.step(
+        x, m, row, list(history), *_parts(noise, x.device), *_parts(known_noise, x.device), uncond,
+        guidance if rows else None, None if rows else float(guidance), clip, log_variance, threshold, mask, known,
+        *wanted, 0 if model_input is None else len(model_input),
+    )  # fmt: skip
+    if model_input is not None:
+        model_input.copy_(seen)
+    return y, x0 if wanted[0] else None, entry if wanted[1] else None
