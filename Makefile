@@ -42,8 +42,9 @@ wheel: $(VENV)/.dev
 
 # In a copy of the package with its own build of the extension: the one in the tree stays as it is. Python is not built
 # with the sanitizers, so they are loaded before it. It and torch leave memory to the system when they end: no leaks.
+# Captured by pytest, a report would be lost with the process: only sys is captured.
 SANITIZED := $(abspath build/sanitize)
-export SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
 sanitize: $(VENV)/.dev
 	@echo "== building with the sanitizers"
@@ -56,8 +57,8 @@ sanitize: $(VENV)/.dev
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(SANITIZED)/fastdiff
 	PATH=$(abspath $(BIN)):$$PATH cmake --build $(SANITIZED)/build
 	@echo "== the native backend's tests"
-	cd $(SANITIZED) && LD_PRELOAD="$$SANITIZERS" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-	  UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -k native \
+	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	  UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --capture=sys -k native \
 	  $(addprefix $(CURDIR)/tests/test_,native.py noise.py loss.py convert_and_step.py philox.py) $(ARGS)
 
 lint: $(VENV)/.dev
