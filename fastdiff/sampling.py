@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,7 +98,7 @@ def sample(
     call of the model.
     """
     sampler = samplers.get(sampler)
-    plan = sampler.plan(process, steps, prediction)
+    plan = _planned(sampler, process, steps, prediction)
     shape = tuple(shape)
     if uncond is not None and cond is None:
         raise ValueError("uncond was given without cond.")
@@ -180,6 +181,30 @@ def sample(
             callback(index[k], visited[began], *now)
         began = k + 1
     return (run.x, torch.stack(path)) if return_trajectory else run.x
+
+
+_plans: weakref.WeakKeyDictionary[Process, dict[Any, samplers.Plan]] = weakref.WeakKeyDictionary()
+
+
+def _planned(
+    sampler: samplers.Sampler, process: Process, steps: int | None, prediction: str | Prediction
+) -> samplers.Plan:
+    """The sampler's plan; the last few of each process are kept, for in a short run making it is most of the time."""
+    if not (dataclasses.is_dataclass(sampler) and sampler.__dataclass_params__.frozen):
+        return sampler.plan(process, steps, prediction)
+    # The process's numbers too: it is not frozen.
+    numbers = tuple(value for value in vars(process).values() if isinstance(value, (int, float, str)))
+    key = (sampler, steps, prediction, numbers)
+    try:
+        kept = _plans.setdefault(process, {})
+        found = kept.get(key)
+    except TypeError:  # made with a list
+        return sampler.plan(process, steps, prediction)
+    if found is None:
+        if len(kept) >= 16:
+            kept.clear()
+        found = kept[key] = sampler.plan(process, steps, prediction)
+    return found
 
 
 class _Noise:
