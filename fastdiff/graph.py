@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -91,10 +92,12 @@ class Graphed:
         for entry in self._history:
             entry.zero_()
 
-    def step(self, k: int, noise: Any) -> None:
+    def step(self, k: int, noise: Tensor | int | None, philox: ops.Philox | None) -> None:
         """Row k: everything on the device, nothing waited for."""
         self._row.copy_(self._table[k])
         self._time.copy_(self._times[k])
         if noise is not None:
-            self._z.copy_(noise if isinstance(noise, Tensor) else noise.tensor(self.x.shape, self.x.device))
+            if not isinstance(noise, Tensor):
+                noise = dataclasses.replace(philox, stream=noise).tensor(self.x.shape, self.x.device)
+            self._z.copy_(noise)
         self._graph.replay()

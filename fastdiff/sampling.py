@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,7 +98,7 @@ def sample(
     call of the model.
     """
     sampler = samplers.get(sampler)
-    plan = sampler.plan(process, steps, prediction)
+    plan = _planned(sampler, process, steps, prediction)
     shape = tuple(shape)
     if uncond is not None and cond is None:
         raise ValueError("uncond was given without cond.")
@@ -126,8 +128,7 @@ def sample(
         factor, strength = plan.start
         x = factor * x
         if strength:
-            first = source.churn()
-            x = (x + strength * (first if isinstance(first, Tensor) else first.tensor(shape, device))).to(dtype)
+            x = (x + strength * source.churn()).to(dtype)
     step_options = {
         "guidance": guidance,
         "clip": plan.clip,
@@ -149,13 +150,13 @@ def sample(
         graphed = run = Graphed(model, x, how.table, times, both, how.guided[0], scale, **step_options)
     else:
         reuse = callback is None and not return_trajectory
-        run = ops.trajectory(x, how.table, reuse=reuse, **step_options)
+        run = ops.trajectory(x, how.table, philox=source.philox, reuse=reuse, **step_options)
         run.begin(scale, 1 + how.guided[0])
     for k in _bar(range(len(times)), progress):
         z = source.step(k) if plan.draws[k] else None
         ends = k == last or index[k + 1] != index[k]
         if graphed is not None:
-            graphed.step(k, z)
+            graphed.step(k, z, source.philox)
         else:
             guided = how.guided[k]
             m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
@@ -182,6 +183,30 @@ def sample(
     return (run.x, torch.stack(path)) if return_trajectory else run.x
 
 
+_plans: weakref.WeakKeyDictionary[Process, dict[Any, samplers.Plan]] = weakref.WeakKeyDictionary()
+
+
+def _planned(
+    sampler: samplers.Sampler, process: Process, steps: int | None, prediction: str | Prediction
+) -> samplers.Plan:
+    """The sampler's plan; the last few of each process are kept, for in a short run making it is most of the time."""
+    if not (dataclasses.is_dataclass(sampler) and sampler.__dataclass_params__.frozen):
+        return sampler.plan(process, steps, prediction)
+    # The process's numbers too: it is not frozen.
+    numbers = tuple(value for value in vars(process).values() if isinstance(value, (int, float, str)))
+    key = (sampler, steps, prediction, numbers)
+    try:
+        kept = _plans.setdefault(process, {})
+        found = kept.get(key)
+    except TypeError:  # made with a list
+        return sampler.plan(process, steps, prediction)
+    if found is None:
+        if len(kept) >= 16:
+            kept.clear()
+        found = kept[key] = sampler.plan(process, steps, prediction)
+    return found
+
+
 class _Noise:
     """Where a run's noise comes from. Checks the arguments that say so."""
 
@@ -198,7 +223,7 @@ class _Noise:
             if len(self._generators) != shape[0]:
                 raise ValueError(f"{len(self._generators)} generators for {shape[0]} samples: one each is needed.")
         draws = any(plan.draws) or (plan.start is not None and plan.start[1] > 0)
-        self._made: list[ops.Philox] = []
+        self.philox: ops.Philox | None = None
         if self._generators is not None:
             self.initial = self._drawn() if starts or inpaints else None
         elif starts or inpaints or (draws and noise is None):
@@ -206,25 +231,24 @@ class _Noise:
                 seed = draw_seed(generator, device)
             if isinstance(seed, Tensor) and seed.device.type == "cpu":
                 seed = int(seed)
-            self.initial = ops.Philox(seed, sample_offset, Stream.INITIAL)
-            if draws and noise is None:
-                count = 1 + max(self._steps)
-                self._made = [ops.Philox(seed, sample_offset, Stream.STEP + k) for k in range(count)]
+            self.initial = self.philox = ops.Philox(seed, sample_offset, Stream.INITIAL)
         else:
             self.initial = None
 
-    def step(self, k: int) -> Tensor | ops.Philox:
-        """The noise that row k adds."""
-        return self._at(self._steps[k])
-
-    def churn(self) -> Tensor | ops.Philox:
-        """The noise of the plan's start."""
-        return self._at(0)
-
-    def _at(self, index: int) -> Tensor | ops.Philox:
+    def step(self, k: int) -> Tensor | int:
+        """The noise that row k adds: a tensor, or a stream of ``philox``."""
+        index = self._steps[k]
         if self._noise is not None:
             return self._noise(index, self._shape).to(self._device)
-        return self._drawn() if self._generators is not None else self._made[index]
+        return self._drawn() if self._generators is not None else Stream.STEP + index
+
+    def churn(self) -> Tensor:
+        """The noise of the plan's start."""
+        if self._noise is not None:
+            return self._noise(0, self._shape).to(self._device)
+        if self._generators is not None:
+            return self._drawn()
+        return dataclasses.replace(self.philox, stream=Stream.STEP).tensor(self._shape, self._device)
 
     def _drawn(self) -> Tensor:
         assert self._generators is not None
@@ -238,8 +262,8 @@ def _model_times(plan: samplers.Plan, guided: Sequence[bool], batch: int, device
     told = plan.model_time.to(device)
     if told.is_floating_point():
         told = told.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    told = told[:, None].expand(-1, 2 * batch)
-    return [row if both else row[:batch] for row, both in zip(told.unbind(0), guided)]
+    halves, wholes = (told[:, None].expand(-1, n).unbind(0) if n else () for n in (batch, any(guided) and 2 * batch))
+    return [wholes[k] if both else halves[k] for k, both in enumerate(guided)] if wholes else list(halves)
 
 
 def _variance(m: Tensor, shape: tuple[int, ...], guided: bool) -> tuple[Tensor, Tensor]:

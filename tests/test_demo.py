@@ -17,6 +17,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+import fastdiff  # noqa: E402
 from fastdiff.demo import DemoError, checkpoint, data, extras, settings, training  # noqa: E402
 from fastdiff.demo.classifier import train_classifier  # noqa: E402
 from fastdiff.demo.generate import draw, trajectory  # noqa: E402
@@ -427,3 +428,11 @@ class TestKilled:
         for name in ("loss.png", "samples.png", "trajectory.png"):
             assert (out / name).read_bytes() == (uninterrupted / name).read_bytes()
         assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("name", list(fastdiff.samplers.NAMES))
+def test_every_sampler_is_one_of_the_demos(name):
+    """By name, with images' clamp, on the process that it needs."""
+    recipe = settings.build(settings.resolve({"sampler": name}))
+    assert recipe.sampler.clip == 1.0
+    assert recipe.sampler.plan(recipe.process, 5, recipe.objective.prediction).table.shape[0] >= 5

@@ -88,7 +88,8 @@ def resolve(given: dict[str, Any]) -> Settings:
         given["data"] = str(Path(given["data"]).resolve())
     if not from_folder and given.keys() & {"size", "gray"}:
         raise DemoError("--size and --gray go with --data: the digits are 8 x 8 and gray.")
-    process = given.get("process") or PROCESS_OF_PREDICTION.get(given.get("prediction"), "vp-linear")
+    for_flows = "flow" if str(given.get("sampler")).startswith("flow_") else "vp-linear"
+    process = given.get("process") or PROCESS_OF_PREDICTION.get(given.get("prediction"), for_flows)
     if process not in PROCESSES:
         raise DemoError(f"unknown process {process!r}: use one of {', '.join(PROCESSES)}.")
     choice = PROCESSES[process]

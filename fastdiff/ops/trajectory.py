@@ -21,6 +21,7 @@ def trajectory(
     mask: Tensor | None = None,
     known: Tensor | None = None,
     known_noise: Tensor | Philox | None = None,
+    philox: Philox | None = None,
     reuse: bool = False,
 ) -> Trajectory:
     """Prepare the steps of ``table`` from ``x`` on. (Without gradients: ``fastdiff.ops.step`` is differentiable.)
@@ -30,6 +31,7 @@ def trajectory(
         table: rows of coefficients, [steps, K] with K = len(COLUMNS), float64 on the CPU.
         guidance: of guided steps: a number, or rows ([batch]).
         clip, mask, known, known_noise: see ``fastdiff.ops.step``.
+        philox: what the noise of steps is made from; each step names its stream.
         reuse: results may be written where earlier ones were: what x was two steps ago is then gone.
 
     Raises TypeError or ValueError for unfit inputs.
@@ -47,4 +49,4 @@ def trajectory(
         known = known.to(x.dtype)
     backend = backends.get(x.device)
     make = getattr(backend, "Trajectory", Trajectory)
-    return make(backend.step, x, table, placed, guidance, clip, mask, known, known_noise, reuse)
+    return make(backend.step, x, table, placed, guidance, clip, mask, known, known_noise, philox, reuse)

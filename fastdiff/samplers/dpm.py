@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,27 +92,25 @@ class DPMSolverPP(MultiStep):
     def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
         path = self.path(process, steps)
         logs, orders = path.log_ratio.tolist(), self.orders(path)
+        alphas, sigmas = path.alpha.tolist(), path.sigma.tolist()
         rows = []
         for k, order in enumerate(orders):
-            alpha, sigma = path.alpha[k + 1], path.sigma[k + 1]
-            h = torch.tensor(logs[k + 1] - logs[k], dtype=torch.float64, device="cpu")
+            alpha, sigma, h = alphas[k + 1], sigmas[k + 1], logs[k + 1] - logs[k]
             # Steps behind, in units of this one.
-            r = [(logs[k - j] - logs[k - j - 1]) / float(h) for j in range(order - 1)]
-            weights = self._weights(h, r)
-            noisy = self.eta * h if self.eta else torch.zeros_like(h)  # h may be infinite
-            row = {"c_x": sigma / path.sigma[k] * torch.exp(-noisy)}
-            row |= {f"c_h{j}" if j else "c_x0": alpha * w for j, w in enumerate(weights)}
-            row["c_noise"] = self.s_noise * sigma * (-torch.expm1(-2 * noisy)).sqrt()
+            r = [(logs[k - j] - logs[k - j - 1]) / h for j in range(order - 1)]
+            noisy = self.eta * h if self.eta else 0.0  # h may be infinite
+            row = {"c_x": sigma / sigmas[k] * math.exp(-noisy)}
+            row |= {PAST[j]: alpha * w for j, w in enumerate(self._weights(h, r))}
+            row["c_noise"] = self.s_noise * sigma * math.sqrt(-math.expm1(-2 * noisy))
             rows.append(row)
         columns = stack_rows(rows)
-        columns["h_x0"] = keeps_x0(columns)
-        draws = tuple((columns["c_noise"] > 0).tolist())
+        draws = tuple(row["c_noise"] > 0 for row in rows)
         return build_plan(kinds.get(prediction), path.levels, path.ends, draws, columns, clip=self.clip)
 
-    def _weights(self, h: Tensor, r: list[float]) -> list[Tensor]:
+    def _weights(self, h: float, r: list[float]) -> list[float]:
         """Of x0 and the estimates before it, over alpha'."""
         z = (1 + self.eta) * h
-        first = -torch.expm1(-z)
+        first = -math.expm1(-z)
         if not r:
             return [first]
         phi_2 = 1 - first / z
@@ -125,17 +124,18 @@ class DPMSolverPP(MultiStep):
         return [first + slope * near, -slope * near + curve * far, -curve * far]
 
 
-def stack_rows(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Columns from rows; what a row does not name is 0."""
-    zero = torch.zeros((), dtype=torch.float64, device="cpu")
-    return {name: torch.stack([row.get(name, zero) for row in rows]) for name in {n for row in rows for n in row}}
+PAST = ("c_x0", "c_h1", "c_h2", "c_h3", "c_h4")
 
 
-def keeps_x0(columns: dict[str, Tensor]) -> Tensor:
-    """h_x0: 1 in the rows whose x0 estimate a later row reads."""
-    count = len(columns["c_x"])
-    kept = torch.zeros(count, dtype=torch.float64, device="cpu")
-    for j in range(1, 5):
-        for k in columns.get(f"c_h{j}", kept[:0]).nonzero().flatten().tolist():
-            kept[k - j : k] = 1  # entries are counted backwards from the latest, so those between are kept too
-    return kept
+def stack_rows(rows: list[dict[str, float]]) -> dict[str, Tensor]:
+    """Columns from the rows of a multistep method; what a row does not name is 0. h_x0 is 1 in the rows whose x0
+    estimate a later row reads."""
+    kept = [0.0] * len(rows)
+    for k, row in enumerate(rows):
+        for j in range(4, 0, -1):
+            if row.get(PAST[j]):  # entries are counted backwards from the latest, so those between are kept too
+                kept[k - j : k] = [1.0] * j
+                break
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name, 0.0) for row in rows] for name in names} | {"h_x0": kept}
+    return {name: torch.tensor(values, dtype=torch.float64, device="cpu") for name, values in columns.items()}

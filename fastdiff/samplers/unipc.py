@@ -6,14 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from .. import prediction as kinds
 from ..prediction import Prediction
 from ..process import Process
 from .base import Plan, build_plan
-from .dpm import MultiStep, keeps_x0, stack_rows
+from .dpm import PAST, MultiStep, stack_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,58 +39,66 @@ class UniPC(MultiStep):
     def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
         path = self.path(process, steps)
         logs, orders = path.log_ratio.tolist(), self.orders(path)
+        alphas, sigmas = path.alpha.tolist(), path.sigma.tolist()
         rows = []
+        predicted: list[float] = []
         for k, order in enumerate(orders):
-            # Weights of x0 and the estimates before it, which the corrector adds to x.
-            correction = torch.zeros(5, dtype=torch.float64, device="cpu")
+            # Weights of x0 and the estimates before it: first those that the corrector adds to x.
+            weights = [0.0] * 5
+            ratio = sigmas[k + 1] / sigmas[k]
             if k and k - 1 not in self.disable_corrector:
-                alpha, before = path.alpha[k], orders[k - 1]
-                h, r = logs[k] - logs[k - 1], self._places(logs, k - 1, before)
-                correction[1 : before + 1] -= alpha * self._bend(h, r, corrects=False)[1:]
-                correction[: before + 1] += alpha * self._bend(h, r, corrects=True)
-            ratio = path.sigma[k + 1] / path.sigma[k]
-            h, r = logs[k + 1] - logs[k], self._places(logs, k, order)
-            weights = ratio * correction
-            weights[:order] += path.alpha[k + 1] * self._bend(h, r, corrects=False)[1:]
-            weights[0] += path.alpha[k + 1] * -math.expm1(-h)
-            rows.append({"c_x": ratio} | {f"c_h{j}" if j else "c_x0": weights[j] for j in range(5)})
-        columns = stack_rows(rows)
-        columns["h_x0"] = keeps_x0(columns)
+                h, r = logs[k] - logs[k - 1], self._places(logs, k - 1, orders[k - 1])
+                for j, weight in enumerate(self._bend(h, r, corrects=True)):
+                    weights[j] += ratio * alphas[k] * weight
+                for j, weight in enumerate(predicted, start=1):
+                    weights[j] -= ratio * alphas[k] * weight
+            h = logs[k + 1] - logs[k]
+            predicted = self._bend(h, self._places(logs, k, order), corrects=False)[1:]
+            for j, weight in enumerate(predicted):
+                weights[j] += alphas[k + 1] * weight
+            weights[0] += alphas[k + 1] * -math.expm1(-h)
+            rows.append({"c_x": ratio} | dict(zip(PAST, weights)))
         draws = (False,) * len(rows)
-        return build_plan(kinds.get(prediction), path.levels, path.ends, draws, columns, clip=self.clip)
+        return build_plan(kinds.get(prediction), path.levels, path.ends, draws, stack_rows(rows), clip=self.clip)
 
     @staticmethod
     def _places(logs: list[float], k: int, order: int) -> list[float]:
         """Where the estimates before that of step k lie, in units of the step: negative."""
         return [(logs[k - j] - logs[k]) / (logs[k + 1] - logs[k]) for j in range(1, order)]
 
-    def _bend(self, h: float, r: list[float], corrects: bool) -> Tensor:
+    def _bend(self, h: float, r: list[float], corrects: bool) -> list[float]:
         """Weights, over alpha', of the x0 estimates at the end of a step, at its start and before it, of what is added
         to the first-order step of length h in log-SNR; the first is 0 unless ``corrects``."""
         order = len(r) + 1
-        weights = torch.zeros(order + 1, dtype=torch.float64, device="cpu")
         if (order == 1 and not corrects) or (math.isinf(h) and self.solver_type == "bh1"):
-            return weights
+            return [0.0] * (order + 1)
         scale = -h if self.solver_type == "bh1" else math.expm1(-h)
-        places = torch.tensor([*r, 1.0] if corrects else r, dtype=torch.float64, device="cpu")
+        places = [*r, 1.0] if corrects else r
         if len(places) == 1:
-            rho = torch.full((1,), 0.5, dtype=torch.float64, device="cpu")  # both orders' own simplification
+            rho = [0.5]  # both orders' own simplification
         else:
-            powers = torch.arange(len(places), dtype=torch.float64, device="cpu")
-            rho = torch.linalg.solve(places ** powers[:, None], self._moments(-h, len(places)) / scale)
+            rho = solve_powers(places, [moment / scale for moment in self._moments(-h, len(places))])
         # Differences to the estimate at the start, over their places.
-        differences = -scale * rho / places
-        weights[1] = -differences.sum()
-        weights[2 : order + 1] = differences[: order - 1]
-        if corrects:
-            weights[0] = differences[-1]
-        return weights
+        differences = [-scale * weight / place for weight, place in zip(rho, places)]
+        return [differences[-1] if corrects else 0.0, -sum(differences), *differences[: order - 1]]
 
     @staticmethod
-    def _moments(z: float, count: int) -> Tensor:
+    def _moments(z: float, count: int) -> list[float]:
         """n! z phi_(n + 1)(z), n = 1 .. count, phi of exponential integrators."""
         phi, values = math.expm1(z) / z - 1, []
         for n in range(1, count + 1):
             values.append(phi * math.factorial(n))
             phi = phi / z - 1 / math.factorial(n + 1)
-        return torch.tensor(values, dtype=torch.float64, device="cpu")
+        return values
+
+
+def solve_powers(places: list[float], right: list[float]) -> list[float]:
+    """w with sum_m w_m places_m^n = right_n, n = 0, 1, ..., for a few places: by Lagrange's polynomials."""
+    weights = []
+    for m, place in enumerate(places):
+        polynomial, divisor = [1.0], 1.0  # coefficients, the constant first
+        for other in places[:m] + places[m + 1 :]:
+            polynomial = [a - other * b for a, b in zip([0.0, *polynomial], [*polynomial, 0.0])]
+            divisor *= place - other
+        weights.append(sum(c * moment for c, moment in zip(polynomial, right)) / divisor)
+    return weights

@@ -12,14 +12,16 @@ from . import operations
 from .launch import DTYPES, arrange, masked, memory, source
 
 _NOISE = reference.COLUMNS.index("c_noise")
+_READ = frozenset(operations._DATA)
 
 
 class Trajectory(reference.Trajectory):
     """As ``reference.Trajectory``, one launch of the native step a row."""
 
-    def __init__(self, step, x, table, placed, guidance, clip, mask, known, known_noise, reuse):
-        super().__init__(step, x, table, placed, guidance, clip, mask, known, known_noise, reuse)
+    def __init__(self, step, x, table, placed, guidance, clip, mask, known, known_noise, philox, reuse):
+        super().__init__(step, x, table, placed, guidance, clip, mask, known, known_noise, philox, reuse)
         given = (x, placed, guidance, mask, known, known_noise, getattr(known_noise, "seed", None))
+        given += (getattr(philox, "seed", None),)
         self._prepared = operations._plain(*given) and x.is_contiguous() and x.numel() > 0
         if not self._prepared:
             return
@@ -39,11 +41,13 @@ class Trajectory(reference.Trajectory):
         known_noise = known_noise.contiguous() if isinstance(known_noise, Tensor) else known_noise
         self._inpainting = masked(mask, x.shape), memory(known), source(known_noise)
         self._held = placed, rows, sample_rows, mask, known, known_noise  # what is pointed at must live
-        self._noisy = [row[_NOISE] != 0 for row in table.tolist()]
+        self._noisy = (table[:, _NOISE] != 0).tolist()
+        if philox is not None:
+            self._seed, self._first, self._offset = int(philox.seed), philox.sample_offset, philox.offset
         self._threads = torch.get_num_threads()
         self._x = memory(x)
         self._buffers: dict[Any, tuple] = {}
-        self._turn = False
+        self._turn = 0
         count = max(self.reads, default=0)
         self._ring = [torch.empty(x.shape, dtype=placed.dtype, device="cpu") for _ in range(count + 1)] if count else []
         self._entries: list[tuple[int, int, int]] = []  # of the history, the latest first
@@ -68,38 +72,37 @@ class Trajectory(reference.Trajectory):
             return
         if m.shape != (self._both if guided else self._shape):
             self._refuse_shape(m, guided)
-        m = _data(m)
+        if type(m) is not Tensor or not m.is_cpu or m.dtype not in _READ or not m.is_contiguous():
+            m = _data(m)
         pointer, code, elements = m.data_ptr(), DTYPES[m.dtype], self._elements
-        uncond = scale = None
-        layout = self._layout
+        uncond = scale = spread = bound = None
+        layout, at = self._layout, self._rows[k]
         if guided:
             uncond, scale = (pointer, code, elements), self._scale
             pointer += elements * m.element_size()
-        held = None
-        at = self._rows[k]
-        if (
-            row is not None
-            or threshold is not None
-            or log_variance is not None
-            or history is not None
-            or noise is not None
-        ):
-            if row is not None or threshold is not None:
-                layout = self._sample_layout
-                if guided:
-                    scale = self._sample_scale
-            held = [t if t is None else t.contiguous() for t in (row, threshold)]
-            held += [t if t is None else _data(t) for t in (log_variance, *(history or ()))]
+        if type(noise) is int:
+            made = self._noisy[k] or log_variance is not None
+            noise = (self._seed, noise, self._first, self._offset) if made else None
+        elif noise is not None:
+            self._check_noise(noise)
+            noise_data = _data(noise)
+            noise = memory(noise_data)
+        if history is None:
+            past = tuple(self._entries[: self.reads[k]]) if self._entries else ()
+        else:
+            history = tuple(_data(entry) for entry in history)
+            past = tuple(memory(entry) for entry in history)
+        if log_variance is not None:
+            log_variance = _data(log_variance)
+            spread = memory(log_variance)
+        if row is not None or threshold is not None:
+            layout, scale = self._sample_layout, self._sample_scale if guided else None
             if row is not None:
-                at = memory(held[0])
-            if isinstance(noise, Tensor):
-                self._check_noise(noise)
-                noise = _data(noise)
-                held.append(noise)
-                noise = memory(noise)
-            elif noise is not None:
-                drawn = self._noisy[k] or log_variance is not None
-                noise = (int(noise.seed), noise.stream, noise.sample_offset, noise.offset) if drawn else None
+                row = row.contiguous()
+                at = memory(row)
+            if threshold is not None:
+                threshold = threshold.contiguous()
+                bound = memory(threshold)
         y, written, seen, target = self._outputs(k, copies)
         x0 = torch.empty(self._shape, dtype=y.dtype, device="cpu") if want_x0 else None
         entry = self._free.pop() if self.keeps[k] and self._ring else None
@@ -111,15 +114,13 @@ class Trajectory(reference.Trajectory):
             scale,
             at,
             self._clip,
-            tuple(self._entries[: self.reads[k]])
-            if history is None
-            else tuple(memory(t) for t in held[3:][: len(history)]),
+            past,
             noise,
-            None if log_variance is None else memory(held[2]),
+            spread,
             written,
             None if x0 is None else memory(x0),
             entry,
-            None if threshold is None else memory(held[1]),
+            bound,
             *self._inpainting,
             target,
             self._threads,
@@ -137,8 +138,8 @@ class Trajectory(reference.Trajectory):
         scaled = copies > 0 and self.scales[k] != 1
         if not self._reuse:
             return self._made(copies, scaled)
-        self._turn = not self._turn
-        key = self._turn, copies > 1, scaled
+        self._turn ^= 1
+        key = self._turn + 2 * (copies > 1) + 4 * scaled
         found = self._buffers.get(key)
         if found is None:
             found = self._buffers[key] = self._made(copies, scaled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -34,16 +35,17 @@ class Trajectory:
         mask: Tensor | None,
         known: Tensor | None,
         known_noise: Any,
+        philox: Any,
         reuse: bool,
     ):
         self._step, self.x, self._placed = step, x, placed
-        self._guidance, self._clip, self._reuse = guidance, clip, reuse
+        self._guidance, self._clip, self._philox, self._reuse = guidance, clip, philox, reuse
         self._mask, self._known, self._known_noise = mask, known, known_noise
-        rows = table.tolist()
-        first, last = _AT["c_h1"], _AT["c_h4"] + 1
-        self.keeps = [any(row[_AT[name]] for name in ("h_x", "h_m", "h_x0")) for row in rows]
-        self.reads = [max((j + 1 for j, c in enumerate(row[first:last]) if c), default=0) for row in rows]
-        self.scales = [row[_AT["c_in"]] for row in rows]
+        used = table != 0
+        depth = torch.arange(1, 5, device="cpu")
+        self.keeps = used[:, [_AT["h_x"], _AT["h_m"], _AT["h_x0"]]].any(1).tolist()
+        self.reads = (used[:, _AT["c_h1"] : _AT["c_h4"] + 1] * depth).amax(1).tolist() if len(table) else []
+        self.scales = table[:, _AT["c_in"]].tolist()
         self._history: list[Tensor] = []
         self.x0: Tensor | None = None
         self.seen = x
@@ -66,7 +68,7 @@ class Trajectory:
         k: int,
         m: Tensor,
         guided: bool = False,
-        noise: Any = None,
+        noise: Tensor | int | None = None,
         copies: int = 1,
         want_x0: bool = False,
         log_variance: Tensor | None = None,
@@ -77,7 +79,7 @@ class Trajectory:
         """Step k with the network's output: of both halves of the batch, the unconditional first, if ``guided``.
 
         Args:
-            noise: z or its Philox; None for none.
+            noise: z, or the stream of ``philox`` to make it from; None for none.
             copies: how often the network is to see the result along the batch; 0: not at all.
             log_variance, threshold, history: see ``fastdiff.ops.step``. A history given replaces the one that is kept.
             row: in place of the table's, [K] or [batch, K].
@@ -87,6 +89,8 @@ class Trajectory:
             self._refuse_shape(m, guided)
         if isinstance(noise, Tensor):
             self._check_noise(noise)
+        elif noise is not None:
+            noise = dataclasses.replace(self._philox, stream=noise)
         if guided:
             uncond, m = m[: len(x)], m[len(x) :]
         seen = None
