@@ -36,8 +36,8 @@ class Spread:
 
     @property
     def noise(self) -> tuple[float, float]:
-        """Where the median of another run may lie: twice as far from the median as p20 and p80. For normal noise that is
-        1.7 standard deviations of a sample; what drifts between runs shows only in part within one."""
+        """Where the median of another run may lie: twice as far from the median as p20 and p80. For normal noise that
+        is 1.7 standard deviations of a sample; what drifts between runs shows only in part within one."""
         return self.median - 2 * (self.median - self.p20), self.median + 2 * (self.p80 - self.median)
 
     def agrees(self, other: Spread) -> bool:
