@@ -565,7 +565,7 @@ class TestTable:
     def test_units(self):
         assert [table.time(t) for t in (None, 2.5, 2.5e-3, 2.5e-5)] == ["-", "2.50 s", "2.50 ms", "25.0 µs"]
         assert [table.size(n) for n in (None, 12, 1234, 5_600_000)] == ["-", "12 B", "1.23 kB", "5.60 MB"]
-        assert [table.share(s) for s in (None, 0.5, 0.012)] == ["-", "50%", "1.2%"]
+        assert [table.share(s) for s in (None, 0.5, 0.012, 0.00012)] == ["-", "50%", "1.2%", "0.012%"]
         assert [table.rate(r) for r in (None, 5.0, 12345.0, 3e6)] == ["-", "5.00", "12.3k", "3.00M"]
 
     def test_narrow_terminal(self, tiny, tmp_path, capsys):
