@@ -325,7 +325,12 @@ class TestMeasuring:
         assert summary([1.0, 1.1, 1.2, 1.0, 1.1]).steady
         assert not summary([1.0, 1.1, 1.2]).steady  # too few
         assert not summary([1.0, 2.0, 1.0, 2.0, 1.5]).steady  # too wide
-        assert Spread(2, 1, 3, 9).overlaps(Spread(4, 3, 5, 9)) and not Spread(2, 1, 3, 9).overlaps(Spread(5, 4, 6, 9))
+
+    def test_agreement(self):
+        a = Spread(10.0, 9.0, 11.0, 9)
+        assert a.noise == (8.0, 12.0)
+        assert a.agrees(Spread(14.0, 13.0, 15.0, 9)) and Spread(14.0, 13.0, 15.0, 9).agrees(a)
+        assert not a.agrees(Spread(15.0, 14.0, 16.0, 9)) and not Spread(15.0, 14.0, 16.0, 9).agrees(a)
 
     def test_timer(self):
         made = []
@@ -333,7 +338,12 @@ class TestMeasuring:
         assert Timer(CPU).host_seconds(lambda: None) > 0
 
     def test_ceiling(self):
-        found = measuring.copy_ceiling(Timer(CPU), megabytes=1, rounds=3)
+        copy = measuring.Copy(Timer(CPU), megabytes=1)
+        assert copy.values() is None
+        copy.measure()
+        copy.measure()
+        found = copy.values()
+        assert found["rounds"] == len(copy.rates) == 20
         assert found["p20"] <= found["bytes_per_second"] <= found["p80"] and found["buffer_bytes"] == 2**20
         assert measuring.cache_bytes(CPU) >= 2**17
 
@@ -361,8 +371,7 @@ def tiny(monkeypatch):
     """A preset of tiny cases, and a small ceiling."""
     monkeypatch.setattr(command, "choose", lambda preset, dtypes: list(TINY))
     monkeypatch.setitem(PRESETS, "quick", dataclasses.replace(PRESETS["quick"], seconds=0.2))
-    real = measuring.copy_ceiling
-    monkeypatch.setattr(command, "copy_ceiling", lambda timer: real(timer, megabytes=1, rounds=3))
+    monkeypatch.setattr(running, "Copy", lambda timer: measuring.Copy(timer, megabytes=1))
 
 
 def run(*arguments):
@@ -556,7 +565,7 @@ class TestTable:
     def test_units(self):
         assert [table.time(t) for t in (None, 2.5, 2.5e-3, 2.5e-5)] == ["-", "2.50 s", "2.50 ms", "25.0 µs"]
         assert [table.size(n) for n in (None, 12, 1234, 5_600_000)] == ["-", "12 B", "1.23 kB", "5.60 MB"]
-        assert [table.share(s) for s in (None, 0.5, 0.012)] == ["-", "50%", "1.2%"]
+        assert [table.share(s) for s in (None, 0.5, 0.012, 0.00012)] == ["-", "50%", "1.2%", "0.012%"]
         assert [table.rate(r) for r in (None, 5.0, 12345.0, 3e6)] == ["-", "5.00", "12.3k", "3.00M"]
 
     def test_narrow_terminal(self, tiny, tmp_path, capsys):

@@ -92,7 +92,7 @@ PRESETS = {
         seconds=10.0,
         compile_seconds=16.0,
     ),
-    "full": Preset((LATENT, LATENTS, VIDEO, PIXELS), extra=_LADDER + _LARGE, seconds=80.0, compile_seconds=80.0),
+    "full": Preset((LATENT, LATENTS, VIDEO, PIXELS), extra=_LADDER + _LARGE, seconds=60.0, compile_seconds=60.0),
     "sdxl": Preset(((1, 4, 128, 128), (4, 4, 128, 128), (16, 4, 128, 128)), ("epsilon", "v_prediction")),
     "flux": Preset(((1, 4096, 64), (8, 4096, 64)), ("flow",)),
     "video": Preset((VIDEO, (1, 16, 21, 60, 104)), ("v_prediction", "flow")),

@@ -16,7 +16,6 @@ from ..demo.run import pick_device
 from ..files import write_atomically
 from . import BenchError, compare, models, page, plots, report, table
 from .cases import PRESETS, choose
-from .measuring import Timer, copy_ceiling
 from .peers import AGAINST
 from .processes import Group, launch
 from .progress import Progress
@@ -68,13 +67,13 @@ def bench(options: BenchOptions) -> dict[str, Any]:
         compiling = min(compiling, options.seconds)
     modelling = 0.0 if options.model == "none" else min(MODEL_SECONDS, 2 * measuring)
     run = Run(cases, ("fastdiff", *options.against), device, measuring, compiling, before_case=group.wait)
-    progress = Progress(measuring + compiling + modelling, quiet=group.rank != 0)
-    ceiling = model = None
+    if options.device == "auto" and device.type == "cpu":
+        run.notes.append("a GPU: there is none here, this is the CPU")
+    model = None
+    progress = Progress(0.0, quiet=True)
     try:
-        try:
-            ceiling = copy_ceiling(Timer(device))
-        except (RuntimeError, MemoryError) as error:
-            run.notes.append(f"the copy ceiling: {error}")
+        run.measure_copy()
+        progress = Progress(run.planned_in_all() + modelling, quiet=group.rank != 0)
         run.measure(progress)
         if run.complete and modelling:
             model = _model(options.model, run, modelling, progress)
@@ -83,7 +82,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
         run.notes.append("interrupted")
     finally:
         progress.close()
-    found = report.build(run, options.preset, ceiling, time.perf_counter() - started)
+    found = report.build(run, options.preset, time.perf_counter() - started)
     found["model"] = model
     if run.complete:
         found["ranks"] = group.gather(found)

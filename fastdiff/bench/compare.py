@@ -11,8 +11,8 @@ SMALLEST = 0.05  # a change of less is not called one, however narrow the spread
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every measurement that both reports have: time before and after, and whether it changed beyond noise: the spreads
-    (p20 to p80) do not overlap, and the medians are more than 5% apart."""
+    """Every measurement that both reports have: time before and after, and whether it changed beyond noise: the ranges
+    of ``Spread.noise`` do not meet, and the medians are more than 5% apart."""
     found = []
     others = {case_name(case): case for case in b["cases"]}
     for case in a["cases"]:
@@ -32,11 +32,11 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
                     "before": before,
                     "after": after,
                     "change": change,
-                    "changed": not before.overlaps(after) and abs(change - 1) > SMALLEST,
+                    "changed": not before.agrees(after) and abs(change - 1) > SMALLEST,
                     "ratio_before": ratios[0],
                     "ratio_after": ratios[1],
                     "ratio_changed": None not in ratios
-                    and not ratios[0].overlaps(ratios[1])
+                    and not ratios[0].agrees(ratios[1])
                     and abs(ratios[1].median / ratios[0].median - 1) > SMALLEST,
                 }
             )
@@ -80,7 +80,7 @@ def text(a: dict[str, Any], b: dict[str, Any]) -> str:
     moved = sum(entry["ratio_changed"] for entry in ratios)
     lines.append(
         f"{len(changed)} of {len(found)} times changed beyond the noise, {moved} of {len(ratios)} ratios did; the "
-        f"others agree within the spread that the two runs state."
+        f"others agree within the noise that the two runs state."
     )
     only = {case_name(case) for case in a["cases"]} ^ {case_name(case) for case in b["cases"]}
     if only:

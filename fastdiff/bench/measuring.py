@@ -34,8 +34,16 @@ class Spread:
         """Whether it is narrow enough, and of enough samples, for a ratio to mean something."""
         return self.rounds >= MIN_ROUNDS and self.width <= WIDEST
 
-    def overlaps(self, other: Spread) -> bool:
-        return self.p20 <= other.p80 and other.p20 <= self.p80
+    @property
+    def noise(self) -> tuple[float, float]:
+        """Where the median of another run may lie: twice as far from the median as p20 and p80. For normal noise that
+        is 1.7 standard deviations of a sample; what drifts between runs shows only in part within one."""
+        return self.median - 2 * (self.median - self.p20), self.median + 2 * (self.p80 - self.median)
+
+    def agrees(self, other: Spread) -> bool:
+        """Whether the two could be one: their ranges of noise meet."""
+        (low, high), (other_low, other_high) = self.noise, other.noise
+        return low <= other_high and other_low <= high
 
 
 def summary(samples: Sequence[float]) -> Spread:
@@ -119,22 +127,35 @@ def free_bytes(device: torch.device) -> int | None:
     return None
 
 
-def copy_ceiling(timer: Timer, megabytes: int | None = None, rounds: int = 15) -> dict[str, Any]:
-    """Bytes a second that a copy between two buffers moves (read and written), far larger than the cache, with the
-    threads that everything else runs with."""
-    size = max(64 * 2**20, 4 * cache_bytes(timer.device)) if megabytes is None else megabytes * 2**20
-    free = free_bytes(timer.device)
-    if free is not None:
-        size = min(size, free // 8)
-    source = torch.ones(size, dtype=torch.uint8, device=timer.device)
-    target = torch.empty_like(source)
-    for _ in range(3):
-        target.copy_(source)
-    found = summary([2 * size / timer.seconds([lambda: target.copy_(source)]) for _ in range(rounds)])
-    return {
-        "buffer_bytes": size,
-        "bytes_per_second": found.median,
-        "p20": found.p20,
-        "p80": found.p80,
-        "rounds": rounds,
-    }
+class Copy:
+    """What a plain copy between two buffers far larger than the cache moves (read and written), with the threads that
+    everything else runs with. Measured at several times of a run, so that its spread takes in what drifts."""
+
+    def __init__(self, timer: Timer, megabytes: int | None = None):
+        self._timer = timer
+        size = max(64 * 2**20, 4 * cache_bytes(timer.device)) if megabytes is None else megabytes * 2**20
+        free = free_bytes(timer.device)
+        self.buffer_bytes = size if free is None else min(size, free // 8)
+        self.rates: list[float] = []  # bytes a second
+
+    def measure(self, rounds: int = 10) -> None:
+        """Add ``rounds`` samples. Raises what an allocation raises where there is no memory for it."""
+        source = torch.ones(self.buffer_bytes, dtype=torch.uint8, device=self._timer.device)
+        target = torch.empty_like(source)
+        for _ in range(2):
+            target.copy_(source)
+        copies = [lambda: target.copy_(source)]
+        self.rates += [2 * self.buffer_bytes / self._timer.seconds(copies) for _ in range(rounds)]
+
+    def values(self) -> dict[str, Any] | None:
+        """The ceiling as it stands in a report, or None where it was not measured."""
+        if not self.rates:
+            return None
+        found = summary(self.rates)
+        return {
+            "buffer_bytes": self.buffer_bytes,
+            "bytes_per_second": found.median,
+            "p20": found.p20,
+            "p80": found.p80,
+            "rounds": found.rounds,
+        }

@@ -176,7 +176,8 @@ def many_graphs():
     """Let a function have a graph for each shape and dtype. By default PyTorch gives up after a few."""
     import torch._dynamo as dynamo
 
-    with dynamo.config.patch(recompile_limit=256):
+    limit = "recompile_limit" if hasattr(dynamo.config, "recompile_limit") else "cache_size_limit"
+    with dynamo.config.patch({limit: 256}):
         yield
 
 

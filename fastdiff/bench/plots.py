@@ -187,7 +187,7 @@ def bars(report: dict[str, Any], axes: Any, look: Look) -> None:
     axes.set_xscale("log")
     labels = [_bar_label(case, "\n" if look.narrow else ", ") for case in groups]
     axes.set_yticks(range(len(groups)), labels, fontsize=7 if look.narrow else 8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups) - 0.4, -0.6)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.8), high * 1.3)
     axes.set_xlabel("time, fastdiff = 1")
@@ -266,8 +266,10 @@ def _bars(report: dict[str, Any]) -> list[dict[str, Any]]:
 
     cases = shapes[max(shapes, key=telling)]
     kind = _kind(cases)
-    noising = (kind, "epsilon") if kind == "v_prediction" else (kind,)  # whose noising is the same
-    return [case for case in cases if case["kind"] in (noising if case["operation"] == "noising" else (kind,))]
+    alike = ("noising", "sampler step+noise") if kind == "v_prediction" else ()  # measured for epsilon, where both are
+    return [
+        case for case in cases if case["kind"] == kind or (case["kind"] == "epsilon" and case["operation"] in alike)
+    ]
 
 
 def _sizes(report: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:

@@ -20,8 +20,9 @@ from .running import Measurement, Run
 SCHEMA = 1
 
 
-def build(run: Run, preset: str, ceiling: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+def build(run: Run, preset: str, seconds: float) -> dict[str, Any]:
     """Everything that is known after a run, whole or not."""
+    ceiling = run.copy.values()
     found = doctor.report()
     return {
         "schema": SCHEMA,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from . import counting, peers
 from .cases import Case, Operands, operand_bytes, operands
-from .measuring import Spread, Timer, cache_bytes, free_bytes, summary
+from .measuring import Copy, Spread, Timer, cache_bytes, free_bytes, summary
 from .peers import Missing
 from .progress import Progress
 
@@ -26,7 +27,7 @@ MAX_ROUNDS = 60
 MIN_SWEEP_ROUNDS = 3
 BLOCKS = 6  # of rounds in a sweep: each gives one ratio
 SLOW = 0.25  # of a case's time: what takes more a call is measured in fewer rounds
-HOPELESS = 1.5  # times a case's time: what takes more a call is timed once
+HOPELESS = 1.5  # times a case's time: a reference that takes more a call is timed once, or not at all
 
 
 @dataclass
@@ -74,12 +75,20 @@ class Run:
 
     def __post_init__(self):
         self.timer = Timer(self.device)
+        self.copy = Copy(self.timer)
         self._graphs: dict[tuple, list[str]] = {}  # sources by graph
         self._not_compiled: dict[Case, str] = {}
         self._host: dict[tuple, float] = {}
         self._case_seconds = self.seconds / max(1, len(self.cases) * self.sweeps)
 
     # ---- the whole
+
+    def measure_copy(self) -> None:
+        """Measure the ceiling, for the first time or again."""
+        try:
+            self.copy.measure()
+        except (RuntimeError, MemoryError) as error:
+            self.notes.append(f"the copy ceiling: {_first_line(error)}")
 
     def measure(self, progress: Progress) -> None:
         """Measure everything. Ctrl-C ends it early; what was measured stays."""
@@ -89,11 +98,24 @@ class Run:
                 for sweep in range(self.sweeps):
                     for (shape, dtype), group in groupby(self.cases, key=lambda case: (case.shape, case.dtype)):
                         self._sweep_group(shape, dtype, list(group), sweep, progress)
+                    self.measure_copy()
             self.complete = True
         except KeyboardInterrupt:
-            unreached = sum(case not in self.results for case in self.cases)
+            times = [self.results[case]["fastdiff"].seconds for case in self.cases if case in self.results]
+            unreached = len(self.cases) - sum(bool(seconds) for seconds in times)
             self.notes.append(f"interrupted: {unreached} of {len(self.cases)} cases not measured")
         self._note_missing()
+
+    def planned(self, case: Case) -> float:
+        """Seconds that a sweep of a case will take: its share of the time, or for large ones the fewest rounds, which
+        are about a thousand passes over a tensor."""
+        return max(
+            self._case_seconds,
+            1000 * case.tensor_bytes / (summary(self.copy.rates).median if self.copy.rates else 3e10),
+        )
+
+    def planned_in_all(self) -> float:
+        return self.compile_seconds + self.sweeps * sum(self.planned(case) for case in self.cases)
 
     # ---- torch.compile
 
@@ -138,14 +160,14 @@ class Run:
             for case in group:
                 self._set_missing(case, f"no memory for its tensors: {_first_line(error)}")
                 self.before_case()
-                progress.advance(self._case_seconds)
+                progress.advance(self.planned(case))
             return
         for case in group:
             progress.say(case.name)
             self.before_case()
             self.rotated[case] = rotated
             self._sweep_case(case, sets, sweep)
-            progress.advance(self._case_seconds)
+            progress.advance(self.planned(case))
 
     def _operand_sets(self, case: Case) -> tuple[list[Operands], bool]:
         size, cache, free = operand_bytes(case), cache_bytes(self.device), free_bytes(self.device)
@@ -249,29 +271,34 @@ class Run:
         once = {name: seconds for name, seconds in once.items() if seconds is not None}
         repeats = {name: max(1, min(50, math.ceil(BURST_SECONDS / seconds))) for name, seconds in once.items()}
         slow = {name for name, seconds in once.items() if seconds > SLOW * self._case_seconds}
-        hopeless = {name for name, seconds in once.items() if seconds > HOPELESS * self._case_seconds}
-        for name in hopeless:
-            measured[name].seconds.append(once.pop(name))
+        if once.get("reference", 0.0) > HOPELESS * self._case_seconds:
+            measured["reference"].seconds.append(once.pop("reference"))
         rounds: list[dict[str, float]] = []
-        with _no_garbage_collection():
-            while len(rounds) < MIN_SWEEP_ROUNDS or (len(rounds) < MAX_ROUNDS and clock.seconds() < self._case_seconds):
-                # Who comes first changes, so that no one always finds what the same other left behind.
-                first = len(rounds) % max(1, len(once))
-                taken = {}
-                for name in [*list(once)[first:], *list(once)[:first]]:
-                    if name in slow and len(rounds) >= MIN_SWEEP_ROUNDS:
-                        continue
-                    settle = once[name] < SETTLE_SECONDS
-                    seconds = self._timed(calls, name, repeats[name], rotation, measured, settle)
-                    if seconds is None:
-                        del once[name]
-                    else:
-                        taken[name] = seconds
-                rounds.append(taken)
-        for name in once:
-            measured[name].seconds += [taken[name] for taken in rounds if name in taken]
-            if name != "fastdiff":
-                measured[name].ratios += block_ratios(rounds, name, "fastdiff")
+        try:
+            with _no_garbage_collection():
+                while len(rounds) < MIN_SWEEP_ROUNDS or (
+                    len(rounds) < MAX_ROUNDS and clock.seconds() < self._case_seconds
+                ):
+                    # Who comes first changes, so that no one always finds what the same other left behind.
+                    first = len(rounds) % max(1, len(once))
+                    taken = {}
+                    for name in [*list(once)[first:], *list(once)[:first]]:
+                        if name in slow and len(rounds) >= MIN_SWEEP_ROUNDS:
+                            continue
+                        settle = once[name] < SETTLE_SECONDS
+                        seconds = self._timed(calls, name, repeats[name], rotation, measured, settle)
+                        if seconds is None:
+                            del once[name]
+                        else:
+                            taken[name] = seconds
+                    if not taken:
+                        break
+                    rounds.append(taken)
+        finally:  # Ctrl-C too
+            for name in once:
+                measured[name].seconds += [taken[name] for taken in rounds if name in taken]
+                if name != "fastdiff":
+                    measured[name].ratios += block_ratios(rounds, name, "fastdiff")
 
     def _timed(
         self,
@@ -329,12 +356,10 @@ class _Rotation:
 
 class _Clock:
     def __init__(self) -> None:
-        import time
-
-        self._time, self._start = time.perf_counter, time.perf_counter()
+        self._start = time.perf_counter()
 
     def seconds(self) -> float:
-        return self._time() - self._start
+        return time.perf_counter() - self._start
 
 
 def _bound(call: peers.Call, o: Operands) -> Callable[[], Any]:
@@ -392,8 +417,3 @@ def _failure(error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
-
-
-def reached(run: Run) -> Iterable[Case]:
-    """The cases with at least one time of ours."""
-    return (case for case in run.cases if case in run.results and run.results[case]["fastdiff"].seconds)

@@ -217,7 +217,7 @@ def number(found: float | None, factor: float = 1.0) -> str:
 def share(found: float | None) -> str:
     if found is None:
         return "-"
-    return f"{found:.0%}" if found >= 0.095 else f"{found:.1%}"
+    return f"{found:.0%}" if found >= 0.095 else f"{found:.1%}" if found >= 0.00095 else f"{found:.3%}"
 
 
 def rate(found: float | None) -> str:
