@@ -106,6 +106,28 @@ class Process:
         """What a network is told about the noise level (unless its prediction is preconditioned): t by default."""
         return levels.t
 
+    def levels_at(self, sigma: Any) -> Levels:
+        """The levels of given noise, as sigma schedules of samplers state it: sigma / alpha, finite; for RectifiedFlow
+        the factor of the noise itself, in [0, 1]. t is floating point, for discrete processes between the timesteps.
+
+        Raises ValueError for a sigma that is negative, infinite or NaN, or beyond what the process reaches.
+        """
+        sigma = as_float64(sigma)
+        if not bool(((sigma >= 0) & sigma.isfinite()).all()):
+            raise ValueError(
+                f"sigma must be finite and at least 0; got {_first(sigma[~(sigma >= 0) | sigma.isinf()])}."
+            )
+        return Levels(self._time_at(sigma), *self._alpha_sigma_at(sigma), self)
+
+    def _time_at(self, sigma: Tensor) -> Tensor:
+        raise ValueError(f"{self!r} knows no t for a sigma: give the times themselves.")
+
+    def _alpha_sigma_at(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        if self.variance_preserving:
+            norm = torch.hypot(sigma, torch.ones_like(sigma))
+            return 1 / norm, sigma / norm
+        return torch.ones_like(sigma), sigma
+
     def check_t(self, t: Tensor) -> None:
         """Raise TypeError for a wrong dtype, ValueError for a NaN or a value out of range.
 
@@ -201,6 +223,31 @@ class VariancePreserving(Process):
         table = cached(self._tables, t.device, lambda: torch.stack([self._alpha, self._sigma], -1).to(t.device, wide))
         return gather_rows(table, t).unbind(-1)
 
+    def levels_between(self, t: Any) -> Levels:
+        """The levels at times between the timesteps: sigma / alpha is interpolated linearly, as diffusers' Euler does.
+
+        Raises ValueError for a t outside [0, steps - 1].
+        """
+        t = as_float64(t)
+        if not bool(((t >= 0) & (t <= self.steps - 1)).all()):
+            raise ValueError(f"t must lie in [0, {self.steps - 1}] for {self!r}; got {_first(t)}.")
+        low = t.floor().long()
+        alpha, sigma = self.alpha_sigma(low)
+        above = self.alpha_sigma((low + 1).clamp(max=self.steps - 1))
+        part = t - low
+        level = torch.lerp(sigma / alpha, above[1] / above[0], part)
+        between_alpha, between_sigma = self._alpha_sigma_at(level)
+        return Levels(t, torch.where(part > 0, between_alpha, alpha), torch.where(part > 0, between_sigma, sigma), self)
+
+    def _time_at(self, sigma: Tensor) -> Tensor:
+        # Linear in log sigma between the timesteps, and never beyond them: k-diffusion's convention and diffusers'.
+        logs, log = (self._sigma / self._alpha).log(), sigma.log()
+        if self.steps == 1:
+            return torch.zeros_like(sigma)
+        low = (torch.searchsorted(logs, log, right=True) - 1).clamp(0, self.steps - 2)
+        part = ((log - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
+        return low + part
+
     def posterior(self, t: Any) -> tuple[Tensor, Tensor, Tensor]:
         """q(x_{t-1} | x_t, x0) at integer ``t``: float64 (c_x0, c_xt, variance), mean = c_x0 x0 + c_xt x_t.
 
@@ -275,6 +322,15 @@ class RectifiedFlow(Process):
     def model_time(self, levels: Levels) -> Tensor:
         return 1 - levels.alpha
 
+    def _alpha_sigma_at(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        if bool((sigma > 1).any()):
+            raise ValueError(f"sigma must lie in [0, 1] for {self!r}; got {_first(sigma[sigma > 1])}.")
+        return (1 - sigma) / (1 - self.sigma_min), sigma
+
+    def _time_at(self, sigma: Tensor) -> Tensor:
+        level = (sigma - self.sigma_min) / (1 - self.sigma_min)
+        return level / (self.shift - (self.shift - 1) * level)
+
 
 class EDM(Process):
     """Karras et al. 2022: x_t = x0 + sigma n, and t is sigma itself, in [0, infinity).
@@ -299,6 +355,9 @@ class EDM(Process):
     def time(self, fraction: Tensor) -> Tensor:
         raise ValueError("EDM's t is sigma: draw it with timesteps=fastdiff.timesteps.LogNormal(), or pass t.")
 
+    def _time_at(self, sigma: Tensor) -> Tensor:
+        return sigma
+
 
 class VPSDE(Process):
     """The continuous variance-preserving SDE, t in [0, 1] (Song et al. 2021, equation 33)."""
@@ -321,6 +380,11 @@ class VPSDE(Process):
         """g(t)^2 of the SDE dx = f dt + g dw, float64."""
         return self.beta_min + as_float64(t) * (self.beta_max - self.beta_min)
 
+    def _time_at(self, sigma: Tensor) -> Tensor:
+        # The positive root of (b1 - b0) t^2 / 4 + b0 t / 2 = -ln alpha, in the form that does not cancel.
+        log = -self._alpha_sigma_at(sigma)[0].log()
+        return 2 * log / (self.beta_min / 2 + (self.beta_min**2 / 4 + (self.beta_max - self.beta_min) * log).sqrt())
+
 
 class SubVPSDE(VPSDE):
     """The sub-VP SDE: VPSDE's mean with sigma = 1 - alpha^2 (Song et al. 2021, equation 34)."""
@@ -331,6 +395,10 @@ class SubVPSDE(VPSDE):
 
     def diffusion_squared(self, t: Tensor) -> Tensor:
         return super().diffusion_squared(t) * -torch.expm1(4 * self._log_alpha(as_float64(t)))
+
+    def _alpha_sigma_at(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = 2 / (sigma + (sigma**2 + 4).sqrt())  # of alpha^2 + sigma alpha = 1
+        return alpha, sigma * alpha
 
 
 class VESDE(Process):
@@ -354,6 +422,9 @@ class VESDE(Process):
 
     def model_time(self, levels: Levels) -> Tensor:
         return levels.sigma
+
+    def _time_at(self, sigma: Tensor) -> Tensor:
+        return (sigma / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
 
 
 def _beta_schedule(name: str, steps: int, start: float | None, end: float | None) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops, samplers
+from .guidance import Guidance
 from .objective import draw_seed
 from .ops.noise import Stream
 from .prediction import Prediction
@@ -26,9 +27,16 @@ def sample(
     *,
     cond: Any = None,
     uncond: Any = None,
-    guidance: float = 1.0,
+    guidance: float | Tensor = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_rescale: float = 0.0,
+    dynamic_thresholding: float | None = None,
+    sample_max_value: float | None = None,
+    cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
     seed: int | Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     noise: Callable[[int, tuple[int, ...]], Tensor] | None = None,
     x: Tensor | None = None,
     sample_offset: int = 0,
@@ -36,21 +44,40 @@ def sample(
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
     callback: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
-) -> Tensor:
+    return_trajectory: bool = False,
+    compile: bool = False,
+    cuda_graph: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Draw samples from a trained network.
 
     Args:
         model: called as ``model(x, t)``, or ``model(x, t, cond)`` with a condition; t is [batch], the ``model_time`` of
-            training. It is used as it is: call ``.eval()`` first if it has dropout.
+            training. It is used as it is: call ``.eval()`` first if it has dropout. What it is given is written over
+            two steps later, unless there is a callback: a model that keeps it must clone it.
         shape: [batch, ...] of the samples.
         process, prediction: those of training.
-        sampler: "ddpm", "ddim", or an object of ``fastdiff.samplers``.
+        sampler: a name of ``fastdiff.samplers.NAMES``, or an object of ``fastdiff.samplers``.
         steps: the number of steps; None: all of a discrete process, 50 for others.
         cond: a tensor [batch, ...], or a tuple, list or dict of such, given to the model.
         uncond: the same for classifier-free guidance (Ho and Salimans 2022); then the model sees a batch of twice the
             size, the unconditional half first.
-        guidance: m_uncond + guidance (m_cond - m_uncond). 1 is no guidance; other values need ``uncond``.
-        seed, generator: what the noise is made from, by sample index; without either, PyTorch's default generator.
+        guidance: m_uncond + guidance (m_cond - m_uncond), a number or one a sample. 1 is no guidance; other values need
+            ``uncond``.
+        guidance_interval: (low, high): guidance only where low <= t <= high, in the process's own t (Kynkaanniemi et
+            al. 2024); elsewhere the unconditional half is not computed.
+        guidance_rescale: phi of Lin et al. 2024, section 3.4: how much of the deviation that guidance adds to each
+            sample of the network's output is taken away again. 0 to 1.
+        dynamic_thresholding: quantile of |x0| that each sample's x0 estimate is clamped to, and divided by, where it
+            exceeds 1 (Saharia et al. 2022; 0.995 there). Not with a sampler that has a ``clip``.
+        sample_max_value: no more than this is divided by.
+        cond_fn: classifier guidance (Dhariwal and Nichol 2021): ``cond_fn(x, t)`` returns the gradient of
+            log p(y | x_t), scaled as wished, t as the model's. It changes the posterior mean of DDPM (their algorithm
+            1) and the noise estimate of the others (algorithm 2). Gradients are enabled in it.
+        known, mask: inpainting: where the mask is 1 (or True; it is broadcast), the samples are ``known``, noised to
+            the level of each step with one noise (the initial one) for all steps.
+        seed, generator: what the noise is made from, by sample index; without either, PyTorch's default generator. A
+            list of generators, one a sample, is drawn from with torch.randn: x first, then step by step. Samples do not
+            depend on the batch they are in, with a seed or with a list.
         noise: ``noise(step, shape)`` gives the noise of a step instead.
         x: where to start; None: noise from the seed.
         sample_offset: the index of the first sample. With one seed, 8 samples are 4 and another 4 with offset 4.
@@ -58,84 +85,172 @@ def sample(
         dtype: of the samples and of what the model sees.
         progress: show a bar, if tqdm is installed.
         callback: ``callback(step, t, x, x0)`` after every step: the step's t, the new x and the x0 estimate.
+        return_trajectory: return (samples, x at the start and after every step [steps + 1, *shape]).
+        compile: run the model through ``torch.compile``.
+        cuda_graph: capture model and step in a CUDA graph once and replay it at every step: for a model that can be
+            captured, on a CUDA device, without ``cond_fn``, ``guidance_interval`` or a learned variance.
 
     Returns the samples, of ``shape`` and ``dtype``. Raises ValueError or TypeError for unfit inputs, before the first
     call of the model.
     """
-    plan = samplers.get(sampler).plan(process, steps, prediction)
+    sampler = samplers.get(sampler)
+    plan = sampler.plan(process, steps, prediction)
     shape = tuple(shape)
-    if guidance != 1.0 and uncond is None:
+    if isinstance(guidance, (int, float)) and guidance == 1.0:
+        uncond = None
+    elif uncond is None:
         raise ValueError(f"guidance={guidance} needs uncond: the condition of the unconditional half.")
     if uncond is not None and cond is None:
         raise ValueError("uncond was given without cond.")
-    if seed is not None and generator is not None:
-        raise ValueError("pass a seed or a generator, not both.")
     if x is not None and tuple(x.shape) != shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, but shape is {shape}.")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point; got {dtype}.")
     device = _device(model, x, device)
-    if seed is None and (x is None or (noise is None and any(plan.draws))):
-        seed = draw_seed(generator, device)
+    source = _Noise(plan, shape, device, dtype, seed, generator, noise, sample_offset, x is None, mask is not None)
+    how = Guidance(
+        plan, sampler, guidance, uncond is not None, guidance_interval, guidance_rescale, dynamic_thresholding,
+        sample_max_value, cond_fn,
+    )  # fmt: skip
 
+    z = source.initial if x is None or mask is not None else None
     if x is None:
-        x = plan.initial_std * ops.Philox(seed, sample_offset, Stream.INITIAL).tensor(shape, device)
+        assert z is not None
+        x = plan.initial_std * (z if isinstance(z, Tensor) else z.tensor(shape, device))
     x = x.to(device, dtype)
-    table = plan.table.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    times, model_time = plan.times.to(device), plan.model_time.to(device)
-    if model_time.is_floating_point():
-        model_time = model_time.to(table.dtype)
-    if uncond is not None and guidance != 1.0:
-        cond = _both(uncond, cond)
+    if plan.start is not None:
+        factor, strength = plan.start
+        x = factor * x
+        if strength:
+            first = source.churn()
+            x = (x + strength * (first if isinstance(first, Tensor) else first.tensor(shape, device))).to(dtype)
+    if mask is not None:
+        mask = mask.to(device)
+    run = ops.trajectory(
+        x,
+        how.table,
+        guidance=guidance,
+        clip=plan.clip,
+        mask=mask,
+        known=None if known is None else known.to(device, dtype),
+        known_noise=None if mask is None else z,
+        reuse=callback is None and not return_trajectory,
+    )
+    if compile:
+        model = torch.compile(model)
+    times = _model_times(plan, how.guided, len(x), device, dtype)
+    if uncond is not None:
+        both = _both(uncond, cond)
+    if cuda_graph:
+        from .graph import check_capture, graphed
 
+        check_capture(device, cond_fn, guidance_interval, plan.learned_variance)
+        model, run = graphed(model, run, plan, times, both if uncond is not None else cond, how, source)
+
+    visited = plan.times.to(device) if callback is not None else plan.times
+    index = range(len(plan.times)) if plan.steps is None else plan.steps
+    path = [x] if return_trajectory else []
+    last, began = len(times) - 1, 0
+    run.begin(1.0 if plan.model_scale is None else float(plan.model_scale[0]), 1 + how.guided[0])
     for k in _bar(range(len(times)), progress):
-        seen = x if plan.model_scale is None else (float(plan.model_scale[k]) * x).to(dtype)
-        m, half, variance = _call(model, seen, model_time[k], cond, guidance != 1.0, plan.learned_variance)
-        z = None
-        if plan.draws[k]:
-            if noise is not None:
-                z = noise(k, shape).to(device)
-            else:
-                z = ops.Philox(seed, sample_offset, Stream.STEP + k)
-        x, x0, _ = ops.step(
-            x,
-            m,
-            table[k],
-            uncond=half,
-            guidance=guidance,
-            clip=plan.clip,
-            noise=z,
-            log_variance=variance,
-            return_x0=callback is not None,
-            return_entry=False,
-        )
+        guided = how.guided[k]
+        if cond is None:
+            m = model(run.seen, times[k])
+        else:
+            m = model(run.seen, times[k], both if guided else cond)
+        variance = None
+        if plan.learned_variance:
+            m, variance = _variance(m, shape, guided)
+        if m.shape != run.seen.shape:
+            raise ValueError(f"the model returned shape {tuple(m.shape)} for an input of {tuple(run.seen.shape)}.")
+        z = source.step(k) if plan.draws[k] else None
+        copies = 1 + how.guided[k + 1] if k < last else 0
+        ends = k == last or index[k + 1] != index[k]
+        wanted = callback is not None and ends
+        if how.plain:
+            run.step(k, m, guided, z, copies, wanted, variance)
+        else:
+            m, extras = how.prepare(k, run, m, guided, variance, times[k])
+            run.step(k, m, guided, z, copies, wanted, variance, **extras)
+        if not ends:
+            continue
+        if return_trajectory:
+            path.append(run.x)
         if callback is not None:
-            callback(k, times[k], x, x0)
-    return x
+            callback(index[k], visited[began], run.x, run.x0)
+        began = k + 1
+    return (run.x, torch.stack(path)) if return_trajectory else run.x
 
 
-def _call(
-    model: Callable[..., Tensor], x: Tensor, time: Tensor, cond: Any, guided: bool, learned_variance: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(conditional output, unconditional output or None, variance output or None)."""
-    batch = len(x)
-    if guided:
-        x = torch.cat([x, x])
-    time = time.expand(len(x))
-    output = model(x, time) if cond is None else model(x, time, cond)
-    variance = None
-    if learned_variance:
-        if output.ndim < 2 or output.shape[1] != 2 * x.shape[1]:
-            raise ValueError(
-                f"a learned variance needs a network that returns {2 * x.shape[1]} channels, prediction and variance; "
-                f"got shape {tuple(output.shape)}."
-            )
-        output, variance = output.chunk(2, dim=1)
-    if output.shape != x.shape:
-        raise ValueError(f"the model returned shape {tuple(output.shape)} for an input of {tuple(x.shape)}.")
-    if not guided:
-        return output, None, variance
-    return output[batch:], output[:batch], None if variance is None else variance[batch:]
+class _Noise:
+    """Where a run's noise comes from. Checks the arguments that say so."""
+
+    def __init__(self, plan, shape, device, dtype, seed, generator, noise, sample_offset, starts, inpaints):
+        if seed is not None and generator is not None:
+            raise ValueError("pass a seed or a generator, not both.")
+        self._shape, self._device, self._dtype, self._noise = shape, device, dtype, noise
+        # Churn is drawn for the step that comes next.
+        later = 0 if plan.start is None else 1
+        self._steps = [k + later for k in (range(len(plan.times)) if plan.steps is None else plan.steps)]
+        self._generators = None
+        if generator is not None and not isinstance(generator, torch.Generator):
+            self._generators = list(generator)
+            if len(self._generators) != shape[0]:
+                raise ValueError(f"{len(self._generators)} generators for {shape[0]} samples: one each is needed.")
+        draws = any(plan.draws) or (plan.start is not None and plan.start[1] > 0)
+        self._made: list[ops.Philox] = []
+        if self._generators is not None:
+            self.initial = self._drawn() if starts or inpaints else None
+        elif starts or inpaints or (draws and noise is None):
+            if seed is None:
+                seed = draw_seed(generator, device)
+            if isinstance(seed, Tensor) and seed.device.type == "cpu":
+                seed = int(seed)
+            self.initial = ops.Philox(seed, sample_offset, Stream.INITIAL)
+            if draws and noise is None:
+                count = 1 + max(self._steps)
+                self._made = [ops.Philox(seed, sample_offset, Stream.STEP + k) for k in range(count)]
+        else:
+            self.initial = None
+
+    def step(self, k: int) -> Tensor | ops.Philox:
+        """The noise that row k adds."""
+        return self._at(self._steps[k])
+
+    def churn(self) -> Tensor | ops.Philox:
+        """The noise of the plan's start."""
+        return self._at(0)
+
+    def _at(self, index: int) -> Tensor | ops.Philox:
+        if self._noise is not None:
+            return self._noise(index, self._shape).to(self._device)
+        return self._drawn() if self._generators is not None else self._made[index]
+
+    def _drawn(self) -> Tensor:
+        assert self._generators is not None
+        wide = torch.float64 if self._dtype == torch.float64 else torch.float32
+        drawn = [torch.randn(self._shape[1:], generator=g, dtype=wide, device=g.device) for g in self._generators]
+        return torch.stack([z.to(self._device) for z in drawn])
+
+
+def _model_times(plan: samplers.Plan, guided: Sequence[bool], batch: int, device: Any, dtype: Any) -> list[Tensor]:
+    """What the network is told at each row, [batch], or [2 batch] where it is guided."""
+    told = plan.model_time.to(device)
+    if told.is_floating_point():
+        told = told.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    told = told[:, None].expand(-1, 2 * batch)
+    return [row if both else row[:batch] for row, both in zip(told.unbind(0), guided)]
+
+
+def _variance(m: Tensor, shape: tuple[int, ...], guided: bool) -> tuple[Tensor, Tensor]:
+    """(prediction, variance of the conditional half) of a network that returns both."""
+    if m.ndim < 2 or m.shape[1] != 2 * shape[1]:
+        raise ValueError(
+            f"a learned variance needs a network that returns {2 * shape[1]} channels, prediction and variance; "
+            f"got shape {tuple(m.shape)}."
+        )
+    m, variance = m.chunk(2, dim=1)
+    return m.contiguous(), variance[-shape[0] :].contiguous()
 
 
 def _both(uncond: Any, cond: Any) -> Any:

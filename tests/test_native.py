@@ -188,7 +188,8 @@ def test_convert_and_step(dtype, batched, simd):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for shape in ((3, 2, 5), (2, 4, 33, 31), (0, 3), (1, 1)):
         x, m, uncond, z, v, *history = (random(shape, dtype) for _ in range(9))
-        row = random((shape[0], 15) if batched else (15,), wide)
+        columns = len(ops.COLUMNS)
+        row = random((shape[0], columns) if batched else (columns,), wide)
         ones = (1,) * len(shape)
         for guidance in (2.5, random((shape[0], *ones[1:]), wide)):
             for clip, noise, variance in (
@@ -303,7 +304,7 @@ class TestBinding:
             "convert": [self.LAYOUT, self.GOOD, self.GOOD, self.ROWS, self.ROWS, self.GOOD, 1],
             "loss": [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, None, None, 0, 0, 0,
                      None, (self.X.data_ptr(), 0, 1), None, self.GOOD, 1],
-            "step": [self.LAYOUT, self.GOOD, self.GOOD, None, None, (self.X.data_ptr(), 0, 15), None, (), None, None,
+            "step": [self.LAYOUT, self.GOOD, self.GOOD, None, None, (self.X.data_ptr(), 0, 18), None, (), None, None,
                      self.GOOD, None, None, 1],
         }  # fmt: skip
         name = data.draw(st.sampled_from(sorted(good)))

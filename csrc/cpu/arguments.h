@@ -94,7 +94,9 @@ struct MaskSumArguments {
 
 constexpr int kHistory = 4;
 // fastdiff.ops.COLUMNS
-enum Column { p_x, p_m, c_x, c_m, c_x0, c_h1, c_h2, c_h3, c_h4, c_noise, l_0, l_v, h_x, h_m, h_x0, kColumns };
+enum Column {
+  p_x, p_m, c_x, c_m, c_x0, c_h1, c_h2, c_h3, c_h4, c_noise, l_0, l_v, h_x, h_m, h_x0, k_x0, k_n, c_in, kColumns
+};
 
 struct StepArguments {
   Layout layout;

@@ -4,5 +4,6 @@ from .convert import convert
 from .loss import loss
 from .noise import Philox, noise
 from .step import COLUMNS, step
+from .trajectory import trajectory
 
-__all__ = ["COLUMNS", "Philox", "convert", "loss", "noise", "step"]
+__all__ = ["COLUMNS", "Philox", "convert", "loss", "noise", "step", "trajectory"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .. import backends
@@ -23,6 +24,11 @@ def step(
     history: Sequence[Tensor] = (),
     noise: Tensor | Philox | None = None,
     log_variance: Tensor | None = None,
+    threshold: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Tensor | Philox | None = None,
+    model_input: Tensor | None = None,
     return_x0: bool = True,
     return_entry: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -38,6 +44,12 @@ def step(
         history: up to four tensors kept from earlier steps, the latest first.
         noise: z, shaped as x, or a ``Philox`` to make it from; None adds none, whatever c_noise.
         log_variance: v, for a learned variance: the noise is scaled by exp((l_0 + l_v v) / 2) too.
+        threshold: s, one a sample [batch] or other rows: the x0 estimate is clamped to [-s, s] and divided by s
+            (dynamic thresholding, Saharia et al. 2022).
+        mask, known, known_noise: inpainting: y becomes mask (k_x0 known + k_n known_noise) + (1 - mask) y.
+            ``known`` is shaped as x, the mask floating point or bool and broadcast to x, 1 where the data is known; the
+            noise a tensor, a ``Philox``, or None for none.
+        model_input: is overwritten with c_in y: shaped as x, or of twice its batch with that in both halves.
         return_x0, return_entry: what is not wanted is None in the result, and not written.
 
     Returns:
@@ -51,6 +63,14 @@ def step(
     check_floating(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
     check_alike(x=x, model_output=m, **tensors)
     check_noise(x=x, noise=noise)
+    check_inpainting(x, mask, known, known_noise)
+    if model_input is not None:
+        check_floating(model_input=model_input)
+        if tuple(model_input.shape) not in {(n * len(x), *x.shape[1:]) for n in (1, 2)}:
+            raise ValueError(
+                f"model_input must be shaped as x, {tuple(x.shape)}, or of twice its batch; "
+                f"got {tuple(model_input.shape)}."
+            )
     if len(history) > 4:
         raise ValueError(f"at most 4 history tensors are used; got {len(history)}.")
     check_clip(clip)
@@ -61,7 +81,41 @@ def step(
     row = row.to(x.device, dtype)
     if isinstance(guidance, Tensor):
         guidance = place_rows("guidance", guidance.to(x.device, dtype), x.shape)
+    if threshold is not None:
+        threshold = place_rows("threshold", threshold.to(x.device, dtype), x.shape)
+    extras = {
+        "threshold": threshold, "mask": mask, "known": known, "known_noise": known_noise, "model_input": model_input,
+    }  # fmt: skip
     wanted = (return_x0, return_entry)
     return backends.get(x.device).step(
-        x, m, uncond, guidance, row, clip, tuple(history), noise, log_variance, x.dtype, wanted
-    )
+        x, m, uncond, guidance, row, clip, tuple(history), noise, log_variance, x.dtype, wanted,
+        **{name: value for name, value in extras.items() if value is not None},
+    )  # fmt: skip
+
+
+def check_inpainting(x: Tensor, mask: Tensor | None, known: Tensor | None, known_noise: Tensor | Philox | None) -> None:
+    """Raise TypeError or ValueError unless the three go together and with x."""
+    if (mask is None) != (known is None):
+        raise ValueError("inpainting needs both mask and known; got one of the two.")
+    if mask is None or known is None:
+        if known_noise is not None:
+            raise ValueError("known_noise goes with mask and known.")
+        return
+    check_floating(known=known)
+    check_alike(x=x, known=known)
+    check_noise(x=x, known_noise=known_noise)
+    if mask.dtype != torch.bool:
+        check_floating(mask=mask)
+    check_mask(x, mask)
+
+
+def check_mask(x: Tensor, mask: Tensor) -> None:
+    """Raise ValueError unless the mask is where x is, and broadcasts to it."""
+    if mask.device != x.device:
+        raise ValueError(f"mask is on {mask.device}, but x on {x.device}: move one with .to(device).")
+    try:
+        fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, which does not broadcast to {tuple(x.shape)}.")

@@ -1,4 +1,4 @@
-"""The plan of a sampling run: the times, and one row of coefficients a step."""
+"""The plan of a sampling run: the times, and one row of coefficients a call of the network."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from ..process import Levels, Process
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sampler does, decided before the first step.
+    """What a sampler does, decided before the first step. A row is one call of the network; a method that calls it
+    twice a step (Heun) has two rows a step.
 
     Attributes:
-        times: the process's t of each step, [S].
+        times: the process's t of each row, [S].
         table: float64 [S, len(fastdiff.ops.COLUMNS)] on the CPU.
-        draws: whether a step adds noise; the others draw none.
+        draws: whether a row adds noise; the others draw none.
         model_scale: factor on x before the network sees it, float64 [S], or None for 1.
         model_time: what the network is told, [S]: the same numbers as in training.
         initial_std: standard deviation of the noise that sampling starts from.
         learned_variance: the network returns twice the channels: prediction, then variance.
         clip: the bound of the x0 estimate, or None.
+        start: (factor, noise): x becomes factor x + noise z before the first row (churn); the noise that a row adds
+            then belongs to the step after it. None: x is taken as it is.
+        steps: the step that a row belongs to, or None: one row a step.
+        gradient: float64 [S]. What a gradient of log p(y | x_t) is multiplied by: to be added to the network's output,
+            or, with ``gradient_of_mean``, to the result (Dhariwal and Nichol 2021, algorithms 2 and 1).
+        gradient_of_mean: see there.
     """
 
     times: Tensor
@@ -36,6 +43,10 @@ class Plan:
     initial_std: float
     learned_variance: bool = False
     clip: float | None = None
+    start: tuple[float, float] | None = None
+    steps: tuple[int, ...] | None = None
+    gradient: Tensor | None = None
+    gradient_of_mean: bool = False
 
 
 class Sampler:
@@ -57,6 +68,33 @@ def x0_rows(prediction: Prediction, levels: Levels) -> tuple[Tensor, Tensor]:
             f"with prediction 'v_prediction' or 'sample', or timesteps that begin later."
         )
     return p_x, p_m
+
+
+def build_plan(
+    prediction: Prediction,
+    levels: Levels,
+    ends: tuple[Tensor, Tensor],
+    draws: tuple[bool, ...],
+    columns: dict[str, Tensor],
+    std: float | None = None,
+    **rest: object,
+) -> Plan:
+    """The plan of rows that are at ``levels`` and go to the levels (alpha, sigma) of ``ends``, [S] each.
+
+    What follows from those is filled in: the x0 estimate, the network's input and time, the known data of inpainting.
+    """
+    p_x, p_m = x0_rows(prediction, levels)
+    scale, time = kinds.model_input(prediction, levels)
+    columns = {"p_x": p_x, "p_m": p_m, "k_x0": ends[0], "k_n": ends[1]} | columns
+    columns["c_in"] = torch.ones_like(p_x) if scale is None else torch.cat([scale[1:], torch.ones_like(scale[:1])])
+    table = build_table(len(levels.t), **columns)
+    gradient = rest.pop("gradient", None)
+    if gradient is None:
+        # The noise estimate moves by -sigma gradient (Dhariwal and Nichol 2021, algorithm 2): by what the output does.
+        gradient = -levels.sigma / kinds.conversion(prediction, kinds.EPSILON, levels)[1]
+        gradient = torch.where(gradient.isfinite(), gradient, 0.0)
+    std = initial_std(levels) if std is None else std
+    return Plan(levels.t, table, draws, scale, time, std, gradient=gradient, **rest)  # type: ignore[arg-type]
 
 
 def build_table(steps: int, **columns: Tensor | float) -> Tensor:

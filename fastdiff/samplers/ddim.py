@@ -12,7 +12,7 @@ from ..ops.checks import check_clip
 from ..prediction import Prediction
 from ..process import Process, VariancePreserving, transition
 from . import spacing as spacings
-from .base import Plan, Sampler, build_table, following, initial_std, x0_rows
+from .base import Plan, Sampler, build_plan, following
 
 
 @dataclass(frozen=True)
@@ -50,27 +50,18 @@ class DDIM(Sampler):
         prediction = kinds.get(prediction)
         times = spacings.times(process, steps, self.spacing, self.steps_offset, self.timesteps)
         levels = process.levels(times)
-        p_x, p_m = x0_rows(prediction, levels)
         alpha, sigma = self._following(process, levels)
         variance = self.eta**2 * transition(levels.alpha, levels.sigma, alpha, sigma)[2]
         direction = (sigma**2 - variance).clamp(min=0).sqrt()
-        columns = {"p_x": p_x, "p_m": p_m, "c_noise": variance.sqrt()}
+        columns = {"c_noise": variance.sqrt()}
         if self.rederive_epsilon:
             # epsilon = (x - alpha x0) / sigma with the clamped x0
             columns |= {"c_x": direction / levels.sigma, "c_x0": alpha - direction * levels.alpha / levels.sigma}
         else:
             e_x, e_m = kinds.conversion(prediction, kinds.EPSILON, levels)
             columns |= {"c_x": direction * e_x, "c_m": direction * e_m, "c_x0": alpha}
-        scale, time = kinds.model_input(prediction, levels)
-        return Plan(
-            times,
-            build_table(len(times), **columns),
-            (self.eta > 0,) * len(times),
-            scale,
-            time,
-            initial_std(levels),
-            clip=self.clip,
-        )
+        draws = (self.eta > 0,) * len(times)
+        return build_plan(prediction, levels, (alpha, sigma), draws, columns, clip=self.clip)
 
     def _following(self, process, levels) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(process, VariancePreserving):

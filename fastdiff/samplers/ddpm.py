@@ -12,7 +12,7 @@ from ..ops.checks import check_clip
 from ..prediction import Prediction
 from ..process import MIN_VARIANCE, Process, transition
 from . import spacing as spacings
-from .base import Plan, Sampler, build_table, following, initial_std, x0_rows
+from .base import Plan, Sampler, build_plan, following
 
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
@@ -51,11 +51,11 @@ class DDPM(Sampler):
         prediction = kinds.get(prediction)
         times = spacings.times(process, steps, self.spacing, self.steps_offset, self.timesteps)
         levels = process.levels(times)
-        p_x, p_m = x0_rows(prediction, levels)
-        c_x0, c_x, small, large = transition(levels.alpha, levels.sigma, *following(levels))
+        ends = following(levels)
+        c_x0, c_x, small, large = transition(levels.alpha, levels.sigma, *ends)
         draws = [True] * (len(times) - 1) + [self.final_noise and float(times[-1]) > 0]
         small = small.clamp(min=MIN_VARIANCE)
-        columns = {"p_x": p_x, "p_m": p_m, "c_x0": c_x0, "c_x": c_x}
+        columns = {"c_x0": c_x0, "c_x": c_x}
         if self.variance == "fixed_small":
             columns["c_noise"] = small.sqrt()
         elif self.variance == "fixed_large":
@@ -69,15 +69,16 @@ class DDPM(Sampler):
                 "l_0": (large.log() + small.log()) / 2,
                 "l_v": (large.log() - small.log()) / 2,
             }
+        gradient = columns["c_noise"] ** 2
         columns["c_noise"] = columns["c_noise"] * torch.tensor(draws, device="cpu")
-        scale, time = kinds.model_input(prediction, levels)
-        return Plan(
-            times,
-            build_table(len(times), **columns),
+        return build_plan(
+            prediction,
+            levels,
+            ends,
             tuple(draws),
-            scale,
-            time,
-            initial_std(levels),
+            columns,
             learned_variance=self.variance in ("learned", "learned_range"),
             clip=self.clip,
+            gradient=gradient,
+            gradient_of_mean=True,
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..process import EDM, VESDE, VPSDE, Process, RectifiedFlow, VariancePreserving
+from .sigmas import karras
 
 SPACINGS = ("trailing", "leading", "linspace")
 
@@ -43,10 +44,22 @@ def checked_timesteps(times: Sequence[float], total: int) -> list[int]:
     return indices
 
 
-def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """float64 [steps], falling from sigma_max to sigma_min (Karras et al. 2022, equation 5)."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
-    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+def between_timesteps(total: int, steps: int, spacing: str, steps_offset: int = 0) -> list[float]:
+    """The same for samplers that are not bound to timesteps: "linspace" is not rounded (as in diffusers' Euler)."""
+    if spacing != "linspace" or not 1 < steps <= total:
+        return list(discrete_timesteps(total, steps, spacing, steps_offset))
+    return torch.linspace(total - 1, 0, steps, dtype=torch.float64, device="cpu").tolist()
+
+
+def multistep_timesteps(total: int, steps: int, spacing: str, steps_offset: int = 0) -> list[int]:
+    """The same as DPM-Solver++ and UniPC have it in diffusers: "leading" and "linspace" are those of one step more,
+    without the last, which would be t = 0."""
+    if spacing == "trailing":
+        return discrete_timesteps(total, steps, spacing)
+    if not 1 <= steps < total:
+        raise ValueError(f"steps must lie in [1, {total - 1}] with spacing={spacing!r}; got {steps}.")
+    times = discrete_timesteps(total, steps + 1, spacing)[:-1]
+    return checked_timesteps([t + (steps_offset if spacing == "leading" else 0) for t in times], total)
 
 
 def times(
@@ -78,7 +91,7 @@ def times(
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}.")
     if isinstance(process, EDM):
-        return karras_sigmas(steps)
+        return karras(steps)
     if isinstance(process, RectifiedFlow):
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
     if isinstance(process, (VPSDE, VESDE)):

@@ -330,12 +330,14 @@ def step(
     log_variance: Tensor | None,
     dtype: torch.dtype,
     wanted: tuple[bool, bool],
+    **extras: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``reference.step``."""
     tensors = (x, m, uncond, guidance, row, *history, noise, log_variance)
     seed = getattr(noise, "seed", None)
-    if not _plain(*tensors, seed) or _differentiable(*tensors) or dtype != x.dtype:
-        return reference.step(x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted)
+    extra = any(value is not None for value in extras.values())
+    if extra or not _plain(*tensors, seed) or _differentiable(*tensors) or dtype != x.dtype:
+        return reference.step(x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, **extras)
     per_sample = row.new_empty(1).expand((len(x),) + (1,) * (x.ndim - 1)) if row.ndim > 1 else None
     scale = None
     if uncond is not None:

@@ -3,5 +3,6 @@
 from ..rows import gather
 from .operations import COLUMNS, convert, loss, loss_gradient, noise, step
 from .philox import normal, uniform
+from .trajectory import Trajectory
 
-__all__ = ["COLUMNS", "convert", "gather", "loss", "loss_gradient", "noise", "normal", "step", "uniform"]
+__all__ = ["COLUMNS", "Trajectory", "convert", "gather", "loss", "loss_gradient", "noise", "normal", "step", "uniform"]

@@ -183,10 +183,12 @@ def convert(m: Tensor, x_t: Tensor, k_x: Tensor, k_m: Tensor, dtype: torch.dtype
 # The columns of a table of steps, one row a step:
 #   x0 = p_x x + p_m m, clamped
 #   y  = c_x x + c_m m + c_x0 x0 + sum_j c_hj H_j + c_noise exp((l_0 + l_v v) / 2) z
+#   y  = mask (k_x0 known + k_n z_known) + (1 - mask) y, with a mask
 #   H' = h_x x + h_m m + h_x0 x0
+#   what the network sees next = c_in y
 COLUMNS = (
     *("p_x", "p_m", "c_x", "c_m", "c_x0", "c_h1", "c_h2", "c_h3", "c_h4", "c_noise"),
-    *("l_0", "l_v", "h_x", "h_m", "h_x0"),
+    *("l_0", "l_v", "h_x", "h_m", "h_x0", "k_x0", "k_n", "c_in"),
 )
 
 
@@ -202,8 +204,14 @@ def step(
     log_variance: Tensor | None,
     dtype: torch.dtype,
     wanted: tuple[bool, bool],
+    *,
+    threshold: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Any = None,
+    model_input: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One sampler step, (y, x0, history entry), of ``table`` [15] or [batch, 15]: see ``fastdiff.ops.step``. x0 and the
+    """One sampler step, (y, x0, history entry), of ``table`` [K] or [batch, K]: see ``fastdiff.ops.step``. x0 and the
     entry are None where they are not ``wanted``."""
     shape = table.shape[:-1] + (1,) * (x.ndim if table.ndim > 1 else 0)
     row = {name: table[..., k].reshape(shape[: x.ndim]) for k, name in enumerate(COLUMNS)}
@@ -215,6 +223,8 @@ def step(
     x0 = row["p_x"] * x + row["p_m"] * m
     if clip is not None:
         x0 = x0.clamp(-clip, clip)
+    if threshold is not None:
+        x0 = x0.clamp(-threshold, threshold) / threshold
     y = row["c_x"] * x + row["c_m"] * m + row["c_x0"] * x0
     for j, entry in enumerate(history, start=1):
         y = y + row[f"c_h{j}"] * entry.to(compute)
@@ -223,5 +233,16 @@ def step(
         if log_variance is not None:
             strength = strength * torch.exp(0.5 * (row["l_0"] + row["l_v"] * log_variance.to(compute)))
         y = y + strength * made(noise, x).to(compute)
+    if mask is not None:
+        assert known is not None
+        kept = row["k_x0"] * known.to(compute)
+        if known_noise is not None:
+            kept = kept + row["k_n"] * made(known_noise, x).to(compute)
+        mask = mask.to(compute)
+        y = mask * kept + (1 - mask) * y
+    if model_input is not None:
+        seen = (row["c_in"] * y).to(model_input.dtype)
+        for part in model_input.split(len(y)) if len(y) else ():
+            part.copy_(seen)
     entry = row["h_x"] * x + row["h_m"] * m + row["h_x0"] * x0 if wanted[1] else None
     return y.to(dtype), x0.to(dtype) if wanted[0] else None, entry

@@ -1,0 +1,93 @@
+"""A run of steps, prepared once: which rows keep and read history, what the network sees next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .operations import COLUMNS
+
+_AT = {name: k for k, name in enumerate(COLUMNS)}
+
+
+class Trajectory:
+    """The steps of one run, in order; checked arguments (``fastdiff.ops.trajectory``). This one works with any
+    backend's ``step``; a backend may have one of its own that does the same with less of the host's time.
+
+    Attributes:
+        x: the sample now.
+        seen: what the network is to be called with next: c_in x, twice along the batch for a guided call.
+        x0: the x0 estimate of the last step that wanted one.
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        x: Tensor,
+        table: Tensor,
+        placed: Tensor,
+        guidance: Tensor | float,
+        clip: float | None,
+        mask: Tensor | None,
+        known: Tensor | None,
+        known_noise: Any,
+        reuse: bool,
+    ):
+        self._step, self.x, self._placed = step, x, placed
+        self._guidance, self._clip, self._reuse = guidance, clip, reuse
+        self._mask, self._known, self._known_noise = mask, known, known_noise
+        rows = table.tolist()
+        first, last = _AT["c_h1"], _AT["c_h4"] + 1
+        self.keeps = [any(row[_AT[name]] for name in ("h_x", "h_m", "h_x0")) for row in rows]
+        self.reads = [max((j + 1 for j, c in enumerate(row[first:last]) if c), default=0) for row in rows]
+        self.scales = [row[_AT["c_in"]] for row in rows]
+        self._history: list[Tensor] = []
+        self.x0: Tensor | None = None
+        self.seen = x
+
+    def begin(self, scale: float, copies: int) -> None:
+        """What the network sees first: scale x, ``copies`` times along the batch."""
+        seen = self.x if scale == 1 else (scale * self.x.to(self._placed.dtype)).to(self.x.dtype)
+        self.seen = torch.cat([seen] * copies) if copies > 1 else seen
+
+    def step(
+        self,
+        k: int,
+        m: Tensor,
+        guided: bool = False,
+        noise: Any = None,
+        copies: int = 1,
+        want_x0: bool = False,
+        log_variance: Tensor | None = None,
+        threshold: Tensor | None = None,
+        row: Tensor | None = None,
+        history: tuple[Tensor, ...] | None = None,
+    ) -> None:
+        """Step k with the network's output: of both halves of the batch, the unconditional first, if ``guided``.
+
+        Args:
+            noise: z or its Philox; None for none.
+            copies: how often the network is to see the result along the batch; 0: not at all.
+            log_variance, threshold, history: see ``fastdiff.ops.step``. A history given replaces the one that is kept.
+            row: in place of the table's, [K] or [batch, K].
+        """
+        x, uncond = self.x, None
+        if guided:
+            uncond, m = m[: len(x)], m[len(x) :]
+        seen = None
+        if copies > 1 or (copies and self.scales[k] != 1):
+            seen = torch.empty((copies * len(x), *x.shape[1:]), dtype=x.dtype, device=x.device)
+        entries = tuple(self._history[: self.reads[k]]) if history is None else history
+        self.x, x0, entry = self._step(
+            x, m, uncond, self._guidance if guided else 1.0, self._placed[k] if row is None else row, self._clip,
+            entries, noise, log_variance, x.dtype, (want_x0, self.keeps[k]), threshold=threshold,
+            mask=self._mask, known=self._known, known_noise=self._known_noise, model_input=seen,
+        )  # fmt: skip
+        self.seen = self.x if seen is None else seen
+        if want_x0:
+            self.x0 = x0
+        if entry is not None:
+            self._history = [entry, *self._history[:3]]

@@ -1,0 +1,128 @@
+"""What changes a step beyond its row: when guidance applies, rescaled guidance, dynamic thresholding, classifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.step import COLUMNS
+from .samplers import Plan, Sampler
+
+_AT = {name: k for k, name in enumerate(COLUMNS)}
+
+
+class Guidance:
+    """The options of ``fastdiff.sample`` that have to look at the network's output before the step, checked.
+
+    Attributes:
+        guided: for each row whether the unconditional half is computed.
+        table: the plan's, with room for a gradient of the mean.
+        plain: there is nothing to look at: a step needs no ``prepare``.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sampler: Sampler,
+        guidance: float | Tensor,
+        has_uncond: bool,
+        interval: tuple[float, float] | None,
+        rescale: float,
+        quantile: float | None,
+        most: float | None,
+        cond_fn: Callable[[Tensor, Tensor], Tensor] | None,
+    ):
+        if interval is not None and not (has_uncond and interval[0] <= interval[1]):
+            raise ValueError(
+                f"guidance_interval=(low, high) needs guidance with uncond, and low <= high; got {interval}."
+            )
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"guidance_rescale must lie in [0, 1]; got {rescale!r}.")
+        if rescale and not has_uncond:
+            raise ValueError("guidance_rescale needs guidance with uncond.")
+        if quantile is not None and not 0 < quantile <= 1:
+            raise ValueError(f"dynamic_thresholding is a quantile in (0, 1]; got {quantile!r}.")
+        if quantile is not None and plan.clip is not None:
+            raise ValueError(f"dynamic_thresholding and the clip={plan.clip} of {sampler!r} exclude each other.")
+        if most is not None and (quantile is None or not most >= 1):
+            raise ValueError(f"sample_max_value goes with dynamic_thresholding and is at least 1; got {most!r}.")
+        self.guided = [
+            has_uncond and (interval is None or interval[0] <= t <= interval[1]) for t in plan.times.tolist()
+        ]
+        self.plain = not rescale and quantile is None and cond_fn is None
+        self.table = plan.table
+        self._plan, self._scale, self._rescale = plan, guidance, rescale
+        self._quantile, self._most, self._cond_fn = quantile, most, cond_fn
+        if cond_fn is not None and plan.gradient_of_mean:
+            self.table = plan.table.clone()
+            self.table[:, _AT["c_h1"]] = 1.0
+        self._of_output = torch.zeros(len(COLUMNS), dtype=torch.float64, device="cpu")
+        self._of_output[[_AT["p_m"], _AT["c_m"], _AT["h_m"]]] = 1.0
+
+    def prepare(
+        self, k: int, run: Any, m: Tensor, guided: bool, variance: Tensor | None, time: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """(the network's output, what else the step is told)."""
+        x, extras = run.x, {}
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if self._cond_fn is not None:
+            m, extras = self._classified(k, x, m, guided, variance, time[: len(x)], wide)
+        row = self.table[k].to(x.device, wide, non_blocking=True)
+        if self._rescale and guided:
+            uncond, cond = m.to(wide).split(len(x))
+            combined = uncond + self._of_samples(x) * (cond - uncond)
+            spread = _deviation(combined)
+            ratio = torch.where(spread > 0, _deviation(cond) / spread, 1.0)
+            factor = self._rescale * ratio + (1 - self._rescale)
+            row = row * (1 + (factor[:, None] - 1) * self._of_output.to(x.device, wide))
+            extras["row"] = row
+        if self._quantile is not None:
+            output = m.to(wide)
+            if guided:
+                uncond, cond = output.split(len(x))
+                output = uncond + self._of_samples(x) * (cond - uncond)
+            p_x, p_m = (row[..., _AT[name]].reshape(-1, *(1,) * (x.ndim - 1)) for name in ("p_x", "p_m"))
+            size = (p_x * x.to(wide) + p_m * output).abs().flatten(1)
+            extras["threshold"] = quantile(size, self._quantile).clamp(1.0, self._most)
+        return m, extras
+
+    def _of_samples(self, x: Tensor) -> Tensor | float:
+        if not isinstance(self._scale, Tensor):
+            return self._scale
+        scale = self._scale.to(x.device)
+        return scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
+
+    def _classified(self, k, x, m, guided, variance, time, wide) -> tuple[Tensor, dict[str, Any]]:
+        with torch.enable_grad():
+            gradient = self._cond_fn(x.detach(), time)
+        gradient = gradient.detach().to(wide)
+        if gradient.shape != x.shape:
+            raise ValueError(
+                f"cond_fn must return a gradient shaped as x, {tuple(x.shape)}; got {tuple(gradient.shape)}."
+            )
+        shift = float(self._plan.gradient[k]) * gradient
+        if not self._plan.gradient_of_mean:
+            return (m.to(wide) + (torch.cat([shift, shift]) if guided else shift)).to(m.dtype), {}
+        if variance is not None:
+            row = self.table[k].tolist()
+            shift = torch.exp(row[_AT["l_0"]] + row[_AT["l_v"]] * variance.to(wide)) * gradient
+        return m, {"history": (shift,)}
+
+
+def quantile(rows: Tensor, q: float) -> Tensor:
+    """The q-quantile of each row [B, N], linear between neighbours as torch.quantile, which has a limit on the size."""
+    if not rows.numel():
+        return rows.new_ones(len(rows))
+    place = q * (rows.shape[1] - 1)
+    low = int(place)
+    near = rows.kthvalue(low + 1, dim=1).values
+    if low + 1 >= rows.shape[1]:
+        return near
+    return torch.lerp(near, rows.kthvalue(low + 2, dim=1).values, place - low)
+
+
+def _deviation(values: Tensor) -> Tensor:
+    return values.flatten(1).std(1)

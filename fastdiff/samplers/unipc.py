@@ -1,0 +1,99 @@
+"""UniPC: a predictor and a corrector of the same order, folded into one linear step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import prediction as kinds
+from ..prediction import Prediction
+from ..process import Process
+from .base import Plan, build_plan
+from .dpm import MultiStep, keeps_x0, stack_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniPC(MultiStep):
+    """UniPC (Zhao et al. 2023) with B(h) = bh1 or bh2, predicting x0, on every process.
+
+    The corrector replaces x by another combination of what led to it and of the new x0 estimate. What led to it, x
+    itself, is the predictor's result; so corrected x = x + a combination of x0 estimates, and no second x is kept.
+
+    Args:
+        order: 1, 2 or 3.
+        solver_type: "bh1" or "bh2".
+        lower_order_final: the last steps have order 2 and 1.
+        disable_corrector: the steps, counted from 0, whose result is not corrected.
+        and those of ``Scheduled``.
+    """
+
+    solver_type: str = "bh2"
+    disable_corrector: Sequence[int] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.solver_type not in ("bh1", "bh2"):
+            raise ValueError(f"solver_type must be 'bh1' or 'bh2'; got {self.solver_type!r}.")
+
+    def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
+        path = self.path(process, steps)
+        logs, orders = path.log_ratio.tolist(), self.orders(path)
+        rows = []
+        for k, order in enumerate(orders):
+            # Weights of x0 and the estimates before it, which the corrector adds to x.
+            correction = torch.zeros(5, dtype=torch.float64, device="cpu")
+            if k and k - 1 not in self.disable_corrector:
+                alpha, before = path.alpha[k], orders[k - 1]
+                h, r = logs[k] - logs[k - 1], self._places(logs, k - 1, before)
+                correction[1 : before + 1] -= alpha * self._bend(h, r, corrects=False)[1:]
+                correction[: before + 1] += alpha * self._bend(h, r, corrects=True)
+            ratio = path.sigma[k + 1] / path.sigma[k]
+            h, r = logs[k + 1] - logs[k], self._places(logs, k, order)
+            weights = ratio * correction
+            weights[:order] += path.alpha[k + 1] * self._bend(h, r, corrects=False)[1:]
+            weights[0] += path.alpha[k + 1] * -math.expm1(-h)
+            rows.append({"c_x": ratio} | {f"c_h{j}" if j else "c_x0": weights[j] for j in range(5)})
+        columns = stack_rows(rows)
+        columns["h_x0"] = keeps_x0(columns)
+        draws = (False,) * len(rows)
+        return build_plan(kinds.get(prediction), path.levels, path.ends, draws, columns, clip=self.clip)
+
+    @staticmethod
+    def _places(logs: list[float], k: int, order: int) -> list[float]:
+        """Where the estimates before that of step k lie, in units of the step: negative."""
+        return [(logs[k - j] - logs[k]) / (logs[k + 1] - logs[k]) for j in range(1, order)]
+
+    def _bend(self, h: float, r: list[float], corrects: bool) -> Tensor:
+        """Weights, over alpha', of the x0 estimates at the end of a step, at its start and before it, of what is added
+        to the first-order step of length h in log-SNR; the first is 0 unless ``corrects``."""
+        order = len(r) + 1
+        weights = torch.zeros(order + 1, dtype=torch.float64, device="cpu")
+        if (order == 1 and not corrects) or (math.isinf(h) and self.solver_type == "bh1"):
+            return weights
+        scale = -h if self.solver_type == "bh1" else math.expm1(-h)
+        places = torch.tensor([*r, 1.0] if corrects else r, dtype=torch.float64, device="cpu")
+        if len(places) == 1:
+            rho = torch.full((1,), 0.5, dtype=torch.float64, device="cpu")  # both orders' own simplification
+        else:
+            powers = torch.arange(len(places), dtype=torch.float64, device="cpu")
+            rho = torch.linalg.solve(places ** powers[:, None], self._moments(-h, len(places)) / scale)
+        # Differences to the estimate at the start, over their places.
+        differences = -scale * rho / places
+        weights[1] = -differences.sum()
+        weights[2 : order + 1] = differences[: order - 1]
+        if corrects:
+            weights[0] = differences[-1]
+        return weights
+
+    @staticmethod
+    def _moments(z: float, count: int) -> Tensor:
+        """n! z phi_(n + 1)(z), n = 1 .. count, phi of exponential integrators."""
+        phi, values = math.expm1(z) / z - 1, []
+        for n in range(1, count + 1):
+            values.append(phi * math.factorial(n))
+            phi = phi / z - 1 / math.factorial(n + 1)
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
