@@ -72,7 +72,7 @@ $(VENV)/.torch: constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	touch $@
 
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/cpu/*.*)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	@echo "== setting up $(VENV): fastdiff and what the demo needs"

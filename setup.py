@@ -1,7 +1,8 @@
 """Builds ``fastdiff._C`` through CMake and ninja. Everything else is declared in pyproject.toml.
 
 FASTDIFF_BUILD=auto (default) installs without the extension where it cannot be built, and says why; 1 fails there;
-0 does not try. FASTDIFF_CMAKE_ARGS is passed on to CMake.
+0 does not try. FASTDIFF_CUDA=auto (default) puts the CUDA kernel in where nvcc is found; 0 does without it, 1 fails
+without nvcc. FASTDIFF_CMAKE_ARGS is passed on to CMake.
 """
 
 import os
@@ -23,10 +24,10 @@ class CMakeExtension(Extension):
         super().__init__(name, sources=[], optional=wanted() != "1")
 
 
-def wanted():
-    choice = os.environ.get("FASTDIFF_BUILD", "auto")
+def wanted(name="FASTDIFF_BUILD"):
+    choice = os.environ.get(name, "auto")
     if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"FASTDIFF_BUILD must be auto, 0 or 1; got {choice!r}.")
+        raise SystemExit(f"{name} must be auto, 0 or 1; got {choice!r}.")
     return choice
 
 
@@ -65,6 +66,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DFASTDIFF_CUDA={wanted('FASTDIFF_CUDA')}",
             *(["-G", "Ninja"] if shutil.which("ninja") else []),
             *shlex.split(os.environ.get("FASTDIFF_CMAKE_ARGS", "")),
         ]

@@ -8,6 +8,9 @@
 #include "cpu/run.h"
 #include "cpu/table.h"
 #include "philox.h"
+#ifdef FASTDIFF_CUDA
+#include "cuda/binding.h"
+#endif
 
 namespace fastdiff {
 
@@ -198,13 +201,22 @@ void set_simd(const std::string& name) {
   if (!choose(name.c_str())) throw py::value_error("simd: " + name + " is unknown, or this machine lacks it");
 }
 
+// The compute capabilities that there is machine code for, 10 major + minor; empty where built without nvcc.
+py::tuple cuda_architectures() {
+#ifdef FASTDIFF_CUDA
+  return py::make_tuple(FASTDIFF_CUDA);
+#else
+  return py::tuple();
+#endif
+}
+
 }  // namespace
 
 }  // namespace fastdiff
 
 PYBIND11_MODULE(_C, module) {
   using namespace fastdiff;
-  module.doc() = "fastdiff's operations on the CPU, on pointers and sizes; see csrc/checks.h for the arguments.";
+  module.doc() = "fastdiff's operations on the CPU, and a step in CUDA, on pointers and sizes; see csrc/checks.h for the arguments.";
   module.def("normal", normal);
   module.def("uniform", uniform);
   module.def("noise", noise);
@@ -215,4 +227,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("simd", [] { return chosen().name; });
   module.def("simd_variants", simd_names);
   module.def("set_simd", set_simd);
+  module.def("cuda_architectures", cuda_architectures);
+#ifdef FASTDIFF_CUDA
+  cuda::bind(module);
+#endif
 }

@@ -39,13 +39,8 @@ py::handle item(py::handle tuple, int k) { return PyTuple_GET_ITEM(tuple.ptr(), 
 
 int64_t length(py::handle value) { return PyTuple_Check(value.ptr()) ? PyTuple_GET_SIZE(value.ptr()) : -1; }
 
-struct Memory {
-  void* data;
-  int code;
-  int64_t elements;
-};
+}  // namespace
 
-// (pointer, dtype code, number of elements, ...): a pointer that is not null unless there are no elements.
 Memory parse_memory(const char* name, py::handle value, int64_t fields) {
   if (length(value) != fields) refuse(name, "expected (pointer, dtype, elements)");
   int64_t code, elements;
@@ -63,6 +58,8 @@ Memory parse_memory(const char* name, py::handle value, int64_t fields) {
   if (pointer > UINT64_MAX - uint64_t(elements) * 8) refuse(name, "the memory would wrap around");
   return {(void*)pointer, int(code), elements};
 }
+
+namespace {
 
 Memory parse_tensor(const char* name, py::handle value, int64_t elements, int64_t fields = 3) {
   const Memory memory = parse_memory(name, value, fields);

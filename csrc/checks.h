@@ -18,6 +18,16 @@ namespace fastdiff {
 
 namespace py = pybind11;
 
+struct Memory {
+  void* data;
+  int code;
+  int64_t elements;
+};
+
+// (pointer, dtype code, number of elements, ...) of `fields` fields, of any dtype: a pointer that is not null unless
+// there are no elements.
+Memory parse_memory(const char* name, py::handle value, int64_t fields = 3);
+
 Layout parse_layout(py::handle value);
 
 Input parse_input(const char* name, py::handle value, int64_t elements);

@@ -7,10 +7,13 @@
 #include <cstdint>
 #include <cstring>
 
+// nvcc makes these functions for the device, any other compiler for the host: none is needed on both sides of one file.
 #ifdef __CUDACC__
-#define FASTDIFF_DEVICE __host__ __device__ __forceinline__
+#define FASTDIFF_DEVICE __device__ __forceinline__
+#define FASTDIFF_COEFFICIENTS __device__ constexpr float
 #else
 #define FASTDIFF_DEVICE inline __attribute__((always_inline))
+#define FASTDIFF_COEFFICIENTS constexpr float
 #endif
 
 namespace fastdiff {
@@ -24,13 +27,13 @@ constexpr int kRounds = 10;
 constexpr uint32_t kOffsetStream = 1;
 
 // -2 ln(1 + t) / t for t in [-0.293, 0.414), the highest coefficient first.
-constexpr float kLog[] = {0.20757412910461426f, -0.326762855052948f,  0.34424856305122375f, -0.397684723138809f,
-                          0.49943119287490845f, -0.6667121648788452f, 1.000006914138794f,   -1.9999998807907104f};
+FASTDIFF_COEFFICIENTS kLog[] = {0.20757412910461426f, -0.326762855052948f,  0.34424856305122375f, -0.397684723138809f,
+                                0.49943119287490845f, -0.6667121648788452f, 1.000006914138794f,   -1.9999998807907104f};
 constexpr float kLogOfExponent = -1.6525916635146132e-07f;  // -2 ln 2 / 2^23
 constexpr float kLogOfScale = 44.361419677734375f;          // 2 * 32 ln 2
 // sin and cos of a quarter turn, over sqrt(2), in z = a^2 for a in [-1/2, 1/2).
-constexpr float kSin[] = {0.05512253f, -0.45665085882f, 1.1107191455f};
-constexpr float kCos[] = {-0.01442851647f, 0.1793213209912f, -0.872355524f, 0.70710676169f};
+FASTDIFF_COEFFICIENTS kSin[] = {0.05512253f, -0.45665085882f, 1.1107191455f};
+FASTDIFF_COEFFICIENTS kCos[] = {-0.01442851647f, 0.1793213209912f, -0.872355524f, 0.70710676169f};
 constexpr uint32_t kSqrtHalf = 0x3F3504F3u;  // the bits of sqrt(1/2), around which the exponent is split off
 constexpr float kSmallest = 1e-30f;          // what the square of the radius is kept above
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 
-from . import compiled, native, reference
+from . import compiled, cuda, native, reference
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Status:
 
 
 _PLANNED = "not part of this version of fastdiff"
-_MODULES: dict[str, ModuleType] = {"native": native, "reference": reference}
+_MODULES: dict[str, ModuleType] = {"native": native, "cuda": cuda, "reference": reference}
 _STATUS = (
     Status("native", native.available, native.unavailable_because or native.description(), ("cpu",)),
+    Status("cuda", cuda.built, cuda.unavailable_because, ("cuda",)),
     Status("triton", False, _PLANNED, ("cuda",)),
-    Status("cuda", False, _PLANNED, ("cuda",)),
     Status("reference", True, "plain PyTorch, on every device", ("cpu", "cuda", "mps", "xpu")),
 )
 _CHOICE = {kind: backend.name for backend in reversed(_STATUS) if backend.available for kind in backend.devices}
@@ -34,7 +34,15 @@ _forced: str | None = None
 
 def status() -> list[Status]:
     """Every backend, in the order of preference."""
-    return list(_STATUS)
+    return [_with_device(backend) for backend in _STATUS]
+
+
+def _with_device(backend: Status) -> Status:
+    """``backend`` as it is on this machine. Looked up when asked for: it initialises CUDA."""
+    if backend.name != "cuda" or not backend.available:
+        return backend
+    because = cuda.no_device_because()
+    return replace(backend, available=not because, reason=because or cuda.description())
 
 
 def choose(device: torch.device | str) -> str:
@@ -64,8 +72,8 @@ class use_backend:
         by_name = {backend.name: backend for backend in _STATUS}
         if name is not None and name not in by_name:
             raise ValueError(f"unknown backend {name!r}: use one of {', '.join(by_name)}.")
-        if name is not None and not by_name[name].available:
-            raise RuntimeError(f"the backend {name!r} is not available: {by_name[name].reason}.")
+        if name is not None and not (found := _with_device(by_name[name])).available:
+            raise RuntimeError(f"the backend {name!r} is not available: {found.reason}.")
         self._before = _forced
         _forced = name
 

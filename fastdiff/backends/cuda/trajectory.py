@@ -1,0 +1,233 @@
+"""A run of steps on a CUDA device: one call of ``fastdiff._C`` a step, all that stays the same prepared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..native.launch import memory
+from ..reference import Trajectory as Any_Trajectory
+from . import operations as on
+from .operations import differentiable, numbers, of_data, of_mask, one_or_each, plain, repeated, settled, source
+
+Memory = tuple[int, int, int]
+
+
+class Trajectory(Any_Trajectory):
+    """As ``reference.Trajectory``. What the kernel does not do goes step by step through the backend's ``step``."""
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        x: Tensor,
+        table: Tensor,
+        placed: Tensor,
+        guidance: Tensor | float,
+        clip: float | None,
+        mask: Tensor | None,
+        known: Tensor | None,
+        known_noise: Any,
+        reuse: bool,
+    ):
+        super().__init__(step, x, table, placed, guidance, clip, mask, known, known_noise, reuse)
+        self._prepared = (
+            on.built
+            and plain(x, placed, guidance, mask, known, known_noise, getattr(known_noise, "seed", None))
+            and of_data(x, known, known_noise)
+            and placed.dtype == torch.float32
+            and (mask is None or mask.dtype in on.MASKS)
+            and one_or_each(guidance, x)
+            and 0 < x.numel() < on.MOST
+            and x.is_contiguous()
+            and not differentiable(x, guidance, mask, known, known_noise)
+        )
+        if not self._prepared:
+            return
+        self._device, self._shape = on.ordinal(x), x.shape
+        on.prepare(self._device)
+        # What is pointed at is held here.
+        self._rows = placed.contiguous()
+        self._scales = guidance.contiguous() if isinstance(guidance, Tensor) else guidance
+        self._repeated = repeated(mask, x)
+        self._given = known if known is None else known.contiguous()
+        self._given_noise = settled(known_noise, x)
+        first, columns = self._rows.data_ptr(), self._rows.shape[1]
+        self._layout = (x.shape[0], x.numel() // x.shape[0])
+        self._row = [(first + 4 * columns * k, 0, columns) for k in range(len(self._rows))]
+        self._numbers = numbers(self._scales)
+        self._inpainting = of_mask(self._repeated), memory(self._given), source(self._given_noise)
+        self._kept = memory(x)
+        self._buffers: dict[Any, Tensor] = {}
+
+    def _buffer(self, name: str, k: int, batch: int) -> Tensor:
+        """Memory to write x, or what the network sees, at step k to: two by turns, if they may be used again."""
+        if not self._reuse:
+            return torch.empty((batch, *self._shape[1:]), dtype=self.x.dtype, device=self.x.device)
+        key = name, k % 2, batch
+        found = self._buffers.get(key)
+        if found is None or found is self.x:
+            found = self._buffers[key] = torch.empty(
+                (batch, *self._shape[1:]), dtype=self.x.dtype, device=self.x.device
+            )
+        return found
+
+    def _entry(self, k: int) -> Tensor | None:
+        """Memory for the entry that step k makes, which none of those in use has."""
+        if not self.keeps[k]:
+            return None
+        if len(self._history) < 4:
+            return torch.empty(self._shape, dtype=torch.float32, device=self.x.device)
+        # The oldest is read, element by element, before it is overwritten.
+        return self._history[3]
+
+    @staticmethod
+    def _outputs(m: Tensor, guided: bool) -> tuple[Memory, Memory | None]:
+        """The network's output and its unconditional one: of a guided call the halves, the unconditional first."""
+        first, code, count = memory(m)
+        if not guided:
+            return (first, code, count), None
+        half = count // 2
+        return (first + m.element_size() * half, code, half), (first, code, half)
+
+    def step(
+        self,
+        k: int,
+        m: Tensor,
+        guided: bool = False,
+        noise: Any = None,
+        copies: int = 1,
+        want_x0: bool = False,
+        log_variance: Tensor | None = None,
+        threshold: Tensor | None = None,
+        row: Tensor | None = None,
+        history: tuple[Tensor, ...] | None = None,
+    ) -> None:
+        """As ``reference.Trajectory.step``."""
+        if (
+            not self._prepared
+            or log_variance is not None
+            or threshold is not None
+            or row is not None
+            or history is not None
+            or not plain(m, noise, getattr(noise, "seed", None))
+            or not of_data(m, noise)
+            or differentiable(m, noise)
+        ):
+            super().step(k, m, guided, noise, copies, want_x0, log_variance, threshold, row, history)
+            if self._prepared:
+                self.x = self.x.contiguous()
+                self._kept = memory(self.x)
+                self._history = [entry.contiguous() for entry in self._history]
+            return
+        m, noise = m.contiguous(), settled(noise, self.x)
+        output, uncond = self._outputs(m, guided)
+        batch = self._shape[0]
+        seen = None
+        if copies > 1 or (copies and self.scales[k] != 1):
+            seen = self._buffer("seen", k, copies * batch)
+        y = self._buffer("x", k, batch)
+        x0 = torch.empty_like(self.x) if want_x0 else None
+        entry = self._entry(k)
+        to = memory(y)
+        on._C.cuda_step(
+            self._device,
+            on.queue(self._device),
+            self._layout,
+            self._row[k],
+            None,
+            None,
+            self._kept,
+            output,
+            uncond,
+            self._numbers if guided else 1.0,
+            self._clip,
+            None,
+            tuple([memory(t) for t in self._history[: self.reads[k]]]),
+            False,
+            source(noise),
+            None,
+            *self._inpainting,
+            to,
+            memory(x0),
+            memory(entry),
+            memory(seen),
+        )
+        self.x, self._kept = y, to
+        self.seen = y if seen is None else seen
+        if want_x0:
+            self.x0 = x0
+        if entry is not None:
+            self._history = [entry, *self._history[:3]]
+
+    def captured(
+        self,
+        index: Tensor,
+        ticket: Tensor,
+        m: Tensor,
+        guided: bool = False,
+        noise: Any = None,
+        streams: Tensor | None = None,
+        copies: int = 1,
+    ) -> None:
+        """Launch step ``index`` on memory that stays where it is, for a CUDA graph that holds model and step once and
+        is replayed for each: x, seen and the history are overwritten, and the index is one more when it has run.
+
+        Call ``prepare_capture`` first. Rows whose noise is not wanted must have a c_noise of 0.
+
+        Args:
+            index, ticket: int64 [1] on the device: the step, and 0, which the kernel counts its blocks with.
+            m, guided, copies: as for ``step``; the same at every replay.
+            noise: a tensor, or a ``Philox``; None for none.
+            streams: int64 [steps] on the device: the stream of the noise at each step, in place of the Philox's.
+
+        Raises RuntimeError for a trajectory that the kernel does not do.
+        """
+        if not self._prepared or not plain(m, noise, streams, index, ticket) or not of_data(m, noise):
+            raise RuntimeError("a captured step needs a CUDA device and float32, bfloat16 or float16 data.")
+        if not m.is_contiguous():
+            raise RuntimeError("a captured step needs the network's output to be contiguous.")
+        output, uncond = self._outputs(m, guided)
+        seen = None if self.seen is self.x else self.seen
+        if len(self.seen) != max(copies, 1) * len(self.x):
+            raise RuntimeError(f"prepare_capture was not called for {copies} copies.")
+        on._C.cuda_step(
+            self._device,
+            on.queue(self._device),
+            self._layout,
+            memory(self._rows),
+            memory(index),
+            memory(ticket),
+            self._kept,
+            output,
+            uncond,
+            self._numbers if guided else 1.0,
+            self._clip,
+            None,
+            tuple([memory(t) for t in self._history]),
+            bool(self._history),
+            source(noise, streams),
+            None,
+            *self._inpainting,
+            self._kept,
+            None,
+            None,
+            memory(seen),
+        )
+
+    def prepare_capture(self, scale: float = 1.0, copies: int = 1) -> None:
+        """Give x, seen and the history memory of their own, which ``captured`` overwrites, and fill seen with scale x,
+        ``copies`` times along the batch."""
+        if not self._prepared:
+            raise RuntimeError("a captured step needs a CUDA device and float32, bfloat16 or float16 data.")
+        self.x = self.x.clone()
+        self._kept = memory(self.x)
+        self._history = [
+            torch.zeros(self._shape, dtype=torch.float32, device=self.x.device)
+            for _ in range(max(self.reads, default=0))
+        ]
+        self.begin(scale, copies)
+        if copies > 1 or any(scale != 1 for scale in self.scales):
+            self.seen = self.seen.clone() if self.seen is self.x else self.seen
