@@ -189,6 +189,40 @@ class Objective:
             f"loss={self.loss_function!r})"
         )
 
+    @classmethod
+    def from_scheduler(
+        cls,
+        scheduler: Any,
+        *,
+        snr_gamma: float | None = None,
+        snr_form: str = "paper",
+        prediction_type: str | None = None,
+        weighting: WeightingLike = None,
+        **options: Any,
+    ) -> Objective:
+        """The objective that a scheduler of the diffusers library stands for in training.
+
+        Args:
+            scheduler: one with ``alphas_cumprod`` (its own numbers are used), a flow-matching one (``RectifiedFlow``
+                with its shift, prediction "flow") or an EDM one (``EDM``, preconditioned).
+            snr_gamma: min-SNR weights with this gamma, in the form ``snr_form`` (``MinSNR``).
+            prediction_type: overrides the scheduler's.
+            weighting, options: as in ``Objective``.
+
+        Raises TypeError for what is no such scheduler, ValueError for combinations that mean nothing.
+        """
+        from .integrations.schedulers import objective_from_scheduler
+
+        return objective_from_scheduler(
+            cls,
+            scheduler,
+            snr_gamma=snr_gamma,
+            snr_form=snr_form,
+            prediction_type=prediction_type,
+            weighting=weighting,
+            **options,
+        )
+
     def noise(
         self,
         x0: Tensor,

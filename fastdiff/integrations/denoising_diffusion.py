@@ -1,0 +1,333 @@
+"""Objects of denoising-diffusion-pytorch, fused: GaussianDiffusion, its continuous-time kin and ElucidatedDiffusion.
+
+    diffusion = GaussianDiffusion(unet, image_size=32)
+    fastdiff.integrations.denoising_diffusion.fuse(diffusion)      # unfuse(diffusion) undoes it
+
+Its Trainer, its loops and its state dict work as before; draws and results are the same. Duck-typed: the package is not
+imported.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops import COLUMNS
+from .fusing import fuse_methods, fused_methods, left_alone, unfuse
+
+__all__ = ["fuse", "fused_methods", "left_alone", "unfuse"]
+
+
+def fuse(diffusion: nn.Module, *, immiscible: str | None = None) -> nn.Module:
+    """Fuse what can be of ``diffusion``; returns it.
+
+    Replaced are, where they are the known ones: ``q_sample``, ``p_losses``, ``p_sample`` and ``ddim_sample`` of
+    GaussianDiffusion; ``q_sample`` and ``p_losses`` of the continuous-time classes; ``forward`` of ElucidatedDiffusion.
+    ``left_alone(diffusion)`` says what was not, and why.
+
+    Args:
+        immiscible: for an object with immiscible=True, whose q_sample permutes the noise that x_t sees while the target
+            keeps the old order: "as_upstream" keeps it so, "both" permutes it for the target too, which is what the
+            method's paper does (Li et al. 2024).
+
+    Raises TypeError for an object of no known kind, ValueError for an immiscible one without that choice.
+    """
+    if fused_methods(diffusion):
+        return diffusion
+    if hasattr(diffusion, "sqrt_one_minus_alphas_cumprod") and hasattr(diffusion, "p_losses"):
+        permutes = bool(getattr(diffusion, "immiscible", False))
+        if permutes and immiscible not in ("as_upstream", "both"):
+            raise ValueError(
+                "this object is immiscible, and its p_losses permutes the noise of x_t but not of the target: choose "
+                "immiscible='as_upstream' (the same numbers) or 'both' (the method as published)."
+            )
+        methods = {"q_sample": q_sample, "p_losses": p_losses, "p_sample": p_sample, "ddim_sample": ddim_sample}
+        probes = {
+            "q_sample": lambda d: d.q_sample(*_probe(d)),
+            "p_losses": lambda d: d.p_losses(*_probe(d), loss_reduction="none"),
+            "p_sample": lambda d: [d.p_sample(_probe(d)[0], t) for t in (d.num_timesteps - 1, d.num_timesteps // 2, 0)],
+            "ddim_sample": lambda d: d.ddim_sample(_probe(d)[0].shape),
+        }
+        if permutes and immiscible == "both":  # differs on purpose
+            probes["p_losses"] = None
+        return fuse_methods(diffusion, methods, probes, _shadow("model"), immiscible=immiscible)
+    if hasattr(diffusion, "preconditioned_network_forward"):
+        probes = {"forward": lambda d: d.forward(_images(d).sigmoid(), loss_reduction="none")}
+        return fuse_methods(diffusion, {"forward": elucidated_forward}, probes, _shadow("net"))
+    if callable(getattr(diffusion, "log_snr", None)) and hasattr(diffusion, "p_losses"):
+        probes = {
+            "q_sample": lambda d: d.q_sample(_images(d), _times(d)),
+            "p_losses": lambda d: d.p_losses(_images(d), _times(d), loss_reduction="none"),
+        }
+        methods = {"q_sample": continuous_q_sample, "p_losses": continuous_p_losses}
+        return fuse_methods(diffusion, methods, probes, _shadow("model"))
+    raise TypeError(
+        f"{type(diffusion).__name__} is no GaussianDiffusion, continuous-time or elucidated diffusion of "
+        f"denoising-diffusion-pytorch that is known here."
+    )
+
+
+# ----------------------------------------------------------------------------------------------- GaussianDiffusion
+
+
+def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+    """x_t at integer ``t`` [batch]."""
+    noise = torch.randn_like(x_start) if noise is None else noise
+    return ops.noise(x_start, *_levels(self, t), _permuted(self, x_start, noise))[0]
+
+
+def p_losses(
+    self,
+    x_start: Tensor,
+    t: Tensor,
+    noise: Tensor | None = None,
+    offset_noise_strength: float | None = None,
+    loss_reduction: str = "mean",
+) -> Tensor:
+    """The loss: a scalar, or one a sample with ``loss_reduction="none"``. A given ``noise`` is not written to."""
+    given = noise
+    noise = torch.randn_like(x_start) if given is None else given
+    strength = getattr(self, "offset_noise_strength", 0.0) if offset_noise_strength is None else offset_noise_strength
+    if strength > 0.0:
+        offset = strength * torch.randn(x_start.shape[:2], device=self.device)[:, :, None, None]
+        noise = noise.add_(offset) if given is None else noise + offset
+    alpha, sigma = _levels(self, t)
+    seen = _permuted(self, x_start, noise)
+    if self._fastdiff.options.get("immiscible") == "both":
+        noise = seen
+    x = ops.noise(x_start, alpha, sigma, seen)[0]
+    condition = None
+    if self.self_condition and random.random() < 0.5:
+        with torch.no_grad():
+            condition = self.model_predictions(x, t).pred_x_start.detach()
+    output = self.model(x, t, condition)
+    p, q = {"pred_noise": (None, 1.0), "pred_x0": (1.0, None), "pred_v": (-sigma, alpha)}[self.objective]
+    reduction = "none" if loss_reduction == "none" else "mean"
+    return ops.loss(output, x_start, noise, p=p, q=q, weight=self.loss_weight[t], reduction=reduction)
+
+
+@torch.inference_mode()
+def p_sample(self, x: Tensor, t: int, x_self_cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(x_{t-1}, x0 estimate), the estimate clamped to [-1, 1]."""
+    output = self.model(x, torch.full((len(x),), t, device=self.device, dtype=torch.long), x_self_cond)
+    noise = torch.randn_like(x) if t > 0 else None
+    y, x0, _ = ops.step(x, output, _posterior(self)[t], clip=1.0, noise=noise, return_entry=False)
+    return y, x0
+
+
+@torch.inference_mode()
+def ddim_sample(self, shape: tuple[int, ...], return_all_timesteps: bool = False) -> Tensor:
+    """A whole DDIM run of ``sampling_timesteps`` steps."""
+    times = torch.linspace(-1, self.num_timesteps - 1, steps=self.sampling_timesteps + 1).int().tolist()[::-1]
+    table = _ddim(self, times)
+    x = torch.randn(shape, device=self.device)
+    x0, images = None, [x]
+    for index, (time, following) in enumerate(zip(times[:-1], times[1:])):
+        output = self.model(
+            x,
+            torch.full((shape[0],), time, device=self.device, dtype=torch.long),
+            x0 if self.self_condition else None,
+        )
+        noise = torch.randn_like(x) if following >= 0 else None  # drawn whatever eta, as upstream
+        used = noise if self.ddim_sampling_eta else None
+        x, x0, _ = ops.step(x, output, table[index], clip=1.0, noise=used, return_entry=False)
+        images.append(x)
+    return self.unnormalize(torch.stack(images, dim=1) if return_all_timesteps else x)
+
+
+def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    return self.sqrt_alphas_cumprod[t], self.sqrt_one_minus_alphas_cumprod[t]
+
+
+def _permuted(self, x_start: Tensor, noise: Tensor) -> Tensor:
+    if not getattr(self, "immiscible", False):
+        return noise
+    with torch.amp.autocast(x_start.device.type, enabled=False):
+        return noise[self.noise_assignment(x_start, noise)]
+
+
+def _x0_columns(self) -> dict[str, Tensor]:
+    """x0 from x and the network's output."""
+    zero = torch.zeros_like(self.betas, dtype=torch.float64)
+    p_x, p_m = {
+        "pred_noise": (self.sqrt_recip_alphas_cumprod, -self.sqrt_recipm1_alphas_cumprod),
+        "pred_x0": (zero, zero + 1),
+        "pred_v": (self.sqrt_alphas_cumprod, -self.sqrt_one_minus_alphas_cumprod),
+    }[self.objective]
+    return {"p_x": p_x, "p_m": p_m}
+
+
+def _table(like: Tensor, **columns: Tensor) -> Tensor:
+    """float32 [rows, len(COLUMNS)] on the device of ``like``."""
+    table = torch.zeros(len(like), len(COLUMNS), dtype=torch.float64, device=like.device)
+    for name, column in columns.items():
+        table[:, COLUMNS.index(name)] = column.double()
+    return table.float()
+
+
+def _kept(self, key: Any, make: Any) -> Tensor:
+    """A table, made again if the schedule was loaded or moved since."""
+    tables, betas = self._fastdiff.tables, self.betas
+    stamp = (key, betas.device, betas.data_ptr(), None if betas.is_inference() else betas._version)
+    if stamp not in tables:
+        tables.clear()
+        tables[stamp] = make()
+    return tables[stamp]
+
+
+def _posterior(self) -> Tensor:
+    return _kept(
+        self,
+        "posterior",
+        lambda: _table(
+            self.betas,
+            c_x0=self.posterior_mean_coef1,
+            c_x=self.posterior_mean_coef2,
+            c_noise=(0.5 * self.posterior_log_variance_clipped.double()).exp(),
+            **_x0_columns(self),
+        ),
+    )
+
+
+def _ddim(self, times: list[int]) -> Tensor:
+    def make() -> Tensor:
+        index = torch.tensor(times[:-1], device=self.betas.device)
+        following = torch.tensor(times[1:], device=self.betas.device)
+        last = following < 0
+        abar = self.alphas_cumprod.double()
+        a, a_next = abar[index], torch.where(last, 1.0, abar[following.clamp(min=0)])
+        variance = eta**2 * (1 - a / a_next) * (1 - a_next) / (1 - a)
+        direction = (1 - a_next - variance).clamp(min=0).sqrt()
+        # The noise is taken from the clamped x0: (x / sqrt(abar) - x0) / sqrt(1 / abar - 1).
+        recip, recipm1 = (
+            column.double()[index] for column in (self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod)
+        )
+        return _table(
+            index,
+            c_x=torch.where(last, 0.0, direction * recip / recipm1),
+            c_x0=torch.where(last, 1.0, a_next.sqrt() - direction / recipm1),
+            c_noise=torch.where(last, 0.0, variance.sqrt()),
+            **{name: column.double()[index] for name, column in _x0_columns(self).items()},
+        )
+
+    eta = self.ddim_sampling_eta
+    return _kept(self, ("ddim", eta, tuple(times)), make)
+
+
+# ------------------------------------------------------------------------------------------------- continuous time
+
+
+def continuous_q_sample(self, x_start: Tensor, times: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+    """(x_t, log SNR), and (alpha, sigma) too where the object predicts v."""
+    noise = torch.randn_like(x_start) if noise is None else noise
+    log_snr, alpha, sigma = _continuous_levels(self, times)
+    x = ops.noise(x_start, alpha, sigma, noise)[0]
+    if not _predicts_v(self):
+        return x, log_snr
+    shape = (-1,) + (1,) * (x_start.ndim - 1)
+    return x, log_snr, alpha.reshape(shape), sigma.reshape(shape)
+
+
+def continuous_p_losses(
+    self, x_start: Tensor, times: Tensor, noise: Tensor | None = None, loss_reduction: str = "mean"
+) -> Tensor:
+    """The loss at ``times`` in [0, 1]; a learned schedule gets its gradient."""
+    noise = torch.randn_like(x_start) if noise is None else noise
+    log_snr, alpha, sigma = _continuous_levels(self, times)
+    output = self.model(ops.noise(x_start, alpha, sigma, noise)[0], log_snr)
+    weight: Tensor | float = 1.0
+    if getattr(self, "min_snr_loss_weight", False):
+        snr = log_snr.exp()
+        weight = snr.clamp(max=self.min_snr_gamma) / snr
+    p, q = (-sigma, alpha) if _predicts_v(self) else (None, 1.0)
+    reduction = "none" if loss_reduction == "none" else "mean"
+    return ops.loss(output, x_start, noise, p=p, q=q, weight=weight, reduction=reduction)
+
+
+def _predicts_v(self) -> bool:
+    return any(cls.__name__.startswith("VParam") for cls in type(self).__mro__)
+
+
+def _continuous_levels(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    log_snr = self.log_snr(times)
+    return log_snr, log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+
+
+# ------------------------------------------------------------------------------------------------------ elucidated
+
+
+def elucidated_forward(
+    self, images: Tensor, *args: Any, sigma: Tensor | None = None, loss_reduction: str = "mean", **kwargs: Any
+) -> Tensor:
+    """The loss of images in [0, 1]. The network's own output is compared, in which the weighting is about 1."""
+    size = (self.channels, self.image_size, self.image_size)
+    if images.shape[1:] != size:
+        raise AssertionError(f"images must be [batch, {', '.join(map(str, size))}]; got {tuple(images.shape)}.")
+    x0 = images * 2 - 1
+    sigma = self.noise_distribution(len(x0)) if sigma is None else sigma
+    noise = torch.randn_like(x0)
+    wide = sigma.double()
+    c_skip, c_out, c_in = self.c_skip(wide), self.c_out(wide), self.c_in(wide)
+    condition = None
+    if self.self_condition and random.random() < 0.5:
+        with torch.no_grad():
+            noised = ops.noise(x0, 1.0, sigma, noise)[0]
+            condition = self.preconditioned_network_forward(noised, sigma).detach()
+    output = self.net(ops.noise(x0, c_in, c_in * wide, noise)[0], self.c_noise(sigma), condition)
+    return ops.loss(
+        output,
+        x0,
+        noise,
+        p=(1 - c_skip) / c_out,
+        q=-c_skip * wide / c_out,
+        weight=self.loss_weight(wide) * c_out**2,
+        reduction="none" if loss_reduction == "none" else "mean",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- probes
+
+
+class _Stub(nn.Module):
+    """In place of the network while fused and original methods are compared: no side effects."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.where = nn.Parameter(torch.zeros((), device=device))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.sin(3 * x) * 0.9
+
+
+def _shadow(network: str) -> Any:
+    def make(obj: nn.Module) -> nn.Module:
+        twin = type(obj).__new__(type(obj))
+        twin.__dict__ = dict(obj.__dict__)
+        twin.__dict__["_modules"] = dict(obj._modules) | {network: _Stub(_device(obj))}
+        if "sampling_timesteps" in twin.__dict__:
+            twin.__dict__["sampling_timesteps"] = min(obj.sampling_timesteps, 8)
+        return twin
+
+    return make
+
+
+def _images(d: Any) -> Tensor:
+    height, width = d.image_size if isinstance(d.image_size, (tuple, list)) else (d.image_size, d.image_size)
+    return torch.randn(3, d.channels, height, width, device=_device(d))
+
+
+def _times(d: Any) -> Tensor:
+    return torch.tensor([0.05, 0.5, 0.95], device=_device(d))
+
+
+def _probe(d: Any) -> tuple[Tensor, Tensor]:
+    t = torch.tensor([0, d.num_timesteps // 2, d.num_timesteps - 1], device=d.betas.device)
+    return torch.randn(3, d.channels, 4, 4, device=d.betas.device), t
+
+
+def _device(d: nn.Module) -> torch.device:
+    return next(iter(d.parameters()), torch.empty(0)).device

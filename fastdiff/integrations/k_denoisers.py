@@ -1,0 +1,89 @@
+"""The training losses of k-diffusion's denoisers, fused. Duck-typed: k-diffusion is not imported.
+
+denoiser = K.layers.Denoiser(model, sigma_data=0.5, weighting="soft-min-snr")
+fastdiff.integrations.k_denoisers.fuse(denoiser)
+loss = denoiser.loss(images, noise, sigma)      # as before: [batch]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .fusing import fuse_methods, fused_methods, left_alone, unfuse
+
+__all__ = ["fuse", "fused_methods", "left_alone", "unfuse"]
+
+
+def fuse(denoiser: nn.Module) -> nn.Module:
+    """Fuse ``loss(input, noise, sigma)`` of a Denoiser, VDenoiser, or a denoiser of a discrete model; returns it.
+
+    Raises TypeError for another object, and for a loss that is taken in frequency space (``scales`` other than 1).
+    """
+    if fused_methods(denoiser):
+        return denoiser
+    if not callable(getattr(denoiser, "get_scalings", None)) or not hasattr(denoiser, "inner_model"):
+        raise TypeError(
+            f"{type(denoiser).__name__} is no denoiser of k-diffusion: it has no get_scalings or inner_model."
+        )
+    if getattr(denoiser, "scales", 1) != 1:
+        raise TypeError(
+            f"a loss over {denoiser.scales} frequency scales is not fused: it is no mean of squared errors."
+        )
+    return fuse_methods(denoiser, {"loss": loss}, {"loss": _probe}, _shadow)
+
+
+def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+    """Weighted mean squared error of the network's own output, [batch]."""
+    # In float64: (1 - c_skip) / c_out cancels for small sigma.
+    wide = sigma.double()
+    *c_skip, c_out, c_in = self.get_scalings(wide)
+    x = ops.noise(input, c_in, c_in * wide, noise)[0]
+    if not c_skip:  # the network predicts the noise
+        output = self.get_eps(x, self.sigma_to_t(sigma), **kwargs)
+        return ops.loss(output, None, noise, q=1.0, reduction="none")
+    if hasattr(self, "get_v"):
+        output = self.get_v(x, self.sigma_to_t(sigma), **kwargs)
+    else:
+        output = self.inner_model(x, self.sigma_to_t(sigma) if hasattr(self, "sigma_to_t") else sigma, **kwargs)
+    weight = self.weighting(sigma) if hasattr(self, "weighting") else 1.0
+    (c_skip,) = c_skip
+    return ops.loss(
+        output,
+        input,
+        noise,
+        p=(1 - c_skip) / c_out,
+        q=-c_skip * wide / c_out,
+        weight=weight,
+        reduction="none",
+    )
+
+
+class _Stub(nn.Module):
+    """In place of the network while fused and original losses are compared."""
+
+    def __init__(self, learned_variance: bool):
+        super().__init__()
+        self.learned_variance = learned_variance
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        m = torch.sin(3 * x) * 0.9
+        return torch.cat([m, m], dim=1) if self.learned_variance else m
+
+    apply_model = forward
+
+
+def _shadow(obj: nn.Module) -> nn.Module:
+    twin = type(obj).__new__(type(obj))
+    twin.__dict__ = dict(obj.__dict__)
+    twin.__dict__["_modules"] = dict(obj._modules) | {"inner_model": _Stub(getattr(obj, "has_learned_sigmas", False))}
+    return twin
+
+
+def _probe(d: nn.Module) -> Tensor:
+    device = next(iter(d.buffers()), torch.empty(0)).device
+    x, n = torch.randn(2, 3, 2, 4, 4, device=device)
+    return d.loss(x, n, torch.tensor([0.05, 0.9, 9.0], device=device))

@@ -1,0 +1,162 @@
+"""Objectives from the schedulers of the diffusers library. Duck-typed: diffusers is not imported."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..objective import Objective
+from ..prediction import Prediction
+from ..prediction import get as prediction_kind
+from ..process import EDM, Process, RectifiedFlow
+from ..weighting import MinSNR, WeightingLike
+from .tables import TabulatedEDM, TabulatedFlow, TabulatedVP
+
+_EDM = prediction_kind("edm")
+# EDM schedulers negate c_out for v_prediction, so the network's output is Karras et al.'s F with the other sign.
+NEGATIVE_EDM = Prediction(
+    "negative_edm",
+    lambda levels: tuple(-row for row in _EDM.coefficients(levels)),
+    model_input=_EDM.model_input,
+)
+
+
+def config_value(scheduler: Any, name: str, default: Any = None) -> Any:
+    """An entry of a scheduler's config. Raises TypeError for what has none."""
+    config = getattr(scheduler, "config", None)
+    if config is None:
+        raise TypeError(f"a scheduler of diffusers is needed, with a config; got {type(scheduler).__name__}.")
+    value = config.get(name) if hasattr(config, "get") else getattr(config, name, None)
+    return default if value is None else value
+
+
+def kind_of(scheduler: Any) -> str:
+    """ "vp", "flow" or "edm". Raises TypeError for a scheduler of none of these."""
+    if config_value(scheduler, "sigma_data") is not None and hasattr(scheduler, "precondition_outputs"):
+        return "edm"
+    if config_value(scheduler, "prediction_type") == "flow_prediction" or config_value(scheduler, "use_flow_sigmas"):
+        return "flow"
+    if getattr(scheduler, "alphas_cumprod", None) is not None:
+        return "vp"
+    if config_value(scheduler, "shift") is not None and getattr(scheduler, "sigmas", None) is not None:
+        return "flow"
+    raise TypeError(
+        f"{type(scheduler).__name__} has neither alphas_cumprod, nor a flow's shift, nor EDM's sigma_data: "
+        f"make the process yourself, for example fastdiff.VariancePreserving(betas=...)."
+    )
+
+
+_made: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def vp_process(scheduler: Any) -> TabulatedVP:
+    """The process of a scheduler's ``alphas_cumprod``, with its rounding: add_noise gives the same bits in float32.
+
+    Made once a scheduler, and again if its table is replaced. Raises TypeError where there is none.
+    """
+    alpha_bar = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(alpha_bar, Tensor):
+        raise TypeError(
+            f"{type(scheduler).__name__} has no alphas_cumprod: a scheduler such as DDPMScheduler is needed."
+        )
+    if alpha_bar.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"alphas_cumprod is {alpha_bar.dtype}, in which the first steps add no noise: keep schedulers in float32."
+        )
+    found = _made.get(scheduler)
+    if found is None or found[0] is not alpha_bar:
+        # With the scheduler's own roundings: PyTorch's float32 root is not always the nearest number.
+        found = alpha_bar, TabulatedVP(alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
+        _made[scheduler] = found
+    return found[1]
+
+
+def training_table(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """(sigmas, timesteps), each [num_train_timesteps], as the scheduler has them before ``set_timesteps``.
+
+    Raises TypeError without them, ValueError after ``set_timesteps``.
+    """
+    sigmas, timesteps = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)
+    if not isinstance(sigmas, Tensor) or not isinstance(timesteps, Tensor):
+        raise TypeError(f"{type(scheduler).__name__} has no sigmas and timesteps.")
+    steps = config_value(scheduler, "num_train_timesteps")
+    if len(timesteps) < steps or getattr(scheduler, "num_inference_steps", None) is not None:
+        raise ValueError(
+            f"the scheduler has {len(timesteps)} timesteps set for inference, not its {steps} for training: train with "
+            f"a scheduler of its own, {type(scheduler).__name__}.from_config(scheduler.config)."
+        )
+    return sigmas[:steps], timesteps[:steps]  # EDM schedulers append sigma = 0
+
+
+def flow_table(scheduler: Any, model_time_scale: float = 1.0) -> TabulatedFlow:
+    """The flow at a flow-matching scheduler's own sigmas. Raises TypeError for another scheduler."""
+    if kind_of(scheduler) != "flow":
+        raise TypeError(
+            f"a flow-matching scheduler such as FlowMatchEulerDiscreteScheduler is needed; got "
+            f"{type(scheduler).__name__}."
+        )
+    sigmas, timesteps = training_table(scheduler)
+    return TabulatedFlow(sigmas, timesteps.double() * model_time_scale)
+
+
+def edm_table(scheduler: Any) -> TabulatedEDM:
+    """x0 + sigma n at the sigmas of an EDM or Euler scheduler. Raises TypeError without sigmas."""
+    sigmas, timesteps = training_table(scheduler)
+    return TabulatedEDM(sigmas, timesteps, config_value(scheduler, "sigma_data", 1.0))
+
+
+def process_of(scheduler: Any) -> Process:
+    """The process that a network for this scheduler is trained with.
+
+    ``alphas_cumprod`` gives a variance-preserving one (also for Euler, Heun and other samplers of such networks);
+    flow-matching schedulers ``RectifiedFlow`` with their static shift (1 where it is dynamic); EDM schedulers ``EDM``.
+    Raises TypeError for anything else.
+    """
+    kind = kind_of(scheduler)
+    if kind == "edm":
+        return EDM(config_value(scheduler, "sigma_data"))
+    if kind == "vp":
+        return vp_process(scheduler)
+    dynamic = config_value(scheduler, "use_dynamic_shifting", False)
+    shift = getattr(scheduler, "shift", None) or config_value(scheduler, "flow_shift", 1.0)
+    return RectifiedFlow(1.0 if dynamic else shift)
+
+
+def prediction_of(scheduler: Any, prediction_type: str | None = None) -> str | Prediction:
+    """The prediction kind of a scheduler's network, or of ``prediction_type`` where that is given.
+
+    Raises ValueError for an unknown one.
+    """
+    kind = kind_of(scheduler)
+    if kind == "flow":
+        if prediction_type not in (None, "flow", "flow_prediction"):
+            raise ValueError(f"a flow-matching scheduler predicts the flow n - x0; got {prediction_type!r}.")
+        return "flow"
+    name = prediction_type or config_value(scheduler, "prediction_type", "epsilon")
+    if kind == "edm":
+        kinds = {"epsilon": _EDM, "v_prediction": NEGATIVE_EDM}
+        if name not in kinds:
+            raise ValueError(f"an EDM scheduler has prediction_type epsilon or v_prediction; got {name!r}.")
+        return kinds[name]
+    return prediction_kind(name)
+
+
+def objective_from_scheduler(
+    cls: type[Objective],
+    scheduler: Any,
+    *,
+    snr_gamma: float | None = None,
+    snr_form: str = "paper",
+    prediction_type: str | None = None,
+    weighting: WeightingLike = None,
+    **options: Any,
+) -> Objective:
+    """See ``fastdiff.Objective.from_scheduler``."""
+    if snr_gamma is not None:
+        if weighting is not None:
+            raise ValueError("snr_gamma is a weighting of its own: pass snr_gamma or weighting, not both.")
+        weighting = MinSNR(float(snr_gamma), snr_form)
+    return cls(process_of(scheduler), prediction_of(scheduler, prediction_type), weighting, **options)

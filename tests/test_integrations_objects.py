@@ -1,0 +1,630 @@
+"""guided-diffusion, k-diffusion, EDM, SiT, flow_matching and torchcfm: against their formulas, written out here.
+
+The stand-ins have the interfaces of those projects and compute in plain tensor expressions from float64 tables. 1e-5 of
+the largest value is about 170 float32 roundings.
+"""
+
+import enum
+import importlib.util
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastdiff.integrations import edm, flow, guided_diffusion, k_denoisers
+
+
+def spread(rows, x):
+    return rows.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
+
+
+# --------------------------------------------------------------------------------------------------- guided-diffusion
+
+MeanType = enum.Enum("ModelMeanType", ["PREVIOUS_X", "START_X", "EPSILON"])
+VarType = enum.Enum("ModelVarType", ["LEARNED", "FIXED_SMALL", "FIXED_LARGE", "LEARNED_RANGE"])
+LossType = enum.Enum("LossType", ["MSE", "RESCALED_MSE", "KL"])
+
+
+class Diffusion:
+    """An object with guided-diffusion's interface."""
+
+    def __init__(self, mean="EPSILON", var="FIXED_SMALL", loss="MSE", steps=100):
+        self.model_mean_type, self.model_var_type, self.loss_type = MeanType[mean], VarType[var], LossType[loss]
+        self.betas = beta = np.linspace(1e-3, 0.1, steps)
+        self.num_timesteps = steps
+        self.alphas_cumprod = abar = np.cumprod(1 - beta)
+        self.alphas_cumprod_prev = before = np.append(1.0, abar[:-1])
+        self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod = np.sqrt(abar), np.sqrt(1 - abar)
+        self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod = abar**-0.5, np.sqrt(1 / abar - 1)
+        self.posterior_variance = variance = beta * (1 - before) / (1 - abar)
+        self.posterior_log_variance_clipped = np.log(np.append(variance[1], variance[1:]))
+        self.posterior_mean_coef1 = beta * np.sqrt(before) / (1 - abar)
+        self.posterior_mean_coef2 = (1 - before) * np.sqrt(1 - beta) / (1 - abar)
+
+    def at(self, table, t, x):
+        return spread(torch.from_numpy(np.asarray(table))[t].float(), x)
+
+    def _scale_timesteps(self, t):
+        return t.float() * (1000 / self.num_timesteps)
+
+    def q_sample(self, x_start, t, noise=None):
+        noise = torch.randn_like(x_start) if noise is None else noise
+        a, s = self.at(self.sqrt_alphas_cumprod, t, noise), self.at(self.sqrt_one_minus_alphas_cumprod, t, noise)
+        return a * x_start + s * noise
+
+    def mean_of(self, x0, x, t):
+        return self.at(self.posterior_mean_coef1, t, x) * x0 + self.at(self.posterior_mean_coef2, t, x) * x
+
+    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+        m = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        small, kind = self.posterior_log_variance_clipped, self.model_var_type.name
+        if kind.startswith("LEARNED"):
+            m, v = m.chunk(2, 1)
+            if kind == "LEARNED":
+                log = v
+            else:
+                fraction = (v + 1) / 2
+                log = fraction * self.at(np.log(self.betas), t, x) + (1 - fraction) * self.at(small, t, x)
+            variance = log.exp()
+        elif kind == "FIXED_SMALL":
+            log, variance = (self.at(v, t, x).expand(x.shape) for v in (small, self.posterior_variance))
+        else:
+            large = np.append(self.posterior_variance[1], self.betas[1:])
+            log, variance = (self.at(v, t, x).expand(x.shape) for v in (np.log(large), large))
+        name = self.model_mean_type.name
+        if name == "EPSILON":
+            x0 = self.at(self.sqrt_recip_alphas_cumprod, t, x) * x - self.at(self.sqrt_recipm1_alphas_cumprod, t, x) * m
+        elif name == "START_X":
+            x0 = m
+        else:
+            c1, c2 = self.posterior_mean_coef1, self.posterior_mean_coef2
+            x0 = self.at(1 / c1, t, x) * m - self.at(c2 / c1, t, x) * x
+        x0 = denoised_fn(x0) if denoised_fn else x0
+        x0 = x0.clamp(-1, 1) if clip_denoised else x0
+        mean = m if name == "PREVIOUS_X" else self.mean_of(x0, x, t)
+        return {"mean": mean, "variance": variance, "log_variance": log, "pred_xstart": x0}
+
+    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None):
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        noise = torch.randn_like(x)
+        mean = out["mean"] if cond_fn is None else out["mean"] + out["variance"] * cond_fn(x, t)
+        sample = mean + spread((t != 0).float(), x) * (0.5 * out["log_variance"]).exp() * noise
+        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+
+    def ddim_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0):
+        x0 = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)["pred_xstart"]
+        eps = (self.at(self.sqrt_recip_alphas_cumprod, t, x) * x - x0) / self.at(self.sqrt_recipm1_alphas_cumprod, t, x)
+        abar, before = self.alphas_cumprod, self.alphas_cumprod_prev
+        sigma = eta * np.sqrt((1 - before) / (1 - abar) * (1 - abar / before))
+        mean = self.at(np.sqrt(before), t, x) * x0 + self.at(np.sqrt(1 - before - sigma**2), t, x) * eps
+        noise = torch.randn_like(x)
+        return {"sample": mean + spread((t != 0).float(), x) * self.at(sigma, t, x) * noise, "pred_xstart": x0}
+
+    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
+        out = self.p_mean_variance(model, x_t, t, clip_denoised)
+        true, log = self.mean_of(x_start, x_t, t), self.at(self.posterior_log_variance_clipped, t, x_t)
+        other = out["log_variance"]
+        kl = -1 + other - log + torch.exp(log - other) + (true - out["mean"]) ** 2 * torch.exp(-other)
+        return {"output": 0.5 * kl.flatten(1).mean(1) / math.log(2.0)}
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_t = self.q_sample(x_start, t, noise)
+        if self.loss_type.name == "KL":
+            return {"loss": self._vb_terms_bpd(model, x_start, x_t, t, False)["output"]}
+        m = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
+        terms = {}
+        if self.model_var_type.name.startswith("LEARNED"):
+            m, v = m.chunk(2, 1)
+            frozen = torch.cat([m.detach(), v], 1)
+            terms["vb"] = self._vb_terms_bpd(lambda *a, r=frozen: r, x_start, x_t, t, False)["output"]
+            if self.loss_type.name == "RESCALED_MSE":
+                terms["vb"] = terms["vb"] * (self.num_timesteps / 1000)
+        target = {"EPSILON": noise, "START_X": x_start, "PREVIOUS_X": self.mean_of(x_start, x_t, t)}
+        terms["mse"] = ((target[self.model_mean_type.name] - m) ** 2).flatten(1).mean(1)
+        terms["loss"] = terms["mse"] + terms.get("vb", 0)
+        return terms
+
+
+class Respaced(Diffusion):
+    """Every fifth step of 100; the network is told the original timesteps."""
+
+    def __init__(self, *kinds):
+        super().__init__(*kinds, steps=20)
+
+    def _wrap_model(self, model):
+        return model if getattr(model, "wrapped", False) else Wrapped(model)
+
+    def _scale_timesteps(self, t):
+        return t
+
+    def p_mean_variance(self, model, *args, **kwargs):
+        return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
+
+    def training_losses(self, model, *args, **kwargs):
+        return super().training_losses(self._wrap_model(model), *args, **kwargs)
+
+
+class Wrapped:
+    wrapped = True
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x, t, **kwargs):
+        return self.model(x, 5 * t.float(), **kwargs)
+
+
+class Network(nn.Module):
+    def __init__(self, learned):
+        super().__init__()
+        torch.manual_seed(2)
+        self.conv = nn.Conv2d(2, 4 if learned else 2, 3, padding=1)
+
+    def forward(self, x, t, shift=0.0):
+        return torch.tanh(self.conv(x)) + 1e-4 * spread(t.float(), x) + shift
+
+
+GUIDED = [(m, v, loss) for m in MeanType.__members__ for v in VarType.__members__ for loss in ("MSE", "RESCALED_MSE")]
+
+
+@pytest.mark.parametrize("cls", [Diffusion, Respaced])
+@pytest.mark.parametrize("kinds", GUIDED, ids="-".join)
+def test_guided_diffusion(cls, kinds):
+    plain, fused = cls(*kinds), guided_diffusion.fuse(cls(*kinds))
+    assert len(guided_diffusion.fused_methods(fused)) == 5, guided_diffusion.left_alone(fused)
+    network, x = Network(kinds[1].startswith("LEARNED")), torch.rand(4, 2, 6, 6) * 2 - 1
+    t = torch.tensor([0, 1, plain.num_timesteps // 2, plain.num_timesteps - 1])
+    results = []
+    for d in (plain, fused):
+        torch.manual_seed(3)
+        network.zero_grad()
+        out = d.training_losses(network, x, t, model_kwargs={"shift": 0.1})
+        out["loss"].mean().backward()
+        found = {f"loss {k}": v.detach() for k, v in out.items()} | {"gradient": network.conv.weight.grad.clone()}
+        with torch.no_grad():
+            for clip in (True, False):
+                found |= {f"p {clip} {k}": v for k, v in d.p_sample(network, x, t, clip).items()}
+                found |= {f"moments {clip} {k}": v for k, v in d.p_mean_variance(network, x, t, clip).items()}
+                found |= {f"ddim {clip} {k}": v for k, v in d.ddim_sample(network, x, t, clip, eta=0.7).items()}
+            found["ddim 0"] = d.ddim_sample(network, x, t)["sample"]
+            found["q"] = d.q_sample(x, t)
+        results.append(found | {"draws": torch.rand(3)})
+    assert results[0].keys() == results[1].keys()
+    for name, theirs in results[0].items():
+        # Without a clamp DDIM recombines x and x0 estimates a hundred times as large, which cancel in part.
+        assert_close(results[1][name], theirs, 1e-4 if name.startswith("ddim False") else 1e-5)
+    assert torch.equal(results[0]["q"], results[1]["q"]) and torch.equal(results[0]["draws"], results[1]["draws"])
+
+
+def test_guided_diffusion_hands_over_what_it_does_not_compute():
+    plain, fused = (
+        Diffusion(loss="KL", var="LEARNED_RANGE"),
+        guided_diffusion.fuse(Diffusion(loss="KL", var="LEARNED_RANGE")),
+    )
+    network, x, t = Network(True), torch.rand(2, 2, 4, 4), torch.tensor([1, 50])
+    calls = [
+        lambda d: d.training_losses(network, x, t)["loss"],
+        lambda d: d.p_sample(network, x, t, cond_fn=lambda x, t: x)["sample"],
+        lambda d: d.p_sample(network, x, t, denoised_fn=lambda x0: 0.5 * x0)["sample"],
+        lambda d: d.p_mean_variance(network, x, t, denoised_fn=lambda x0: 0.5 * x0)["mean"],
+        lambda d: d.ddim_sample(network, x, t, denoised_fn=lambda x0: 0.5 * x0)["sample"],
+        lambda d: d.p_mean_variance(network, x, t)["mean"],  # with gradients
+    ]
+    for call in calls:
+        results = []
+        for d in (plain, fused):
+            torch.manual_seed(0)
+            results.append(call(d))
+        assert_close(results[1], results[0])
+        assert results[1].requires_grad
+    with pytest.raises(ValueError, match="4 channels"):
+        fused.p_sample(Network(False), x, t)
+    assert type(guided_diffusion.unfuse(fused)) is Diffusion
+
+
+def test_guided_diffusion_wrong_use():
+    with pytest.raises(TypeError, match="sqrt_alphas_cumprod"):
+        guided_diffusion.fuse(object())
+    odd = Diffusion()
+    odd.model_mean_type = enum.Enum("ModelMeanType", ["VELOCITY"]).VELOCITY
+    fused = guided_diffusion.fuse(odd)
+    assert guided_diffusion.fused_methods(fused) == ("q_sample",), "what is predicted is unknown"
+
+
+def test_resampler_is_the_published_one():
+    """Histories of 4 losses, the oldest forgotten, batches with repeated timesteps; then 0.1% uniform."""
+    resampler = guided_diffusion.LossSecondMomentResampler(Diffusion(steps=6), history_per_term=4, uniform_prob=0.01)
+    history, random = [[] for _ in range(6)], np.random.default_rng(0)
+    for batch in range(12):
+        ts, losses = random.integers(0, 6 if batch % 2 else 2, 20), random.random(20)
+        resampler.update_with_local_losses(torch.from_numpy(ts), torch.from_numpy(losses))
+        for t, value in zip(ts, losses):
+            history[t] = (history[t] + [value])[-4:]
+        if min(map(len, history)) < 4:
+            np.testing.assert_array_equal(resampler.weights(), np.ones(6))
+            continue
+        expected = np.sqrt([np.mean(np.square(h)) for h in history])
+        expected = expected / expected.sum() * 0.99 + 0.01 / 6
+        np.testing.assert_allclose(resampler.weights(), expected, rtol=1e-12)
+    p = expected / expected.sum()
+    t, weights = resampler.sample(200_000, "cpu", generator=torch.Generator().manual_seed(0))
+    counts = np.bincount(t.numpy(), minlength=6) / len(t)
+    assert (abs(counts - p) < 5 * np.sqrt(p / len(t))).all()
+    np.testing.assert_allclose(weights, 1 / (6 * p[t.numpy()]), rtol=1e-6)
+    other = guided_diffusion.LossSecondMomentResampler(6, 4, 0.01)
+    other.load_state_dict(resampler.state_dict())
+    assert torch.equal(other.weights(), resampler.weights())
+    with pytest.raises(ValueError, match="alike"):
+        other.update_with_all_losses([1, 2], [0.5])
+    with pytest.raises(ValueError, match="positive"):
+        guided_diffusion.LossSecondMomentResampler(0)
+
+
+# ----------------------------------------------------------------------------------------------- k-diffusion's losses
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.8))
+
+    def forward(self, x, t, **kwargs):
+        return torch.sin(self.scale * x) + 0.01 * spread(t.float(), x)
+
+
+class Denoiser(nn.Module):
+    """k-diffusion's, of one kind: "edm", "v" or "eps"."""
+
+    def __init__(self, kind="edm", sigma_data=0.5, scales=1):
+        super().__init__()
+        self.inner_model, self.kind, self.sigma_data, self.scales = Inner(), kind, sigma_data, scales
+        if kind == "edm":
+            self.weighting = lambda s: (s * self.sigma_data) ** 2 / (s**2 + self.sigma_data**2) ** 2
+        else:
+            self.sigma_data, self.sigma_to_t = 1.0, lambda s: s.atan() / math.pi * 2
+        if kind == "eps":
+            self.get_eps = lambda *a, **k: self.inner_model(*a, **k)
+
+    def get_scalings(self, sigma):
+        d = self.sigma_data
+        c_in = 1 / (sigma**2 + d**2) ** 0.5
+        if self.kind == "eps":
+            return -sigma, c_in
+        return d**2 / (sigma**2 + d**2), (-1 if self.kind == "v" else 1) * sigma * d * c_in, c_in
+
+    def loss(self, input, noise, sigma, **kwargs):
+        scalings = [spread(row, input) for row in self.get_scalings(sigma)]
+        x = input + noise * spread(sigma, input)
+        m = self.inner_model(x * scalings[-1], sigma if self.kind == "edm" else self.sigma_to_t(sigma), **kwargs)
+        target = noise if self.kind == "eps" else (input - scalings[0] * x) / scalings[1]
+        loss = ((m - target) ** 2).flatten(1).mean(1)
+        return loss * self.weighting(sigma) if self.kind == "edm" else loss
+
+
+@pytest.mark.parametrize("kind", ["edm", "v", "eps"])
+def test_k_diffusion_losses(kind):
+    plain, fused = Denoiser(kind), k_denoisers.fuse(Denoiser(kind))
+    x, n = torch.randn(2, 4, 3, 4, 4)
+    sigma = torch.tensor([0.05, 0.5, 2.0, 40.0])
+    losses = [d.loss(x, n, sigma) for d in (plain, fused)]
+    assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.mean().backward()
+    assert_close(fused.inner_model.scale.grad, plain.inner_model.scale.grad)
+    assert type(k_denoisers.unfuse(fused)) is Denoiser
+
+
+def test_k_diffusion_wrong_use():
+    with pytest.raises(TypeError, match="frequency"):
+        k_denoisers.fuse(Denoiser(scales=2))
+    with pytest.raises(TypeError, match="get_scalings"):
+        k_denoisers.fuse(nn.Linear(2, 2))
+
+    class Simple(Denoiser):
+        def loss(self, input, noise, sigma, **kwargs):
+            return super().loss(input, noise, sigma, **kwargs) * 2
+
+    with pytest.raises(TypeError, match="something else"):
+        k_denoisers.fuse(Simple())
+
+
+# ---------------------------------------------------------------------------------------------------------------- EDM
+
+
+def edm_reference(kind, net, images, labels):
+    shape = (len(images), 1, 1, 1)
+    if kind == "vp":
+        t = 1 + torch.rand(shape) * (1e-5 - 1)
+        sigma = (torch.exp(0.5 * 19.9 * t**2 + 0.1 * t) - 1).sqrt()
+    elif kind == "ve":
+        sigma = 0.02 * (100 / 0.02) ** torch.rand(shape)
+    else:
+        mean, std = (-0.4, 1.0) if kind == "edm2" else (-1.2, 1.2)
+        sigma = (torch.randn(shape) * std + mean).exp()
+    weight = 1 / sigma**2 if kind in ("vp", "ve") else (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    noised = images + torch.randn_like(images) * sigma
+    if kind != "edm2":
+        return weight * (net(noised, sigma, labels, augment_labels=None) - images) ** 2
+    denoised, u = net(noised, sigma, labels, return_logvar=True)
+    return weight / u.exp() * (denoised - images) ** 2 + u
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"), [("edm", edm.EDMLoss), ("vp", edm.VPLoss), ("ve", edm.VELoss), ("edm2", edm.EDM2Loss)]
+)
+def test_edm_losses(kind, make):
+    """``loss.sum().mul(scaling).backward()`` as EDM's training loop writes it."""
+    scale, u = nn.Parameter(torch.tensor(0.9)), nn.Parameter(torch.tensor(0.3))
+
+    def net(x, sigma, labels, augment_labels=None, return_logvar=False):
+        denoised = scale * x / (1 + sigma) + labels
+        return (denoised, u * sigma.log()) if return_logvar else denoised
+
+    images, labels = torch.randn(6, 3, 8, 8), torch.tensor(0.1)
+    found = []
+    for loss in (lambda: edm_reference(kind, net, images, labels), lambda: make()(net, images, labels)):
+        scale.grad = u.grad = None
+        torch.manual_seed(1)
+        value = loss()
+        value.sum().mul(0.25).backward()
+        found.append((value.flatten(1).sum(1).detach(), scale.grad, u.grad, torch.rand(1)))
+    assert value.shape == (6, 1, 1, 1)
+    # The VP sigma of the original is exp(...) - 1: at t near 0 it has lost digits that expm1 keeps.
+    for ours, theirs in zip(found[1], found[0]):
+        if theirs is not None:
+            assert_close(ours, theirs, 1e-4 if kind == "vp" else 1e-5)
+
+
+def test_edm_augmentation_and_wrong_use():
+    seen = {}
+
+    def net(x, sigma, labels, augment_labels=None):
+        seen["labels"] = augment_labels
+        return x
+
+    edm.EDMLoss()(net, torch.randn(2, 3, 4, 4), augment_pipe=lambda images: (images.flip(-1), "angles"))
+    assert seen["labels"] == "angles"
+    with pytest.raises(TypeError, match="floating point"):
+        edm.EDMLoss()(net, torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="positive"):
+        edm.EDMLoss(P_std=0)
+    with pytest.raises(ValueError, match="sigma_min"):
+        edm.VELoss(2.0, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------- flow-matching libraries
+
+
+class Path:
+    """flow_matching's AffineProbPath, by its interface."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+
+def scheduler(alpha, sigma, d_alpha, d_sigma):
+    def at(t):
+        return types.SimpleNamespace(alpha_t=alpha(t), sigma_t=sigma(t), d_alpha_t=d_alpha(t), d_sigma_t=d_sigma(t))
+
+    return at
+
+
+half = math.pi / 2
+COND_OT = scheduler(lambda t: t, lambda t: 1 - t, torch.ones_like, lambda t: -torch.ones_like(t))
+COSINE = scheduler(
+    lambda t: (half * t).sin(), lambda t: (half * t).cos(), lambda t: half * (half * t).cos(),
+    lambda t: -half * (half * t).sin(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [COND_OT, COSINE], ids=["CondOT", "cosine"])
+def test_affine_paths(rows):
+    x_1, x_0, v = torch.randn(3, 5, 2, 4, 4)
+    t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
+    noised = flow.noise(Path(rows), x_1, x_0, t)
+    r = {name: spread(value.double(), x_1) for name, value in vars(rows(t.double())).items()}
+    x_t = r["alpha_t"] * x_1 + r["sigma_t"] * x_0
+    dx_t = r["d_alpha_t"] * x_1 + r["d_sigma_t"] * x_0
+    assert_close(noised.x_t, x_t.float())
+    assert_close(noised.dx_t, dx_t.float())
+    v.requires_grad_()
+    loss = flow.loss(v, noised)
+    loss.backward()
+    assert_close(loss.detach(), ((v - dx_t) ** 2).mean().float().detach())
+    assert_close(v.grad, (2 * (v - dx_t) / v.numel()).float().detach())
+    assert flow.loss(v, noised, reduction="none").shape == (5,)
+
+
+class Matcher:
+    """torchcfm's matchers, by their interface: "plain", "target", "bridge" and "vp"."""
+
+    def __init__(self, kind, sigma):
+        self.kind, self.sigma = kind, sigma
+
+    def compute_mu_t(self, x0, x1, t):
+        t = spread(t, x0)
+        if self.kind == "vp":
+            return (half * t).cos() * x0 + (half * t).sin() * x1
+        return t * x1 if self.kind == "target" else t * x1 + (1 - t) * x0
+
+    def compute_sigma_t(self, t):
+        if self.kind == "target":
+            return 1 - (1 - self.sigma) * t
+        return self.sigma * (t * (1 - t)).sqrt() if self.kind == "bridge" else self.sigma
+
+    def compute_conditional_flow(self, x0, x1, t, xt):
+        w = spread(t, x0)
+        if self.kind == "target":
+            return (x1 - (1 - self.sigma) * xt) / (1 - (1 - self.sigma) * w)
+        if self.kind == "bridge":
+            return (1 - 2 * w) / (2 * w * (1 - w) + 1e-8) * (xt - self.compute_mu_t(x0, x1, t)) + x1 - x0
+        if self.kind == "vp":
+            return half * ((half * w).cos() * x1 - (half * w).sin() * x0)
+        return x1 - x0
+
+    def sample_location_and_conditional_flow(self, x0, x1):
+        t = torch.rand(len(x0)).type_as(x0)
+        eps = torch.randn_like(x0)
+        sigma = torch.as_tensor(self.compute_sigma_t(t)).expand(t.shape)
+        xt = self.compute_mu_t(x0, x1, t) + spread(sigma, x0) * eps
+        return t, xt, self.compute_conditional_flow(x0, x1, t, xt)
+
+
+MATCHERS = [("plain", 0.0), ("plain", 0.1), ("target", 0.0), ("target", 0.1), ("bridge", 0.5), ("vp", 0.0), ("vp", 0.1)]
+
+
+def check_matcher(matcher, x0, x1):
+    torch.manual_seed(2)
+    np.random.seed(2)
+    t, xt, ut = matcher.sample_location_and_conditional_flow(x0, x1)
+    torch.manual_seed(2)
+    np.random.seed(2)
+    noised = flow.noise(matcher, x1, x0)
+    assert torch.equal(noised.t, t)
+    assert_close(noised.x_t, xt)
+    # The bridge's flow divides (xt - mu), a difference of rounded numbers, by sqrt(t (1 - t)).
+    assert_close(noised.dx_t, ut, 1e-4)
+    v = torch.randn_like(x1)
+    assert_close(flow.loss(v, noised), ((v - ut) ** 2).mean(), 1e-5)
+
+
+@pytest.mark.parametrize(("kind", "sigma"), MATCHERS)
+def test_matchers(kind, sigma):
+    check_matcher(Matcher(kind, sigma), *torch.randn(2, 6, 3, 4, 4))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "name", ["Conditional", "TargetConditional", "ExactOptimalTransportConditional", "VariancePreservingConditional"]
+)
+def test_torchcfm_itself(name, sigma):
+    pytest.importorskip("ot")
+    torchcfm = pytest.importorskip("torchcfm.conditional_flow_matching")
+    check_matcher(getattr(torchcfm, f"{name}FlowMatcher")(sigma), *torch.randn(2, 6, 3, 4, 4))
+
+
+def test_flow_matching_itself():
+    path = pytest.importorskip("flow_matching.path")
+    schedulers = pytest.importorskip("flow_matching.path.scheduler")
+    x_1, x_0 = torch.randn(2, 6, 3, 4, 4)
+    t = torch.linspace(0.05, 0.95, 6)
+    for scheduler in (schedulers.CondOTScheduler(), schedulers.CosineScheduler(), schedulers.VPScheduler()):
+        sample = path.AffineProbPath(scheduler).sample(t=t, x_0=x_0, x_1=x_1)
+        noised = flow.noise(path.AffineProbPath(scheduler), x_1, x_0, t)
+        assert_close(noised.x_t, sample.x_t)
+        assert_close(noised.dx_t, sample.dx_t)
+
+
+def test_flow_wrong_use():
+    x = torch.randn(4, 3)
+    with pytest.raises(TypeError, match="neither"):
+        flow.noise(object(), x)
+    with pytest.raises(ValueError, match=r"t must be \[batch\]"):
+        flow.noise(Path(COND_OT), x, t=torch.rand(3))
+    with pytest.raises(ValueError, match="shape"):
+        flow.noise(Path(COND_OT), x, torch.randn(4, 2))
+
+    class Curved(Matcher):
+        def compute_mu_t(self, x0, x1, t):
+            return super().compute_mu_t(x0, x1, t) ** 2
+
+    with pytest.raises(TypeError, match="not linear"):
+        flow.noise(Curved("plain", 0.0), x)
+
+
+ModelType = enum.Enum("ModelType", ["NOISE", "SCORE", "VELOCITY"])
+WeightType = enum.Enum("WeightType", ["NONE", "VELOCITY", "LIKELIHOOD"])
+
+
+class Plan:
+    """SiT's linear or trigonometric path."""
+
+    def __init__(self, linear):
+        self.linear = linear
+
+    def compute_alpha_t(self, t):
+        return (t, 1) if self.linear else ((half * t).sin(), half * (half * t).cos())
+
+    def compute_sigma_t(self, t):
+        return (1 - t, -1) if self.linear else ((half * t).cos(), -half * (half * t).sin())
+
+    def compute_drift(self, x, t):
+        t = spread(t, x)
+        ratio = 1 / t if self.linear else half / (half * t).tan()
+        sigma, d_sigma = self.compute_sigma_t(t)
+        return -ratio * x, ratio * sigma**2 - sigma * d_sigma
+
+
+class Transport:
+    def __init__(self, model, weight, linear):
+        self.model_type, self.loss_type, self.path_sampler = ModelType[model], WeightType[weight], Plan(linear)
+
+    def sample(self, x1):
+        x0 = torch.randn_like(x1)
+        return (torch.rand(len(x1)) * 0.998 + 0.001).to(x1), x0, x1
+
+    def training_losses(self, model, x1, model_kwargs=None):
+        t, x0, x1 = self.sample(x1)
+        (a, da), (s, ds) = (
+            self.path_sampler.compute_alpha_t(spread(t, x1)),
+            self.path_sampler.compute_sigma_t(spread(t, x1)),
+        )
+        x_t = a * x1 + s * x0
+        m = model(x_t, t, **(model_kwargs or {}))
+        if self.model_type.name == "VELOCITY":
+            error = (m - (da * x1 + ds * x0)) ** 2
+        else:
+            drift = self.path_sampler.compute_drift(x_t, t)[1]
+            weight = {"NONE": 1, "VELOCITY": (drift / s) ** 2, "LIKELIHOOD": drift / s**2}[self.loss_type.name]
+            error = weight * (m - x0) ** 2 if self.model_type.name == "NOISE" else weight * (m * s + x0) ** 2
+        return {"pred": m, "loss": error.flatten(1).mean(1)}
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("weight", list(WeightType.__members__))
+@pytest.mark.parametrize("model", list(ModelType.__members__))
+def test_sit_transport(model, weight, linear):
+    plain, fused = Transport(model, weight, linear), flow.fuse(Transport(model, weight, linear))
+    x, scale = torch.randn(8, 3, 4, 4), nn.Parameter(torch.tensor(0.7))
+    found = []
+    for transport in (plain, fused):
+        torch.manual_seed(4)
+        scale.grad = None
+        terms = transport.training_losses(lambda x, t, shift: scale * x + shift, x, {"shift": 0.1})
+        terms["loss"].mean().backward()
+        found.append((terms["pred"].detach(), terms["loss"].detach(), scale.grad))
+    for ours, theirs in zip(found[1], found[0]):
+        assert_close(ours, theirs)
+    assert type(flow.unfuse(fused)) is Transport
+    with pytest.raises(TypeError, match="SiT"):
+        flow.fuse(object())
+
+
+def test_nothing_is_imported():
+    """These modules know other packages by their interfaces alone."""
+    for name in ("guided_diffusion", "k_denoisers", "flow", "edm", "denoising_diffusion", "lightning", "schedulers"):
+        source = importlib.util.find_spec(f"fastdiff.integrations.{name}").loader.get_source(
+            f"fastdiff.integrations.{name}"
+        )
+        imported = {line.split()[1] for line in source.splitlines() if line.startswith(("import ", "from "))}
+        allowed = {
+            "__future__",
+            "collections.abc",
+            "dataclasses",
+            "math",
+            "numpy",
+            "random",
+            "torch",
+            "typing",
+            "weakref",
+        }
+        assert {n for n in imported if not n.startswith(".")} <= allowed, name
