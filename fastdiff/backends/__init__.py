@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 
-from . import native, reference
+from . import native, reference, triton
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Status:
 
 
 _PLANNED = "not part of this version of fastdiff"
-_MODULES: dict[str, ModuleType] = {"native": native, "reference": reference}
+_MODULES: dict[str, ModuleType] = {"native": native, "triton": triton, "reference": reference}
 _STATUS = (
     Status("native", native.available, native.unavailable_because or native.description(), ("cpu",)),
-    Status("triton", False, _PLANNED, ("cuda",)),
+    Status("triton", triton.available, triton.unavailable_because, ("cuda", "xpu")),
     Status("cuda", False, _PLANNED, ("cuda",)),
     Status("reference", True, "plain PyTorch, on every device", ("cpu", "cuda", "mps", "xpu")),
 )
@@ -33,7 +33,15 @@ _forced: str | None = None
 
 def status() -> list[Status]:
     """Every backend, in the order of preference."""
-    return list(_STATUS)
+    return [_with_device(backend) for backend in _STATUS]
+
+
+def _with_device(backend: Status) -> Status:
+    """``backend`` as it is on this machine. Looked up when asked for: it initialises CUDA."""
+    if backend.name != "triton" or not backend.available:
+        return backend
+    because = triton.no_device_because()
+    return replace(backend, available=not because, reason=because or triton.description())
 
 
 def choose(device: torch.device | str) -> str:
@@ -54,7 +62,7 @@ def get(device: torch.device) -> ModuleType:
 
 class use_backend:
     """Force one backend, from the call on or, as a context manager, for a block. (Tensors that are not on a device it
-    is for still go to the reference.)
+    is for still go to the reference. CPU tensors go to "triton" only in its interpreter, with TRITON_INTERPRET=1.)
 
     Args:
         name: "reference", "native", "triton" or "cuda"; None goes back to the automatic choice.
@@ -67,8 +75,8 @@ class use_backend:
         by_name = {backend.name: backend for backend in _STATUS}
         if name is not None and name not in by_name:
             raise ValueError(f"unknown backend {name!r}: use one of {', '.join(by_name)}.")
-        if name is not None and not by_name[name].available:
-            raise RuntimeError(f"the backend {name!r} is not available: {by_name[name].reason}.")
+        if name is not None and not (found := _with_device(by_name[name])).available:
+            raise RuntimeError(f"the backend {name!r} is not available: {found.reason}.")
         self._before = _forced
         _forced = name
 
