@@ -35,8 +35,8 @@ class Philox:
         stream: see ``Stream``.
         offset: strength of the offset noise added, one normal a (sample, channel), channels being dimension 1.
         rng: "exact": the same bits on every device and backend. "fast": on a GPU, Triton's kernels take the logarithm,
-            root, sine and cosine from the hardware's approximate instructions: the same uniform words, normals within
-            ``RNG_TOLERANCE`` of the exact ones. Every other backend makes the exact ones.
+            root, sine and cosine from the hardware's approximate instructions: normals within 1e-3 of the exact ones.
+            Every other backend makes the exact ones.
     """
 
     seed: int | Tensor

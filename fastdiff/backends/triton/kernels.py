@@ -329,9 +329,9 @@ def loss(
     """
     if UPSTREAM != "none" and used is not None:
         came = tl.load(upstream)
-        tl.store(assumed, came, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
         if came == tl.load(used):
             return
+        tl.store(assumed, came, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
 
     run, block, column, offset, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
     row = _row(run, per, frames, shared, ROWS)
