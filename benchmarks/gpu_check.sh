@@ -20,6 +20,16 @@ echo "== tests on the GPU"
 echo "== all tests"
 "$PYTHON" -m pytest "$tests" -q -p no:cacheprovider -n 8 2>&1 | tee tests.log | tail -n 3
 [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+        echo "== compute-sanitizer $tool"
+        compute-sanitizer --tool $tool --error-exitcode 9 "$PYTHON" -m pytest "$tests/test_triton_operations.py" -q \
+            -p no:cacheprovider -k "loss_and_gradients or several_tiles or masks or step" >"$tool.log" 2>&1 || failed=1
+        tail -n 2 "$tool.log"
+    done
+else
+    echo "== no compute-sanitizer: memcheck and racecheck left out"
+fi
 echo "== benchmarks"
 "$PYTHON" -m pytest "$benchmarks" -q -p no:cacheprovider --benchmark-json=benchmarks.json >benchmarks.log 2>&1 ||
     failed=1

@@ -15,7 +15,7 @@ from . import backends, losses, ops
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
-from .backends.rows import cached, value_checks_are_free
+from .backends.rows import as_tensor, cached, value_checks_are_free
 from .losses import Loss
 from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
 from .ops.loss import check_loss
@@ -78,11 +78,11 @@ class Noised:
 
     @property
     def alpha(self) -> Tensor:
-        return self.rows.alpha.reshape(self.t.shape)
+        return as_tensor(self.rows.alpha).reshape(self.t.shape)
 
     @property
     def sigma(self) -> Tensor:
-        return self.rows.sigma.reshape(self.t.shape)
+        return as_tensor(self.rows.sigma).reshape(self.t.shape)
 
     @property
     def snr(self) -> Tensor:
@@ -90,12 +90,12 @@ class Noised:
 
     @property
     def weight(self) -> Tensor:
-        return self.rows.weight.reshape(self.t.shape)
+        return as_tensor(self.rows.weight).reshape(self.t.shape)
 
     @property
     def target(self) -> Tensor:
         """What the network should predict: p x0 + q n, in the dtype of x0."""
-        p, q = self.rows.p, self.rows.q
+        p, q = (as_tensor(row) for row in (self.rows.p, self.rows.q))
         return ops.noise(self.x0, p, q, self.noise_source)[0]
 
     @property
@@ -340,9 +340,9 @@ class Objective:
             if isinstance(weight, Tensor):
                 weight = place_rows("weight", weight.to(prediction.device), row_shape).expand(row_shape)
                 weight = place_rows("weight", weight, prediction.shape)
-            coefficients[3] = coefficients[3] * weight
+            coefficients[3] = as_tensor(coefficients[3]) * weight
         p, q, scale, row_weight, c = (
-            row if row is None or row.dtype == dtype else row.to(dtype) for row in coefficients
+            row if row is None or row.dtype == dtype else as_tensor(row).to(dtype) for row in coefficients
         )
         result = backends.get(prediction.device).loss(
             prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction
@@ -369,12 +369,15 @@ class Objective:
         else:
             k_x, k_m = kinds.conversion(self.prediction, kind, self.process.levels(t))
             singular = True
-        if singular and value_checks_are_free(k_m) and not bool((k_x.isfinite() & k_m.isfinite()).all()):
-            bad = t[~(k_x.isfinite() & k_m.isfinite()).reshape(t.shape)].flatten()[0]
-            raise ValueError(
-                f"{self.prediction.name!r} does not determine {kind.name!r} at t = {bad.item()} of {self.process!r} "
-                f"(SNR {self.process.levels(bad).snr.item():g}): use prediction='v_prediction' or 'sample'."
-            )
+        if singular and value_checks_are_free(t):
+            finite = (as_tensor(k_x).isfinite() & as_tensor(k_m).isfinite()).reshape(t.shape)
+            if not bool(finite.all()):
+                bad = t[~finite].flatten()[0]
+                raise ValueError(
+                    f"{self.prediction.name!r} does not determine {kind.name!r} at t = {bad.item()} of "
+                    f"{self.process!r} (SNR {self.process.levels(bad).snr.item():g}): use prediction='v_prediction' or "
+                    f"'sample'."
+                )
         return ops.convert(prediction, x_t, k_x, k_m)
 
     def _rows_for(self, t: Any, x0: Tensor, dtype: torch.dtype) -> tuple[Rows, Tensor]:

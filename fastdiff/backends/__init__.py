@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from . import compiled, cuda, native, reference
+from . import compiled, cuda, native, reference, triton
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,11 @@ class Status:
     devices: tuple[str, ...]
 
 
-_PLANNED = "not part of this version of fastdiff"
-_MODULES: dict[str, ModuleType] = {"native": native, "cuda": cuda, "reference": reference}
+_MODULES: dict[str, ModuleType] = {"native": native, "cuda": cuda, "triton": triton, "reference": reference}
 _STATUS = (
     Status("native", native.available, native.unavailable_because or native.description(), ("cpu",)),
     Status("cuda", cuda.built, cuda.unavailable_because, ("cuda",)),
-    Status("triton", False, _PLANNED, ("cuda",)),
+    Status("triton", triton.available, triton.unavailable_because, ("cuda", "xpu")),
     Status("reference", True, "plain PyTorch, on every device", ("cpu", "cuda", "mps", "xpu")),
 )
 _CHOICE = {kind: backend.name for backend in reversed(_STATUS) if backend.available for kind in backend.devices}
@@ -39,10 +38,11 @@ def status() -> list[Status]:
 
 def _with_device(backend: Status) -> Status:
     """``backend`` as it is on this machine. Looked up when asked for: it initialises CUDA."""
-    if backend.name != "cuda" or not backend.available:
+    if backend.name not in ("cuda", "triton") or not backend.available:
         return backend
-    because = cuda.no_device_because()
-    return replace(backend, available=not because, reason=because or cuda.description())
+    module = _MODULES[backend.name]
+    because = module.no_device_because()
+    return replace(backend, available=not because, reason=because or module.description())
 
 
 def choose(device: torch.device | str) -> str:
@@ -59,7 +59,7 @@ def get(device: torch.device) -> ModuleType:
 
 class use_backend:
     """Force one backend, from the call on or, as a context manager, for a block. (Tensors that are not on a device it
-    is for still go to the reference.)
+    is for still go to the reference. CPU tensors go to "triton" only in its interpreter, with TRITON_INTERPRET=1.)
 
     Args:
         name: "reference", "native", "triton" or "cuda"; None goes back to the automatic choice.

@@ -16,6 +16,10 @@ class Gathered(NamedTuple):
     column: Tensor  # [steps], any stride
     index: Tensor  # int64, rows as placed
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.column.dtype
+
 
 def value_checks_are_free(tensor: Tensor) -> bool:
     """Whether the values of ``tensor`` can be looked at without waiting for a device or breaking a traced graph."""
@@ -39,6 +43,15 @@ def gather_rows(table: Tensor, t: Tensor) -> Tensor:
         return table[index]
     rows = table[index.clamp(0, len(table) - 1)]
     return torch.where(((index >= 0) & (index < len(table))).unsqueeze(-1), rows, math.nan)
+
+
+def as_tensor(row: Tensor | Gathered) -> Tensor:
+    """A coefficient a row as a tensor, shaped as placed."""
+    if not isinstance(row, Gathered):
+        return row
+    column, index = row
+    inside = (index >= 0) & (index < column.shape[0])
+    return torch.where(inside, column[torch.where(inside, index, 0)], math.nan)
 
 
 def gather(table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Tensor]:

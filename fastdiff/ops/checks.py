@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.rows import Gathered
+
 
 def check_floating(**tensors: Tensor) -> None:
     """Raise TypeError for what is no floating-point tensor."""
@@ -77,7 +79,9 @@ def place_all(shape: torch.Size, dtype: torch.dtype, device: torch.device, **row
     """``place_rows`` for several rows, numbers and Nones among them, in ``dtype`` on ``device``: a list in order."""
     placed = []
     for name, value in rows.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Gathered):  # placed already
+            assert value.dtype == dtype
+        elif isinstance(value, Tensor):
             if value.dtype != dtype or value.device != device:
                 value = value.to(device, dtype)
             value = place_rows(name, value, shape)

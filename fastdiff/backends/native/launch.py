@@ -6,11 +6,12 @@ Rows come placed: as many dimensions as the data, 1 where shared. Tensors are co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..layout import layout_of
 
 DTYPES = {
     torch.float32: 0,
@@ -24,33 +25,6 @@ DTYPES = {
 FUNCTIONS = {"mse": 0, "l1": 1, "smooth_l1": 2, "pseudo_huber": 3, "log_cosh": 4}
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 NORMALIZATIONS = {"none": 0, "row": 1, "global": 2}
-
-
-@lru_cache(maxsize=256)
-def layout_of(shape: tuple[int, ...], rows: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(layout, the shape that rows must be expanded to) for data of ``shape`` and rows of the placed shape ``rows``.
-
-    A layout has rows that differ along some dimensions, are shared along the next, differ along the next and are shared
-    along the rest. Rows that alternate more often are expanded until they do not.
-    """
-    sizes, part = [1, 1, 1, 1], 0
-    expanded: list[int] = []
-    for size, kept in zip(shape, rows):
-        differs = kept == size and size != 1
-        if size != 1:
-            if differs and part == 1:
-                part = 2
-            elif differs and part == 3:
-                # A third run of differing dimensions: let the rows differ along everything up to here instead.
-                sizes, part = [sizes[0] * sizes[1] * sizes[2] * sizes[3], 1, 1, 1], 0
-                expanded = list(shape[: len(expanded)])
-            elif not differs and part in (0, 2):
-                part += 1
-            sizes[part] *= size
-        expanded.append(size if differs else 1)
-    samples = shape[0] if shape else 1
-    channels = shape[1] if len(shape) > 1 else 1
-    return (*sizes, samples, channels), tuple(expanded)
 
 
 def arrange(shape: torch.Size, *rows: Tensor | None) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:

@@ -1,0 +1,232 @@
+"""What the Triton kernels compile to, for GPUs that need not be there: instructions, registers, widths of loads.
+
+    python benchmarks/triton_compiled.py              writes results/triton_compiled.md
+    python benchmarks/triton_compiled.py --json FILE  the same as JSON, for the tests
+
+The kernels are asked for as in training, on tensors without memory, and compiled instead of launched. Instructions are
+those of the machine code up to the first atomic operation (all of it where there is none), so the reduction in a tile
+counts, and what only the last program does counts not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fastdiff import ops
+from fastdiff.backends.rows import Gathered
+from fastdiff.backends.triton import launch, operations
+
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)} | {
+    "gfx942": GPUTarget("hip", "gfx942", 64)
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Every case is compiled for sm_90, these for all.
+EVERYWHERE = {
+    *("noising, exact, bf16", "noising, given, bf16", "noising, given, fp32", "loss v, exact, bf16"),
+    *("loss v, given, bf16", "loss v, given, fp32", "loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms"),
+}
+SHAPE = (64, 4, 128, 128)
+THREADS = 128
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def captured(call: Any, approximate: bool) -> list[tuple[launch.Kernel, tuple]]:
+    """(kernel, key) of every launch of ``call``, none of which happens."""
+    found: list[tuple[launch.Kernel, tuple]] = []
+    before = launch.Kernel.__call__, operations._runs_on, launch.has_approximate_instructions
+    launch.Kernel.__call__ = lambda self, device, grid, arguments, constants: found.append(
+        (self, self.key(arguments, constants, None))
+    )
+    operations._runs_on = lambda device: True
+    launch.has_approximate_instructions = lambda device: approximate
+    try:
+        call()
+    finally:
+        launch.Kernel.__call__, operations._runs_on, launch.has_approximate_instructions = before
+    return found
+
+
+def cases() -> dict[str, Any]:
+    """Name -> a call that launches."""
+    found: dict[str, Any] = {}
+    rows = SHAPE[0], 1, 1, 1
+    index, table = meta(*rows, dtype=torch.int64), meta(1000, 8)
+    column = [Gathered(table[:, k], index) for k in range(8)]
+    seed = meta(1, dtype=torch.int64)
+
+    def noise(shape, dtype, n, kept=False):
+        alpha, sigma = column[:2] if shape == SHAPE else (meta(shape[0], 1, 1, 1), meta(shape[0], 1, 1, 1))
+        return lambda: operations.noise(meta(*shape, dtype=dtype), n, alpha, sigma, 0.0, None, kept)
+
+    def loss(dtype, n, p, function="mse", mask=None, normalization="none", gradient=True, rows=column):
+        def call():
+            prediction = meta(*SHAPE, dtype=dtype).requires_grad_(gradient)
+            c = rows[3] if function in ("smooth_l1", "pseudo_huber") else None
+            x0 = meta(*SHAPE, dtype=dtype) if p else None
+            how = function, normalization, "mean"
+            out = operations.loss(prediction, x0, n, rows[0] if p else None, rows[1], None, rows[2], c, mask, *how)
+            if gradient:
+                out.backward()
+
+        return call
+
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        given = meta(*SHAPE, dtype=dtype)
+        for rng in ("fast", "exact"):
+            made = ops.Philox(seed, rng=rng)
+            found[f"noising, {rng}, {name}"] = noise(SHAPE, dtype, made)
+            for kind in ("epsilon", "v"):
+                found[f"loss {kind}, {rng}, {name}"] = loss(dtype, made, kind == "v")
+        found[f"noising, given, {name}"] = noise(SHAPE, dtype, given)
+        for kind in ("epsilon", "v"):
+            found[f"loss {kind}, given, {name}"] = loss(dtype, given, kind == "v")
+    bf16 = torch.bfloat16
+    made, given = ops.Philox(seed), meta(*SHAPE, dtype=bf16)
+    found["noising, kept, bf16"] = noise(SHAPE, bf16, made, True)
+    found["noising, exact, 1 x 28 x 28, bf16"] = noise((64, 1, 28, 28), bf16, made)
+    found["noising, exact, 3 x 31 x 31, bf16"] = noise((64, 3, 31, 31), bf16, made)
+    found["noising, channel offsets, bf16"] = noise(SHAPE, bf16, ops.Philox(seed, offset=0.1))
+    for function in ("l1", "smooth_l1", "pseudo_huber", "log_cosh"):
+        found[f"loss {function}, given, bf16"] = loss(bf16, given, False, function)
+    mask = meta(SHAPE[0], 1, *SHAPE[2:], dtype=torch.bool)
+    found["loss, mask, given, bf16"] = loss(bf16, given, False, mask=mask)
+    found["loss, mask's mean, given, bf16"] = loss(bf16, given, False, mask=mask, normalization="row")
+    found["loss v, exact, fp16"] = loss(torch.float16, made, True)
+    x, table = meta(*SHAPE, dtype=bf16), meta(15)
+    entries = tuple(meta(*SHAPE) for _ in range(4))
+    found["step, exact, bf16"] = lambda: operations.step(
+        x, given, given, 5.0, table, 1.0, entries, made, given, bf16, (True, True)
+    )
+    found["convert, bf16"] = lambda: operations.convert(given, x, *column[:2], bf16)
+    found["uniforms"] = lambda: operations.uniform(seed, 64, 3, 0, seed.device)
+    return found
+
+
+def machine_code(compiled: Any) -> dict[str, Any]:
+    """What can be read off a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = _tool("nvdisasm", "-c", file.name)
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+    code = []
+    for line in text.splitlines():
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)
+        if found and found[1] != "NOP":
+            code.append(found[1])
+    while code and code[-1] == "BRA":  # to itself, behind the end
+        code.pop()
+    first = next((k for k, name in enumerate(code) if name.startswith("ATOM")), len(code))
+    return {
+        "instructions": first,
+        "all": len(code),
+        "loads": sorted({name for name in code if name.startswith("LDG")}),
+        "stores": sorted({name for name in code if name.startswith("STG")}),
+        "wide_loads": sum(name.startswith("LDG.E.128") for name in code),
+        "wide_stores": sum(name.startswith("STG.E.128") for name in code),
+        "float64": sorted({name for name in code if re.match(r"(D(ADD|MUL|FMA|SETP|MNMX)|.*F64)", name)}),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        # Loads and stores of local memory. (A stack may be set aside and not be used.)
+        "spills": sum(name.startswith(("LDL", "STL")) for name in code),
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def amd_code(compiled: Any) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "wide_loads": len(re.findall(r"_load_dwordx4", text)),
+        "wide_stores": len(re.findall(r"_store_dwordx4", text)),
+        "float64": sorted(set(re.findall(r"v_(?:add|mul|fma)_f64", text))),
+    }
+
+
+def measured(targets: list[str]) -> list[dict[str, Any]]:
+    results = []
+    for name, call in cases().items():
+        for target in targets:
+            if target != "sm_90" and name not in EVERYWHERE:
+                continue
+            nvidia = TARGETS[target].backend == "cuda"
+            for stage, (kernel, key) in enumerate(captured(call, nvidia)):
+                compiled = kernel.compile(key, TARGETS[target])
+                constants = dict(zip(kernel.constants, key[2]))
+                found = machine_code(compiled) if nvidia else amd_code(compiled)
+                elements = constants.get("R", 1) * constants.get("C", THREADS) / THREADS
+                results.append({
+                    "case": name + (", backward" if stage else ""), "kernel": kernel.name, "target": target,
+                    "elements": elements, **found,
+                })  # fmt: skip
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "# What the Triton kernels compile to",
+        "",
+        f"Triton {triton.__version__}; shape {' x '.join(map(str, SHAPE))} where none is given, coefficients gathered "
+        "from a table, seed on the device.",
+        "Instructions of the machine code per element, up to the first atomic operation: what only the last program of",
+        "a reduction does comes behind it. 'backward' looks at the upstream gradient, and returns or writes another.",
+        "No GPU was used; nothing here is a time. Made by `python benchmarks/triton_compiled.py`.",
+        "",
+    ]
+    for target in TARGETS:
+        rows = [r for r in results if r["target"] == target]
+        if not rows:
+            continue
+        nvidia = "instructions" in rows[0]
+        counted = "instructions per element | " if nvidia else ""
+        lines += [f"## {target}", "", f"| Kernel | {counted}registers | 128-bit loads, stores | spills |"]
+        lines.append("|---" * (5 if nvidia else 4) + "|")
+        for r in rows:
+            count = f"{r['instructions'] / r['elements']:.1f} | " if nvidia else ""
+            lines.append(
+                f"| {r['case']} | {count}{r['registers']} | {r['wide_loads']}, {r['wide_stores']} | {r['spills']} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write JSON here instead of the table")
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    options = parser.parse_args()
+    results = measured(options.targets)
+    if options.json:
+        options.json.write_text(json.dumps(results))
+    else:
+        out = Path(__file__).parent / "results" / "triton_compiled.md"
+        out.write_text(table(results))
+        print(out, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""How rows lie in data: runs of elements that share coefficients. No tensors, no autograd."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+
+@lru_cache(maxsize=256)
+def layout_of(shape: tuple[int, ...], rows: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(layout, the shape that rows must be expanded to) for data of ``shape`` and rows of the placed shape ``rows``.
+
+    A layout has rows that differ along some dimensions, are shared along the next, differ along the next and are shared
+    along the rest. Rows that alternate more often are expanded until they do not.
+    """
+    sizes, part = [1, 1, 1, 1], 0
+    expanded: list[int] = []
+    for size, kept in zip(shape, rows):
+        differs = kept == size and size != 1
+        if size != 1:
+            if differs and part == 1:
+                part = 2
+            elif differs and part == 3:
+                # A third run of differing dimensions: let the rows differ along everything up to here instead.
+                sizes, part = [sizes[0] * sizes[1] * sizes[2] * sizes[3], 1, 1, 1], 0
+                expanded = list(shape[: len(expanded)])
+            elif not differs and part in (0, 2):
+                part += 1
+            sizes[part] *= size
+        expanded.append(size if differs else 1)
+    samples = shape[0] if shape else 1
+    channels = shape[1] if len(shape) > 1 else 1
+    return (*sizes, samples, channels), tuple(expanded)

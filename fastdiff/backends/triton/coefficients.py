@@ -1,0 +1,88 @@
+"""Coefficients as a kernel reads them: one number, a row each, or a table's column and the rows' index into it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import layout_of
+from ..rows import Gathered
+
+Coefficient = Any  # a Tensor placed as rows, a Gathered, or None
+
+
+class Rows(NamedTuple):
+    """``shape``: that of the rows, placed. A pointer and a kind for each coefficient; the index, its kind, the length
+    and the stride of the columns."""
+
+    shape: tuple[int, ...]
+    pointers: tuple[Tensor | None, ...]
+    kinds: tuple[str, ...]
+    index: Tensor | None
+    index_kind: str
+    steps: int
+    stride: int
+
+
+def is_one(rows: Tensor) -> bool:
+    """Whether all of ``rows`` is a single number in memory."""
+    return rows.numel() == 1 or not any(stride for size, stride in zip(rows.shape, rows.stride()) if size != 1)
+
+
+def shape_of(coefficient: Coefficient) -> tuple[int, ...]:
+    """The rows of a coefficient, placed; () where there is none."""
+    if coefficient is None:
+        return ()
+    return tuple(coefficient.index.shape if isinstance(coefficient, Gathered) else coefficient.shape)
+
+
+def arrange(shape: tuple[int, ...], *coefficients: Coefficient, rows: tuple[int, ...] | None = None) -> Rows:
+    """Coefficients that may be shared differently in one layout, that of ``rows`` or one that is found. What already is
+    in it is not copied."""
+    first: Gathered | None = None
+    found: list[Tensor | Gathered | None] = []
+    for c in coefficients:
+        if isinstance(c, Gathered):
+            if first is None:
+                first = c
+            elif not _alike(first, c):
+                c = gathered(c)
+        found.append(c)
+    spread = [c.index if isinstance(c, Gathered) else c for c in found]
+    many = {tuple(t.shape) for t in spread if t is not None and not is_one(t)}
+    if rows is not None:
+        common = rows
+    elif not many:
+        common = (1,) * len(shape)
+    else:
+        common = next(iter(many)) if len(many) == 1 else tuple(torch.broadcast_shapes(*many))
+        common = layout_of(shape, common)[1]
+
+    def placed(t: Tensor) -> tuple[Tensor, str]:
+        return (t, "one") if is_one(t) else (t.expand(common).contiguous(), "row")
+
+    pointers: list[Tensor | None] = []
+    kinds = []
+    for c in found:
+        pointer, kind = (
+            (None, "none") if c is None else (c.column, "gathered") if isinstance(c, Gathered) else placed(c)
+        )
+        pointers.append(pointer)
+        kinds.append(kind)
+    index, index_kind, steps, stride = None, "none", 0, 0
+    if first is not None:
+        index, index_kind = placed(first.index)
+        steps, stride = first.column.shape[0], first.column.stride(0)
+    return Rows(common, tuple(pointers), tuple(kinds), index, index_kind, steps, stride)
+
+
+def _alike(a: Gathered, b: Gathered) -> bool:
+    """Whether one index and one stride do for both."""
+    same_index = a.index is b.index or (
+        a.index.data_ptr() == b.index.data_ptr()
+        and a.index.shape == b.index.shape
+        and a.index.stride() == b.index.stride()
+    )
+    return same_index and a.column.shape == b.column.shape and a.column.stride() == b.column.stride()

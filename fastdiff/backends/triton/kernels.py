@@ -1,0 +1,492 @@
+"""The kernels. They read rows of coefficients and know nothing of diffusion.
+
+Data is runs of ``width`` = UNIT * units elements that share a row (and, where noise is made, a sample). A program does
+a tile of R runs by C elements: part of one run (R = 1), or several short runs whole. What differs between calls is a
+constexpr, so nothing that is not needed is compiled in; sizes that change are not.
+
+The parameters that all kernels share:
+
+    index, steps, stride    rows of coefficients that are gathered: entry index[row] of columns with ``stride``
+    units, runs, blocks     the size of a run over UNIT, the number of runs, of tiles in a run
+    per, frames, shared     runs in a stretch of one row, then rows that alternate, then how often they come again
+    samples_runs            runs in a sample, for noise that is made
+    *_KIND                  of a coefficient: "none", "one" number, "row", or "gathered"
+    ROWS                    how runs map to rows: "one", "run" (each its own) or "layout"
+    GRID                    "runs": a tile has whole runs; else "blocks, runs", or "all" in one dimension
+    SAMPLES                 a run is a sample ("run"), or part of one
+    EVEN                    the tiles cover the runs exactly, so nothing is masked
+    WIDE                    offsets need 64 bits
+    EMULATE, ASM            in the interpreter; on an NVIDIA GPU
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .functions import accurate_exp, derivative, error
+from .pairs import pair_product, pair_quotient, pair_rest, pair_rounded, pair_sum
+from .philox import narrow, normals, widen
+
+
+@triton.jit
+def _place(units, runs, blocks, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr,
+           EVEN: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """(run, block, column, offset, whether it exists) of each element; a run that does not exist is the last."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    if GRID == "runs":
+        block = program * 0
+        first = program * R
+    elif GRID == "blocks, runs":
+        block = program
+        first = tl.program_id(1)
+    else:
+        block = program % blocks
+        first = program // blocks
+    if WIDE:
+        first = first.to(tl.int64)
+    width = units * UNIT
+    if R == 1:
+        run = first
+        safe = run
+        column = block * C + tl.arange(0, C)
+        inside = column < width
+    else:
+        run = (first + tl.arange(0, R))[:, None]
+        safe = tl.minimum(run, runs - 1)
+        column = (block * C + tl.arange(0, C))[None, :]
+        inside = (column < width) & (run < runs)
+    return safe, block, column, run * units * UNIT + column, inside
+
+
+@triton.jit
+def _row(run, per, frames, shared, ROWS: tl.constexpr):
+    if ROWS == "one":
+        return run * 0
+    elif ROWS == "run":
+        return run
+    else:
+        stretch = run // per
+        return stretch // (frames * shared) * frames + stretch % frames
+
+
+@triton.jit
+def _entry(index, row, steps, INDEX: tl.constexpr):
+    """(entry of the columns, whether there is one)"""
+    if INDEX == "none":
+        return row, row == row
+    else:
+        if INDEX == "one":
+            entry = tl.load(index + row * 0)
+        else:
+            entry = tl.load(index + row)
+        inside = (entry >= 0) & (entry < steps)
+        return tl.where(inside, entry, 0), inside
+
+
+@triton.jit
+def _coefficient(pointer, row, entry, found, stride, KIND: tl.constexpr):
+    if KIND == "one":
+        return tl.load(pointer + row * 0)
+    elif KIND == "row":
+        return tl.load(pointer + row)
+    else:
+        return tl.where(found, tl.load(pointer + entry * stride), float("nan"))
+
+
+@triton.jit
+def _load(pointer, offset, inside, EVEN: tl.constexpr, EMULATE: tl.constexpr):
+    if EVEN:
+        return widen(tl.load(pointer + offset), EMULATE)
+    else:
+        return widen(tl.load(pointer + offset, mask=inside, other=0.0), EMULATE)
+
+
+@triton.jit
+def _store(pointer, offset, value, inside, EVEN: tl.constexpr, EMULATE: tl.constexpr):
+    stored = narrow(value, pointer.dtype.element_ty, EMULATE)
+    if EVEN:
+        tl.store(pointer + offset, stored)
+    else:
+        tl.store(pointer + offset, stored, mask=inside)
+
+
+@triton.jit
+def _made(seed, stream, sample_offset, strength, run, column, units, sample_runs, channel_runs, SEED: tl.constexpr,
+          OFFSET: tl.constexpr, UNIT: tl.constexpr, SAMPLES: tl.constexpr, FAST: tl.constexpr,
+          ASM: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+    """Noise of a tile: Philox normals, plus ``strength`` times one normal a (sample, channel)."""
+    if SEED == "tensor":
+        key = tl.load(seed)
+    else:
+        key = seed.to(tl.int64)
+    if SAMPLES == "run":
+        sample, inner = run, run * 0
+    else:
+        sample, inner = run // sample_runs, run % sample_runs
+    sample = sample.to(tl.int64) + sample_offset
+    n = normals(key, stream, sample, inner * units * UNIT + column, FAST, ASM, EMULATE)
+    if OFFSET:
+        # Stream 1 is that of the channel offsets: see ops/noise.py.
+        n = n + strength * normals(key, stream * 0 + 1, sample, inner // channel_runs, FAST, ASM, EMULATE)
+    return n
+
+
+@triton.jit
+def affine(
+    out, kept, u, v, xi, a, b, index, seed, xi_seed,
+    stream, sample_offset, strength, xi_stream, xi_sample_offset, xi_strength, gamma,
+    steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
+    A_KIND: tl.constexpr, B_KIND: tl.constexpr, INDEX: tl.constexpr,
+    V: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr,
+    XI: tl.constexpr, XI_SEED: tl.constexpr, XI_OFFSET: tl.constexpr,
+    ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """out = a u + b (v + gamma xi), kept = v. v and xi are tensors ("tensor"), or made ("exact", "fast") or "none".
+
+    Products and sums are rounded one by one, as in the reference: the kernel is compiled without contraction. (Noise of
+    the fast transform is not the reference's bits in any case.)
+    """
+    run, block, column, offset, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    row = _row(run, per, frames, shared, ROWS)
+    entry, found = _entry(index, row, steps, INDEX)
+    if V == "tensor":
+        n = _load(v, offset, inside, EVEN, EMULATE)
+    elif V != "none":
+        n = _made(seed, stream, sample_offset, strength, run, column, units, sample_runs, channel_runs,
+                  SEED, OFFSET, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
+    if kept is not None:
+        _store(kept, offset, n, inside, EVEN, EMULATE)
+    if out is not None:
+        if V != "none":
+            if XI == "tensor":
+                n = n + gamma * _load(xi, offset, inside, EVEN, EMULATE)
+            elif XI != "none":
+                n = n + gamma * _made(
+                    xi_seed, xi_stream, xi_sample_offset, xi_strength, run, column, units, sample_runs,
+                    channel_runs, XI_SEED, XI_OFFSET, UNIT, SAMPLES, XI == "fast", ASM, EMULATE
+                )  # fmt: skip
+            scale = _coefficient(b, row, entry, found, stride, B_KIND)
+            value = scale * n
+        if A_KIND != "none":
+            first = _coefficient(a, row, entry, found, stride, A_KIND) * _load(u, offset, inside, EVEN, EMULATE)
+            if V == "none":
+                value = first
+            elif V == "fast":
+                value = tl.fma(scale, n, first)
+            else:
+                value = first + value
+        _store(out, offset, value, inside, EVEN, EMULATE)
+
+
+@triton.jit
+def _mask(mask, offset, inside, sizes, strides, DIMS: tl.constexpr, EVEN: tl.constexpr):
+    """The mask of each element: laid out as the data (DIMS = 0), or strided in up to four dimensions."""
+    if DIMS == 0:
+        place = offset
+    else:
+        rest = offset
+        place = offset * 0
+        for k in tl.static_range(DIMS - 1):
+            size = sizes[2 - k]
+            place = place + rest % size * strides[3 - k]
+            rest = rest // size
+        place = place + rest * strides[4 - DIMS]
+    if EVEN:
+        return tl.load(mask + place).to(tl.float32)
+    else:
+        return tl.load(mask + place, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _total(values, count, apart, LANES: tl.constexpr):
+    """The sum of ``count`` pairs of memory, in one fixed order. The second of a pair is ``apart`` from the first."""
+    lanes = tl.arange(0, LANES)
+    high = tl.zeros([LANES], tl.float32)
+    low = tl.zeros([LANES], tl.float32)
+    for start in range(0, count, LANES):
+        k = start + lanes
+        # Written by other programs: not to be found in this multiprocessor's own cache.
+        more = tl.load(values + k, mask=k < count, other=0.0, cache_modifier=".cg")
+        less = tl.load(values + apart + k, mask=k < count, other=0.0, cache_modifier=".cg")
+        high, low = pair_sum(high, low, more, less)
+    return tl.reduce((high, low), 0, pair_sum)
+
+
+@triton.jit
+def _last(counter, number):
+    """Whether this is the last of ``number`` programs to come here. Then it sees all that the others have stored, and
+    the counter is as it was."""
+    # The barrier puts the stores of all threads before the release, which is one thread's.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == number - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def _store_pair(pointer, apart, high, low, inside):
+    tl.store(pointer, high, mask=inside)
+    tl.store(pointer + apart, low, mask=inside)
+
+
+@triton.jit
+def _finish(row, inside, total, total_low, count, count_low, weight, result, means, divisor, counter, partials, number,
+            place, rows, size, size_low, mean, NORMALIZATION: tl.constexpr, REDUCTION: tl.constexpr, R: tl.constexpr,
+            LANES: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+    """From the sums of whole rows (one, or R) to the results; the last program makes those of all rows. Numbers are
+    pairs, so that what is stored is rounded once."""
+    if NORMALIZATION == "row":
+        # A row with nothing in its mask has no mean: it counts as 0.
+        count = tl.where(count == 0, 1.0, count)
+        tl.store(divisor + row, tl.div_rn(mean, count), mask=inside)
+        total, total_low = pair_quotient(total, total_low, count, count_low, EMULATE)
+    elif NORMALIZATION == "none":
+        total, total_low = pair_quotient(total, total_low, size, size_low, EMULATE)
+    if means is not None:
+        _store_pair(means + row, rows, total, pair_rest(total, total_low), inside)
+    value, low = pair_product(total, total_low, weight, EMULATE)
+    if NORMALIZATION == "global":
+        _store_pair(partials + 4 * number + row, rows, value, low, inside)
+    elif REDUCTION == "none":
+        tl.store(result + row, pair_rounded(value, low), mask=inside)
+    if REDUCTION != "none" or NORMALIZATION == "global":
+        if R > 1:
+            there = inside & (value == value)  # so that what is left out of the low parts' sum is no NaN
+            value, low = tl.reduce((tl.where(inside, value, 0.0), tl.where(there, low, 0.0)), 0, pair_sum)
+            count, count_low = tl.sum(tl.where(inside, count, 0.0)), tl.sum(tl.where(inside, count_low, 0.0))
+        _store_pair(partials + place, number, value, low, True)
+        if NORMALIZATION == "global":
+            _store_pair(partials + 2 * number + place, number, count, count_low, True)
+        if _last(counter, number):
+            value, low = _total(partials, number, number, LANES)
+            if NORMALIZATION == "global":
+                count, count_low = _total(partials + 2 * number, number, number, LANES)
+                # A row's divisor is the mask's sum over the number of rows.
+                count, count_low = pair_quotient(count, count_low, rows.to(tl.float32), 0.0, EMULATE)
+                tl.store(divisor, tl.div_rn(mean, count))
+                if REDUCTION == "none" or means is not None:
+                    for start in range(0, rows, LANES):
+                        k = start + tl.arange(0, LANES)
+                        if means is not None:
+                            first = tl.load(means + k, mask=k < rows, cache_modifier=".cg")
+                            second = tl.load(means + rows + k, mask=k < rows, cache_modifier=".cg")
+                            first, second = pair_quotient(first, second, count, count_low, EMULATE)
+                            _store_pair(means + k, rows, first, pair_rest(first, second), k < rows)
+                        if REDUCTION == "none":
+                            first = tl.load(partials + 4 * number + k, mask=k < rows, cache_modifier=".cg")
+                            second = tl.load(partials + 4 * number + rows + k, mask=k < rows, cache_modifier=".cg")
+                            first, second = pair_quotient(first, second, count, count_low, EMULATE)
+                            tl.store(result + k, pair_rounded(first, second), mask=k < rows)
+                value, low = pair_quotient(value, low, count, count_low, EMULATE)
+            if REDUCTION == "mean":
+                value, low = pair_quotient(value, low, rows.to(tl.float32), 0.0, EMULATE)
+            if REDUCTION != "none":
+                tl.store(result, pair_rounded(value, low))
+
+
+@triton.jit
+def _tile_sum(value, PAIRS: tl.constexpr, R: tl.constexpr, EMULATE: tl.constexpr):
+    """The sum of each run of a tile, as a pair."""
+    if not PAIRS:
+        total = tl.sum(value, 1 if R > 1 else 0)
+        return total, total * 0.0
+    elif EMULATE:  # by the interpreter's own sum: a reduction by pairs is one Python call an element there
+        wide = tl.sum(value.to(tl.float64), 1 if R > 1 else 0)
+        high = wide.to(tl.float32)
+        return high, tl.where(high - high == 0, wide - high.to(tl.float64), 0.0).to(tl.float32)
+    else:
+        return tl.reduce((value, value * 0.0), 1 if R > 1 else 0, pair_sum)
+
+
+@triton.jit
+def loss(
+    prediction, x0, n, gradient, mask, p, q, scale, weight, c, index, seed,
+    upstream, used, assumed, result, means, divisor, counters, partials,
+    stream, sample_offset, strength, size, size_low, mean, both,
+    m1, m2, m3, s0, s1, s2, s3, rows, parts, number,
+    steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
+    P_KIND: tl.constexpr, Q_KIND: tl.constexpr, SCALE_KIND: tl.constexpr, WEIGHT_KIND: tl.constexpr,
+    C_KIND: tl.constexpr, UPSTREAM: tl.constexpr, INDEX: tl.constexpr,
+    N: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr, MASK_DIMS: tl.constexpr,
+    FUNCTION: tl.constexpr, NORMALIZATION: tl.constexpr, REDUCTION: tl.constexpr, LANES: tl.constexpr,
+    ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """weight mask rho(scale (prediction - p x0 - q n); c): the sums, where there is a ``result``, and the gradient of
+    the prediction, where there is one.
+
+    The gradient is that for ``upstream``; where that is not known yet, for the one that is ``assumed``, which is kept
+    in ``used``. With both, the gradient is there already, made for ``used``: if that is what has come, nothing is done.
+
+    number: of sums in the last stage. size, size_low: the elements of a row, as a pair; mean: 1 over the number of
+    rows; both: over that of all elements (each 1 where there is no such mean). A sum of a long row is made by ``parts``
+    programs, of which the last adds up, in one order whichever it is.
+    """
+    if UPSTREAM != "none" and used is not None:
+        came = tl.load(upstream)
+        if came == tl.load(used):
+            return
+        tl.store(assumed, came, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
+
+    run, block, column, offset, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    row = _row(run, per, frames, shared, ROWS)
+    entry, found = _entry(index, row, steps, INDEX)
+    e = _load(prediction, offset, inside, EVEN, EMULATE)
+    if N == "tensor":
+        made = _load(n, offset, inside, EVEN, EMULATE)
+    elif N != "none":
+        made = _made(seed, stream, sample_offset, strength, run, column, units, sample_runs, channel_runs,
+                     SEED, OFFSET, UNIT, SAMPLES, N == "fast", ASM, EMULATE)  # fmt: skip
+    if N != "none":
+        q_row = _coefficient(q, row, entry, found, stride, Q_KIND)
+    if P_KIND != "none":
+        p_row = _coefficient(p, row, entry, found, stride, P_KIND)
+        data = _load(x0, offset, inside, EVEN, EMULATE)
+        if N != "none":
+            e = e - tl.fma(p_row, data, q_row * made)
+        else:
+            e = tl.fma(-p_row, data, e)
+    elif N != "none":
+        e = tl.fma(-q_row, made, e)
+    if SCALE_KIND != "none":
+        factor = _coefficient(scale, row, entry, found, stride, SCALE_KIND)
+        e = factor * e
+    if C_KIND != "none":
+        constant = _coefficient(c, row, entry, found, stride, C_KIND)
+    else:
+        constant = 1.0
+    if MASK_DIMS >= 0:
+        kept = _mask(mask, offset, inside, (m1, m2, m3), (s0, s1, s2, s3), MASK_DIMS, EVEN)
+    if WEIGHT_KIND != "none":
+        strong = _coefficient(weight, row, entry, found, stride, WEIGHT_KIND)
+
+    if gradient is not None:
+        if UPSTREAM != "none":
+            outer = _coefficient(upstream, row, entry, found, stride, UPSTREAM)
+        else:
+            outer = tl.load(assumed)
+            outer = tl.where(outer == 0, 1.0, outer)  # 0: nothing has come yet
+            tl.store(used, outer, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
+        if NORMALIZATION == "row":
+            k = strong * outer * tl.load(divisor + row)
+        elif NORMALIZATION == "global":
+            k = strong * outer * tl.load(divisor)
+        else:
+            k = strong * outer * both
+        if SCALE_KIND != "none":
+            k = k * factor
+        if FUNCTION == "mse":
+            slope = (2.0 * k) * e
+        else:
+            slope = k * derivative(e, constant, FUNCTION)
+        if MASK_DIMS >= 0:
+            slope = slope * kept
+        _store(gradient, offset, slope, inside, EVEN, EMULATE)
+
+    if result is not None:
+        value = error(e, constant, FUNCTION)
+        if MASK_DIMS >= 0:
+            value = value * kept
+        if not EVEN:
+            value = tl.where(inside, value, 0.0)
+        if R > 1:
+            whole = tl.program_id(0) * R + tl.arange(0, R)
+            there = whole < runs
+            row = tl.minimum(whole, runs - 1)
+            row = _row(row, per, frames, shared, ROWS)
+            entry, found = _entry(index, row, steps, INDEX)
+            strong = _coefficient(weight, row, entry, found, stride, WEIGHT_KIND)
+        else:
+            there = row >= 0
+        # Tiles are added up in pairs. Within one a plain sum will do: its roundings are many and independent, and those
+        # of a thread 1/100 of the whole. Not so for the quotient of two sums.
+        total, total_low = _tile_sum(value, NORMALIZATION != "none", R, EMULATE)
+        count, count_low = total * 0.0, total_low
+        if NORMALIZATION != "none":
+            if not EVEN:
+                kept = tl.where(inside, kept, 0.0)
+            count, count_low = _tile_sum(kept, True, R, EMULATE)
+        place = tl.program_id(0)
+        if parts > 1:
+            if ROWS == "run":
+                part = row * parts + block
+            else:
+                stretch = run // per
+                part = row * parts + (stretch // frames % shared * per + run % per) * blocks + block
+            everything = rows * parts
+            _store_pair(partials + part, everything, total, total_low, there)
+            if NORMALIZATION != "none":
+                _store_pair(partials + 2 * everything + part, everything, count, count_low, there)
+            if _last(counters + 1 + row, parts):
+                total, total_low = _total(partials + row * parts, parts, everything, LANES)
+                if NORMALIZATION != "none":
+                    count, count_low = _total(partials + 2 * everything + row * parts, parts, everything, LANES)
+                _finish(row, there, total, total_low, count, count_low, strong, result, means, divisor, counters,
+                        partials + 4 * everything, number, row, rows, size, size_low, mean,
+                        NORMALIZATION, REDUCTION, R, LANES, EMULATE)  # fmt: skip
+        else:
+            _finish(row, there, total, total_low, count, count_low, strong, result, means, divisor, counters,
+                    partials, number, place, rows, size, size_low, mean,
+                    NORMALIZATION, REDUCTION, R, LANES, EMULATE)  # fmt: skip
+
+
+@triton.jit
+def step(
+    y, x0_out, entry, x, m, uncond, h1, h2, h3, h4, v, log_variance, table, scale, seed,
+    stream, sample_offset, strength, guidance, clip,
+    width, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
+    GUIDED: tl.constexpr, V: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr, CLIPPED: tl.constexpr,
+    ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """One sampler step: see ``reference.COLUMNS`` for what the columns of ``table`` mean.
+
+    GUIDED: by the number ``guidance``, or by ``scale``, "one" or one a "row"; width: of the table, 0 for a single row.
+    """
+    run, block, column, offset, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    row = _row(run, per, frames, shared, ROWS)
+    at = table + row * width
+    state = _load(x, offset, inside, EVEN, EMULATE)
+    model = _load(m, offset, inside, EVEN, EMULATE)
+    if GUIDED != "none":
+        free = _load(uncond, offset, inside, EVEN, EMULATE)
+        if GUIDED == "number":
+            model = free + guidance * (model - free)
+        elif GUIDED == "one":
+            model = free + tl.load(scale) * (model - free)
+        else:
+            model = free + tl.load(scale + row) * (model - free)
+    data = tl.load(at) * state + tl.load(at + 1) * model
+    if CLIPPED:
+        data = tl.where(data > clip, clip, tl.where(data < -clip, -clip, data))  # NaN stays
+    value = tl.load(at + 2) * state + tl.load(at + 3) * model + tl.load(at + 4) * data
+    if h1 is not None:
+        value = value + tl.load(at + 5) * _load(h1, offset, inside, EVEN, EMULATE)
+    if h2 is not None:
+        value = value + tl.load(at + 6) * _load(h2, offset, inside, EVEN, EMULATE)
+    if h3 is not None:
+        value = value + tl.load(at + 7) * _load(h3, offset, inside, EVEN, EMULATE)
+    if h4 is not None:
+        value = value + tl.load(at + 8) * _load(h4, offset, inside, EVEN, EMULATE)
+    if V != "none":
+        if V == "tensor":
+            z = _load(v, offset, inside, EVEN, EMULATE)
+        else:
+            z = _made(seed, stream, sample_offset, strength, run, column, units, sample_runs, channel_runs,
+                      SEED, OFFSET, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
+        strong = tl.load(at + 9)
+        if log_variance is not None:
+            learned = _load(log_variance, offset, inside, EVEN, EMULATE)
+            strong = strong * accurate_exp(0.5 * (tl.load(at + 10) + tl.load(at + 11) * learned))
+        value = value + strong * z
+    _store(y, offset, value, inside, EVEN, EMULATE)
+    if x0_out is not None:
+        _store(x0_out, offset, data, inside, EVEN, EMULATE)
+    if entry is not None:
+        kept = tl.load(at + 12) * state + tl.load(at + 13) * model + tl.load(at + 14) * data
+        _store(entry, offset, kept, inside, EVEN, EMULATE)

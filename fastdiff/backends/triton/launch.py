@@ -1,0 +1,179 @@
+"""From tensors and sizes to a running kernel: one compilation a variant, then a launch that costs few microseconds.
+
+``triton.jit``'s own call inspects every argument every time. Here the caller knows what distinguishes two variants: the
+dtypes of the pointers, whether the data is aligned, the constants and the device. That is the key; the integers are
+arguments of a fixed type, never specialised on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import kernels, philox
+
+INTERPRETED = not isinstance(kernels.affine, triton.runtime.JITFunction)
+# The versions whose compiled kernels are known to be called as ``_Direct`` does; others go through triton.jit.
+_DIRECT_VERSIONS = ("3.6",)
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float64: "*fp64",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_offset", "offset"}
+_FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance"}
+# Full-size data, which is loaded by vectors where it is aligned to 16 bytes.
+_DATA = {"out", "kept", "u", "v", "xi", "prediction", "x0", "n", "gradient", "x", "m", "y", "entry", "log_variance"} | {
+    "uncond", "h1", "h2", "h3", "h4", "x0_out",
+}  # fmt: skip
+
+_records: list[str] | None = None
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[str]]:
+    """Collects the names of the kernels that are launched in the block, in order."""
+    global _records
+    before, _records = _records, []
+    try:
+        yield _records
+    finally:
+        _records = before
+
+
+class Kernel:
+    """A kernel function and its variants."""
+
+    def __init__(self, function: Any):
+        self.function = function
+        self.name: str = function.fn.__name__
+        names = list(function.arg_names)
+        constant = {name for name, kind in function.fn.__annotations__.items() if "constexpr" in str(kind)}
+        self.runtime = [name for name in names if name not in constant]
+        self.constants = [name for name in names if name in constant]
+        assert names == self.runtime + self.constants, "constants come last"
+        self.data = [k for k, name in enumerate(self.runtime) if name in _DATA]
+        self.wide = self.constants.index("WIDE") if "WIDE" in self.constants else None
+        self.source_of_noise = self.constants.index("N") if "N" in self.constants else None
+        self._variants: dict[tuple, Any] = {}
+
+    def key(self, arguments: tuple, constants: tuple, device: Any) -> tuple:
+        """What distinguishes the variants: the dtype of every pointer (None where there is none, int for a number),
+        whether all data is aligned, the constants and the device."""
+        types = tuple(a.dtype if isinstance(a, Tensor) else None if a is None else int for a in arguments)
+        aligned = all(arguments[k] is None or arguments[k].data_ptr() % 16 == 0 for k in self.data)
+        return types, aligned, constants, device
+
+    def source(self, types: tuple, aligned: bool, constants: tuple) -> ASTSource:
+        """What is compiled for a key."""
+        number = "i64" if self.wide is not None and constants[self.wide] else "i32"
+        signature, attributes = {}, {}
+        values = dict(zip(((len(self.runtime) + k,) for k in range(len(constants))), constants))
+        for k, (name, kind) in enumerate(zip(self.runtime, types)):
+            if kind is None:
+                signature[name], values[(k,)] = "constexpr", None
+            elif kind is int:
+                signature[name] = "i64" if name in _INT64 else "fp32" if name in _FLOATS else number
+            else:
+                signature[name] = POINTERS[kind]
+                if aligned and k in self.data:
+                    attributes[(k,)] = [["tt.divisibility", 16]]
+        signature |= dict.fromkeys(self.constants, "constexpr")
+        return ASTSource(fn=self.function, signature=signature, constexprs=values, attrs=attributes)
+
+    def options(self, constants: tuple) -> dict[str, Any]:
+        """How a variant is compiled. Only where no bits are promised may products and sums be contracted: in a loss
+        whose noise is not made with the exact transform."""
+        contracted = self.source_of_noise is not None and constants[self.source_of_noise] != "exact"
+        return {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": contracted}
+
+    def compile(self, key: tuple, target: GPUTarget) -> Any:
+        """The compiled kernel of a key for any target; no GPU is needed."""
+        return triton.compile(self.source(*key[:3]), target=target, options=self.options(key[2]))
+
+    def __call__(self, device: torch.device, grid: tuple[int, int], arguments: tuple, constants: tuple) -> None:
+        """Launch on the current stream of ``device``."""
+        if _records is not None:
+            _records.append(self.name)
+        if not _direct(device):
+            with _on(device):
+                self.function[grid](*arguments, *constants, **self.options(constants))
+            return
+        key = self.key(arguments, constants, device.index)
+        variant = self._variants.get(key)
+        with _on(device):
+            if variant is None:
+                target = triton.runtime.driver.active.get_current_target()
+                variant = self._variants[key] = _Direct(self.compile(key, target))
+            variant(grid, _stream(device), arguments, constants)
+
+
+class _Direct:
+    """A compiled kernel, called with pointers and numbers, without looking at them again."""
+
+    def __init__(self, compiled: Any):
+        # ``run`` loads the binary, so it comes first.
+        self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def __call__(self, grid: tuple[int, int], stream: int, arguments: tuple, constants: tuple) -> None:
+        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        # No launch metadata, and no hooks on entry or exit.
+        self.run(*grid, 1, stream, self.function, self.metadata, None, None, None, *values, *constants)
+
+
+_NVIDIA = torch.version.hip is None
+_KNOWN = triton.__version__.startswith(tuple(f"{version}." for version in _DIRECT_VERSIONS))
+
+
+def _direct(device: torch.device) -> bool:
+    return _KNOWN and _NVIDIA and device.type == "cuda" and not INTERPRETED
+
+
+def has_approximate_instructions(device: torch.device) -> bool:
+    """Whether the fast transform may use NVIDIA's instructions for log, sqrt, sin and cos."""
+    return _NVIDIA and device.type == "cuda" and not INTERPRETED
+
+
+def _on(device: torch.device) -> Any:
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    if device.type == "xpu" and device.index != torch.xpu.current_device():
+        return torch.xpu.device(device)
+    return contextlib.nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def current_stream(device: torch.device) -> int:
+    """What tells the streams of a device apart."""
+    if device.type == "cuda":
+        return _stream(device)
+    return torch.xpu.current_stream(device).stream_id if device.type == "xpu" else 0
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether launches are being recorded in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+affine = Kernel(kernels.affine)
+loss = Kernel(kernels.loss)
+step = Kernel(kernels.step)
+uniforms = Kernel(philox.uniforms)

@@ -1,0 +1,173 @@
+"""Philox4x32-10 and the normal transforms, as device functions. ``reference/philox.py`` is the definition.
+
+Triton's interpreter has no fma and truncates where a GPU rounds to bfloat16. ``EMULATE`` makes it round as a GPU does;
+compiled kernels never have it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fma(a, b, c, EMULATE: tl.constexpr):
+    """a * b + c with one rounding."""
+    if EMULATE:  # the product is exact in float64, the sum rounded to odd there, so that float32 is the only rounding
+        product = a.to(tl.float64) * tl.cast(b, tl.float64)
+        wide = tl.cast(c, tl.float64)
+        total = product + wide
+        back = total - product
+        error = (product - (total - back)) + (wide - back)
+        bits = total.to(tl.int64, bitcast=True)
+        towards = tl.where((error > 0) == (total > 0), 1, -1).to(tl.int64)
+        odd = tl.where((error != 0) & ((bits & 1) == 0), bits + towards, bits)
+        return odd.to(tl.float64, bitcast=True).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def widen(x, EMULATE: tl.constexpr):
+    """A loaded value as float32."""
+    if EMULATE and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
+    """float32 rounded to what is stored."""
+    if EMULATE and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def words(c0, c1, c2, c3, k0, k1):
+    """Ten rounds on uint32."""
+    for _ in tl.static_range(10):
+        # One wide multiplication each, where the high and the low half apart are two.
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = product1.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = product0.to(tl.uint32)
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _signed(x, sign):
+    """x with its sign flipped by the top bit of ``sign``."""
+    return (x.to(tl.uint32, bitcast=True) ^ (sign & 0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sqrt(y, ASM: tl.constexpr):
+    """The correctly rounded root of y in [1e-30, 64]."""
+    if ASM:
+        # What sqrt.rn.f32 itself becomes for numbers of this size, without the test for others and what it branches to.
+        r = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [y], tl.float32, True, 1)
+        s = y * r
+        return tl.fma(tl.fma(-s, s, y), 0.5 * r, s)
+    else:
+        return tl.sqrt_rn(y)
+
+
+@triton.jit
+def _radius_exact(i1, ASM: tl.constexpr, EMULATE: tl.constexpr):
+    f = (i1 | 1).to(tl.float32)
+    bits = f.to(tl.int32, bitcast=True)
+    exponent = ((bits - 0x3F3504F3) >> 23) << 23
+    t = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    value = fma(t, 0.20757412910461426, -0.326762855052948, EMULATE)
+    value = fma(t, value, 0.34424856305122375, EMULATE)
+    value = fma(t, value, -0.397684723138809, EMULATE)
+    value = fma(t, value, 0.49943119287490845, EMULATE)
+    value = fma(t, value, -0.6667121648788452, EMULATE)
+    value = fma(t, value, 1.000006914138794, EMULATE)
+    value = fma(t, value, -1.9999998807907104, EMULATE)
+    rest = fma(exponent.to(tl.float32), -1.6525916635146132e-07, 44.361419677734375, EMULATE)
+    y = fma(value, t, rest, EMULATE)
+    return _sqrt(tl.maximum(y, 1e-30), ASM)
+
+
+@triton.jit
+def _radius_fast(i1, ASM: tl.constexpr):
+    u = (i1 | 1).to(tl.float32) * 2.3283064365386963e-10  # 2^-32: in (0, 1]
+    if ASM:
+        log = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], tl.float32, True, 1)
+        y = log * -1.3862943611198906
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [y], tl.float32, True, 1)
+    else:
+        return tl.sqrt(tl.log2(u) * -1.3862943611198906)
+
+
+@triton.jit
+def _pair(i1, i2, FAST: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr):
+    """Two normals from two uint32: radius from i1, angle and signs from i2."""
+    # m is uniform in [1, 2): the angle is m - 3/2 of a quarter turn, from its middle.
+    m = ((i2 >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+    if FAST and ASM:
+        angle = tl.fma(m, 1.5707963267948966, -1.5707963267948966)
+        first = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
+        second = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
+    else:
+        a = m - 1.5
+        z = a * a
+        value = fma(z, 0.05512253, -0.45665085882, EMULATE)
+        value = fma(z, value, 1.1107191455, EMULATE)
+        s = a * value
+        c = fma(z, -0.01442851647, 0.1793213209912, EMULATE)
+        c = fma(z, c, -0.872355524, EMULATE)
+        c = fma(z, c, 0.70710676169, EMULATE)
+        first = c - s
+        second = c + s
+    if FAST:
+        radius = _radius_fast(i1, ASM)
+    else:
+        radius = _radius_exact(i1, ASM, EMULATE)
+    return _signed(radius * first, i2 << 31), _signed(radius * second, i2 << 30)
+
+
+@triton.jit
+def normals(seed, stream, sample, index, FAST: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr):
+    """The normal of each element ``index`` of its ``sample``.
+
+    Written for one element, and four normals are computed for each; but neighbours have the same counter, and the
+    compiler finds that the four of a thread are the same work.
+    """
+    c0 = (index >> 2).to(tl.uint32)
+    zero = c0 * 0
+    c1 = zero + stream.to(tl.uint32)
+    c2 = zero + sample.to(tl.uint32)
+    c3 = zero + (sample >> 32).to(tl.uint32)
+    o0, o1, o2, o3 = words(c0, c1, c2, c3, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+    n0, n1 = _pair(o0, o1, FAST, ASM, EMULATE)
+    n2, n3 = _pair(o2, o3, FAST, ASM, EMULATE)
+    lane = index & 3
+    return tl.where(lane < 2, tl.where(lane == 0, n0, n1), tl.where(lane == 2, n2, n3))
+
+
+@triton.jit
+def uniforms(out, seed, stream, offset, samples, SEED: tl.constexpr, BLOCK: tl.constexpr):
+    """One float64 uniform in (0, 1) a sample, of 52 bits."""
+    if SEED == "tensor":
+        key = tl.load(seed)
+    else:
+        key = seed.to(tl.int64)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sample = place.to(tl.int64) + offset
+    zero = place.to(tl.uint32) * 0
+    high = (sample >> 32).to(tl.uint32)
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    o0, o1, o2, o3 = words(zero, zero + stream.to(tl.uint32), sample.to(tl.uint32), high, k0, k1)
+    bits = (o0.to(tl.int64) << 20) | (o1 >> 12).to(tl.int64)
+    tl.store(out + place, (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16, mask=place < samples)

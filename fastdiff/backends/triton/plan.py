@@ -1,0 +1,103 @@
+"""How data is cut into tiles. Pure numbers: a plan is computed once a shape."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..layout import layout_of
+
+# (elements from which on, elements a tile of 2-byte data, of 4-byte data), for four warps. Small data is cut finer, so
+# that all multiprocessors have some of it. From instruction and register counts; not measured on a GPU yet.
+TILES = ((1 << 21, 4096, 4096), (0, 1024, 1024))
+
+
+def tile_of(elements: int, itemsize: int) -> int:
+    """Elements a tile. Part of the definition of a loss: the order of its sum depends on it."""
+    for least, narrow, wide in TILES:
+        if elements >= least:
+            return narrow if itemsize <= 2 else wide
+    raise AssertionError(elements)
+
+
+class Plan(NamedTuple):
+    """See ``kernels.py`` for the names. ``rows``: how many there are; ``parts``: programs with a share of a row."""
+
+    grid: tuple[int, int]
+    rows: int
+    parts: int
+    numbers: tuple[int, int, int, int, int, int]  # units, runs, blocks, per, frames, shared
+    sample_runs: int
+    channel_runs: int
+    constants: tuple  # ROWS, R, C, UNIT, GRID, SAMPLES, EVEN, WIDE
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    shape: tuple[int, ...], rows: tuple[int, ...], tile: int, made: bool = False, channels: bool = False,
+    sums: bool = False,
+) -> Plan:  # fmt: skip
+    """The plan for data of ``shape`` with ``rows`` (the second result of ``layout_of``).
+
+    ``made``: no run spans two samples, as noise is made by sample; ``channels``: nor two channels. ``sums``: rows are
+    summed, so a tile has several runs only where those are whole rows.
+    """
+    elements = math.prod(shape)
+    (outer, shared, frames, inner, samples, count), _ = layout_of(shape, rows)
+    if frames * inner == 1:
+        shared, inner = 1, shared
+    width, sample = inner, elements // samples
+    if made:
+        width = min(width, sample)
+    if channels:
+        width = min(width, sample // count)
+    runs, per = elements // width, inner // width
+    unit = next(unit for unit in (16, 4, 1) if width % unit == 0)
+    c = min(tile, _power_of_2(width))
+    blocks = -(-width // c)
+    parts = per * shared * blocks
+    r = 1 if sums and parts > 1 else min(max(1, tile // c), _power_of_2(runs)) if blocks == 1 else 1
+    sample_runs = max(1, sample // width)
+    kind = "one" if outer * frames == 1 else "run" if per == shared == frames == 1 else "layout"
+    if blocks == 1:
+        way, grid = "runs", (-(-runs // r), 1)
+    elif runs < 1 << 16:
+        way, grid = "blocks, runs", (blocks, runs)
+    else:
+        way, grid = "all", (blocks * runs, 1)
+    return Plan(
+        grid,
+        outer * frames,
+        parts,
+        (width // unit, runs, blocks, per, frames, shared),
+        sample_runs,
+        max(1, sample // count // width),
+        (
+            *(kind, r, c, unit, way, "run" if sample_runs == 1 else "part"),
+            *(width % c == 0 and runs % r == 0, elements + r * c >= 2**31),
+        ),
+    )
+
+
+@lru_cache(maxsize=1024)
+def strided(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
+    """(dimensions, three sizes and four strides, those of the last dimensions last) of a strided tensor, its dimensions
+    merged where they can be; 0 dimensions if it is contiguous. None if more than four are left."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(shape, strides):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 4:
+        return None
+    dims = 0 if len(merged) < 2 and (not merged or merged[0][1] == 1) else len(merged)
+    padded = [(1, 0)] * (4 - len(merged)) + merged
+    return dims, (*(size for size, _ in padded[1:]), *(stride for _, stride in padded))
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
