@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layout import layout_of
-from ..rows import Gathered
+from ..rows import Gathered, as_tensor
 
 Coefficient = Any  # a Tensor placed as rows, a Gathered, or None
 
@@ -48,7 +48,7 @@ def arrange(shape: tuple[int, ...], *coefficients: Coefficient, rows: tuple[int,
             if first is None:
                 first = c
             elif not _alike(first, c):
-                c = gathered(c)
+                c = as_tensor(c)
         found.append(c)
     spread = [c.index if isinstance(c, Gathered) else c for c in found]
     many = {tuple(t.shape) for t in spread if t is not None and not is_one(t)}
