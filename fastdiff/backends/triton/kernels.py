@@ -325,8 +325,8 @@ def loss(
     in ``used``. With both, the gradient is there already, made for ``used``: if that is what has come, nothing is done.
 
     number: of sums in the last stage. size, size_low: the elements of a row, as a pair; mean: 1 over the number of
-    rows; both: over that of all elements (each 1 where there is no such mean). A row is whole in a program, or SPLIT over
-    ``parts`` programs, of which the last adds up, in one order whichever it is.
+    rows; both: over that of all elements (each 1 where there is no such mean). A row is whole in a
+    program, or SPLIT over ``parts`` programs, of which the last adds up, in one order whichever it is.
     """
     if UPSTREAM != "none" and used is not None:
         came = tl.load(upstream)
