@@ -115,8 +115,34 @@ def cases() -> dict[str, Any]:
         x, given, given, 5.0, table, 1.0, entries, made, given, bf16, (True, True)
     )
     found["convert, bf16"] = lambda: operations.convert(given, x, *column[:2], bf16)
+
+    def shaped(shape, rows, normalization, reduction, n=None, mask=None):
+        def call():
+            prediction, weight = meta(*shape, dtype=bf16).requires_grad_(), meta(*rows).requires_grad_()
+            row = meta(*rows)
+            how = None, row, row, weight, None, mask, "mse", normalization, reduction
+            out = operations.loss(prediction, None, meta(*shape) if n is None else n, *how)
+            out.backward(meta(*out.shape))
+
+        return call
+
+    # Every way in which rows, samples and tiles can lie.
+    found["loss, 1 x 28 x 28, rows' means"] = shaped((64, 1, 28, 28), (64, 1, 1, 1), "none", "none")
+    found["loss, tokens, mask's mean of all"] = shaped((8, 16, 40), (8, 16, 1), "global", "none", mask=meta(8, 16, 1))
+    found["loss, tokens, masks' means"] = shaped((8, 16, 40), (8, 16, 1), "row", "mean", mask=meta(8, 16, 1))
+    found["loss, a row an element"] = shaped((64, 2), (64, 2), "none", "mean")
+    found["loss, frames"] = shaped((2, 3, 4, 5, 6), (2, 1, 4, 1, 1), "none", "mean", ops.Philox(seed, offset=0.1))
+    found["loss, one row"] = shaped((8, 64), (1, 1), "none", "sum", ops.Philox(5))
+    found["loss, 2^32 elements"] = shaped((2**12, 2**20), (2**12, 1), "none", "mean", made)
+    found["noising, 2^32 elements"] = noise_of_two(meta(2**12, 2**20, dtype=bf16), meta(2**12, 1), made)
+    found["noising, a row an element"] = noise_of_two(meta(64, 2), meta(64, 2), ops.Philox(5))
     found["uniforms"] = lambda: operations.uniform(seed, 64, 3, 0, seed.device)
     return found
+
+
+def noise_of_two(x0: torch.Tensor, rows: torch.Tensor, source: ops.Philox) -> Any:
+    """Noising with input perturbation, the noise kept."""
+    return lambda: operations.noise(x0, source, rows, rows, 0.1, ops.Philox(source.seed, 0, 2), True)
 
 
 def machine_code(compiled: Any) -> dict[str, Any]:

@@ -314,6 +314,7 @@ def loss(
     C_KIND: tl.constexpr, UPSTREAM: tl.constexpr, INDEX: tl.constexpr,
     N: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr, MASK_DIMS: tl.constexpr,
     FUNCTION: tl.constexpr, NORMALIZATION: tl.constexpr, REDUCTION: tl.constexpr, LANES: tl.constexpr,
+    SPLIT: tl.constexpr,
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -324,8 +325,8 @@ def loss(
     in ``used``. With both, the gradient is there already, made for ``used``: if that is what has come, nothing is done.
 
     number: of sums in the last stage. size, size_low: the elements of a row, as a pair; mean: 1 over the number of
-    rows; both: over that of all elements (each 1 where there is no such mean). A sum of a long row is made by ``parts``
-    programs, of which the last adds up, in one order whichever it is.
+    rows; both: over that of all elements (each 1 where there is no such mean). A row is whole in a
+    program, or SPLIT over ``parts`` programs, of which the last adds up, in one order whichever it is.
     """
     if UPSTREAM != "none" and used is not None:
         came = tl.load(upstream)
@@ -412,7 +413,7 @@ def loss(
                 kept = tl.where(inside, kept, 0.0)
             count, count_low = _tile_sum(kept, True, R, EMULATE)
         place = tl.program_id(0)
-        if parts > 1:
+        if SPLIT:
             if ROWS == "run":
                 part = row * parts + block
             else:

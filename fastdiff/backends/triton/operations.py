@@ -505,7 +505,7 @@ def _launch_loss(
         ),
         (
             *(*rows.kinds, rows.index_kind, kind, seed_kind, offset, laid.mask_dims),
-            *(function, normalization, reduction, 8 if launch.INTERPRETED else 128),
+            *(function, normalization, reduction, 8 if launch.INTERPRETED else 128, how.parts > 1),
             *(*how.constants, launch.has_approximate_instructions(device), launch.INTERPRETED),
         ),
     )
