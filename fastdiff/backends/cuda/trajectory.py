@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +31,10 @@ class Trajectory(Any_Trajectory):
         mask: Tensor | None,
         known: Tensor | None,
         known_noise: Any,
+        philox: Any,
         reuse: bool,
     ):
-        super().__init__(step, x, table, placed, guidance, clip, mask, known, known_noise, reuse)
+        super().__init__(step, x, table, placed, guidance, clip, mask, known, known_noise, philox, reuse)
         self._prepared = (
             on.built
             and plain(x, placed, guidance, mask, known, known_noise, getattr(known_noise, "seed", None))
@@ -106,6 +108,9 @@ class Trajectory(Any_Trajectory):
         history: tuple[Tensor, ...] | None = None,
     ) -> None:
         """As ``reference.Trajectory.step``."""
+        stream = noise
+        if type(noise) is int:
+            noise = dataclasses.replace(self._philox, stream=noise)
         if (
             not self._prepared
             or log_variance is not None
@@ -116,12 +121,16 @@ class Trajectory(Any_Trajectory):
             or not of_data(m, noise)
             or differentiable(m, noise)
         ):
-            super().step(k, m, guided, noise, copies, want_x0, log_variance, threshold, row, history)
+            super().step(k, m, guided, stream, copies, want_x0, log_variance, threshold, row, history)
             if self._prepared:
                 self.x = self.x.contiguous()
                 self._kept = memory(self.x)
                 self._history = [entry.contiguous() for entry in self._history]
             return
+        if m.shape != ((2 if guided else 1) * self._shape[0], *self._shape[1:]):
+            self._refuse_shape(m, guided)
+        if isinstance(noise, Tensor):
+            self._check_noise(noise)
         m, noise = m.contiguous(), settled(noise, self.x)
         output, uncond = self._outputs(m, guided)
         batch = self._shape[0]
