@@ -98,4 +98,4 @@ def test_drop_in(benchmark, name, part, shape, dtype, implementation, device):
     run()
     benchmark.group = f"{name}, {part}, {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
     benchmark.extra_info["implementation"] = implementation
-    benchmark.pedantic(run, rounds=40 if shape[0] < 8 else 15, iterations=1, warmup_rounds=3)
+    benchmark.pedantic(run, rounds=150 if shape[0] < 8 else 40, iterations=1, warmup_rounds=5)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.checks import check_floating
 
 __all__ = ["EDM2Loss", "EDMLoss", "VELoss", "VPLoss"]
 
@@ -36,6 +37,7 @@ class EDMLoss:
 
     def __call__(self, net: Any, images: Tensor, labels: Tensor | None = None, augment_pipe: Any = None) -> Tensor:
         """Sums of the weighted squared error a sample, [batch, 1, ...]. Raises TypeError for integer images."""
+        check_floating(images=images)
         sigma = self.sigma(images)
         y, augment_labels = augment_pipe(images) if augment_pipe is not None else (images, None)
         x = ops.noise(y, 1.0, sigma, torch.randn_like(y))[0]
@@ -81,6 +83,7 @@ class EDM2Loss(EDMLoss):
 
     def __call__(self, net: Any, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Sums a sample of weight / exp(u) (D - x0)^2 + u, [batch, 1, ...]; differentiable in D and u."""
+        check_floating(images=images)
         sigma = self.sigma(images)
         x = ops.noise(images, 1.0, sigma, torch.randn_like(images))[0]
         denoised, logvar = net(x, sigma, labels, return_logvar=True)

@@ -137,7 +137,10 @@ def _differs(obj, name, method, probe, shadow, options) -> str | None:
         return f"it could not be tried ({type(error).__name__}: {error})"
     twin = shadow(obj)
     _become(twin, type(obj), {name: method}, Fused((name,), {}, options))
-    ours, our_draws = _tried(twin, probe, device)
+    try:
+        ours, our_draws = _tried(twin, probe, device)
+    except Exception as error:
+        return f"it has settings that are not known here ({type(error).__name__}: {error})"
     if len(ours) != len(theirs) or not all(_close(a, b) for a, b in zip(ours, theirs)):
         return "this class or release computes something else"
     if not torch.equal(our_draws, their_draws):
