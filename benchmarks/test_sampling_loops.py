@@ -119,7 +119,7 @@ MAKERS = {"fastdiff": ours, "diffusers": upstream, "eager": eager}
 def measure(benchmark, name, loop, implementation, steps):
     benchmark.group, benchmark.extra_info["implementation"] = name, implementation
     benchmark.extra_info["steps"] = steps
-    benchmark.pedantic(loop, rounds=3, iterations=1, warmup_rounds=1)
+    benchmark.pedantic(loop, rounds=5 if steps < 1000 else 3, iterations=1, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("implementation", list(MAKERS))
@@ -139,3 +139,12 @@ def test_robot_policy(benchmark, implementation):
     network, observation = ActionUNet().eval(), torch.randn(1, 32)
     loop = MAKERS[implementation]("ddpm", (1, 16, 7), 100, lambda x, t: network(x, t, observation))
     measure(benchmark, "robot policy, U-Net and all 1x16x7", loop, implementation, 100)
+
+
+def test_copy(benchmark):
+    """The ceiling: bytes a second of a copy of the pixels' size, both ways counted."""
+    source = torch.randn(16, 3, 256, 256)
+    target = torch.empty_like(source)
+    benchmark.group, benchmark.extra_info["implementation"] = "copy", "copy"
+    benchmark.extra_info["bytes"] = 2 * source.numel() * source.element_size()
+    benchmark.pedantic(lambda: target.copy_(source), rounds=15, iterations=1, warmup_rounds=2)

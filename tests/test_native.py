@@ -331,7 +331,7 @@ class TestBinding:
             "loss": [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, None, None, 0, 0, 0,
                      None, (self.X.data_ptr(), 0, 1), None, self.GOOD, 1],
             "step": [self.LAYOUT, self.GOOD, self.GOOD, None, None, (self.X.data_ptr(), 0, 18), None, (), None, None,
-                     self.GOOD, None, None, 1],
+                     self.GOOD, None, None, None, None, None, None, None, 1],
         }  # fmt: skip
         name = data.draw(st.sampled_from(sorted(good)))
         arguments = list(good[name])

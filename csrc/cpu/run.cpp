@@ -14,7 +14,6 @@ namespace {
 
 // Below so many elements a thread, waking it costs more than it saves.
 constexpr int64_t kElementsPerThread = 16384;
-constexpr int64_t kMadePerThread = 8192;  // where noise is made in a step
 
 int64_t unit_count(const Layout& layout) {
   if (layout.elements == 0) return 0;
@@ -29,10 +28,10 @@ void finish_streams() {
 }
 
 template <class Body>
-void parallel(const Layout& layout, int threads, Body body, int64_t least = kElementsPerThread) {
+void parallel(const Layout& layout, int threads, Body body) {
   const int64_t units = unit_count(layout);
   int64_t team = threads > 0 ? threads : omp_get_max_threads();
-  if (team > layout.elements / least) team = layout.elements / least;
+  if (team > layout.elements / kElementsPerThread) team = layout.elements / kElementsPerThread;
   if (team > units) team = units;
   if (team <= 1) {
     if (units) body(0, units);
@@ -164,8 +163,7 @@ void run(StepArguments& arguments, bool wide, int threads) {
   arguments.x0 = placed(arguments.x0, arguments.layout);
   arguments.entry = placed(arguments.entry, arguments.layout);
   const auto kernel = chosen().table->step[wide];
-  const int64_t least = arguments.noise.kind == Noise::made ? kMadePerThread : kElementsPerThread;
-  parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); }, least);
+  parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
 void run(LossCall& call, bool wide, int threads) {
