@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -61,7 +61,7 @@ def queue(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def prepare(device: int) -> None:
     """Load the kernels: a launch into a graph that is being captured could not."""
     _C.cuda_load(device)
