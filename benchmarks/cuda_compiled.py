@@ -117,9 +117,10 @@ def main() -> None:
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()[-2]
     print("# The sampler step in CUDA, as compiled\n")
     print(
-        f"nvcc: {version.split(',', 1)[-1].strip()}; flags {' '.join(flags())}. Written by `benchmarks/cuda_compiled.py`."
-        " A thread does 8 elements (4 where memory is not aligned). Instructions are those of the program text, all\n"
-        "options counted: what one launch runs is a part of them. Nothing here is measured on a GPU.\n"
+        f"nvcc {version.split('release ', 1)[-1].split(',')[0]}, flags {' '.join(flags())}. Written by "
+        "`benchmarks/cuda_compiled.py`. A thread does 8 elements (4 where memory is\nnot aligned). Instructions are "
+        "those of the program text, all options counted: what one launch runs is a part of them.\nNothing here is "
+        "measured on a GPU.\n"
     )
     print(
         "| sm | kernel | registers | spilled | instructions | 128-bit loads / stores | narrower loads / stores | fp64 |"

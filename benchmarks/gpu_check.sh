@@ -17,6 +17,15 @@ cd "$OUT"
 echo "== tests on the GPU"
 "$PYTHON" -m pytest "$tests" -q -p no:cacheprovider -k "cuda or gpu" 2>&1 | tee gpu_tests.log | tail -n 3
 [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
+# The step kernel with every access looked at, where the tool is there.
+if command -v compute-sanitizer >/dev/null; then
+    echo "== compute-sanitizer"
+    for tool in memcheck racecheck; do
+        compute-sanitizer --tool $tool --error-exitcode 1 "$PYTHON" -m pytest "$tests/test_cuda_step.py" -q \
+            -p no:cacheprovider -k "gpu_equals or gpu_graph" >"sanitizer_$tool.log" 2>&1 || failed=1
+        tail -n 1 "sanitizer_$tool.log"
+    done
+fi
 echo "== all tests"
 "$PYTHON" -m pytest "$tests" -q -p no:cacheprovider -n 8 2>&1 | tee tests.log | tail -n 3
 [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1

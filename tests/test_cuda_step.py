@@ -244,12 +244,12 @@ def test_special_values_and_strides(host):
     x.view(-1)[:5] = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, 1e-40])
     last = x.contiguous(memory_format=torch.channels_last)
     row, m = random((K,)), random(x.shape).transpose(2, 3)
-    for given in (x, last):
-        arguments = (given, m, None, 1.0, row, 1.0, (m,), None, None, torch.float32, (True, True))
+    for sample in (x, last):
+        arguments = (sample, m, None, 1.0, row, 1.0, (m,), None, None, torch.float32, (True, True))
         got, want = cuda.step(*arguments), reference.step(*arguments)
         for a, b in zip(got, want):
             assert_same(a, b)
-        assert got[0].is_contiguous(memory_format=torch.channels_last) == (given is last)
+        assert got[0].is_contiguous(memory_format=torch.channels_last) == (sample is last)
 
 
 def test_what_the_kernel_does_not_do_goes_elsewhere(host, monkeypatch):

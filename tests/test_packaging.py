@@ -32,6 +32,15 @@ def test_the_module_needs_nothing_of_torch():
 
 
 @native
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
+def test_the_module_shows_nothing_of_the_cuda_runtime_inside():
+    """PyTorch brings a CUDA runtime of its own: neither may be taken for the other."""
+    defined = [line.split()[-1] for line in run("nm", "-D", "--defined-only", module_path()).splitlines()]
+    assert "PyInit__C" in defined
+    assert not [name for name in defined if "cuda" in name.lower() or name.startswith(("cu", "__cu"))]
+
+
+@native
 @pytest.mark.skipif(not shutil.which("objdump"), reason="needs objdump")
 def test_the_module_links_system_libraries_alone():
     header = run("objdump", "-p", module_path())
