@@ -324,11 +324,11 @@ def replayed(device, dtype, sampler, guided, replay):
     first = 1.0 if plan.model_scale is None else float(plan.model_scale[0])
 
     want = reference.Trajectory(
-        reference.step, x, plan.table, plan.table.float().to(device), 3.0, plan.clip, None, None, None, False
+        reference.step, x, plan.table, plan.table.float().to(device), 3.0, plan.clip, None, None, None, noise, False
     )
     want.begin(first, copies)
     for k in range(steps):
-        z = ops.Philox(77, 3, 16 + k) if plan.draws[k] else None
+        z = 16 + k if plan.draws[k] else None
         want.step(k, network(want.seen, None), bool(guided), z, copies)
 
     got = ops.trajectory(x, plan.table, guidance=3.0, clip=plan.clip)
@@ -539,14 +539,14 @@ def test_gpu_runs_equal_the_cpu_and_wait_for_nothing(gpu):
     runs = []
     for device in ("cuda", "cpu"):
         fastdiff.use_backend("cuda" if device == "cuda" else "reference")
-        run_ = ops.trajectory(x.to(device), plan.table, clip=plan.clip, reuse=True)
-        key = seed.to(device)
+        philox = ops.Philox(seed.to(device))
+        run_ = ops.trajectory(x.to(device), plan.table, clip=plan.clip, philox=philox, reuse=True)
         run_.begin(1.0, 1)
-        run_.step(0, network(run_.seen, None), noise=ops.Philox(key, 0, 16))
+        run_.step(0, network(run_.seen, None), noise=16)
         torch.cuda.set_sync_debug_mode("error")
         try:
             for k in range(1, len(plan.times)):
-                run_.step(k, network(run_.seen, None), noise=ops.Philox(key, 0, 16 + k))
+                run_.step(k, network(run_.seen, None), noise=16 + k)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         runs.append(run_.x.cpu())
