@@ -120,7 +120,8 @@ void loss(py::handle layout, py::handle prediction, py::handle x0, py::handle n,
 
 void step(py::handle layout, py::handle x, py::handle m, py::handle uncond, py::handle guidance, py::handle table,
           py::handle clip, py::handle history, py::handle source, py::handle log_variance, py::handle y, py::handle x0,
-          py::handle entry, py::handle threads) {
+          py::handle entry, py::handle threshold, py::handle mask, py::handle known, py::handle known_noise,
+          py::handle model_input, py::handle threads) {
   StepArguments a{};
   a.layout = parse_layout(layout);
   const int64_t elements = a.layout.elements;
@@ -142,6 +143,16 @@ void step(py::handle layout, py::handle x, py::handle m, py::handle uncond, py::
   a.y = parse_output("y", y, elements);
   a.x0 = parse_optional_output("x0", x0, elements);
   a.entry = parse_optional_output("entry", entry, elements, rows.dtype());
+  a.threshold = rows.optional("threshold", threshold);
+  a.mask = parse_optional_mask(mask, a.layout);
+  a.known = parse_optional_input("known", known, elements);
+  a.known_noise = parse_optional_noise("known_noise", known_noise, a.layout);
+  if (!a.mask.tensor.data != !a.known.data) throw py::value_error("known: goes with mask, both or neither");
+  a.copies = 1;
+  if (PyTuple_Check(model_input.ptr()) && PyTuple_GET_SIZE(model_input.ptr()) == 3 && elements &&
+      parse_integer("model_input", PyTuple_GET_ITEM(model_input.ptr(), 2)) == 2 * elements)
+    a.copies = 2;
+  a.model_input = parse_optional_output("model_input", model_input, a.copies * elements);
   const int team = parse_threads(threads);
   const Unlocked unlocked(a.layout);
   run(a, rows.wide, team);

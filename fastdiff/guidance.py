@@ -86,7 +86,8 @@ class Guidance:
                 output = uncond + self._of_samples(x) * (cond - uncond)
             p_x, p_m = (row[..., _AT[name]].reshape(-1, *(1,) * (x.ndim - 1)) for name in ("p_x", "p_m"))
             size = (p_x * x.to(wide) + p_m * output).abs().flatten(1)
-            extras["threshold"] = quantile(size, self._quantile).clamp(1.0, self._most)
+            bound = quantile(size, self._quantile).clamp(1.0, self._most)
+            extras["threshold"] = bound.reshape(-1, *(1,) * (x.ndim - 1))
         return m, extras
 
     def _of_samples(self, x: Tensor) -> Tensor | float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops, samplers
+from .graph import Graphed, check_capture
 from .guidance import Guidance
 from .objective import draw_seed
 from .ops.noise import Stream
@@ -88,7 +89,8 @@ def sample(
         return_trajectory: return (samples, x at the start and after every step [steps + 1, *shape]).
         compile: run the model through ``torch.compile``.
         cuda_graph: capture model and step in a CUDA graph once and replay it at every step: for a model that can be
-            captured, on a CUDA device, without ``cond_fn``, ``guidance_interval`` or a learned variance.
+            captured, on a CUDA device, without what looks at each step's output (``guidance_rescale``,
+            ``dynamic_thresholding``, ``cond_fn``, a learned variance) and without a ``guidance_interval``.
 
     Returns the samples, of ``shape`` and ``dtype``. Raises ValueError or TypeError for unfit inputs, before the first
     call of the model.
@@ -96,12 +98,12 @@ def sample(
     sampler = samplers.get(sampler)
     plan = sampler.plan(process, steps, prediction)
     shape = tuple(shape)
+    if uncond is not None and cond is None:
+        raise ValueError("uncond was given without cond.")
     if isinstance(guidance, (int, float)) and guidance == 1.0:
         uncond = None
     elif uncond is None:
         raise ValueError(f"guidance={guidance} needs uncond: the condition of the unconditional half.")
-    if uncond is not None and cond is None:
-        raise ValueError("uncond was given without cond.")
     if x is not None and tuple(x.shape) != shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, but shape is {shape}.")
     if not dtype.is_floating_point:
@@ -113,6 +115,8 @@ def sample(
         sample_max_value, cond_fn,
     )  # fmt: skip
 
+    if cuda_graph:
+        check_capture(device, plan, how)
     z = source.initial if x is None or mask is not None else None
     if x is None:
         assert z is not None
@@ -124,60 +128,56 @@ def sample(
         if strength:
             first = source.churn()
             x = (x + strength * (first if isinstance(first, Tensor) else first.tensor(shape, device))).to(dtype)
-    if mask is not None:
-        mask = mask.to(device)
-    run = ops.trajectory(
-        x,
-        how.table,
-        guidance=guidance,
-        clip=plan.clip,
-        mask=mask,
-        known=None if known is None else known.to(device, dtype),
-        known_noise=None if mask is None else z,
-        reuse=callback is None and not return_trajectory,
-    )
+    step_options = {
+        "guidance": guidance,
+        "clip": plan.clip,
+        "mask": None if mask is None else mask.to(device),
+        "known": None if known is None else known.to(device, dtype),
+        "known_noise": None if mask is None else z,
+    }
     if compile:
         model = torch.compile(model)
     times = _model_times(plan, how.guided, len(x), device, dtype)
-    if uncond is not None:
-        both = _both(uncond, cond)
-    if cuda_graph:
-        from .graph import check_capture, graphed
-
-        check_capture(device, cond_fn, guidance_interval, plan.learned_variance)
-        model, run = graphed(model, run, plan, times, both if uncond is not None else cond, how, source)
-
+    both = cond if uncond is None else _both(uncond, cond)
+    scale = 1.0 if plan.model_scale is None else float(plan.model_scale[0])
     visited = plan.times.to(device) if callback is not None else plan.times
     index = range(len(plan.times)) if plan.steps is None else plan.steps
     path = [x] if return_trajectory else []
     last, began = len(times) - 1, 0
-    run.begin(1.0 if plan.model_scale is None else float(plan.model_scale[0]), 1 + how.guided[0])
+    graphed = None
+    if cuda_graph:
+        graphed = run = Graphed(model, x, how.table, times, both, how.guided[0], scale, **step_options)
+    else:
+        reuse = callback is None and not return_trajectory
+        run = ops.trajectory(x, how.table, reuse=reuse, **step_options)
+        run.begin(scale, 1 + how.guided[0])
     for k in _bar(range(len(times)), progress):
-        guided = how.guided[k]
-        if cond is None:
-            m = model(run.seen, times[k])
-        else:
-            m = model(run.seen, times[k], both if guided else cond)
-        variance = None
-        if plan.learned_variance:
-            m, variance = _variance(m, shape, guided)
-        if m.shape != run.seen.shape:
-            raise ValueError(f"the model returned shape {tuple(m.shape)} for an input of {tuple(run.seen.shape)}.")
         z = source.step(k) if plan.draws[k] else None
-        copies = 1 + how.guided[k + 1] if k < last else 0
         ends = k == last or index[k + 1] != index[k]
-        wanted = callback is not None and ends
-        if how.plain:
-            run.step(k, m, guided, z, copies, wanted, variance)
+        if graphed is not None:
+            graphed.step(k, z)
         else:
-            m, extras = how.prepare(k, run, m, guided, variance, times[k])
-            run.step(k, m, guided, z, copies, wanted, variance, **extras)
+            guided = how.guided[k]
+            m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
+            variance = None
+            if plan.learned_variance:
+                m, variance = _variance(m, shape, guided)
+            if m.shape != run.seen.shape:
+                raise ValueError(f"the model returned shape {tuple(m.shape)} for an input of {tuple(run.seen.shape)}.")
+            copies = 1 + how.guided[k + 1] if k < last else 0
+            wanted = callback is not None and ends
+            if how.plain:
+                run.step(k, m, guided, z, copies, wanted, variance)
+            else:
+                m, extras = how.prepare(k, run, m, guided, variance, times[k])
+                run.step(k, m, guided, z, copies, wanted, variance, **extras)
         if not ends:
             continue
         if return_trajectory:
-            path.append(run.x)
+            path.append(run.x if graphed is None else run.x.clone())
         if callback is not None:
-            callback(index[k], visited[began], run.x, run.x0)
+            now = (run.x, run.x0) if graphed is None else (run.x.clone(), run.x0.clone())
+            callback(index[k], visited[began], *now)
         began = k + 1
     return (run.x, torch.stack(path)) if return_trajectory else run.x
 

@@ -104,7 +104,7 @@ CASES = {
     "shift 0": (lambda: fastdiff.RectifiedFlow(shift=0.0), ValueError, "shift"),
     "huber 0": (lambda: losses.Huber(0.0), ValueError, r"L1\(\)"),
     "gamma 0": (lambda: weighting.MinSNR(0.0), ValueError, "gamma"),
-    "unknown sampler": (lambda: sample(sampler="euler"), ValueError, "ddpm, ddim"),
+    "unknown sampler": (lambda: sample(sampler="eular"), ValueError, "ddpm, ddim, euler"),
     "sampler a class": (lambda: sample(sampler=samplers.DDPM), TypeError, "sampler"),
     "too many steps": (lambda: sample(steps=1001), ValueError, r"\[1, 1000\]"),
     "no sampling steps": (lambda: sample(steps=0), ValueError, "steps"),

@@ -7,48 +7,82 @@ namespace fastdiff {
 namespace FASTDIFF_VARIANT {
 
 inline void normal_units(const NormalArguments& a, int64_t begin, int64_t end) {
-  for_blocks(a.layout, begin, end, [&](int64_t, int64_t start, int count) {
-    NoiseBuffer<float> n;
+  NoiseBuffer<float> n;
+  for_blocks(a.layout, begin, end, kBlock, [&](int64_t, int64_t start, int count) {
     make_noise(a.noise, a.layout, start, count, n.values);
     commit(a.out, start, count, n.values);
   });
 }
 
-// x_t = alpha x0 + sigma (n + perturbation xi), every operation rounded by itself as in the reference.
-template <class C>
-void noise_units(const NoiseArguments& a, int64_t begin, int64_t end) {
-  alignas(64) C x0_buffer[kBlock], out_buffer[kBlock];
-  NoiseBuffer<C> n_buffer, xi_buffer;
+// x_t = alpha x0 + sigma (n + perturbation xi), every operation rounded by itself as in the reference. D: x0 and x_t,
+// N: n, where they are stored in just that.
+template <class D, class N>
+void noise_blocks(const NoiseArguments& a, int64_t begin, int64_t end, int most) {
+  typedef Compute<D> C;
+  alignas(64) D x0_buffer[kBlock], out_buffer[kBlock];
+  NoiseBuffer<N> n_buffer;
+  NoiseBuffer<C> xi_buffer;
   const C perturbation = C(a.perturbation);
-  for_blocks(a.layout, begin, end, [&](int64_t row, int64_t start, int count) {
-    const C* n = view<C>(a.n, a.layout, start, count, n_buffer);
+  for_blocks(a.layout, begin, end, most, [&](int64_t row, int64_t start, int count) {
+    const N* n = view(a.n, a.layout, start, count, n_buffer);
     if (a.keep.data) commit(a.keep, start, count, n);
     if (!a.x_t.data) return;
-    const C* x0 = view<C>(a.x0, start, count, x0_buffer);
-    C* out = place<C>(a.x_t, start, count, out_buffer);
+    const D* x0 = view(a.x0, start, count, x0_buffer);
+    D* out = place(a.x_t, start, count, out_buffer);
     const C alpha = at<C>(a.alpha, row), sigma = at<C>(a.sigma, row);
     if (a.xi.kind == Noise::none) {
-      for (int k = 0; k < padded(count); k += kWidth<C>) store(out + k, alpha * load(x0 + k) + sigma * load(n + k));
+      for_twos<C>(count, [&](int k) {
+        const auto x = load_two<D>(x0 + k), z = load_two<D>(n + k);
+        store_two(out + k, {alpha * x.a + sigma * z.a, alpha * x.b + sigma * z.b});
+      });
     } else {
-      const C* xi = view<C>(a.xi, a.layout, start, count, xi_buffer);
-      for (int k = 0; k < padded(count); k += kWidth<C>)
-        store(out + k, alpha * load(x0 + k) + sigma * (load(n + k) + perturbation * load(xi + k)));
+      const C* xi = view(a.xi, a.layout, start, count, xi_buffer);
+      for_twos<C>(count, [&](int k) {
+        const auto x = load_two<D>(x0 + k), z = load_two<D>(n + k), w = load_two<D>(xi + k);
+        store_two(out + k, {alpha * x.a + sigma * (z.a + perturbation * w.a),
+                            alpha * x.b + sigma * (z.b + perturbation * w.b)});
+      });
     }
     commit(a.x_t, start, count, out);
   });
 }
 
+template <class C>
+void noise_units(const NoiseArguments& a, int64_t begin, int64_t end) {
+  const DType n = a.n.kind == Noise::given ? a.n.tensor.dtype : DType::f32;
+  const DType data = common(a.x0.dtype, a.x_t), noise = common(n, a.keep);
+  for_storage<C>(data, noise, [&](auto d, auto n) {
+    typedef decltype(d) D;
+    typedef decltype(n) N;
+    const bool direct = a.n.kind == Noise::given && a.xi.kind == Noise::none && data == kCode<D> && noise == kCode<N>;
+    noise_blocks<D, N>(a, begin, end, direct ? kUnit : kBlock);
+  });
+}
+
 // k_x x_t + k_m m
+template <class D>
+void convert_blocks(const ConvertArguments& a, int64_t begin, int64_t end, int most) {
+  typedef Compute<D> C;
+  alignas(64) D x_buffer[kBlock], m_buffer[kBlock], out_buffer[kBlock];
+  for_blocks(a.layout, begin, end, most, [&](int64_t row, int64_t start, int count) {
+    const D* x = view(a.x_t, start, count, x_buffer);
+    const D* m = view(a.m, start, count, m_buffer);
+    D* out = place(a.out, start, count, out_buffer);
+    const C k_x = at<C>(a.k_x, row), k_m = at<C>(a.k_m, row);
+    for_twos<C>(count, [&](int k) {
+      const auto x_k = load_two<D>(x + k), m_k = load_two<D>(m + k);
+      store_two(out + k, {k_x * x_k.a + k_m * m_k.a, k_x * x_k.b + k_m * m_k.b});
+    });
+    commit(a.out, start, count, out);
+  });
+}
+
 template <class C>
 void convert_units(const ConvertArguments& a, int64_t begin, int64_t end) {
-  alignas(64) C x_buffer[kBlock], m_buffer[kBlock], out_buffer[kBlock];
-  for_blocks(a.layout, begin, end, [&](int64_t row, int64_t start, int count) {
-    const C* x = view<C>(a.x_t, start, count, x_buffer);
-    const C* m = view<C>(a.m, start, count, m_buffer);
-    C* out = place<C>(a.out, start, count, out_buffer);
-    const C k_x = at<C>(a.k_x, row), k_m = at<C>(a.k_m, row);
-    for (int k = 0; k < padded(count); k += kWidth<C>) store(out + k, k_x * load(x + k) + k_m * load(m + k));
-    commit(a.out, start, count, out);
+  const DType data = common(a.m.dtype, a.x_t, a.out);
+  for_storage<C>(data, data, [&](auto d, auto) {
+    typedef decltype(d) D;
+    convert_blocks<D>(a, begin, end, data == kCode<D> ? kUnit : kBlock);
   });
 }
 

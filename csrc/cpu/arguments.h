@@ -104,9 +104,15 @@ struct StepArguments {
   Input history[kHistory];
   Rows table;  // kColumns numbers a row; stride 0 or kColumns
   Rows guidance;
-  double clip;  // negative: none
+  double clip;     // negative: none
+  Rows threshold;  // x0 is clamped to it and divided by it
   Noise noise;
+  Mask mask;  // of what is known
+  Input known;
+  Noise known_noise;
   Output y, x0, entry;
+  Output model_input;  // c_in y, `copies` times, one behind the other
+  int copies;
 };
 
 }  // namespace fastdiff

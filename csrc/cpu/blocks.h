@@ -16,10 +16,10 @@ struct Unit {
 template <class Body>
 FASTDIFF_INLINE void for_units(const Layout& layout, int64_t begin, int64_t end, Body body) {
   const int64_t pieces = (layout.inner + kUnit - 1) / kUnit;
+  int64_t segment = begin / pieces, piece = begin % pieces;
+  int64_t frame = segment % layout.frames, rest = segment / layout.frames;
+  int64_t shared = rest % layout.shared, outer = rest / layout.shared;
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t segment = u / pieces, piece = u % pieces;
-    const int64_t frame = segment % layout.frames, rest = segment / layout.frames;
-    const int64_t shared = rest % layout.shared, outer = rest / layout.shared;
     const int64_t left = layout.inner - piece * kUnit;
     Unit unit;
     unit.start = segment * layout.inner + piece * kUnit;
@@ -27,22 +27,36 @@ FASTDIFF_INLINE void for_units(const Layout& layout, int64_t begin, int64_t end,
     unit.slot = (unit.row * layout.shared + shared) * pieces + piece;
     unit.length = int(left < kUnit ? left : kUnit);
     body(unit);
+    if (++piece < pieces) continue;
+    piece = 0;
+    ++segment;
+    if (++frame < layout.frames) continue;
+    frame = 0;
+    if (++shared < layout.shared) continue;
+    shared = 0;
+    ++outer;
   }
+}
+
+// Calls body(start, count) for the blocks of a unit, of up to `most` elements: kBlock, or kUnit where everything is
+// worked on in memory itself, but for the rest of a unit that fills no two vectors.
+template <class Body>
+FASTDIFF_INLINE void for_blocks(const Unit& unit, int most, Body body) {
+  const int whole = most == kUnit ? unit.length & ~(kStep - 1) : unit.length;
+  for (int done = 0; done < whole; done += most) body(unit.start + done, whole - done < most ? whole - done : most);
+  if (whole < unit.length) body(unit.start + whole, unit.length - whole);
 }
 
 // Calls body(row, start, count) for the blocks of the units [begin, end).
 template <class Body>
-FASTDIFF_INLINE void for_blocks(const Layout& layout, int64_t begin, int64_t end, Body body) {
+FASTDIFF_INLINE void for_blocks(const Layout& layout, int64_t begin, int64_t end, int most, Body body) {
   for_units(layout, begin, end, [&](const Unit& unit) {
-    for (int done = 0; done < unit.length; done += kBlock) {
-      const int left = unit.length - done;
-      body(unit.row, unit.start + done, left < kBlock ? left : kBlock);
-    }
+    for_blocks(unit, most, [&](int64_t start, int count) { body(unit.row, start, count); });
   });
 }
 
 // Adds offset * (one normal a channel) to elements [element, element + count) of a sample.
-inline void add_offset(const Noise& noise, const Layout& layout, int64_t sample, int64_t element, int count, float* n) {
+FASTDIFF_APART inline void add_offset(const Noise& noise, const Layout& layout, int64_t sample, int64_t element, int count, float* n) {
   const int64_t channel_size = layout.elements / layout.samples / layout.channels;
   for (int done = 0; done < count;) {
     const int64_t channel = (element + done) / channel_size;
@@ -55,7 +69,7 @@ inline void add_offset(const Noise& noise, const Layout& layout, int64_t sample,
 }
 
 // Elements [start, start + count) of the noise, from memory order; writes up to kSlack beyond the end.
-inline void make_noise(const Noise& noise, const Layout& layout, int64_t start, int count, float* n) {
+FASTDIFF_APART inline void make_noise(const Noise& noise, const Layout& layout, int64_t start, int count, float* n) {
   const int64_t sample_size = layout.elements / layout.samples;
   for (int done = 0; done < count;) {
     const int64_t sample = (start + done) / sample_size, element = (start + done) % sample_size;
@@ -72,24 +86,24 @@ struct NoiseBuffer {
   alignas(64) C values[kBlock + kSlack];
 };
 
-// A block of noise to compute on: given or made. Zeros behind it up to a multiple of kLanes.
-template <class C>
-FASTDIFF_INLINE const C* view(const Noise& noise, const Layout& layout, int64_t start, int count, NoiseBuffer<C>& buffer) {
-  if (noise.kind == Noise::given) return view<C>(noise.tensor, start, count, buffer.values);
-  if constexpr (sizeof(C) == 4) {
+// A block of noise: given or made (in float, or double). Zeros behind it up to a multiple of kStep.
+template <class N>
+FASTDIFF_INLINE const N* view(const Noise& noise, const Layout& layout, int64_t start, int count, NoiseBuffer<N>& buffer) {
+  if (!kComputed<N> || noise.kind == Noise::given) return view(noise.tensor, start, count, buffer.values);
+  if constexpr (sizeof(N) == 4) {
     make_noise(noise, layout, start, count, buffer.values);
-  } else {
+  } else if constexpr (kComputed<N>) {
     NoiseBuffer<float> narrow;
     make_noise(noise, layout, start, count, narrow.values);
-    for (int k = 0; k < count; ++k) buffer.values[k] = C(narrow.values[k]);
+    for (int k = 0; k < count; ++k) buffer.values[k] = N(narrow.values[k]);
   }
-  for (int k = count; k < padded(count); ++k) buffer.values[k] = C(0);
+  for (int k = count; k < padded(count); ++k) buffer.values[k] = N{};
   return buffer.values;
 }
 
-// Elements [start, start + count) of the mask, broadcast; zeros behind them up to a multiple of kLanes.
+// Elements [start, start + count) of the mask, broadcast; zeros behind them up to a multiple of kStep.
 template <class C>
-inline const C* view(const Mask& mask, int64_t start, int count, C* buffer) {
+FASTDIFF_APART const C* view(const Mask& mask, int64_t start, int count, C* buffer) {
   const int last = mask.dims - 1;
   const int64_t run = mask.sizes[last], stride = mask.strides[last];
   if (mask.dims == 1 && stride == 1) return view<C>(mask.tensor, start, count, buffer);

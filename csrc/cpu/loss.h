@@ -9,184 +9,227 @@ namespace fastdiff {
 namespace FASTDIFF_VARIANT {
 
 // Sixteen sums in float64: element k of a unit goes to sum k mod 16, whatever the width of a vector, and the sixteen
-// are added up in one order. So a unit's sum has the same bits for every instruction set.
+// are added up in one order. So a unit's sum has the same bits for every instruction set. D: the order of elements.
+template <class D>
 struct Sums {
-  Doubles lanes[kLanes / kWidth<double>];
+  typedef Vector<Compute<D>> V;
+  static constexpr int kDoubles = kWidth<double>, kTwo = 2 * kWidth<Compute<D>>;
+  // As many vectors as hold a multiple of kLanes elements.
+  static constexpr int kTwos = kTwo < kLanes ? kLanes / kTwo : 1;
 
-  FASTDIFF_INLINE void add(const Floats (&values)[kLanes / kWidth<float>]) {
+  Doubles lanes[kLanes / kDoubles];
+
+  FASTDIFF_INLINE void add(const Two<V> (&values)[kTwos]) {
 #pragma GCC unroll 4
-    for (int k = 0; k < kLanes / kWidth<float>; ++k) {
-      Doubles low, high;
-      widen(values[k], low, high);
-      lanes[2 * k] += low;
-      lanes[2 * k + 1] += high;
+    for (int j = 0; j < kTwos; ++j) {
+      if constexpr (sizeof(Compute<D>) == 8) {
+        lanes[2 * j] += values[j].a;
+        lanes[2 * j + 1] += values[j].b;
+      } else {
+        Doubles parts[4];
+        widen(values[j].a, parts[0], parts[1]);
+        widen(values[j].b, parts[2], parts[3]);
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; ++part) lanes[lane(j, part)] += parts[part];
+      }
     }
   }
-  FASTDIFF_INLINE void add(const Doubles (&values)[kLanes / kWidth<double>]) {
-#pragma GCC unroll 8
-    for (int k = 0; k < kLanes / kWidth<double>; ++k) lanes[k] += values[k];
+  // Where the sums of a quarter of two vectors of floats are, and which they are.
+  static constexpr int lane(int two, int part) {
+    return kTwo > kLanes ? (kSplit<D> ? part / 2 : part % 2) : 4 * two + part;
   }
   FASTDIFF_INLINE double total() const {
-    double sums[kLanes];
-    memcpy(sums, lanes, sizeof(sums));
+    double found[kLanes], sums[kLanes];
+    memcpy(found, lanes, sizeof(found));
+    for (int k = 0; k < kLanes; ++k) sums[k] = found[kSplit<D> ? place_of(k) : k];
     for (int half = kLanes / 2; half; half /= 2)
       for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
     return sums[0];
   }
+  static constexpr int place_of(int k) {
+    const int two = kTwo < kLanes ? k / kTwo : 0, within = k % (kTwo < kLanes ? kTwo : kLanes);
+    const int part = within % 2 * 2 + within / 2 / kDoubles;
+    return kDoubles * lane(two, part) + within / 2 % kDoubles;
+  }
 };
 
-// e = scale (prediction - (p x0 + q n))
-template <class C, bool has_x0, bool has_n>
-FASTDIFF_INLINE Vector<C> difference(const C* prediction, const C* x0, const C* n, C p, C q, C scale, int k) {
-  Vector<C> target{};
-  if constexpr (has_x0) target = p * load(x0 + k);
-  if constexpr (has_x0 && has_n) target = target + q * load(n + k);
-  if constexpr (!has_x0 && has_n) target = q * load(n + k);
-  return scale * (load(prediction + k) - target);
-}
-
-template <class C>
+// D: how prediction, x0 and gradient are stored; N: the noise.
+template <class D, class N>
 struct ErrorBlock {
-  const C *prediction, *x0, *n, *mask;
-  C* gradient;
+  typedef Compute<D> C;
+  const D *prediction, *x0;
+  const N* n;
+  const C* mask;
+  D* gradient;
   C p, q, scale, c, factor;
   int count;
 };
 
-template <class C, Function function, bool has_x0, bool has_n, bool has_mask, bool value, bool gradient>
-void error_block(const ErrorBlock<C>& b, Sums& total) {
+template <class D, class N, Function function, bool has_x0, bool has_n, bool has_mask, bool value, bool gradient>
+void error_block(const ErrorBlock<D, N>& block, Sums<D>& total) {
+  typedef Compute<D> C;
   typedef Vector<C> V;
-  constexpr int kVectors = kLanes / kWidth<C>;
-  const C *prediction = b.prediction, *x0 = b.x0, *n = b.n, *mask = b.mask;
-  const C p = b.p, q = b.q, scale = b.scale, factor = b.factor;
+  const ErrorBlock<D, N> b = block;  // its own copy, which no store can change
   const V c = fill(b.c);
-  C* out = b.gradient;
-  Sums sums = total;
-  auto lanes = [&](int start, V(&rho)[kVectors]) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      const int k = start + j * kWidth<C>;
-      const V e = difference<C, has_x0, has_n>(prediction, x0, n, p, q, scale, k);
-      V strength = fill(factor);
-      if constexpr (has_mask) strength = load(mask + k) * strength;
-      if constexpr (gradient) store(out + k, strength * derivative<function>(e, c) * scale);
-      if constexpr (value) {
-        rho[j] = error<function>(e, c);
-        if constexpr (has_mask) rho[j] = load(mask + k) * rho[j];
-      }
-    }
+  Sums<D> sums = total;
+  auto one = [&](V m, V x0, V n, V mask, V& slope) __attribute__((always_inline)) {
+    V target{}, strength = fill(b.factor), rho{};
+    if constexpr (has_x0) target = b.p * x0;
+    if constexpr (has_x0 && has_n) target = target + b.q * n;
+    if constexpr (!has_x0 && has_n) target = b.q * n;
+    const V e = b.scale * (m - target);
+    if constexpr (has_mask) strength = mask * strength;
+    if constexpr (gradient) slope = strength * derivative<function>(e, c) * b.scale;
+    if constexpr (value) rho = error<function>(e, c);
+    if constexpr (value && has_mask) rho = mask * rho;
+    return rho;
   };
-  V rho[kVectors];
-  const int whole = b.count & ~(kLanes - 1);
-  for (int k = 0; k < whole; k += kLanes) {
-    lanes(k, rho);
+  auto two = [&](int k) __attribute__((always_inline)) {
+    const Two<V> m = load_two<D>(b.prediction + k);
+    Two<V> x0{}, n{}, mask{}, slope{}, rho;
+    if constexpr (has_x0) x0 = load_two<D>(b.x0 + k);
+    if constexpr (has_n) n = load_two<D>(b.n + k);
+    if constexpr (has_mask) mask = load_two<D>(b.mask + k);
+    rho.a = one(m.a, x0.a, n.a, mask.a, slope.a);
+    rho.b = one(m.b, x0.b, n.b, mask.b, slope.b);
+    if constexpr (gradient) store_two(b.gradient + k, slope);
+    return rho;
+  };
+  constexpr int kTwo = Sums<D>::kTwo, kTwos = Sums<D>::kTwos, kGroup = kTwo * kTwos;
+  Two<V> rho[kTwos];
+  int k = 0;
+  for (; k + kGroup <= b.count; k += kGroup) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kTwos; ++j) rho[j] = two(k + j * kTwo);
     if constexpr (value) sums.add(rho);
   }
-  if (whole < b.count) {
-    lanes(whole, rho);
+  if (k < b.count) {
+    for (int j = 0; j < kTwos; ++j) rho[j] = two(k + j * kTwo);
     // What lies behind the end counts as 0, also where an infinite scale has made a NaN of it.
-    C values[kLanes];
-    memcpy(values, rho, sizeof(values));
-    for (int k = b.count - whole; k < kLanes; ++k) values[k] = C(0);
-    memcpy(rho, values, sizeof(values));
+    for (int j = 0; j < kGroup; ++j) {
+      V& part = (kSplit<D> ? j % 2 : j % kTwo / kWidth<C>) ? rho[j / kTwo].b : rho[j / kTwo].a;
+      if (k + j >= b.count) part[(kSplit<D> ? j % kTwo / 2 : j) % kWidth<C>] = C(0);
+    }
     if constexpr (value) sums.add(rho);
   }
   total = sums;
 }
 
-template <class C>
-using ErrorKernel = void (*)(const ErrorBlock<C>&, Sums&);
+template <class D, class N>
+using ErrorKernel = void (*)(const ErrorBlock<D, N>&, Sums<D>&);
 
-template <class C, Function function, bool has_x0, bool has_n, bool has_mask>
-ErrorKernel<C> error_kernel(bool value, bool gradient) {
-  if (value && gradient) return error_block<C, function, has_x0, has_n, has_mask, true, true>;
-  if (value) return error_block<C, function, has_x0, has_n, has_mask, true, false>;
-  return error_block<C, function, has_x0, has_n, has_mask, false, true>;
+template <class D, class N, Function function, bool has_x0, bool has_n, bool has_mask>
+ErrorKernel<D, N> error_kernel(bool value, bool gradient) {
+  if (value && gradient) return error_block<D, N, function, has_x0, has_n, has_mask, true, true>;
+  if (value) return error_block<D, N, function, has_x0, has_n, has_mask, true, false>;
+  return error_block<D, N, function, has_x0, has_n, has_mask, false, true>;
 }
 
-// The common mean squared error has kernels without x0 or noise. Elsewhere what is absent is a block of zeros: the
-// arithmetic outweighs its reading, and there are a third as many kernels to compile.
-template <class C, Function function>
-constexpr bool kLean = function == Function::mse && sizeof(C) == 4;
+// The common mean squared error has kernels without x0 or noise, and of 16-bit storage. Elsewhere what is absent is a
+// block of zeros, and memory is converted through buffers: the arithmetic outweighs it, and there are far fewer kernels
+// to compile.
+template <class C>
+constexpr bool lean(Function function) {
+  return function == Function::mse && sizeof(C) == 4;
+}
 
-template <class C, Function function, bool has_mask>
-ErrorKernel<C> error_kernel(bool has_x0, bool has_n, bool value, bool gradient) {
-  if constexpr (kLean<C, function>) {
-    if (has_x0 && !has_n) return error_kernel<C, function, true, false, has_mask>(value, gradient);
-    if (!has_x0 && has_n) return error_kernel<C, function, false, true, has_mask>(value, gradient);
+template <class D, class N, Function function, bool has_mask>
+ErrorKernel<D, N> error_kernel(bool has_x0, bool has_n, bool value, bool gradient) {
+  if constexpr (lean<Compute<D>>(function)) {
+    if (has_x0 && !has_n) return error_kernel<D, N, function, true, false, has_mask>(value, gradient);
+    if (!has_x0 && has_n) return error_kernel<D, N, function, false, true, has_mask>(value, gradient);
   }
-  return error_kernel<C, function, true, true, has_mask>(value, gradient);
+  return error_kernel<D, N, function, true, true, has_mask>(value, gradient);
 }
 
-template <class C, Function function>
-ErrorKernel<C> error_kernel(bool has_x0, bool has_n, bool has_mask, bool value, bool gradient) {
-  return has_mask ? error_kernel<C, function, true>(has_x0, has_n, value, gradient)
-                  : error_kernel<C, function, false>(has_x0, has_n, value, gradient);
+template <class D, class N, Function function>
+ErrorKernel<D, N> error_kernel(const LossArguments& a) {
+  const bool x0 = a.x0.data, n = a.n.kind != Noise::none, value = a.sums, gradient = a.gradient.data;
+  return a.mask.tensor.data ? error_kernel<D, N, function, true>(x0, n, value, gradient)
+                            : error_kernel<D, N, function, false>(x0, n, value, gradient);
 }
 
-template <class C>
-ErrorKernel<C> error_kernel(const LossArguments& a) {
-  const bool x0 = a.x0.data, n = a.n.kind != Noise::none, mask = a.mask.tensor.data;
-  const bool value = a.sums, gradient = a.gradient.data;
-  switch (a.function) {
-    case Function::mse:
-      return error_kernel<C, Function::mse>(x0, n, mask, value, gradient);
-    case Function::l1:
-      return error_kernel<C, Function::l1>(x0, n, mask, value, gradient);
-    case Function::smooth_l1:
-      return error_kernel<C, Function::smooth_l1>(x0, n, mask, value, gradient);
-    case Function::pseudo_huber:
-      return error_kernel<C, Function::pseudo_huber>(x0, n, mask, value, gradient);
-    default:
-      return error_kernel<C, Function::log_cosh>(x0, n, mask, value, gradient);
+template <class D, class N>
+ErrorKernel<D, N> error_kernel(const LossArguments& a) {
+  if constexpr (kComputed<D>) {
+    switch (a.function) {
+      case Function::mse:
+        break;
+      case Function::l1:
+        return error_kernel<D, N, Function::l1>(a);
+      case Function::smooth_l1:
+        return error_kernel<D, N, Function::smooth_l1>(a);
+      case Function::pseudo_huber:
+        return error_kernel<D, N, Function::pseudo_huber>(a);
+      case Function::log_cosh:
+        return error_kernel<D, N, Function::log_cosh>(a);
+    }
   }
+  return error_kernel<D, N, Function::mse>(a);
 }
 
-template <class C>
-void loss_units(const LossArguments& a, int64_t begin, int64_t end) {
-  alignas(64) C prediction_buffer[kBlock], x0_buffer[kBlock], mask_buffer[kBlock], gradient_buffer[kBlock];
-  NoiseBuffer<C> n_buffer;
-  const ErrorKernel<C> kernel = error_kernel<C>(a);
-  alignas(64) const C zeros[kBlock] = {};
-  ErrorBlock<C> b{};
-  b.x0 = b.n = zeros;
+template <class D, class N>
+void loss_blocks(const LossArguments& a, int64_t begin, int64_t end, int most) {
+  typedef Compute<D> C;
+  alignas(64) D prediction_buffer[kBlock], x0_buffer[kBlock], gradient_buffer[kBlock];
+  alignas(64) C mask_buffer[kBlock];
+  NoiseBuffer<N> n_buffer;
+  const ErrorKernel<D, N> kernel = error_kernel<D, N>(a);
+  alignas(64) const D no_x0[kBlock] = {};
+  alignas(64) const N no_noise[kBlock] = {};
+  ErrorBlock<D, N> b{};
+  b.x0 = no_x0;
+  b.n = no_noise;
   for_units(a.layout, begin, end, [&](const Unit& unit) {
-    Sums sums{};
+    Sums<D> sums{};
     b.p = a.p.data ? at<C>(a.p, unit.row) : C(0);
     b.q = a.q.data ? at<C>(a.q, unit.row) : C(0);
     b.scale = a.scale.data ? at<C>(a.scale, unit.row) : C(1);
     b.c = a.c.data ? at<C>(a.c, unit.row) : C(1);
     b.factor = a.factor.data ? at<C>(a.factor, unit.row) : C(0);
-    for (int done = 0; done < unit.length; done += kBlock) {
-      const int64_t start = unit.start + done;
-      b.count = unit.length - done < kBlock ? unit.length - done : kBlock;
-      b.prediction = view<C>(a.prediction, start, b.count, prediction_buffer);
-      if (a.x0.data) b.x0 = view<C>(a.x0, start, b.count, x0_buffer);
-      if (a.n.kind != Noise::none) b.n = view<C>(a.n, a.layout, start, b.count, n_buffer);
-      if (a.mask.tensor.data) b.mask = view<C>(a.mask, start, b.count, mask_buffer);
-      if (a.gradient.data) b.gradient = place<C>(a.gradient, start, b.count, gradient_buffer);
+    for_blocks(unit, most, [&](int64_t start, int count) {
+      b.count = count;
+      b.prediction = view(a.prediction, start, count, prediction_buffer);
+      if (a.x0.data) b.x0 = view(a.x0, start, count, x0_buffer);
+      if (a.n.kind != Noise::none) b.n = view(a.n, a.layout, start, count, n_buffer);
+      if (a.mask.tensor.data) b.mask = view(a.mask, start, count, mask_buffer);
+      if (a.gradient.data) b.gradient = place(a.gradient, start, count, gradient_buffer);
       kernel(b, sums);
-      if (a.gradient.data) commit(a.gradient, start, b.count, b.gradient);
-    }
+      if (a.gradient.data) commit(a.gradient, start, count, b.gradient);
+    });
     if (a.sums) a.sums[unit.slot] = sums.total();
+  });
+}
+
+template <class C>
+void loss_units(const LossArguments& a, int64_t begin, int64_t end) {
+  const bool has_x0 = a.x0.data, has_n = a.n.kind != Noise::none, made = a.n.kind == Noise::made;
+  if (!lean<C>(a.function)) return loss_blocks<C, C>(a, begin, end, kBlock);
+  const DType data = common(a.prediction.dtype, a.x0, a.gradient);
+  const DType noise = a.n.kind == Noise::given ? a.n.tensor.dtype : DType::f32;
+  for_storage<C>(data, noise, [&](auto d, auto n) {
+    typedef decltype(d) D;
+    typedef decltype(n) N;
+    const bool direct = data == kCode<D> && noise == kCode<N> && !made && (has_x0 || has_n) && !a.mask.tensor.data;
+    loss_blocks<D, N>(a, begin, end, direct ? kUnit : kBlock);
   });
 }
 
 // The sum of the mask over each unit.
 template <class C>
 void mask_sum_units(const MaskSumArguments& a, int64_t begin, int64_t end) {
+  constexpr int kTwo = Sums<C>::kTwo, kTwos = Sums<C>::kTwos;
   alignas(64) C buffer[kBlock];
   for_units(a.layout, begin, end, [&](const Unit& unit) {
-    Sums sums{};
-    for (int done = 0; done < unit.length; done += kBlock) {
-      const int count = unit.length - done < kBlock ? unit.length - done : kBlock;
-      const C* mask = view<C>(a.mask, unit.start + done, count, buffer);
-      for (int k = 0; k < count; k += kLanes) {
-        Vector<C> values[kLanes / kWidth<C>];
-        memcpy(values, mask + k, sizeof(values));
+    Sums<C> sums{};
+    for_blocks(unit, kBlock, [&](int64_t start, int count) {
+      const C* mask = view<C>(a.mask, start, count, buffer);
+      for (int k = 0; k < count; k += kTwo * kTwos) {
+        Two<Vector<C>> values[kTwos];
+        for (int j = 0; j < kTwos; ++j) values[j] = load_two<C>(mask + k + j * kTwo);
         sums.add(values);
       }
-    }
+    });
     a.sums[unit.slot] = sums.total();
   });
 }

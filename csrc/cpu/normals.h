@@ -13,7 +13,7 @@ constexpr int kNormals = 4 * kGroups;      // and the normals that they make
 constexpr int kSlack = 32;                 // a buffer for normals is so much longer than what is asked for
 static_assert(kNormals <= kSlack, "a vector of groups must fit into the slack");
 
-// How many vectors are worked on side by side: a chain of ten rounds leaves a processor waiting, several do not.
+// How many vectors are worked on side by side: one chain of operations leaves a processor waiting, several do not.
 constexpr int kChains = 4;
 
 // The words stay in 64-bit lanes. A product looks only at the low half of a lane, so the high halves of the words,
@@ -46,52 +46,70 @@ FASTDIFF_INLINE Floats polynomial(Floats x, const float (&coefficients)[n]) {
   return value;
 }
 
-FASTDIFF_INLINE void box_muller(Words i1, Words i2, Floats& n1, Floats& n2) {
-  const Words bits = (Words)from_unsigned(i1 | 1u);
-  const Words exponent = (bits - philox::kSqrtHalf) & 0xFF800000u;
-  const Floats t = (Floats)(bits - exponent) - 1.0f;
-  const Floats whole = __builtin_convertvector((Ints)exponent, Floats);
-  const Floats y = fused(polynomial(t, philox::kLog), t,
-                         fused(whole, fill(philox::kLogOfExponent), fill(philox::kLogOfScale)));
-  const Floats radius = root(y > philox::kSmallest ? y : fill(philox::kSmallest));
+#define FASTDIFF_EACH _Pragma("GCC unroll 4") for (int j = 0; j < n; ++j)
 
-  const Floats a = (Floats)((i2 >> 9) + 0x3F800000u) - 1.5f;
-  const Floats z = a * a;
-  const Floats sine = a * polynomial(z, philox::kSin), cosine = polynomial(z, philox::kCos);
-  n1 = (Floats)((Words)(radius * (cosine - sine)) ^ (i2 << 31));
-  n2 = (Floats)((Words)(radius * (cosine + sine)) ^ ((i2 >> 1) << 31));
+// philox::box_muller on n pairs of vectors, step by step side by side.
+template <int n>
+FASTDIFF_INLINE void box_muller(const Words (&i1)[n], const Words (&i2)[n], Floats (&n1)[n], Floats (&n2)[n]) {
+  Words bits[n], exponent[n];
+  Floats t[n], p[n], radius[n], a[n], z[n], sine[n], cosine[n];
+  FASTDIFF_EACH bits[j] = (Words)from_unsigned(i1[j] | 1u);
+  FASTDIFF_EACH exponent[j] = (bits[j] - philox::kSqrtHalf) & 0xFF800000u;
+  FASTDIFF_EACH t[j] = (Floats)(bits[j] - exponent[j]) - 1.0f;
+  FASTDIFF_EACH p[j] = fill(philox::kLog[0]);
+#pragma GCC unroll 8
+  for (int k = 1; k < 8; ++k) FASTDIFF_EACH p[j] = fused(p[j], t[j], fill(philox::kLog[k]));
+  FASTDIFF_EACH radius[j] = __builtin_convertvector((Ints)exponent[j], Floats);
+  FASTDIFF_EACH radius[j] = fused(radius[j], fill(philox::kLogOfExponent), fill(philox::kLogOfScale));
+  FASTDIFF_EACH radius[j] = fused(p[j], t[j], radius[j]);
+  FASTDIFF_EACH radius[j] = root(larger(radius[j], fill(philox::kSmallest)));
+
+  FASTDIFF_EACH a[j] = (Floats)((i2[j] >> 9) + 0x3F800000u) - 1.5f;
+  FASTDIFF_EACH z[j] = a[j] * a[j];
+  FASTDIFF_EACH sine[j] = fill(philox::kSin[0]);
+  FASTDIFF_EACH cosine[j] = fill(philox::kCos[0]);
+#pragma GCC unroll 2
+  for (int k = 1; k < 3; ++k) FASTDIFF_EACH {
+      sine[j] = fused(sine[j], z[j], fill(philox::kSin[k]));
+      cosine[j] = fused(cosine[j], z[j], fill(philox::kCos[k]));
+    }
+  FASTDIFF_EACH cosine[j] = fused(cosine[j], z[j], fill(philox::kCos[3]));
+  FASTDIFF_EACH sine[j] = a[j] * sine[j];
+  FASTDIFF_EACH n1[j] = (Floats)((Words)(radius[j] * (cosine[j] - sine[j])) ^ (i2[j] << 31));
+  FASTDIFF_EACH n2[j] = (Floats)((Words)(radius[j] * (cosine[j] + sine[j])) ^ ((i2[j] << 30) & 0x80000000u));
 }
 
-// Normals of `chains` * kGroups groups from `group` on, in order of their elements.
-template <int chains>
+// Normals of n * kGroups groups from `group` on, in order of their elements.
+template <int n>
 FASTDIFF_INLINE void normal_chains(uint64_t seed, uint32_t stream, uint64_t sample, uint32_t group, float* out) {
   // Interleaving works within 128-bit parts. So that the results come out in order, the lanes of the first and the
   // second 64 bits of each part hold the lower and the upper half of the groups.
   Longs order;
 #pragma GCC unroll 8
   for (int k = 0; k < kGroups; ++k) order[k] = uint64_t(k / 2 + (k % 2) * (kGroups / 2));
-  Longs c[chains][4];
-#pragma GCC unroll 4
-  for (int j = 0; j < chains; ++j) {
+  Longs c[n][4];
+  FASTDIFF_EACH {
     c[j][0] = order + uint64_t(group + uint32_t(j) * kGroups);
     c[j][1] = Longs{} + stream;
     c[j][2] = Longs{} + uint32_t(sample);
     c[j][3] = Longs{} + (sample >> 32);
   }
   philox_rounds(c, seed);
-#pragma GCC unroll 4
-  for (int j = 0; j < chains; ++j) {
-    const Words i1 = (Words)((c[j][0] & 0xFFFFFFFFull) | (c[j][2] << 32));
-    const Words i2 = (Words)((c[j][1] & 0xFFFFFFFFull) | (c[j][3] << 32));
-    Floats n1, n2;
-    box_muller(i1, i2, n1, n2);
-    store(out + j * kNormals, zip_low(n1, n2));
-    store(out + j * kNormals + kNormals / 2, zip_high(n1, n2));
+  Words i1[n], i2[n];
+  FASTDIFF_EACH i1[j] = low_halves(c[j][0], c[j][2]);
+  FASTDIFF_EACH i2[j] = low_halves(c[j][1], c[j][3]);
+  Floats n1[n], n2[n];
+  box_muller(i1, i2, n1, n2);
+  FASTDIFF_EACH {
+    store(out + j * kNormals, zip_low(n1[j], n2[j]));
+    store(out + j * kNormals + kNormals / 2, zip_high(n1[j], n2[j]));
   }
 }
 
+#undef FASTDIFF_EACH
+
 // Normals of `vectors` * kGroups groups.
-inline void normal_groups(uint64_t seed, uint32_t stream, uint64_t sample, uint32_t group, int vectors, float* out) {
+FASTDIFF_APART inline void normal_groups(uint64_t seed, uint32_t stream, uint64_t sample, uint32_t group, int vectors, float* out) {
   int v = 0;
   for (; v + kChains <= vectors; v += kChains)
     normal_chains<kChains>(seed, stream, sample, group + uint32_t(v * kGroups), out + v * kNormals);

@@ -48,6 +48,7 @@ template <class C>
 constexpr int kWidth = kBytes / int(sizeof(C));
 
 #define FASTDIFF_INLINE inline __attribute__((always_inline))
+#define FASTDIFF_APART __attribute__((noinline))  // big, and seldom or for many elements at a time
 
 template <class C>
 FASTDIFF_INLINE Vector<C> load(const C* from) {
@@ -82,6 +83,12 @@ FASTDIFF_INLINE Floats from_unsigned(Words x) { return (Floats)_mm512_cvtepu32_p
 // Interleaves within each 128-bit part: a0 b0 a1 b1, and a2 b2 a3 b3.
 FASTDIFF_INLINE Floats zip_low(Floats a, Floats b) { return (Floats)_mm512_unpacklo_ps((__m512)a, (__m512)b); }
 FASTDIFF_INLINE Floats zip_high(Floats a, Floats b) { return (Floats)_mm512_unpackhi_ps((__m512)a, (__m512)b); }
+// The low halves of the 64-bit lanes of `low`, and those of `high` above them.
+FASTDIFF_INLINE Words low_halves(Longs low, Longs high) {
+  return (Words)_mm512_mask_moveldup_ps((__m512)low, 0xAAAA, (__m512)high);
+}
+// a > b ? a : b
+FASTDIFF_INLINE Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
 FASTDIFF_INLINE void widen(Floats x, Doubles& low, Doubles& high) {
   low = (Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
   high = (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
@@ -96,6 +103,10 @@ FASTDIFF_INLINE Doubles root(Doubles x) { return (Doubles)_mm256_sqrt_pd((__m256
 FASTDIFF_INLINE Longs product(Longs a, Longs b) { return (Longs)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 FASTDIFF_INLINE Floats zip_low(Floats a, Floats b) { return (Floats)_mm256_unpacklo_ps((__m256)a, (__m256)b); }
 FASTDIFF_INLINE Floats zip_high(Floats a, Floats b) { return (Floats)_mm256_unpackhi_ps((__m256)a, (__m256)b); }
+FASTDIFF_INLINE Words low_halves(Longs low, Longs high) {
+  return (Words)_mm256_blend_ps((__m256)low, _mm256_moveldup_ps((__m256)high), 0xAA);
+}
+FASTDIFF_INLINE Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
 FASTDIFF_INLINE void widen(Floats x, Doubles& low, Doubles& high) {
   low = (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
   high = (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
@@ -129,6 +140,8 @@ FASTDIFF_INLINE Longs product(Longs a, Longs b) { return (a & 0xFFFFFFFFull) * (
 #endif
 FASTDIFF_INLINE Floats zip_low(Floats a, Floats b) { return Floats{a[0], b[0], a[1], b[1]}; }
 FASTDIFF_INLINE Floats zip_high(Floats a, Floats b) { return Floats{a[2], b[2], a[3], b[3]}; }
+FASTDIFF_INLINE Words low_halves(Longs low, Longs high) { return (Words)((low & 0xFFFFFFFFull) | (high << 32)); }
+FASTDIFF_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 FASTDIFF_INLINE void widen(Floats x, Doubles& low, Doubles& high) {
   low = Doubles{double(x[0]), double(x[1])};
   high = Doubles{double(x[2]), double(x[3])};

@@ -7,18 +7,81 @@
 namespace fastdiff {
 namespace FASTDIFF_VARIANT {
 
+template <class V>
+FASTDIFF_INLINE V clamp(V x, V low, V high) {
+  return x < low ? low : (x > high ? high : x);  // NaN stays
+}
+
+// Without guidance, history, history's entry, a learned variance, a threshold, a mask and the next model input: all in
+// registers. D: x, m, y and x0, N: the noise.
+template <class D, class N, bool clips, bool noisy>
+void plain_step_blocks(const StepArguments& a, int64_t begin, int64_t end, int most) {
+  typedef Compute<D> C;
+  typedef Vector<C> V;
+  alignas(64) D x_buffer[kBlock], m_buffer[kBlock], x0_buffer[kBlock], y_buffer[kBlock];
+  NoiseBuffer<N> noise_buffer;
+  const V high = fill(C(a.clip)), low = -high;
+  for_blocks(a.layout, begin, end, most, [&](int64_t row, int64_t start, int count) {
+    const C* columns = (const C*)a.table.data + row * a.table.stride;
+    const C of_x = columns[p_x], of_m = columns[p_m], strength = columns[c_noise];
+    const C from_x = columns[c_x], from_m = columns[c_m], from_x0 = columns[c_x0];
+    const D* x = view(a.x, start, count, x_buffer);
+    const D* m = view(a.m, start, count, m_buffer);
+    const N* n = noisy ? view(a.noise, a.layout, start, count, noise_buffer) : nullptr;
+    D* y = place(a.y, start, count, y_buffer);
+    D* x0_out = a.x0.data ? place(a.x0, start, count, x0_buffer) : nullptr;
+    auto one = [&](V x_k, V m_k, V n_k, V& x0) __attribute__((always_inline)) {
+      x0 = of_x * x_k + of_m * m_k;
+      if constexpr (clips) x0 = clamp(x0, low, high);
+      const V mean = from_x * x_k + from_m * m_k + from_x0 * x0;
+      return noisy ? mean + strength * n_k : mean;
+    };
+    for_twos<C>(count, [&](int k) __attribute__((always_inline)) {
+      const Two<V> x_k = load_two<D>(x + k), m_k = load_two<D>(m + k);
+      Two<V> n_k{}, x0, result;
+      if constexpr (noisy) n_k = load_two<D>(n + k);
+      result.a = one(x_k.a, m_k.a, n_k.a, x0.a);
+      result.b = one(x_k.b, m_k.b, n_k.b, x0.b);
+      store_two(y + k, result);
+      if (x0_out) store_two(x0_out + k, x0);
+    });
+    if (x0_out) commit(a.x0, start, count, x0_out);
+    commit(a.y, start, count, y);
+  });
+}
+
+// y = mask (k_x0 known + k_n z) + (1 - mask) y; the buffers are free to use.
 template <class C>
-void step_units(const StepArguments& a, int64_t begin, int64_t end) {
+FASTDIFF_INLINE void blend_known(const StepArguments& a, const C* columns, int64_t start, int count, C* y, C* buffer,
+                                 C* mask_buffer, NoiseBuffer<C>& noise_buffer) {
+  typedef Vector<C> V;
+  const C* known = view<C>(a.known, start, count, buffer);
+  const C* mask = view<C>(a.mask, start, count, mask_buffer);
+  const bool noisy = a.known_noise.kind != Noise::none;
+  const C* n = noisy ? view<C>(a.known_noise, a.layout, start, count, noise_buffer) : known;
+  const C of_known = columns[k_x0], of_noise = columns[k_n];
+  for (int k = 0; k < padded(count); k += kWidth<C>) {
+    V kept = of_known * load(known + k);
+    if (noisy) kept = kept + of_noise * load(n + k);
+    const V share = load(mask + k);
+    store(y + k, share * kept + (C(1) - share) * load(y + k));
+  }
+}
+
+template <class C>
+void step_blocks(const StepArguments& a, int64_t begin, int64_t end) {
   typedef Vector<C> V;
   constexpr int W = kWidth<C>;
   alignas(64) C x_buffer[kBlock], m_buffer[kBlock], guided[kBlock], other[kBlock], x0_values[kBlock], y_buffer[kBlock],
       entry_buffer[kBlock];
+  alignas(64) C mask_buffer[kBlock], seen_buffer[kBlock];
   NoiseBuffer<C> noise_buffer;
-  const bool clips = a.clip >= 0;
-  const V high = fill(C(a.clip)), low = -high;
-  for_blocks(a.layout, begin, end, [&](int64_t row, int64_t start, int count) {
+  const bool clips = a.clip >= 0, scales = a.threshold.data;
+  for_blocks(a.layout, begin, end, kBlock, [&](int64_t row, int64_t start, int count) {
     const int stop = padded(count);
     const C* columns = (const C*)a.table.data + row * a.table.stride;
+    const V high = fill(C(a.clip)), low = -high;
+    const V most = fill(scales ? at<C>(a.threshold, row) : C(1)), least = -most;
     const C* x = view<C>(a.x, start, count, x_buffer);
     const C* m = view<C>(a.m, start, count, m_buffer);
     if (a.uncond.data) {
@@ -35,7 +98,8 @@ void step_units(const StepArguments& a, int64_t begin, int64_t end) {
     for (int k = 0; k < stop; k += W) {
       const V x_k = load(x + k), m_k = load(m + k);
       V x0 = columns[p_x] * x_k + columns[p_m] * m_k;
-      if (clips) x0 = x0 < low ? low : (x0 > high ? high : x0);  // NaN stays
+      if (clips) x0 = clamp(x0, low, high);
+      if (scales) x0 = clamp(x0, least, most) / most;
       store(x0_out + k, x0);
       store(y + k, columns[c_x] * x_k + columns[c_m] * m_k + columns[c_x0] * x0);
       if (entry) store(entry + k, columns[h_x] * x_k + columns[h_m] * m_k + columns[h_x0] * x0);
@@ -61,7 +125,32 @@ void step_units(const StepArguments& a, int64_t begin, int64_t end) {
         for (int k = 0; k < stop; k += W) store(y + k, load(y + k) + strength * load(n + k));
       }
     }
+    if (a.mask.tensor.data) blend_known<C>(a, columns, start, count, y, other, mask_buffer, noise_buffer);
+    if (a.model_input.data) {
+      C* seen = place<C>(a.model_input, start, count, seen_buffer);
+      const C factor = columns[c_in];
+      for (int k = 0; k < stop; k += W) store(seen + k, factor * load(y + k));
+      for (int copy = 0; copy < a.copies; ++copy) commit(a.model_input, start + copy * a.layout.elements, count, seen);
+    }
     commit(a.y, start, count, y);
+  });
+}
+
+template <class C>
+void step_units(const StepArguments& a, int64_t begin, int64_t end) {
+  if (a.uncond.data || a.history[0].data || a.log_variance.data || a.entry.data || a.threshold.data ||
+      a.mask.tensor.data || a.model_input.data)
+    return step_blocks<C>(a, begin, end);
+  const DType data = common(a.x.dtype, a.m, a.y, a.x0);
+  const DType noise = a.noise.kind == Noise::given ? a.noise.tensor.dtype : DType::f32;
+  for_storage<C>(data, noise, [&](auto d, auto n) {
+    typedef decltype(d) D;
+    typedef decltype(n) N;
+    const bool noisy = a.noise.kind != Noise::none, clips = a.clip >= 0;
+    const bool direct = data == kCode<D> && noise == kCode<N> && a.noise.kind != Noise::made;
+    const auto kernel = noisy ? (clips ? plain_step_blocks<D, N, true, true> : plain_step_blocks<D, N, false, true>)
+                              : (clips ? plain_step_blocks<D, N, true, false> : plain_step_blocks<D, N, false, false>);
+    kernel(a, begin, end, direct ? kUnit : kBlock);
   });
 }
 

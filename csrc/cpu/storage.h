@@ -1,5 +1,6 @@
-// Blocks between memory, in any dtype, and buffers in the compute dtype. The kernels see nothing but compute dtypes;
-// where memory holds just that, they get the memory itself and nothing is copied.
+// Elements as they lie in memory, and blocks of them. A kernel is a template of the types that its operands are stored
+// in; it computes in float or double and converts in registers. Where memory holds just those types, it gets the memory
+// itself; other memory, and the end of a row that fills no vector, goes through a buffer.
 #pragma once
 
 #include "arguments.h"
@@ -9,8 +10,40 @@
 namespace fastdiff {
 namespace FASTDIFF_VARIANT {
 
-template <class C>
-constexpr DType kCode = sizeof(C) == 4 ? DType::f32 : DType::f64;
+struct Bfloat {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// The dtype of a stored type, and what is computed in: float for all but double.
+template <class S>
+struct Storage;
+template <>
+struct Storage<float> {
+  static constexpr DType kCode = DType::f32;
+  typedef float Compute;
+};
+template <>
+struct Storage<double> {
+  static constexpr DType kCode = DType::f64;
+  typedef double Compute;
+};
+template <>
+struct Storage<Bfloat> {
+  static constexpr DType kCode = DType::bf16;
+  typedef float Compute;
+};
+template <>
+struct Storage<Half> {
+  static constexpr DType kCode = DType::f16;
+  typedef float Compute;
+};
+template <class S>
+constexpr DType kCode = Storage<S>::kCode;
+template <class S>
+using Compute = typename Storage<S>::Compute;
 
 FASTDIFF_INLINE float from_bfloat16(uint16_t h) {
   const uint32_t bits = uint32_t(h) << 16;
@@ -63,78 +96,148 @@ FASTDIFF_INLINE uint16_t to_half_bits(float value) {
   return uint16_t(sign | ((bits - (112u << 23)) >> 13));
 }
 
-// A little faster than what the compiler makes of the plain loops, which do the rest.
-inline void read_bfloats(const uint16_t* from, int count, float* to) {
-  int k = 0;
+// In bits 16 to 31, as to_bfloat16; what is below does not matter.
+FASTDIFF_INLINE Words round_to_bfloat16(Floats x) {
+  const Words bits = (Words)x, half = ((bits >> 16) & 1u) + 0x7FFFu;
 #if defined(FASTDIFF_AVX512)
-  for (; k + 16 <= count; k += 16)
-    _mm512_storeu_si512(to + k, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from + k))), 16));
-#elif defined(FASTDIFF_AVX2)
-  for (; k + 8 <= count; k += 8)
-    _mm256_storeu_si256((__m256i*)(to + k),
-                        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + k))), 16));
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);
+  return (Words)_mm512_mask_add_epi32(_mm512_set1_epi32(0x7FC00000), number, (__m512i)bits, (__m512i)half);
+#else
+  return x == x ? bits + half : Words{} + 0x7FC00000u;
 #endif
-  for (; k < count; ++k) to[k] = from_bfloat16(from[k]);
 }
 
 #if defined(FASTDIFF_AVX512)
-FASTDIFF_INLINE __m256i to_bfloats(const float* from) {
-  const __m512 value = _mm512_loadu_ps(from);
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF)), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
-}
-#elif defined(FASTDIFF_AVX2)
-FASTDIFF_INLINE __m256i to_bfloat_words(const float* from) {
-  const __m256 value = _mm256_loadu_ps(from);
-  const __m256i bits = _mm256_castps_si256(value);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7FFF)), 16);
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
-}
-FASTDIFF_INLINE __m256i to_bfloats(const float* from) {
-  const __m256i packed = _mm256_packus_epi32(to_bfloat_words(from), to_bfloat_words(from + 8));
-  return _mm256_permute4x64_epi64(packed, 0xD8);  // packing works within 128-bit parts
-}
-#endif
 
-inline void write_bfloats(const float* from, int count, uint16_t* to) {
-  int k = 0;
-#if defined(FASTDIFF_AVX512) || defined(FASTDIFF_AVX2)
-  for (; k + 16 <= count; k += 16) _mm256_storeu_si256((__m256i*)(to + k), to_bfloats(from + k));
-#endif
-  for (; k < count; ++k) to[k] = to_bfloat16(from[k]);
+FASTDIFF_INLINE Floats load(const Half* from) {
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+}
+FASTDIFF_INLINE void store(Half* to, Floats value) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
 }
 
-inline void read_halves(const uint16_t* from, int count, float* to) {
-  int k = 0;
-#if defined(FASTDIFF_AVX512)
-  for (; k + 16 <= count; k += 16)
-    _mm512_storeu_ps(to + k, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + k))));
 #elif defined(FASTDIFF_AVX2)
-  for (; k + 8 <= count; k += 8) _mm256_storeu_ps(to + k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + k))));
-#endif
-  for (; k < count; ++k) to[k] = from_half_bits(from[k]);
+
+FASTDIFF_INLINE Floats load(const Half* from) {
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+}
+FASTDIFF_INLINE void store(Half* to, Floats value) {
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
 }
 
-inline void write_halves(const float* from, int count, uint16_t* to) {
-  int k = 0;
-#if defined(FASTDIFF_AVX512)
-  for (; k + 16 <= count; k += 16)
-    _mm256_storeu_si256((__m256i*)(to + k), _mm512_cvtps_ph(_mm512_loadu_ps(from + k), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(FASTDIFF_AVX2)
-  for (; k + 8 <= count; k += 8)
-    _mm_storeu_si128((__m128i*)(to + k), _mm256_cvtps_ph(_mm256_loadu_ps(from + k), _MM_FROUND_TO_NEAREST_INT));
+#else
+
+FASTDIFF_INLINE Floats load(const Half* from) {
+  Floats value;
+  for (int k = 0; k < kWidth<float>; ++k) value[k] = from_half_bits(from[k].bits);
+  return value;
+}
+FASTDIFF_INLINE void store(Half* to, Floats value) {
+  for (int k = 0; k < kWidth<float>; ++k) to[k].bits = to_half_bits(value[k]);
+}
+
 #endif
-  for (; k < count; ++k) to[k] = to_half_bits(from[k]);
+
+// Two vectors' worth of elements. Those of Bfloat, and what is computed with them, are split into the even and the odd
+// ones: each is then a shift or a mask away from memory, and nothing has to cross lanes.
+template <class V>
+struct Two {
+  V a, b;
+};
+template <class D>
+constexpr bool kSplit = false;
+template <>
+constexpr bool kSplit<Bfloat> = true;
+
+FASTDIFF_INLINE Two<Floats> split(Two<Floats> x) {
+  Ints even;
+  for (int k = 0; k < kWidth<float>; ++k) even[k] = 2 * k;
+  return {__builtin_shuffle(x.a, x.b, even), __builtin_shuffle(x.a, x.b, even + 1)};
+}
+
+FASTDIFF_INLINE Two<Floats> unsplit(Two<Floats> x) {
+  Ints low;
+  for (int k = 0; k < kWidth<float>; ++k) low[k] = k / 2 + k % 2 * kWidth<float>;
+  return {__builtin_shuffle(x.a, x.b, low), __builtin_shuffle(x.a, x.b, low + kWidth<float> / 2)};
+}
+
+// In the order of D.
+template <class D, class S>
+FASTDIFF_INLINE Two<Vector<Compute<S>>> load_two(const S* from) {
+  static_assert(2 * kWidth<Compute<S>> <= kStep, "two vectors must fit into the padding");
+  if constexpr (kSplit<S>) {
+    static_assert(kSplit<D>, "only computed with its own kind");
+    Words bits;
+    memcpy(&bits, from, sizeof(bits));
+    return {(Floats)(bits << 16), (Floats)(bits & 0xFFFF0000u)};
+  } else {
+    const Two<Vector<Compute<S>>> x = {load(from), load(from + kWidth<Compute<S>>)};
+    if constexpr (kSplit<D>)
+      return split(x);
+    else
+      return x;
+  }
+}
+
+template <class D>
+FASTDIFF_INLINE void store_two(D* to, Two<Vector<Compute<D>>> x) {
+  if constexpr (kSplit<D>) {
+    const Words bits = (round_to_bfloat16(x.a) >> 16) | (round_to_bfloat16(x.b) & 0xFFFF0000u);
+    memcpy(to, &bits, sizeof(bits));
+  } else {
+    store(to, x.a);
+    store(to + kWidth<Compute<D>>, x.b);
+  }
+}
+
+// Calls body(k) for every two vectors of a block of `count` elements.
+template <class C, class Body>
+FASTDIFF_INLINE void for_twos(int count, Body body) {
+  for (int k = 0; k < count; k += 2 * kWidth<C>) body(k);
+}
+
+FASTDIFF_INLINE float single(Bfloat x) { return from_bfloat16(x.bits); }
+FASTDIFF_INLINE float single(Half x) { return from_half_bits(x.bits); }
+FASTDIFF_INLINE void assign(Bfloat& to, float value) { to.bits = to_bfloat16(value); }
+FASTDIFF_INLINE void assign(Half& to, float value) { to.bits = to_half_bits(value); }
+
+template <class S>
+inline void read_narrow(const S* from, int count, float* to) {
+  constexpr int kTwo = 2 * kWidth<float>;
+  int k = 0;
+  for (; k + kTwo <= count; k += kTwo) {
+    const Two<Floats> x = load_two<S>(from + k);
+    store_two(to + k, kSplit<S> ? unsplit(x) : x);
+  }
+  for (; k < count; ++k) to[k] = single(from[k]);
+}
+
+template <class S>
+inline void write_narrow(const float* from, int count, S* to) {
+  constexpr int kTwo = 2 * kWidth<float>;
+  int k = 0;
+  for (; k + kTwo <= count; k += kTwo) store_two(to + k, load_two<S>(from + k));
+  for (; k < count; ++k) assign(to[k], from[k]);
+}
+
+template <class S>
+inline void read_narrow(const S* from, int count, double* to) {
+  float singles[kBlock];
+  read_narrow(from, count, singles);
+  for (int k = 0; k < count; ++k) to[k] = double(singles[k]);
+}
+
+// By way of float32, as PyTorch does.
+template <class S>
+inline void write_narrow(const double* from, int count, S* to) {
+  float singles[kBlock];
+  for (int k = 0; k < count; ++k) singles[k] = float(from[k]);
+  write_narrow(singles, count, to);
 }
 
 // Elements [start, start + count) of `from`; count <= kBlock.
 template <class C>
-inline void read(const Input& from, int64_t start, int count, C* to) {
+FASTDIFF_APART void read(const Input& from, int64_t start, int count, C* to) {
   switch (from.dtype) {
     case DType::f32: {
       const float* source = (const float*)from.data + start;
@@ -147,18 +250,11 @@ inline void read(const Input& from, int64_t start, int count, C* to) {
       break;
     }
     case DType::bf16:
-    case DType::f16: {
-      const uint16_t* source = (const uint16_t*)from.data + start;
-      const auto read_narrow = from.dtype == DType::bf16 ? read_bfloats : read_halves;
-      if constexpr (sizeof(C) == 4) {
-        read_narrow(source, count, to);
-      } else {
-        float narrow[kBlock];
-        read_narrow(source, count, narrow);
-        for (int k = 0; k < count; ++k) to[k] = C(narrow[k]);
-      }
+      read_narrow((const Bfloat*)from.data + start, count, to);
       break;
-    }
+    case DType::f16:
+      read_narrow((const Half*)from.data + start, count, to);
+      break;
     case DType::u8: {
       const uint8_t* source = (const uint8_t*)from.data + start;
       for (int k = 0; k < count; ++k) to[k] = C(source[k]);
@@ -167,55 +263,84 @@ inline void read(const Input& from, int64_t start, int count, C* to) {
   }
 }
 
-FASTDIFF_INLINE int padded(int count) { return (count + kLanes - 1) & ~(kLanes - 1); }
-
-// A block of `from` to compute on, zeros behind it up to a multiple of kLanes: memory itself, or `buffer`.
 template <class C>
-FASTDIFF_INLINE const C* view(const Input& from, int64_t start, int count, C* buffer) {
-  if (from.dtype == kCode<C> && count % kLanes == 0) return (const C*)from.data + start;
-  read(from, start, count, buffer);
-  for (int k = count; k < padded(count); ++k) buffer[k] = C(0);
-  return buffer;
-}
-
-// Where to put a block of results: memory itself, or `buffer`, which commit() then takes to memory.
-template <class C>
-FASTDIFF_INLINE C* place(const Output& to, int64_t start, int count, C* buffer) {
-  return to.dtype == kCode<C> && count % kLanes == 0 ? (C*)to.data + start : buffer;
-}
-
-template <class C>
-inline void commit(const Output& to, int64_t start, int count, const C* values) {
+FASTDIFF_APART void write(const C* from, int count, const Output& to, int64_t start) {
   switch (to.dtype) {
     case DType::f32: {
       float* target = (float*)to.data + start;
-      if ((const void*)target == (const void*)values) return;
-      for (int k = 0; k < count; ++k) target[k] = float(values[k]);
+      for (int k = 0; k < count; ++k) target[k] = float(from[k]);
       break;
     }
     case DType::f64: {
       double* target = (double*)to.data + start;
-      if ((const void*)target == (const void*)values) return;
-      for (int k = 0; k < count; ++k) target[k] = double(values[k]);
+      for (int k = 0; k < count; ++k) target[k] = double(from[k]);
       break;
     }
     case DType::bf16:
-    case DType::f16: {
-      uint16_t* target = (uint16_t*)to.data + start;
-      const auto write_narrow = to.dtype == DType::bf16 ? write_bfloats : write_halves;
-      if constexpr (sizeof(C) == 4) {
-        write_narrow(values, count, target);
-      } else {
-        // By way of float32, as PyTorch does.
-        float narrow[kBlock];
-        for (int k = 0; k < count; ++k) narrow[k] = float(values[k]);
-        write_narrow(narrow, count, target);
-      }
+      write_narrow(from, count, (Bfloat*)to.data + start);
       break;
-    }
+    case DType::f16:
+      write_narrow(from, count, (Half*)to.data + start);
+      break;
     case DType::u8:
       break;  // never an output: the binding refuses it
   }
+}
+
+FASTDIFF_INLINE int padded(int count) { return (count + kStep - 1) & ~(kStep - 1); }
+
+// Only what is computed in can be a buffer for memory of another type; Bfloat and Half are for memory of just that.
+template <class S>
+constexpr bool kComputed = sizeof(S) >= 4;
+
+// A block of `from`, zeros behind it up to a multiple of kStep: memory itself, or `buffer`.
+template <class S>
+FASTDIFF_INLINE const S* view(const Input& from, int64_t start, int count, S* buffer) {
+  const S* memory = (const S*)from.data + start;
+  if (from.dtype == kCode<S> && count % kStep == 0) return memory;
+  if constexpr (kComputed<S>)
+    read(from, start, count, buffer);
+  else
+    memcpy(buffer, memory, sizeof(S) * size_t(count));
+  memset(buffer + count, 0, sizeof(S) * size_t(padded(count) - count));
+  return buffer;
+}
+
+// Where to put a block of results: memory itself, or `buffer`, which commit() then takes to memory.
+template <class S>
+FASTDIFF_INLINE S* place(const Output& to, int64_t start, int count, S* buffer) {
+  return to.dtype == kCode<S> && count % kStep == 0 ? (S*)to.data + start : buffer;
+}
+
+template <class S>
+FASTDIFF_INLINE void commit(const Output& to, int64_t start, int count, const S* values) {
+  S* memory = (S*)to.data + start;
+  if (to.dtype == kCode<S> && memory == values) return;
+  if constexpr (kComputed<S>)
+    write(values, count, to, start);
+  else
+    memcpy(memory, values, sizeof(S) * size_t(count));
+}
+
+// Calls kernel(D{}, N{}) for data in `data` and noise in `noise`: the types stored, where there are kernels of them,
+// otherwise the compute type C twice.
+template <class C, class Kernel>
+FASTDIFF_INLINE void for_storage(DType data, DType noise, Kernel kernel) {
+  if constexpr (sizeof(C) == 4) {
+    if (data == DType::bf16 && noise == DType::bf16) return kernel(Bfloat{}, Bfloat{});
+    if (data == DType::bf16 && noise == DType::f32) return kernel(Bfloat{}, float{});
+#if defined(FASTDIFF_AVX512) || defined(FASTDIFF_AVX2)
+    if (data == DType::f16 && noise == DType::f16) return kernel(Half{}, Half{});
+    if (data == DType::f16 && noise == DType::f32) return kernel(Half{}, float{});
+#endif
+  }
+  kernel(C{}, C{});
+}
+
+// The dtype of all that are there, or u8, for which there is no kernel.
+template <class... Operands>
+FASTDIFF_INLINE DType common(DType dtype, const Operands&... others) {
+  return ((!others.data || others.dtype == dtype) && ...) ? dtype : DType::u8;
 }
 
 template <class C>

@@ -10,7 +10,9 @@ namespace fastdiff {
 constexpr int64_t kUnit = 4096;
 // A block is what a kernel works on at a time: small enough that its few buffers stay in the first-level cache.
 constexpr int kBlock = 512;
-// Vectors are at most 16 elements; buffers are a multiple, and blocks are padded to it.
+// Kernels take two vectors at a time, at most kStep elements: blocks and buffers are padded to a multiple.
+constexpr int kStep = 32;
+// A sum is this many sums side by side.
 constexpr int kLanes = 16;
 
 }  // namespace fastdiff

@@ -42,10 +42,7 @@ EDM_TIME_SCALE = 250.0  # for ln(sigma) / 4, about -1.6 to 1.1
 
 # A prediction that belongs to another process than the default one.
 PROCESS_OF_PREDICTION = {"flow": "flow", "reversed_flow": "flow", "edm": "edm"}
-SAMPLERS = {
-    "ddpm": lambda: fastdiff.samplers.DDPM(clip=1.0),
-    "ddim": lambda: fastdiff.samplers.DDIM(clip=1.0, rederive_epsilon=True),
-}
+SAMPLERS = dict(fastdiff.samplers.NAMES)
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,8 @@ def make_sampler(name: str) -> fastdiff.samplers.Sampler:
     """The sampler of that name, for images in [-1, 1]. Raises ValueError for an unknown one."""
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}.")
-    return SAMPLERS[name]()
+    how = {"rederive_epsilon": True} if name == "ddim" else {}
+    return SAMPLERS[name](clip=1.0, **how)
 
 
 def differing(old: Settings, given: dict[str, Any]) -> list[str]:

@@ -79,8 +79,9 @@ class EulerAncestral(Scheduled):
     def _flow_columns(self, path: Path) -> dict[str, Tensor]:
         sigma, (alpha, end) = path.levels.sigma, path.ends
         down = end * (1 + (end / sigma - 1) * self.eta)
-        factor = alpha / (1 - down)  # back up: scaled so that the data has the next level's alpha
-        columns = euler_columns(path.levels.alpha, sigma, (1 - down, down))
+        below = path.levels.process.levels_at(down)
+        factor = alpha / below.alpha  # back up: scaled so that the data has the next level's alpha
+        columns = euler_columns(path.levels.alpha, sigma, (below.alpha, down))
         columns = {name: factor * column for name, column in columns.items()}
         return columns | {"c_noise": (end**2 - (down * factor) ** 2).clamp(min=0).sqrt()}
 

@@ -17,8 +17,10 @@ from .operations import (
     unavailable_because,
     uniform,
 )
+from .trajectory import Trajectory
 
 __all__ = [
+    "Trajectory",
     "available",
     "convert",
     "description",

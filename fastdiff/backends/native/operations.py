@@ -330,23 +330,35 @@ def step(
     log_variance: Tensor | None,
     dtype: torch.dtype,
     wanted: tuple[bool, bool],
-    **extras: Any,
+    *,
+    threshold: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Any = None,
+    model_input: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``reference.step``."""
-    tensors = (x, m, uncond, guidance, row, *history, noise, log_variance)
-    seed = getattr(noise, "seed", None)
-    extra = any(value is not None for value in extras.values())
-    if extra or not _plain(*tensors, seed) or _differentiable(*tensors) or dtype != x.dtype:
-        return reference.step(x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, **extras)
+    tensors = (x, m, uncond, guidance, row, *history, noise, log_variance, threshold, mask, known, known_noise)
+    seeds = getattr(noise, "seed", None), getattr(known_noise, "seed", None)
+    held_input = model_input is None or model_input.is_contiguous()
+    if (
+        not (_plain(*tensors, *seeds, model_input) and held_input and len(row.shape) <= 2)
+        or _differentiable(*tensors)
+        or dtype != x.dtype
+    ):
+        return reference.step(
+            x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, threshold=threshold,
+            mask=mask, known=known, known_noise=known_noise, model_input=model_input,
+        )  # fmt: skip
     per_sample = row.new_empty(1).expand((len(x),) + (1,) * (x.ndim - 1)) if row.ndim > 1 else None
     scale = None
     if uncond is not None:
         scale = guidance if isinstance(guidance, Tensor) else row.new_full((1,), guidance)
-    layout, (_, scale) = arrange(x.shape, per_sample, scale)
+    layout, (_, scale, threshold) = arrange(x.shape, per_sample, scale, threshold)
     y = _empty(x.shape, dtype, x)
     x0 = _empty(x.shape, dtype, x) if wanted[0] else None
     entry = _empty(x.shape, row.dtype, x) if wanted[1] else None
-    held = [_contiguous(t) for t in (x, m, uncond, row, noise, log_variance)]
+    held = [_contiguous(t) for t in (x, m, uncond, row, noise, log_variance, known, known_noise)]
     entries = [_contiguous(t) for t in history]
     _C.step(
         layout,
@@ -362,6 +374,11 @@ def step(
         memory(y),
         memory(x0),
         memory(entry),
+        memory(threshold),
+        masked(mask, x.shape),
+        memory(held[6]),
+        source(held[7]),
+        memory(model_input),
         torch.get_num_threads(),
     )
     return _like(y, x), x0 if x0 is None else _like(x0, x), entry if entry is None else _like(entry, x)

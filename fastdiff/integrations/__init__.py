@@ -1,0 +1,1 @@
+"""fastdiff under the calling conventions of other libraries."""

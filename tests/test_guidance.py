@@ -1,0 +1,397 @@
+"""Options of fastdiff.sample that look at the network's output: interval and rescaled guidance, dynamic thresholding,
+classifier guidance, inpainting; and those of the loop: trajectories, compile, CUDA graphs, launches and syncs."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdiff
+from fastdiff import backends, ops, samplers
+from fastdiff.guidance import quantile
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+VP = fastdiff.VariancePreserving()
+FLOW = fastdiff.RectifiedFlow()
+SHAPE = (2, 3, 4)
+
+
+def network(x, t, c):
+    return torch.tanh(x) * c.view(-1, 1, 1)
+
+
+COND, UNCOND = torch.tensor([1.0, 0.8]), torch.tensor([0.5, 0.6])
+
+
+def run(model=network, sampler="ddim", process=VP, steps=6, prediction="epsilon", shape=SHAPE, **how):
+    return fastdiff.sample(model, shape, process, sampler, steps, prediction, **({"seed": 1, "progress": False} | how))
+
+
+def by_hand(change, sampler="ddim", steps=6, prediction="epsilon", process=VP, **how):
+    """The same run with a model that does the guidance itself: ``change(k, x, m_cond, m_uncond)``."""
+    count = iter(range(10**6))
+
+    def model(x, t):
+        return change(next(count), x, network(x, t, COND), network(x, t, UNCOND))
+
+    return run(model, sampler, process, steps, prediction, **how)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "heun", "unipc", "edm"])
+def test_guidance_inside_an_interval(sampler):
+    """Outside it the unconditional half is not even computed."""
+    batches = []
+
+    def counted(x, t, c):
+        batches.append(len(x))
+        return network(x, t, c)
+
+    how = {"cond": COND, "uncond": UNCOND, "guidance": 3.0, "guidance_interval": (300, 700)}
+    guided = run(counted, sampler, **how)
+    times = samplers.get(sampler).plan(VP, 6, "epsilon").times.tolist()
+    inside = [300 <= t <= 700 for t in times]
+    assert batches == [4 if i else 2 for i in inside] and any(inside) and not all(inside)
+    expected = by_hand(lambda k, x, c, u: u + 3.0 * (c - u) if inside[k] else c, sampler)
+    torch.testing.assert_close(guided, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_of_each_sample():
+    scale = torch.tensor([1.5, 4.0])
+    guided = run(cond=COND, uncond=UNCOND, guidance=scale)
+    expected = by_hand(lambda k, x, c, u: u + scale.view(-1, 1, 1) * (c - u))
+    torch.testing.assert_close(guided, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("phi", [0.7, 1.0])
+@pytest.mark.parametrize("sampler", ["ddim", "unipc", "heun"])
+def test_rescaled_guidance(sampler, phi):
+    """Lin et al. 2024, equations 15 and 16; diffusers' rescale_noise_cfg."""
+
+    def rescaled(k, x, c, u):
+        guided = u + 5.0 * (c - u)
+        dims = tuple(range(1, c.ndim))
+        ratio = c.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+        return phi * guided * ratio + (1 - phi) * guided
+
+    got = run(sampler=sampler, cond=COND, uncond=UNCOND, guidance=5.0, guidance_rescale=phi)
+    torch.testing.assert_close(got, by_hand(rescaled, sampler), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("most", [None, 1.3])
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m", "unipc", "euler"])
+def test_dynamic_thresholding(sampler, most, guided):
+    """Saharia et al. 2022, section 2.3: s is the quantile of |x0| of each sample, at least 1."""
+    how = {"cond": COND, "uncond": UNCOND, "guidance": 2.0} if guided else {"cond": COND}
+    seen = []
+    got = run(
+        sampler=sampler, dynamic_thresholding=0.8, sample_max_value=most,
+        callback=lambda k, t, x, x0: seen.append(x0), **how,
+    )  # fmt: skip
+    step = iter(range(100))
+    times = samplers.get(sampler).plan(VP, 6, "epsilon").times.tolist()
+
+    def thresholded(x, t):
+        m = network(x, t, COND)
+        if guided:
+            u = network(x, t, UNCOND)
+            m = u + 2.0 * (m - u)
+        a = VP.alpha_bar[times[next(step)]]
+        x0 = (x - (1 - a).sqrt() * m) / a.sqrt()
+        s = torch.quantile(x0.abs().flatten(1), 0.8, dim=1).clamp(1, most).view(-1, 1, 1)
+        return torch.maximum(torch.minimum(x0, s), -s) / s
+
+    expected = run(thresholded, sampler, prediction="sample")
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert all(float(x0.abs().max()) <= 1 + 1e-6 for x0 in seen) or most is not None
+
+
+def test_quantiles_are_torchs():
+    rows = torch.randn(3, 101)
+    for q in (0.001, 0.5, 0.9, 0.995, 1.0):
+        torch.testing.assert_close(quantile(rows, q), torch.quantile(rows, q, dim=1))
+
+
+def gradient(x, t):
+    """Of log p = -|x - 0.5|^2 / 2, by autograd: gradients are enabled in a cond_fn."""
+    x = x.requires_grad_()
+    return torch.autograd.grad(-0.5 * ((x - 0.5) ** 2).sum(), x)[0]
+
+
+@pytest.mark.parametrize("process, prediction", [(VP, "epsilon"), (VP, "v_prediction"), (VP, "sample"), (FLOW, "flow")])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "unipc", "euler"])
+def test_classifier_guidance_of_the_noise_estimate(sampler, process, prediction):
+    """Algorithm 2: epsilon - sqrt(1 - abar) gradient, whatever the network predicts."""
+    plan = samplers.get(sampler).plan(process, 6, prediction)
+    levels = process.levels(plan.times)
+    step = iter(range(100))
+    scale = 0.1  # x0 at the noisiest level is sigma / alpha = 157 times as sensitive
+
+    def model(x, t, c):
+        return network(x, t, c)
+
+    def changed(x, t, c):
+        k = next(step)
+        alpha, sigma = levels.alpha[k], levels.sigma[k]
+        m = network(x, t, c).double()
+        to_eps = fastdiff.prediction.conversion(prediction, "epsilon", process.levels(plan.times[k]))
+        eps = to_eps[0] * x + to_eps[1] * m - sigma * scale * (0.5 - x.double())
+        if k == 0 and process is FLOW:  # alpha = 0: epsilon alone says nothing of x0
+            back = fastdiff.prediction.conversion("epsilon", prediction, process.levels(plan.times[k]))
+            return (
+                (m - sigma * scale * (0.5 - x.double()) / to_eps[1]).to(x.dtype)
+                if back[0].isfinite()
+                else m.to(x.dtype)
+            )
+        x0 = (x - sigma * eps) / alpha
+        k_x, k_m = fastdiff.prediction.conversion("sample", prediction, process.levels(plan.times[k]))
+        return (k_x * x + k_m * x0).to(x.dtype)
+
+    how = {"dtype": torch.float64, "cond": COND.double()}
+    got = run(model, sampler, process, 6, prediction, cond_fn=lambda x, t: scale * gradient(x, t), **how)
+    torch.testing.assert_close(got, run(changed, sampler, process, 6, prediction, **how), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_classifier_guidance_of_ddpms_mean(variance):
+    """Algorithm 1: mean + variance gradient."""
+    spread = torch.rand(SHAPE, dtype=torch.float64) * 2 - 1
+
+    def model(x, t):
+        m = torch.tanh(x)
+        return torch.cat([m, spread], 1) if variance == "learned_range" else m
+
+    sampler, seen = samplers.DDPM(variance), {}
+    how = {"dtype": torch.float64, "steps": 4, "noise": lambda k, shape: torch.zeros(shape), "x": torch.randn(SHAPE)}
+    for name, cond_fn in (("with", gradient), ("without", None)):
+        path = run(model, sampler, cond_fn=cond_fn, return_trajectory=True, **how)[1]
+        seen[name] = path[1]
+    a, b = VP.alpha_bar[999], VP.alpha_bar[749]
+    large, small = 1 - a / b, (1 - b) / (1 - a) * (1 - a / b)
+    part = (spread + 1) / 2
+    between = torch.exp(part * large.log() + (1 - part) * small.log())
+    expected = {"fixed_small": small, "fixed_large": large, "learned_range": between}[variance]
+    shift = expected * (0.5 - how["x"].double())
+    torch.testing.assert_close(seen["with"] - seen["without"], shift, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m", "unipc", "heun", "euler_ancestral"])
+def test_inpainting(sampler):
+    """Where the mask is 1 every x is the known data at its level, with one noise; elsewhere the run knows it."""
+    known = torch.rand(SHAPE) * 2 - 1
+    mask = torch.zeros(1, 1, 4)
+    mask[..., :2] = 1
+    x, path = run(sampler=sampler, cond=COND, known=known, mask=mask, return_trajectory=True)
+    kept = mask.bool().expand(SHAPE)
+    assert torch.equal(x[kept], known[kept])
+    assert not torch.allclose(x, run(sampler=sampler, cond=COND))
+    plan = samplers.get(sampler).plan(VP, 6, "epsilon")
+    steps = range(len(plan.times)) if plan.steps is None else plan.steps
+    ends = [k for k in range(len(steps)) if k + 1 == len(steps) or steps[k + 1] != steps[k]]
+    n = path[0]
+    for k, y in zip(ends, path[1:]):
+        row = dict(zip(ops.COLUMNS, plan.table[k].tolist()))
+        expected = row["k_x0"] * known + row["k_n"] * n
+        torch.testing.assert_close(y[kept], expected[kept], rtol=1e-6, atol=1e-6)
+        if row["k_n"]:
+            assert math.hypot(row["k_x0"], row["k_n"]) == pytest.approx(1)
+    as_bool = run(sampler=sampler, cond=COND, known=known, mask=mask.bool())
+    assert torch.equal(as_bool, x)
+
+
+def test_a_soft_mask_blends():
+    x, m, known, n = torch.randn(4, 2, 3, 4)
+    mask = torch.rand(2, 1, 4)
+    row = torch.zeros(len(ops.COLUMNS), dtype=torch.float64)
+    for name, value in {"c_x": 0.5, "c_m": -0.2, "k_x0": 0.8, "k_n": 0.6}.items():
+        row[ops.COLUMNS.index(name)] = value
+    y, _, _ = ops.step(x, m, row, mask=mask, known=known, known_noise=n)
+    torch.testing.assert_close(y, mask * (0.8 * known + 0.6 * n) + (1 - mask) * (0.5 * x - 0.2 * m))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_next_model_input_is_written_too(copies, dtype):
+    x, m = (torch.randn(5, 33).to(dtype) for _ in range(2))
+    row = torch.zeros(len(ops.COLUMNS), dtype=torch.float64)
+    for name, value in {"c_x": 0.5, "c_m": -0.2, "c_in": 0.25}.items():
+        row[ops.COLUMNS.index(name)] = value
+    seen = torch.empty(5 * copies, 33, dtype=dtype)
+    y, _, _ = ops.step(x, m, row, model_input=seen)
+    torch.testing.assert_close(seen, torch.cat([0.25 * y] * copies), rtol=2 * torch.finfo(dtype).eps, atol=0)
+    with pytest.raises(ValueError, match="model_input"):
+        ops.step(x, m, row, model_input=torch.empty(5, 32, dtype=dtype))
+
+
+def test_a_threshold_clamps_and_divides():
+    x, m = torch.randn(2, 4, 50, dtype=torch.float64)
+    row = torch.zeros(len(ops.COLUMNS), dtype=torch.float64)
+    row[ops.COLUMNS.index("p_m")] = row[ops.COLUMNS.index("c_x0")] = 1.0
+    s = torch.tensor([0.5, 1.0, 1.5, 9.0], dtype=torch.float64)
+    y, x0, _ = ops.step(x, m, row, threshold=s)
+    expected = m.clamp(-s[:, None], s[:, None]) / s[:, None]
+    torch.testing.assert_close(x0, expected)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "edm", "dpmpp_3m"])
+def test_return_trajectory_is_what_the_callback_sees(sampler):
+    seen = []
+    x, path = run(sampler=sampler, cond=COND, return_trajectory=True, callback=lambda k, t, x, x0: seen.append((k, x)))
+    assert path.shape == (7, *SHAPE) and torch.equal(path[-1], x)
+    assert [k for k, _ in seen] == list(range(6))
+    assert all(torch.equal(a, b) for a, (_, b) in zip(path[1:], seen))
+    assert torch.equal(x, run(sampler=sampler, cond=COND)), "buffers are used again without a callback: same result"
+
+
+def test_a_model_that_returns_its_input_or_keeps_one_output():
+    """The network's output may be x itself, or one tensor that it writes again and again."""
+    table = samplers.get("dpmpp_3m")
+    expected = run(lambda x, t: x.clone(), table)
+    assert torch.equal(run(lambda x, t: x, table), expected)
+    out = torch.empty(SHAPE)
+    assert torch.equal(run(lambda x, t: out.copy_(x), table), expected)
+
+
+@pytest.mark.parametrize("name", list(samplers.NAMES))
+def test_one_launch_a_step(name, backend, monkeypatch):
+    """Each call of the network is followed by one call of the backend's step, with guidance and noise and all."""
+    calls = []
+    if backend == "native":
+        from fastdiff.backends.native import operations
+
+        real = operations._C.step
+
+        class Counting:
+            def __getattr__(self, attribute):
+                if attribute in ("step",):
+                    return lambda *a: calls.append(1) or real(*a)
+                return getattr(original, attribute)
+
+        original = operations._C
+        monkeypatch.setattr(operations, "_C", Counting())
+    else:
+        module = backends._MODULES["reference"]
+        real = module.step
+        monkeypatch.setattr(module, "step", lambda *a, **how: calls.append(1) or real(*a, **how))
+    process, prediction = (FLOW, "flow") if name.startswith("flow") else (VP, "epsilon")
+    rows = len(samplers.get(name).plan(process, 5, prediction).times)
+    run(sampler=name, process=process, steps=5, prediction=prediction, cond=COND, uncond=UNCOND, guidance=2.0)
+    assert len(calls) == rows
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where a value is read back: on a GPU each of these waits for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.is_nonzero.default,
+            torch.ops.aten.equal.default,
+        ), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", list(samplers.NAMES))
+def test_no_value_is_read_back_in_the_loop(name, backend):
+    """From the first call of the network to the last, with everything switched on."""
+    process, prediction = (FLOW, "flow") if name.startswith("flow") else (VP, "epsilon")
+    mode, calls = NoSync(), []
+    rows = len(samplers.get(name).plan(process, 5, prediction).times)
+
+    def watched(x, t, c):
+        calls.append(1)
+        if len(calls) == 1:
+            mode.__enter__()
+        m = torch.tanh(x) * c.view(-1, 1, 1)
+        if len(calls) == rows:
+            mode.__exit__(None, None, None)
+        return m
+
+    run(
+        watched, name, process, 5, prediction, cond=COND, uncond=UNCOND, guidance=2.0, guidance_rescale=0.5,
+        dynamic_thresholding=0.9, known=torch.zeros(SHAPE), mask=torch.ones(SHAPE),
+        callback=lambda k, t, x, x0: None,
+    )  # fmt: skip
+    assert len(calls) == rows
+
+
+def test_compile_runs_the_model_through_torch_compile(monkeypatch):
+    compiled = []
+
+    def compile(model):
+        compiled.append(model)
+        return lambda *args: model(*args)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    x = run(cond=COND, compile=True)
+    assert compiled == [network]
+    assert torch.equal(x, run(cond=COND))
+
+
+WRONG = {
+    "interval without uncond": ({"guidance_interval": (0, 10)}, "guidance_interval"),
+    "rescale without uncond": ({"guidance_rescale": 0.5}, "guidance_rescale"),
+    "rescale out of range": ({"guidance_rescale": 1.5}, r"\[0, 1\]"),
+    "quantile out of range": ({"dynamic_thresholding": 1.5}, "quantile"),
+    "thresholds and a clip": ({"dynamic_thresholding": 0.9, "sampler": samplers.DDIM(clip=1.0)}, "exclude"),
+    "max alone": ({"sample_max_value": 2.0}, "dynamic_thresholding"),
+    "mask alone": ({"mask": torch.ones(SHAPE)}, "both mask and known"),
+    "known of another shape": ({"mask": torch.ones(SHAPE), "known": torch.ones(2, 3, 5)}, "known"),
+    "mask of another shape": ({"mask": torch.ones(5), "known": torch.ones(SHAPE)}, "broadcast"),
+    "cuda graph on a CPU": ({"cuda_graph": True}, "CUDA device"),
+    "lcm beyond its steps": ({"sampler": "lcm", "steps": 51}, r"\[1, 50\]"),
+    "lcm on a flow": ({"sampler": "lcm", "process": FLOW, "prediction": "flow"}, "discrete"),
+    "flow sampler elsewhere": ({"sampler": "flow_heun"}, "RectifiedFlow"),
+    "churn on a flow": (
+        {"sampler": samplers.FlowHeun(s_churn=1.0), "process": FLOW, "prediction": "flow"}, "churn",
+    ),
+    "steps and sigmas": ({"sampler": samplers.Euler(sigmas=[3.0, 1.0])}, "leave steps out"),
+    "rising sigmas": ({"sampler": samplers.Euler(sigmas=[1.0, 3.0]), "steps": None}, "must fall"),
+    "sigma out of a flow": (
+        {"sampler": samplers.Euler(sigmas=[3.0, 1.0]), "steps": None, "process": FLOW, "prediction": "flow"},
+        r"\[0, 1\]",
+    ),
+    "infinite end": (
+        {"sampler": samplers.Euler(sigmas="karras"), "process": fastdiff.VariancePreserving(zero_terminal_snr=True),
+         "prediction": "sample"}, "sigma_max",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_wrong_options(case):
+    """Refused before the network is called, with a reason."""
+
+    def never(x, t, c=None):
+        raise AssertionError("the model was called")
+
+    how, words = WRONG[case]
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        run(never, **how)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: samplers.Euler(sigmas="cosine"),
+        lambda: samplers.Euler(spacing="even"),
+        lambda: samplers.Euler(clip=-1.0),
+        lambda: samplers.Euler(sigma_min=1.0),
+        lambda: samplers.Euler(sigmas="karras", sigma_min=2.0, sigma_max=1.0),
+        lambda: samplers.Euler(sigmas="karras", timesteps=[5, 1]),
+        lambda: samplers.Euler(s_churn=-1.0),
+        lambda: samplers.EulerAncestral(eta=2.0),
+        lambda: samplers.DPMSolverPP(order=4),
+        lambda: samplers.DPMSolverPP(solver_type="bh1"),
+        lambda: samplers.DPMSolverPP(eta=-1.0),
+        lambda: samplers.UniPC(solver_type="midpoint"),
+        lambda: samplers.LCM(original_steps=0),
+    ],
+)
+def test_wrong_samplers(make):
+    with pytest.raises(ValueError, match=".{15,}"):
+        make()
