@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,7 @@ class DPMSolverPP(MultiStep):
             h = torch.tensor(logs[k + 1] - logs[k], dtype=torch.float64, device="cpu")
             # Steps behind, in units of this one.
             r = [(logs[k - j] - logs[k - j - 1]) / float(h) for j in range(order - 1)]
-            weights = self._weights(h, r)
+            weights = multistep_weights((1 + self.eta) * h, r, self.solver_type == "midpoint")
             noisy = self.eta * h if self.eta else torch.zeros_like(h)  # h may be infinite
             row = {"c_x": sigma / path.sigma[k] * torch.exp(-noisy)}
             row |= {f"c_h{j}" if j else "c_x0": alpha * w for j, w in enumerate(weights)}
@@ -108,21 +109,29 @@ class DPMSolverPP(MultiStep):
         draws = tuple((columns["c_noise"] > 0).tolist())
         return build_plan(kinds.get(prediction), path.levels, path.ends, draws, columns, clip=self.clip)
 
-    def _weights(self, h: Tensor, r: list[float]) -> list[Tensor]:
-        """Of x0 and the estimates before it, over alpha'."""
-        z = (1 + self.eta) * h
-        first = -torch.expm1(-z)
-        if not r:
-            return [first]
-        phi_2 = 1 - first / z
-        if len(r) == 1:
-            second = (first / 2 if self.solver_type == "midpoint" else phi_2) / r[0]
-            return [first + second, -second]
-        phi_3 = phi_2 / z - 0.5
-        # D1 and D2: first and second derivative of x0 along the log-SNR, from divided differences.
-        near, far, both = 1 / r[0], 1 / r[1], 1 / (r[0] + r[1])
-        slope, curve = phi_2 * (1 + r[0] * both) - phi_3 * both, -phi_2 * r[0] * both + phi_3 * both
-        return [first + slope * near, -slope * near + curve * far, -curve * far]
+
+def multistep_weights(z: Tensor, r: Sequence[Tensor | float], midpoint: bool = True, bent: float = 0.0) -> list[Tensor]:
+    """The weights, over alpha', of x0 and of the estimates before it in a step of DPM-Solver++.
+
+    Args:
+        z: the step in log-SNR, (1 + eta) h; any shape. With -h they are those of DPM-Solver, for noise estimates and
+            over sigma'.
+        r: how long the steps before are, the latest first, in units of h: none, one or two for order 1, 2 or 3.
+        midpoint: order 2 takes its difference as the midpoint method does, not as Heun's.
+        bent: added to phi_3 (diffusers' third order of the SDE has 1 here; 0 is right).
+    """
+    first = -torch.expm1(-z)
+    if not r:
+        return [first]
+    phi_2 = 1 - first / z
+    if len(r) == 1:
+        second = (first / 2 if midpoint else phi_2) / r[0]
+        return [first + second, -second]
+    phi_3 = phi_2 / z - 0.5 + bent
+    # D1 and D2: first and second derivative of x0 along the log-SNR, from divided differences.
+    near, far, both = 1 / r[0], 1 / r[1], 1 / (r[0] + r[1])
+    slope, curve = phi_2 * (1 + r[0] * both) - phi_3 * both, -phi_2 * r[0] * both + phi_3 * both
+    return [first + slope * near, -slope * near + curve * far, -curve * far]
 
 
 def stack_rows(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -63,37 +63,50 @@ class UniPC(MultiStep):
         return build_plan(kinds.get(prediction), path.levels, path.ends, draws, columns, clip=self.clip)
 
     @staticmethod
-    def _places(logs: list[float], k: int, order: int) -> list[float]:
+    def _places(logs: list[float], k: int, order: int) -> list[Tensor]:
         """Where the estimates before that of step k lie, in units of the step: negative."""
-        return [(logs[k - j] - logs[k]) / (logs[k + 1] - logs[k]) for j in range(1, order)]
+        r = [(logs[k - j] - logs[k]) / (logs[k + 1] - logs[k]) for j in range(1, order)]
+        return [torch.tensor(place, dtype=torch.float64, device="cpu") for place in r]
 
-    def _bend(self, h: float, r: list[float], corrects: bool) -> Tensor:
-        """Weights, over alpha', of the x0 estimates at the end of a step, at its start and before it, of what is added
-        to the first-order step of length h in log-SNR; the first is 0 unless ``corrects``."""
-        order = len(r) + 1
-        weights = torch.zeros(order + 1, dtype=torch.float64, device="cpu")
-        if (order == 1 and not corrects) or (math.isinf(h) and self.solver_type == "bh1"):
-            return weights
-        scale = -h if self.solver_type == "bh1" else math.expm1(-h)
-        places = torch.tensor([*r, 1.0] if corrects else r, dtype=torch.float64, device="cpu")
-        if len(places) == 1:
-            rho = torch.full((1,), 0.5, dtype=torch.float64, device="cpu")  # both orders' own simplification
-        else:
-            powers = torch.arange(len(places), dtype=torch.float64, device="cpu")
-            rho = torch.linalg.solve(places ** powers[:, None], self._moments(-h, len(places)) / scale)
-        # Differences to the estimate at the start, over their places.
-        differences = -scale * rho / places
-        weights[1] = -differences.sum()
-        weights[2 : order + 1] = differences[: order - 1]
-        if corrects:
-            weights[0] = differences[-1]
+    def _bend(self, h: float, r: list[Tensor], corrects: bool) -> Tensor:
+        return bend(torch.tensor(h, dtype=torch.float64, device="cpu"), r, corrects, self.solver_type)
+
+
+def bend(h: Tensor, r: Sequence[Tensor], corrects: bool, solver_type: str = "bh2") -> Tensor:
+    """What UniPC adds to the first-order step: weights, over alpha', of the x0 estimates at the end of a step, at its
+    start and before it, [..., order + 1]; the first is 0 unless ``corrects`` (UniC).
+
+    Args:
+        h: the step in log-SNR, any shape; may be infinite. With -h they are those of noise estimates, over sigma'.
+        r: where the order - 1 estimates before lie, in units of h and negative, shaped as h.
+    """
+    order = len(r) + 1
+    weights = torch.zeros((*h.shape, order + 1), dtype=torch.float64, device="cpu")
+    if order == 1 and not corrects:
         return weights
+    scale = -h if solver_type == "bh1" else torch.expm1(-h)
+    places = torch.stack([*r, torch.ones_like(h)] if corrects else list(r), -1)
+    count = places.shape[-1]
+    if count == 1:
+        rho = torch.full_like(places, 0.5)  # both orders' own simplification
+    else:
+        powers = torch.arange(count, dtype=torch.float64, device="cpu")
+        rho = torch.linalg.solve(places[..., None, :] ** powers[:, None], _moments(-h, count) / scale[..., None])
+    # Differences to the estimate at the start, over their places.
+    differences = -scale[..., None] * rho / places
+    weights[..., 1] = -differences.sum(-1)
+    weights[..., 2 : order + 1] = differences[..., : order - 1]
+    if corrects:
+        weights[..., 0] = differences[..., -1]
+    if solver_type == "bh1":
+        weights = torch.where(h.isinf()[..., None], 0.0, weights)
+    return weights
 
-    @staticmethod
-    def _moments(z: float, count: int) -> Tensor:
-        """n! z phi_(n + 1)(z), n = 1 .. count, phi of exponential integrators."""
-        phi, values = math.expm1(z) / z - 1, []
-        for n in range(1, count + 1):
-            values.append(phi * math.factorial(n))
-            phi = phi / z - 1 / math.factorial(n + 1)
-        return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+def _moments(z: Tensor, count: int) -> Tensor:
+    """n! z phi_(n + 1)(z), n = 1 .. count, [..., count], phi of exponential integrators."""
+    phi, values = torch.expm1(z) / z - 1, []
+    for n in range(1, count + 1):
+        values.append(phi * math.factorial(n))
+        phi = phi / z - 1 / math.factorial(n + 1)
+    return torch.stack(values, -1)
