@@ -75,7 +75,13 @@ class Trajectory(reference.Trajectory):
             pointer += elements * m.element_size()
         held = None
         at = self._rows[k]
-        if row is not None or threshold is not None or log_variance is not None or history is not None or noise is not None:
+        if (
+            row is not None
+            or threshold is not None
+            or log_variance is not None
+            or history is not None
+            or noise is not None
+        ):
             if row is not None or threshold is not None:
                 layout = self._sample_layout
                 if guided:
@@ -102,7 +108,9 @@ class Trajectory(reference.Trajectory):
             scale,
             at,
             self._clip,
-            tuple(self._entries[: self.reads[k]]) if history is None else tuple(memory(t) for t in held[3:][: len(history)]),
+            tuple(self._entries[: self.reads[k]])
+            if history is None
+            else tuple(memory(t) for t in held[3:][: len(history)]),
             noise,
             None if log_variance is None else memory(held[2]),
             written,
