@@ -90,8 +90,7 @@ def bend(h: Tensor, r: Sequence[Tensor], corrects: bool, solver_type: str = "bh2
     if count == 1:
         rho = torch.full_like(places, 0.5)  # both orders' own simplification
     else:
-        powers = torch.arange(count, dtype=torch.float64, device="cpu")
-        rho = torch.linalg.solve(places[..., None, :] ** powers[:, None], _moments(-h, count) / scale[..., None])
+        rho = _rho(places, _moments(-h, count) / scale[..., None])
     # Differences to the estimate at the start, over their places.
     differences = -scale[..., None] * rho / places
     weights[..., 1] = -differences.sum(-1)
@@ -110,3 +109,18 @@ def _moments(z: Tensor, count: int) -> Tensor:
         values.append(phi * math.factorial(n))
         phi = phi / z - 1 / math.factorial(n + 1)
     return torch.stack(values, -1)
+
+
+def _rho(places: Tensor, moments: Tensor) -> Tensor:
+    """The solution of sum_j places_j^i rho_j = moments_i, i = 0 .. n - 1, [..., n]: by Lagrange's polynomials."""
+    count, found = places.shape[-1], []
+    for j in range(count):
+        polynomial, scale = [torch.ones_like(moments[..., 0])], 1.0  # of (x - places_i), i != j, the constant first
+        for i in range(count):
+            if i != j:
+                shifted = [torch.zeros_like(polynomial[0]), *polynomial]
+                scaled = [places[..., i] * factor for factor in polynomial] + [0.0]
+                polynomial = [a - b for a, b in zip(shifted, scaled)]
+                scale = scale * (places[..., j] - places[..., i])
+        found.append(sum(factor * moments[..., i] for i, factor in enumerate(polynomial)) / scale)
+    return torch.stack(found, -1)

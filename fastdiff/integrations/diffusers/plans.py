@@ -199,15 +199,16 @@ class DDPMPlan(StepPlan):
         self.thresholds(config)
         bars = host(scheduler.alphas_cumprod)
         if scheduler.custom_timesteps or scheduler.num_inference_steps:
-            now, before = self.times, [*self.times[1:], -1]
+            now = self.host_times
+            before = torch.cat([now[1:], torch.full_like(now[:1], -1)])
         else:
-            now = list(range(len(bars)))
-            before = [t - 1 for t in now]
-        if any(not -len(bars) <= t < len(bars) for t in now) or any(t < -1 for t in before):
+            now = torch.arange(len(bars), device="cpu")
+            before = now - 1
+        if now.is_floating_point() or not bool(((now >= 0) & (now < len(bars)) & (before < len(bars))).all()):
             raise Unfit("timesteps beyond the schedule")
-        before_bars = torch.where(torch.tensor(before) >= 0, bars[before], host(scheduler.one))
+        before_bars = torch.where(before >= 0, bars[before], host(scheduler.one))
         self.place(rows.ddpm(bars[now], before_bars, kind, config.variance_type))
-        self.at = {t: k for k, t in reversed(list(enumerate(now)))}  # the first of equal ones
+        self.at = {t: k for k, t in reversed(list(enumerate(now.tolist())))}  # the first of equal ones
 
 
 class DDIMPlan(StepPlan):
@@ -278,22 +279,31 @@ class EDMEulerPlan(StepPlan):
         self.place(rows.euler(exact(scheduler.sigmas), "edm", config.sigma_data, sign))
 
 
-class HeunPlan(StepPlan):
+class TwoCallsPlan(StepPlan):
     """Rows by the call's index: of first calls, then of second ones."""
 
+    def step(self, k: int) -> Tensor:
+        """What the scheduler keeps as ``dt`` after the first call: one tensor a call, by which it is known again."""
+        found = self.steps.get(k)
+        if found is None:
+            found = self.steps[k] = self.sigmas[k + 1] - self.sigmas[k]
+        return found
+
+
+class HeunPlan(TwoCallsPlan):
     def make(self, scheduler: Any, config: Any) -> None:
         kind = kind_of(config, VP)
         self.thresholds(config)
         self.place(*rows.heun(exact(scheduler.sigmas), kind))
-        self.steps = list((scheduler.sigmas[1:] - scheduler.sigmas[:-1]).unbind())
+        self.sigmas, self.count = scheduler.sigmas, len(scheduler.sigmas) - 1
+        self.steps: dict[int, Tensor] = {}
 
 
-class FlowHeunPlan(StepPlan):
-    """As ``HeunPlan``."""
-
+class FlowHeunPlan(TwoCallsPlan):
     def make(self, scheduler: Any, config: Any) -> None:
         self.place(*rows.flow_heun(exact(scheduler.sigmas)))
-        self.steps = list((scheduler.sigmas[1:] - scheduler.sigmas[:-1]).unbind())
+        self.sigmas, self.count = scheduler.sigmas, len(scheduler.sigmas) - 1
+        self.steps: dict[int, Tensor] = {}
 
 
 class FlowEulerPlan(StepPlan):

@@ -52,7 +52,7 @@ def ddpm(now: Tensor, before: Tensor, kind: str, variance: str) -> Columns:
 
 
 def ddim(now: Tensor, before: Tensor, kind: str, eta: float, rederive: bool) -> Columns:
-    """As ``ddpm``. Song et al. 2021, equations 12 and 16. ``rederive``: the noise estimate is that of the clipped x0."""
+    """As ``ddpm``. Song et al. 2021, equations 12 and 16. ``rederive``: the noise estimate is that of a clipped x0."""
     kept = (now / before).double()
     now, before = now.double(), before.double()
     variance = eta**2 * (1 - before) / (1 - now) * (1 - kept)
@@ -192,17 +192,11 @@ def unipc(
         total = total - step
         places.append(total / h)
     first = -torch.expm1(-sign * h)
-    usable = torch.isfinite(torch.stack([h, *places])).all(0)
 
     def weights(corrects: bool) -> Tensor:
-        # linalg takes no NaN: rows that have no history are computed from something, and are NaN afterwards.
-        safe = [torch.where(usable, place, -1.0 - j) for j, place in enumerate(places)]
-        step = h if order == 1 and not corrects else torch.where(usable, h, 1.0)
-        found = bend(sign * step, safe, corrects, solver)
+        found = bend(sign * h, places, corrects, solver)
         found[..., 1] += first
-        if order > 1 or corrects:
-            found = torch.where(usable[:, None], found, torch.nan)
-        elif solver == "bh1":  # which diffusers has as 0 times infinity there
+        if solver == "bh1":  # which diffusers has as 0 times infinity on the way to clean data
             found = torch.where(h.isfinite()[:, None], found, torch.nan)
         return scale[:, None] * found
 

@@ -364,7 +364,7 @@ def euler_ancestral(original: Callable, name: str, maker: Maker, output: type) -
 
 def _second(scheduler: Any, plan: Any, k: int, x: Tensor, began: torch.dtype) -> str | None:
     """Why this second call of a step of Heun's method is left to diffusers; None if it is not."""
-    if k < 1 or scheduler.dt is not plan.steps[k - 1]:
+    if not 1 <= k <= plan.count or scheduler.dt is not plan.step(k - 1):
         return "the first call of this step was not fused"
     start, slope = scheduler.sample, scheduler.prev_derivative
     if not (isinstance(start, Tensor) and start.shape == x.shape and start.device == x.device):
@@ -383,8 +383,8 @@ def heun(original: Callable, name: str, maker: Maker, output: type) -> Callable:
             k, first = _step_index(self, plan, timestep), self.dt is None
             if not first:
                 reason = _second(self, plan, k, sample, sample.dtype)
-            row = k if first else k + len(plan.steps)
-            if reason is None and not (k < len(plan.steps) and _usable(plan, row)):
+            row = k if first else k + plan.count
+            if reason is None and not (k < plan.count and _usable(plan, row)):
                 reason = NO_ROW
         if reason is not None:
             return left(name, reason, original, self, model_output, timestep, sample, return_dict)
@@ -396,7 +396,7 @@ def heun(original: Callable, name: str, maker: Maker, output: type) -> Callable:
         )
         if first:
             self.prev_derivative = slope.to(sample.dtype)
-            self.dt, self.sample = plan.steps[k], sample
+            self.dt, self.sample = plan.step(k), sample
         else:
             self.prev_derivative = self.dt = self.sample = None
         self._step_index += 1
@@ -421,8 +421,8 @@ def flow_heun(original: Callable, name: str, maker: Maker, output: type) -> Call
             k, first = _step_index(self, plan, timestep), self.dt is None
             if not first:
                 reason = _second(self, plan, k, sample, torch.float32)
-            row = k if first else k + len(plan.steps)
-            if reason is None and not (k < len(plan.steps) and _usable(plan, row)):
+            row = k if first else k + plan.count
+            if reason is None and not (k < plan.count and _usable(plan, row)):
                 reason = NO_ROW
         if reason is not None:
             return left(
@@ -435,7 +435,7 @@ def flow_heun(original: Callable, name: str, maker: Maker, output: type) -> Call
             row, sample, model_output, history=past, dtype=model_output.dtype, return_x0=False, return_entry=first
         )
         if first:
-            self.prev_derivative, self.dt, self.sample = slope, plan.steps[k], sample.to(torch.float32)
+            self.prev_derivative, self.dt, self.sample = slope, plan.step(k), sample.to(torch.float32)
         else:
             self.prev_derivative = self.dt = self.sample = None
         self._step_index += 1
