@@ -3,7 +3,8 @@
 from .convert import convert
 from .loss import loss
 from .noise import Philox, noise
+from .prepared import PreparedNoise, PreparedSteps
 from .step import COLUMNS, step
 from .trajectory import trajectory
 
-__all__ = ["COLUMNS", "Philox", "convert", "loss", "noise", "step", "trajectory"]
+__all__ = ["COLUMNS", "Philox", "PreparedNoise", "PreparedSteps", "convert", "loss", "noise", "step", "trajectory"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .. import prediction as kinds
 from ..ops.checks import check_clip
@@ -52,18 +53,12 @@ class DDIM(Sampler):
         levels = process.levels(times)
         alpha, sigma = self._following(process, levels)
         variance = self.eta**2 * transition(levels.alpha, levels.sigma, alpha, sigma)[2]
-        direction = (sigma**2 - variance).clamp(min=0).sqrt()
-        columns = {"c_noise": variance.sqrt()}
-        if self.rederive_epsilon:
-            # epsilon = (x - alpha x0) / sigma with the clamped x0
-            columns |= {"c_x": direction / levels.sigma, "c_x0": alpha - direction * levels.alpha / levels.sigma}
-        else:
-            e_x, e_m = kinds.conversion(prediction, kinds.EPSILON, levels)
-            columns |= {"c_x": direction * e_x, "c_m": direction * e_m, "c_x0": alpha}
+        epsilon = None if self.rederive_epsilon else kinds.conversion(prediction, kinds.EPSILON, levels)
+        columns = ddim_columns(levels.alpha, levels.sigma, (alpha, sigma), variance, epsilon)
         draws = (self.eta > 0,) * len(times)
         return build_plan(prediction, levels, (alpha, sigma), draws, columns, clip=self.clip)
 
-    def _following(self, process, levels) -> tuple[torch.Tensor, torch.Tensor]:
+    def _following(self, process, levels) -> tuple[Tensor, Tensor]:
         if not isinstance(process, VariancePreserving):
             if self.previous != "next" or not self.set_alpha_to_one:
                 raise ValueError(f"previous='stride' and set_alpha_to_one=False need discrete steps; got {process!r}.")
@@ -75,3 +70,15 @@ class DDIM(Sampler):
         target = levels.t - process.steps // len(levels.t)
         alpha, sigma = process.alpha_sigma(target.clamp(min=0))
         return torch.where(target < 0, last[0], alpha), torch.where(target < 0, last[1], sigma)
+
+
+def ddim_columns(
+    alpha: Tensor, sigma: Tensor, ends: tuple[Tensor, Tensor], variance: Tensor, epsilon: tuple[Tensor, Tensor] | None
+) -> dict[str, Tensor]:
+    """x_t at (alpha, sigma) to ``ends``, ``variance`` of which is new noise. ``epsilon`` = (k_x, k_m) gives the noise
+    estimate k_x x + k_m m; None: that which x and the x0 estimate imply."""
+    direction = (ends[1] ** 2 - variance).clamp(min=0).sqrt()
+    columns = {"c_noise": variance.sqrt()}
+    if epsilon is None:
+        return columns | {"c_x": direction / sigma, "c_x0": ends[0] - direction * alpha / sigma}
+    return columns | {"c_x": direction * epsilon[0], "c_m": direction * epsilon[1], "c_x0": ends[0]}

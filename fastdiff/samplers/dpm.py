@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,35 +94,60 @@ class DPMSolverPP(MultiStep):
         path = self.path(process, steps)
         logs, orders = path.log_ratio.tolist(), self.orders(path)
         alphas, sigmas = path.alpha.tolist(), path.sigma.tolist()
+
+        def weigh(h: Tensor, behind: list[Tensor]) -> Tensor:
+            r = [*behind[:1], *(further - near for near, further in zip(behind, behind[1:]))]
+            return torch.stack(multistep_weights((1 + self.eta) * h, r, self.solver_type == "midpoint"), -1)
+
+        weights = by_order(path.log_ratio, orders, weigh)
         rows = []
-        for k, order in enumerate(orders):
+        for k in range(len(orders)):
             alpha, sigma, h = alphas[k + 1], sigmas[k + 1], logs[k + 1] - logs[k]
-            # Steps behind, in units of this one.
-            r = [(logs[k - j] - logs[k - j - 1]) / h for j in range(order - 1)]
             noisy = self.eta * h if self.eta else 0.0  # h may be infinite
             row = {"c_x": sigma / sigmas[k] * math.exp(-noisy)}
-            row |= {PAST[j]: alpha * w for j, w in enumerate(self._weights(h, r))}
+            row |= {PAST[j]: alpha * w for j, w in enumerate(weights[k])}
             row["c_noise"] = self.s_noise * sigma * math.sqrt(-math.expm1(-2 * noisy))
             rows.append(row)
         columns = stack_rows(rows)
         draws = tuple(row["c_noise"] > 0 for row in rows)
         return build_plan(kinds.get(prediction), path.levels, path.ends, draws, columns, clip=self.clip)
 
-    def _weights(self, h: float, r: list[float]) -> list[float]:
-        """Of x0 and the estimates before it, over alpha'."""
-        z = (1 + self.eta) * h
-        first = -math.expm1(-z)
-        if not r:
-            return [first]
-        phi_2 = 1 - first / z
-        if len(r) == 1:
-            second = (first / 2 if self.solver_type == "midpoint" else phi_2) / r[0]
-            return [first + second, -second]
-        phi_3 = phi_2 / z - 0.5
-        # D1 and D2: first and second derivative of x0 along the log-SNR, from divided differences.
-        near, far, both = 1 / r[0], 1 / r[1], 1 / (r[0] + r[1])
-        slope, curve = phi_2 * (1 + r[0] * both) - phi_3 * both, -phi_2 * r[0] * both + phi_3 * both
-        return [first + slope * near, -slope * near + curve * far, -curve * far]
+
+def multistep_weights(z: Tensor, r: Sequence[Tensor | float], midpoint: bool = True, bent: float = 0.0) -> list[Tensor]:
+    """The weights, over alpha', of x0 and of the estimates before it in a step of DPM-Solver++.
+
+    Args:
+        z: the step in log-SNR, (1 + eta) h; any shape. With -h they are those of DPM-Solver, for noise estimates and
+            over sigma'.
+        r: how long the steps before are, the latest first, in units of h: none, one or two for order 1, 2 or 3.
+        midpoint: order 2 takes its difference as the midpoint method does, not as Heun's.
+        bent: added to phi_3 (diffusers' third order of the SDE has 1 here; 0 is right).
+    """
+    first = -torch.expm1(-z)
+    if not r:
+        return [first]
+    phi_2 = 1 - first / z
+    if len(r) == 1:
+        second = (first / 2 if midpoint else phi_2) / r[0]
+        return [first + second, -second]
+    phi_3 = phi_2 / z - 0.5 + bent
+    # D1 and D2: first and second derivative of x0 along the log-SNR, from divided differences.
+    near, far, both = 1 / r[0], 1 / r[1], 1 / (r[0] + r[1])
+    slope, curve = phi_2 * (1 + r[0] * both) - phi_3 * both, -phi_2 * r[0] * both + phi_3 * both
+    return [first + slope * near, -slope * near + curve * far, -curve * far]
+
+
+def by_order(logs: Tensor, orders: list[int], weigh: Callable[[Tensor, list[Tensor]], Tensor]) -> list[list[float]]:
+    """The weights of every step: ``weigh(h, behind)`` for all steps of an order at once, h being their lengths in
+    log-SNR and ``behind`` how far back the order - 1 estimates before lie, in units of h."""
+    found: list[list[float]] = [[] for _ in orders]
+    for order in set(orders):
+        k = torch.tensor([at for at, own in enumerate(orders) if own == order], device="cpu")
+        h = logs[k + 1] - logs[k]
+        behind = [(logs[k] - logs[k - j]) / h for j in range(1, order)]
+        for at, row in zip(k.tolist(), weigh(h, behind).tolist()):
+            found[at] = row
+    return found
 
 
 PAST = ("c_x0", "c_h1", "c_h2", "c_h3", "c_h4")

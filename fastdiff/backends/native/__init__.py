@@ -17,6 +17,7 @@ from .operations import (
     unavailable_because,
     uniform,
 )
+from .prepared import run_noise, run_row
 from .trajectory import Trajectory
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "loss_gradient",
     "noise",
     "normal",
+    "run_noise",
+    "run_row",
     "step",
     "unavailable_because",
     "uniform",

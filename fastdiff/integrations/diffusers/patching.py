@@ -1,0 +1,231 @@
+"""Putting the fused methods in place, for one scheduler or for all, and taking them away again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import types
+import warnings
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+from . import plans
+from .counting import left
+from .covered import COVERED, SWITCH, own, resolve, unknown
+from .stepping import Maker
+
+_active: list[patch] = []  # every patch() that was not undone
+_installed: list[tuple[type, str, Callable]] = []
+
+
+def _base(cls: type) -> type | None:
+    """The covered class of diffusers that ``cls`` is or comes from."""
+    for parent in cls.__mro__:
+        if parent.__name__ in COVERED and parent is resolve(parent.__name__):
+            return parent
+    return None
+
+
+def _refusal(base: type, name: str) -> Callable[[Any], str | None]:
+    """Says of a scheduler why its method ``name`` is not fused, whatever its config; None if it may be."""
+    parts = {part: own(base, part) for part in COVERED[base.__name__].methods[name].helpers}
+
+    def refuse(scheduler: Any) -> str | None:
+        cls = type(scheduler)
+        for part, function in parts.items():
+            if part in scheduler.__dict__:
+                return f"the scheduler has a {part} of its own"
+            if getattr(cls, part, None) is not function:
+                return f"{cls.__name__} has a {part} of its own"
+        return None
+
+    return refuse
+
+
+@cache
+def _replacement(base: type, name: str, original: Callable, shared: bool) -> Callable:
+    """The fused method for ``original``, the method ``name`` of a covered class; ``shared``: for the class."""
+    counted = f"{base.__name__}.{name}"
+    if name == SWITCH:
+        replaced = _following(base, original, shared)
+    else:
+        reason, method = unknown(base, name), COVERED[base.__name__].methods[name]
+        if reason is not None:
+            replaced = _passing(counted, reason, original)
+        else:
+            maker = Maker(method.plan, _refusal(base, name), method.where)
+            extra = ()
+            if method.where == plans.STEPS:
+                extra = (original.__globals__[COVERED[base.__name__].output],)
+            replaced = method.make(original, counted, maker, *extra)
+            replaced._fastdiff_maker = maker
+    replaced._fastdiff_original = original
+    return replaced
+
+
+def _passing(counted: str, reason: str, original: Callable) -> Callable:
+    """A method that only counts why it is not fused."""
+
+    @wraps(original)
+    def passed(self, *arguments, **named):
+        return left(counted, reason, original, self, *arguments, **named)
+
+    return passed
+
+
+def _following(base: type, original: Callable, shared: bool) -> Callable:
+    """``set_timesteps`` that makes the tables of ``step`` too, so that no step waits for them."""
+    maker = getattr(_replacement(base, "step", own(base, "step"), shared), "_fastdiff_maker", None)
+
+    @wraps(original)
+    def set_timesteps(self, *arguments, **named):
+        result = original(self, *arguments, **named)
+        if maker is not None and maker.enabled:
+            maker.build(self)
+        return result
+
+    return set_timesteps
+
+
+def _methods(base: type) -> tuple[str, ...]:
+    return (*COVERED[base.__name__].methods, SWITCH)
+
+
+def _from_diffusers(function: Any) -> bool:
+    """Whether diffusers itself defined this function; it was not wrapped by another library."""
+    return "/diffusers/" in getattr(getattr(function, "__code__", None), "co_filename", "").replace("\\", "/")
+
+
+def _bound(scheduler: Any, name: str) -> Any:
+    """What the object itself, not its class, has under that name; None if nothing but its class's method."""
+    held = scheduler.__dict__.get(name)
+    if isinstance(held, types.MethodType) and held.__self__ is scheduler:
+        function = _unwrapped(held.__func__)
+        return None if function is own(type(scheduler), name) else held
+    return held
+
+
+def _unwrapped(function: Any) -> Any:
+    return getattr(function, "_fastdiff_original", function)
+
+
+def fuse(scheduler: Any) -> Any:
+    """Fuse the methods of this scheduler object, and of no other; returns it.
+
+    A method that its class, or the object, has of its own is called as it is, and counted among ``fallbacks()``. Fusing
+    twice is fusing once; ``unfuse`` undoes it. A deep copy is fused too; what is unpickled, or made by ``from_config``,
+    is not.
+
+    Raises TypeError for what is no scheduler that is covered. Warns where this version of diffusers is not known.
+    """
+    base = _base(type(scheduler))
+    if base is None:
+        raise TypeError(
+            f"fuse() takes a scheduler of diffusers, one of {', '.join(COVERED)} or of a class made from one; "
+            f"got {type(scheduler).__name__}."
+        )
+    _warn_unknown([base])
+    for name in _methods(base):
+        original, counted = own(type(scheduler), name), f"{base.__name__}.{name}"
+        if _bound(scheduler, name) is not None:
+            if not hasattr(scheduler.__dict__[name], "_fastdiff_original"):
+                warnings.warn(f"the scheduler has a {name} of its own: fastdiff leaves it alone.", stacklevel=2)
+            continue
+        if original is own(base, name) and _from_diffusers(original):
+            replaced = _replacement(base, name, original, False)
+        elif name == SWITCH:
+            continue
+        else:
+            replaced = _passing(counted, f"{type(scheduler).__name__} has a {name} of its own", original)
+            replaced._fastdiff_original = original
+        scheduler.__dict__[name] = types.MethodType(replaced, scheduler)
+    return scheduler
+
+
+def unfuse(scheduler: Any) -> Any:
+    """Take back ``fuse`` of this object; returns it. One that is not fused stays as it is."""
+    held = scheduler.__dict__
+    for name in [name for name, value in held.items() if hasattr(value, "_fastdiff_original")]:
+        del held[name]
+    for name in (plans.STEPS, plans.NOISE, plans.INPUT):
+        held.pop(name, None)
+    return scheduler
+
+
+class patch:
+    """Fuse every scheduler of the covered classes of diffusers, those that are there and those to come: from the call
+    on until ``unpatch()``, or as a context manager for a block.
+
+    Patches nest: the classes are as they were when the last is undone, in whatever order. A method that another library
+    has replaced before is left alone, with a warning. One that is replaced afterwards stays replaced when this is
+    undone, and what it hands on to the fused method underneath then goes to diffusers.
+
+    Raises ImportError without diffusers. Warns where this version of diffusers is not known, and leaves it as it is.
+    """
+
+    def __init__(self):
+        bases = [base for base in map(resolve, COVERED) if base is not None]
+        if not bases:
+            raise ImportError("patch() needs the diffusers library: install fastdiff[diffusers].")
+        if not _active:
+            _warn_unknown(bases)
+            for base in bases:
+                _install(base)
+        _active.append(self)
+
+    def undo(self) -> None:
+        """Undo this one; a second time does nothing."""
+        if self in _active:
+            _active.remove(self)
+            if not _active:
+                _restore()
+
+    def __enter__(self) -> patch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def unpatch() -> None:
+    """Undo every ``patch()``. Objects that were fused one by one stay fused."""
+    if _active:
+        _active.clear()
+        _restore()
+
+
+def _enable(function: Callable, enabled: bool) -> None:
+    maker = getattr(function, "_fastdiff_maker", None)
+    if maker is not None:
+        maker.enabled = enabled
+
+
+def _install(base: type) -> None:
+    for name in _methods(base):
+        found = base.__dict__.get(name)
+        if hasattr(found, "__wrapped__") or not _from_diffusers(found):
+            warnings.warn(f"{base.__name__}.{name} is not diffusers' own: fastdiff leaves it alone.", stacklevel=4)
+            continue
+        replaced = _replacement(base, name, found, True)
+        _enable(replaced, True)
+        setattr(base, name, replaced)
+        _installed.append((base, name, replaced))
+
+
+def _restore() -> None:
+    for base, name, replaced in _installed:
+        if base.__dict__.get(name) is replaced:
+            setattr(base, name, replaced._fastdiff_original)
+        else:  # another library's is in its place, and may still call ours
+            _enable(replaced, False)
+    _installed.clear()
+
+
+def _warn_unknown(bases: list[type]) -> None:
+    reasons = [reason for base in bases for name in COVERED[base.__name__].methods if (reason := unknown(base, name))]
+    if reasons:
+        warnings.warn(
+            f"diffusers {importlib.metadata.version('diffusers')}: {'; '.join(dict.fromkeys(reasons))}. "
+            f"What needs it is left as it is.",
+            stacklevel=3,
+        )

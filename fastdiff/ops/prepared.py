@@ -1,0 +1,115 @@
+"""Coefficients placed before they are used, in any order: a step, or a noising, is one launch and little of the host's
+time. For schedulers that are called from outside; a run of one's own is a ``trajectory``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends.reference import COLUMNS
+from .checks import check_alike, check_clip, check_floating, compute_dtype, place_rows
+
+
+class _Placed:
+    """A float64 table [rows, columns] on the CPU, and copies of it where and in what dtype they were asked for."""
+
+    def __init__(self, table: Tensor, columns: int):
+        check_floating(table=table)
+        if table.ndim != 2 or table.shape[1] != columns or table.device.type != "cpu":
+            raise ValueError(
+                f"table must be [rows, {columns}] on the CPU; got {tuple(table.shape)} on {table.device.type}."
+            )
+        self.table = table.double().contiguous()
+        self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.held: dict[Any, Any] = {}  # what a backend keeps with the table
+
+    def placed(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The table on ``device``; copied at the first call."""
+        found = self._placed.get((device, dtype))
+        if found is None:
+            found = self.table.to(device, dtype)
+            if not torch.compiler.is_compiling():
+                self._placed[device, dtype] = found
+        return found
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __reduce__(self):  # a copy must not share what backends keep: it points into this one's memory
+        return type(self), (self.table,)
+
+
+class PreparedSteps(_Placed):
+    """Rows of ``fastdiff.ops.step``, ``[rows, len(COLUMNS)]``, float64 on the CPU."""
+
+    def __init__(self, table: Tensor):
+        super().__init__(table, len(COLUMNS))
+
+    def __call__(
+        self,
+        k: int,
+        x: Tensor,
+        m: Tensor,
+        *,
+        clip: float | None = None,
+        history: Sequence[Tensor] = (),
+        noise: Tensor | None = None,
+        log_variance: Tensor | None = None,
+        threshold: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        return_x0: bool = True,
+        return_entry: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The step of row ``k``: arguments and result as of ``fastdiff.ops.step``; ``dtype`` is that of y and
+        of the x0 estimate, by default that of x. Raises TypeError or ValueError for unfit inputs."""
+        dtype = x.dtype if dtype is None else dtype
+        wanted = (return_x0, return_entry)
+        backend = backends.get(x.device)
+        run = getattr(backend, "run_row", None)
+        if run is not None and threshold is None:
+            done = run(self, k, x, m, clip, history, noise, log_variance, dtype, wanted)
+            if done is not None:
+                return done
+        tensors = {"model_output": m, "noise": noise, "log_variance": log_variance}
+        tensors |= {f"history[{j}]": entry for j, entry in enumerate(history)}
+        check_floating(x=x, **{name: tensor for name, tensor in tensors.items() if tensor is not None})
+        check_alike(x=x, **tensors)
+        check_clip(clip)
+        compute = compute_dtype(x, m)
+        if threshold is not None:
+            threshold = place_rows("threshold", threshold.to(x.device, compute), x.shape)
+        row = self.placed(x.device, compute)[k]
+        return backend.step(
+            x, m, None, 1.0, row, clip, tuple(history), noise, log_variance, dtype, wanted, threshold=threshold
+        )
+
+
+class PreparedNoise(_Placed):
+    """Rows (alpha, sigma) of ``fastdiff.ops.noise``, [rows, 2], float64 on the CPU."""
+
+    def __init__(self, table: Tensor):
+        super().__init__(table, 2)
+
+    def __call__(self, index: int | Tensor, x0: Tensor, n: Tensor) -> Tensor:
+        """alpha x0 + sigma n in the dtype of x0.
+
+        Args:
+            index: the row, or int64 [batch], the row of each sample. As indexing does, -1 is the last, and one out of
+                range raises IndexError on the CPU.
+            x0, n: floating-point tensors of one shape.
+        """
+        backend = backends.get(x0.device)
+        run = getattr(backend, "run_noise", None)
+        if run is not None:
+            done = run(self, index, x0, n)
+            if done is not None:
+                return done
+        check_floating(x0=x0, noise=n)
+        check_alike(x0=x0, noise=n)
+        rows = self.placed(x0.device, compute_dtype(x0, n))[index]
+        alpha, sigma = (place_rows("index", column, x0.shape) for column in rows.unbind(-1))
+        return backend.noise(x0, n, alpha, sigma, 0.0, None, True)[0]
