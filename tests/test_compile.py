@@ -23,12 +23,12 @@ def rows(batch=3):
 
 
 def given(*, grad=False, dtype=torch.float32):
-    return (data(3, 2, 4, 5, grad=grad, dtype=dtype), None, 0, 0, 0.0)
+    return (data(3, 2, 4, 5, grad=grad, dtype=dtype), None, 0, 0, 0.0, "exact")
 
 
 SMOOTH = ("smooth_l1", "none", "sum")
-MADE, NONE = (None, SEED, 0, 5, 0.1), (None, None, 0, 0, 0.0)
-XI = (None, SEED, 2, 5, 0.0)
+MADE, NONE = (None, SEED, 0, 5, 0.1, "exact"), (None, None, 0, 0, 0.0, "exact")
+XI = (None, SEED, 2, 5, 0.0, "exact")
 
 
 def loss_arguments(n, *, weight=None, mask=None, how=("mse", "none", "mean"), dtype=torch.float32, grad=True):
@@ -40,7 +40,7 @@ def loss_arguments(n, *, weight=None, mask=None, how=("mse", "none", "mean"), dt
 
 CASES = {
     "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0)),
-    "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, torch.float32)),
+    "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, torch.float32, "exact")),
     "noise given": (OPS.noise, lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True)),
     "noise with gradients": (
         OPS.noise,
@@ -96,7 +96,7 @@ CASES = {
             data(3, 2, 4, 5, dtype=torch.bfloat16),
             table=torch.rand(3, len(fastdiff.ops.COLUMNS)),
             history=[data(3, 2, 4, 5), data(3, 2, 4, 5)],
-            noise=MADE[:4] + (0.0,),
+            noise=XI,
             known_noise=given(),
             guided=True,
             wanted=(True, True),
@@ -158,26 +158,26 @@ def _reference(operator, *arguments):
     if name == "uniform":
         return (reference.uniform(*arguments),)
     if name == "normal":
-        return (reference.normal(*arguments),)
+        return (reference.normal(*arguments[:5]),)
     if name == "convert":
         return (reference.convert(*arguments, arguments[0].dtype),)
     if name == "noise":
-        x0, n, xi = arguments[0], source(*arguments[1:6]), source(*arguments[9:14])
-        x_t, kept = reference.noise(x0, n, *arguments[6:9], xi, arguments[14])
+        x0, n, xi = arguments[0], source(*arguments[1:7]), source(*arguments[10:16])
+        x_t, kept = reference.noise(x0, n, *arguments[7:10], xi, arguments[16])
         return x_t, kept if isinstance(kept, torch.Tensor) and kept is not n else torch.empty(0)
     if name == "step":
         x, m, row, history = arguments[:4]
-        uncond, guidance, scale, clip, log_variance, threshold, mask, known, *wanted, copies = arguments[14:]
+        uncond, guidance, scale, clip, log_variance, threshold, mask, known, *wanted, copies = arguments[16:]
         seen = torch.empty((copies, *x.shape[1:]), dtype=x.dtype)
         y, x0, entry = reference.step(
-            x, m, uncond, scale, row, clip, tuple(history), source(*arguments[4:9]), log_variance, x.dtype, wanted,
-            threshold=threshold, mask=mask, known=known, known_noise=source(*arguments[9:14]),
+            x, m, uncond, scale, row, clip, tuple(history), source(*arguments[4:10]), log_variance, x.dtype, wanted,
+            threshold=threshold, mask=mask, known=known, known_noise=source(*arguments[10:16]),
             model_input=seen if copies else None,
         )  # fmt: skip
         return y, *(torch.empty(0, dtype=x.dtype) if tensor is None else tensor for tensor in (x0, entry)), seen
     prediction, weight, x0 = arguments[:3]
-    n, (p, q, scale, c, mask) = source(*arguments[3:8]), arguments[8:13]
-    return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *arguments[13:]),)
+    n, (p, q, scale, c, mask) = source(*arguments[3:9]), arguments[9:14]
+    return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *arguments[14:]),)
 
 
 @pytest.mark.parametrize("inductor", [False, True], ids=["aot_eager", "inductor"])

@@ -19,14 +19,15 @@ from .rows import gather
 
 __all__ = ["convert", "gather", "loss", "noise", "normal", "step", "uniform"]
 
-_MADE = "Tensor? {0}, Tensor? {0}_seed, int {0}_stream, SymInt {0}_sample_offset, float {0}_offset"
+fast_rng = True  # ``normal`` takes ``rng``
+_MADE = "Tensor? {0}, Tensor? {0}_seed, int {0}_stream, SymInt {0}_sample_offset, float {0}_offset, str {0}_rng"
 _LOSS = (
     f"Tensor prediction, Tensor weight, Tensor? x0, {_MADE.format('n')}, Tensor? p, Tensor? q, Tensor? scale, "
     "Tensor? c, Tensor? mask, str function, str normalization, str reduction"
 )
 OPERATORS = {
     "uniform": "(Tensor seed, SymInt samples, int stream, SymInt sample_offset) -> Tensor",
-    "normal": "(Tensor seed, SymInt[] shape, int stream, SymInt sample_offset, ScalarType dtype) -> Tensor",
+    "normal": "(Tensor seed, SymInt[] shape, int stream, SymInt sample_offset, ScalarType dtype, str rng) -> Tensor",
     "noise": f"(Tensor x0, {_MADE.format('n')}, Tensor alpha, Tensor sigma, float perturbation, "
     f"{_MADE.format('xi')}, bool keep) -> (Tensor, Tensor)",
     "loss": f"({_LOSS}) -> Tensor",
@@ -57,19 +58,19 @@ def _backend(tensor: Tensor) -> Any:
     return get(tensor.device)
 
 
-def _source(n: Tensor | None, seed: Tensor | None, stream: int, sample_offset: int, offset: float) -> Any:
+def _source(n: Tensor | None, seed: Tensor | None, stream: int, sample_offset: int, offset: float, rng: str) -> Any:
     """Noise from its arguments, as the backends take it: the inverse of ``_parts``."""
     if seed is None:
         return n
     from ..ops.noise import Philox
 
-    return Philox(seed, sample_offset, stream, offset)
+    return Philox(seed, sample_offset, stream, offset, rng)
 
 
 def _parts(n: Any, device: torch.device) -> tuple:
     if n is None or isinstance(n, Tensor):
-        return n, None, 0, 0, 0.0
-    return None, seed_tensor(n.seed, device), n.stream, n.sample_offset, n.offset
+        return n, None, 0, 0, 0.0, "exact"
+    return None, seed_tensor(n.seed, device), n.stream, n.sample_offset, n.offset, n.rng
 
 
 def _strided(result: Tensor, like: Tensor) -> Tensor:
@@ -89,32 +90,34 @@ def _(seed, samples, stream, sample_offset):
 
 
 @_operator
-def _normal(seed, shape, stream, sample_offset, dtype):
-    return _backend(seed).normal(seed, tuple(shape), stream, sample_offset, dtype, seed.device).contiguous()
+def _normal(seed, shape, stream, sample_offset, dtype, rng):
+    backend = _backend(seed)
+    how = {"rng": rng} if getattr(backend, "fast_rng", False) else {}
+    return backend.normal(seed, tuple(shape), stream, sample_offset, dtype, seed.device, **how).contiguous()
 
 
 @torch.library.register_fake("fastdiff::normal")
-def _(seed, shape, stream, sample_offset, dtype):
+def _(seed, shape, stream, sample_offset, dtype, rng):
     return seed.new_empty(shape, dtype=dtype)
 
 
 @_operator
 def _noise(x0, *arguments):
-    n, (alpha, sigma, perturbation), xi = _source(*arguments[:5]), arguments[5:8], _source(*arguments[8:13])
-    x_t, kept = _backend(x0).noise(x0, n, alpha, sigma, perturbation, xi, arguments[13])
+    n, (alpha, sigma, perturbation), xi = _source(*arguments[:6]), arguments[6:9], _source(*arguments[9:15])
+    x_t, kept = _backend(x0).noise(x0, n, alpha, sigma, perturbation, xi, arguments[15])
     # A result must not be an argument.
     return _strided(x_t, x0), kept if kept is not n else x0.new_empty(0, dtype=alpha.dtype)
 
 
 @torch.library.register_fake("fastdiff::noise")
 def _(x0, *arguments):
-    made = arguments[0] is None and arguments[13]
-    return torch.empty_like(x0), x0.new_empty(x0.shape if made else (0,), dtype=arguments[5].dtype)
+    made = arguments[0] is None and arguments[15]
+    return torch.empty_like(x0), x0.new_empty(x0.shape if made else (0,), dtype=arguments[6].dtype)
 
 
 @_operator
 def _loss(prediction, weight, x0, *arguments):
-    n, rows, how = _source(*arguments[:5]), arguments[5:10], arguments[10:]
+    n, rows, how = _source(*arguments[:6]), arguments[6:11], arguments[11:]
     p, q, scale, c, mask = rows
     return _backend(prediction).loss(prediction, x0, n, p, q, scale, weight, c, mask, *how)
 
@@ -126,7 +129,7 @@ def _(prediction, weight, *arguments):
 
 @_operator
 def _loss_gradient(upstream, prediction, weight, x0, *arguments):
-    n, (p, q, scale, c, mask), how = _source(*arguments[:5]), arguments[5:10], arguments[10:]
+    n, (p, q, scale, c, mask), how = _source(*arguments[:6]), arguments[6:11], arguments[11:]
     backend = _backend(prediction)
     gradient = backend.loss_gradient(upstream, prediction, x0, n, p, q, scale, weight, c, mask, *how)
     return _strided(gradient, prediction)
@@ -149,8 +152,8 @@ def _(m, x_t, k_x, k_m):
 
 @_operator
 def _step(x, m, row, history, *arguments):
-    noise, known_noise = _source(*arguments[:5]), _source(*arguments[5:10])
-    uncond, guidance, scale, clip, log_variance, threshold, mask, known, *wanted, rows = arguments[10:]
+    noise, known_noise = _source(*arguments[:6]), _source(*arguments[6:12])
+    uncond, guidance, scale, clip, log_variance, threshold, mask, known, *wanted, rows = arguments[12:]
     extras = {"threshold": threshold, "mask": mask, "known": known, "known_noise": known_noise}
     seen = x.new_empty((rows, *x.shape[1:]))
     if rows:
@@ -185,7 +188,7 @@ def _affine_gradient(upstream: Tensor, row: Tensor, dtype: torch.dtype) -> Tenso
 
 def _noise_context(ctx, inputs, output):
     x0, n = inputs[:2]
-    ctx.save_for_backward(*inputs[6:8])
+    ctx.save_for_backward(*inputs[7:9])
     ctx.dtypes = x0.dtype, n if n is None else n.dtype
     ctx.mark_non_differentiable(output[1])
 
@@ -194,7 +197,7 @@ def _noise_backward(ctx, upstream, _):
     alpha, sigma = ctx.saved_tensors
     d_x0 = _affine_gradient(upstream, alpha, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
     d_n = _affine_gradient(upstream, sigma, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
-    return d_x0, d_n, *(None,) * 13
+    return d_x0, d_n, *(None,) * 15
 
 
 def _loss_context(ctx, inputs, output):
@@ -246,9 +249,9 @@ def uniform(seed, samples, stream, sample_offset=0, device=None):
     return torch.ops.fastdiff.uniform(seed_tensor(seed, device), samples, stream, sample_offset)
 
 
-def normal(seed, shape, stream=0, sample_offset=0, dtype=torch.float32, device=None):
-    """As ``reference.normal``."""
-    return torch.ops.fastdiff.normal(seed_tensor(seed, device), shape, stream, sample_offset, dtype)
+def normal(seed, shape, stream=0, sample_offset=0, dtype=torch.float32, device=None, rng="exact"):
+    """As ``reference.normal``; ``rng`` as in ``fastdiff.ops.Philox``."""
+    return torch.ops.fastdiff.normal(seed_tensor(seed, device), shape, stream, sample_offset, dtype, rng)
 
 
 def noise(x0, n, alpha, sigma, perturbation, xi, keep_noise):
