@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     losses = torch.stack(losses).tolist() if losses else []
     if options.losses and accelerator.is_main_process:
         Path(options.losses).write_text(json.dumps(losses))
+    accelerator.wait_for_everyone()  # none leaves before the file is written
     accelerator.end_training()
     return losses
 

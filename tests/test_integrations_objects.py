@@ -23,6 +23,7 @@ def spread(rows, x):
 
 def assert_close(ours, theirs, tolerance=1e-5):
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    ours, theirs = ours.detach(), theirs.detach()
     assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
 
 
