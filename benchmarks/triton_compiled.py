@@ -109,7 +109,7 @@ def cases() -> dict[str, Any]:
     found["loss, mask, given, bf16"] = loss(bf16, given, False, mask=mask)
     found["loss, mask's mean, given, bf16"] = loss(bf16, given, False, mask=mask, normalization="row")
     found["loss v, exact, fp16"] = loss(torch.float16, made, True)
-    x, table = meta(*SHAPE, dtype=bf16), meta(15)
+    x, table = meta(*SHAPE, dtype=bf16), meta(18)
     entries = tuple(meta(*SHAPE) for _ in range(4))
     found["step, exact, bf16"] = lambda: operations.step(
         x, given, given, 5.0, table, 1.0, entries, made, given, bf16, (True, True)

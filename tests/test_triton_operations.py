@@ -356,7 +356,7 @@ def test_gradients_of_noising_and_conversion(dtype):
 def test_step(dtype, batched):
     for shape in ((3, 2, 5), (2, 2, 8, 16), (0, 3), (1, 1)):
         x, m, uncond, z, v, *history = (random(shape, dtype) for _ in range(9))
-        row = random((shape[0], 15) if batched else (15,))
+        row = random((shape[0], len(ops.COLUMNS)) if batched else (len(ops.COLUMNS),))
         for guidance in (2.5, random((shape[0], *(1,) * (len(shape) - 1)))):
             for clip, noise, variance, wanted in (
                 (None, z, None, (True, True)),
@@ -378,6 +378,21 @@ def test_step(dtype, batched):
                     bound = 2 * (want.double() - exact).abs().max() if want.numel() else 0
                     ulps = torch.finfo(got.dtype).eps * exact.abs() + 4 * torch.finfo(torch.float32).eps * size
                     assert bool(((got.double() - exact).abs() <= bound + ulps).all())
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_writes_the_next_model_input(dtype, copies):
+    for shape in ((3, 2, 5), (2, 2, 8, 16)):
+        x, m = random(shape, dtype), random(shape, dtype)
+        row = random((len(ops.COLUMNS),))
+        results = []
+        for backend in (triton, reference):
+            seen = torch.full((copies * shape[0], *shape[1:]), torch.nan, dtype=dtype, device=DEVICE)
+            arguments = (x, m, None, 1.0, row, 1.0, (), ops.Philox(3, 1, 20), None, dtype, (False, False))
+            results.append((backend.step(*arguments, model_input=seen)[0], seen))
+        for got, want in zip(*results):
+            assert_same_bits(got, want)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))

@@ -438,16 +438,18 @@ def loss(
 
 @triton.jit
 def step(
-    y, x0_out, entry, x, m, uncond, h1, h2, h3, h4, v, log_variance, table, scale, seed,
+    y, x0_out, entry, seen, x, m, uncond, h1, h2, h3, h4, v, log_variance, table, scale, seed,
     stream, sample_offset, strength, guidance, clip,
-    width, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
+    width, total, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
     GUIDED: tl.constexpr, V: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr, CLIPPED: tl.constexpr,
+    TWICE: tl.constexpr,
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """One sampler step: see ``reference.COLUMNS`` for what the columns of ``table`` mean.
 
     GUIDED: by the number ``guidance``, or by ``scale``, "one" or one a "row"; width: of the table, 0 for a single row.
+    seen: the next model input, written again ``total`` elements on if TWICE.
     """
     run, block, column, offset, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
     row = _row(run, per, frames, shared, ROWS)
@@ -491,3 +493,8 @@ def step(
     if entry is not None:
         kept = tl.load(at + 12) * state + tl.load(at + 13) * model + tl.load(at + 14) * data
         _store(entry, offset, kept, inside, EVEN, EMULATE)
+    if seen is not None:
+        ahead = tl.load(at + 17) * value
+        _store(seen, offset, ahead, inside, EVEN, EMULATE)
+        if TWICE:
+            _store(seen + total, offset, ahead, inside, EVEN, EMULATE)

@@ -554,16 +554,20 @@ def step(
     log_variance: Tensor | None,
     dtype: torch.dtype,
     wanted: tuple[bool, bool],
+    *,
+    model_input: Tensor | None = None,
     **extras: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``reference.step``, which does what is masked or thresholded (``extras``)."""
     full = (x, m, uncond, *history, noise, log_variance)
+    seen, extras = model_input, extras | {"model_input": model_input}
     if (
         not (_plain() and _runs_on(x.device) and _fits(*full) and _rows_fit(row, guidance))
         or not x.numel()
         or _differentiable(*full, guidance, row)
         or dtype != x.dtype
-        or any(value is not None for value in extras.values())
+        or any(value is not None for name, value in extras.items() if name != "model_input")
+        or not (seen is None or (x.is_contiguous() and seen.is_contiguous() and seen.dtype in _DATA))
     ):
         return reference.step(x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, **extras)
     shape, device = tuple(x.shape), x.device
@@ -571,7 +575,7 @@ def step(
     rows = (shape[0],) + (1,) * (x.ndim - 1)
     if scale is not None and not is_one(scale) and tuple(scale.shape) != rows:
         # Guidance by frame or token: rows of the table for each of those are for the reference.
-        return reference.step(x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted)
+        return reference.step(x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, **extras)
     each = row.ndim > 1 or (scale is not None and not is_one(scale))
     operands = (x, m, uncond, *history, *(None,) * (4 - len(history)), noise, log_variance)
     free = not each or x.stride(0) == max(x.stride())  # samples stay the first dimension
@@ -589,13 +593,13 @@ def step(
         device,
         how.grid,
         (
-            *(y, x0, entry, *operands[:7], operands[7] if kind == "tensor" else None, operands[8]),
+            *(y, x0, entry, seen, *operands[:7], operands[7] if kind == "tensor" else None, operands[8]),
             *(row.contiguous(), scale if scale is None or guided == "one" else scale.contiguous(), *source),
             *(float(guidance) if guided == "number" else 1.0, 0.0 if clip is None else float(clip)),
-            *(row.shape[-1] if row.ndim > 1 else 0, *how.numbers, how.sample_runs, how.channel_runs),
+            *(row.shape[-1] if row.ndim > 1 else 0, x.numel(), *how.numbers, how.sample_runs, how.channel_runs),
         ),
         (
-            *(guided, kind, seed_kind, offset, clip is not None),
+            *(guided, kind, seed_kind, offset, clip is not None, seen is not None and len(seen) > len(x)),
             *(*how.constants, launch.has_approximate_instructions(device), launch.INTERPRETED),
         ),
     )
