@@ -37,14 +37,21 @@ class Plan:
         held = scheduler.__dict__
         self.config = held["_internal_dict"]
         self.settings = dict(self.config.__dict__)
-        self.tensors = tuple((name, held.get(name)) for name in tensors)
+        self.others = tuple((name, held.get(name)) for name in others)
+        self.reason: str | None = None
+        self.watch(held, tensors)
+
+    def watch(self, held: dict[str, Any], names: tuple[str, ...]) -> None:
+        """Take the tensors of these names for those that the plan was made from."""
+        self.tensors = tuple((name, held.get(name)) for name in names)
         self.versions = tuple(
             (tensor, tensor._version)
             for _, tensor in self.tensors
             if isinstance(tensor, Tensor) and not tensor.is_inference()
         )
-        self.others = tuple((name, held.get(name)) for name in others)
-        self.reason: str | None = None
+        self.copies = tuple(
+            tensor.clone() if isinstance(tensor, Tensor) and tensor.is_cpu else None for _, tensor in self.tensors
+        )
 
     def current(self, held: dict[str, Any]) -> bool:
         """Whether the scheduler with this ``__dict__`` still has what the plan was made from."""
@@ -60,6 +67,25 @@ class Plan:
                 return False
         config = held["_internal_dict"]
         return config is self.config and config.__dict__ == self.settings
+
+    def serves(self, scheduler: Any) -> bool:
+        """Whether the scheduler has equal numbers, on the CPU; then the plan is that of the tensors it has now."""
+        held = scheduler.__dict__
+        config = held["_internal_dict"]
+        if config is not self.config or config.__dict__ != self.settings:
+            return False
+        if any(held.get(name) != value for name, value in self.others):
+            return False
+        for (name, before), copy in zip(self.tensors, self.copies):
+            now = held.get(name)
+            if now is None and before is None:
+                continue
+            if copy is None or not isinstance(now, Tensor) or not now.is_cpu or now.dtype != copy.dtype:
+                return False
+            if now.shape != copy.shape or not torch.equal(now, copy):
+                return False
+        self.watch(held, tuple(name for name, _ in self.tensors))
+        return True
 
     def __deepcopy__(self, memo: Any) -> None:
         return None  # a copied scheduler makes its own
@@ -106,7 +132,6 @@ class StepPlan(Plan):
 
     def __init__(self, scheduler: Any):
         super().__init__(scheduler, self.tensor_names, self.other_names)
-        self.device_times = scheduler.timesteps
         self.host_times = host(scheduler.timesteps)
         self.times = self.host_times.tolist()
         self.make(scheduler, self.config)
@@ -161,7 +186,7 @@ class StepPlan(Plan):
 
     def position(self, timestep: Tensor) -> int | None:
         """Which of the scheduler's timesteps this is a view of; None if it is none."""
-        mine = self.device_times
+        mine = self.tensors[0][1]  # timesteps, first of the names
         if (
             timestep.dtype != mine.dtype
             or timestep.device != mine.device

@@ -6,6 +6,7 @@ the method that was there, before anything of the scheduler's state is changed.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -58,8 +59,11 @@ class Maker:
         return plan
 
     def build(self, scheduler: Any) -> Any:
-        """Make the plan anew and keep it."""
+        """Make the plan anew and keep it; one that was made from equal numbers serves again."""
         reason, plan = self.refuse(scheduler), None
+        before = scheduler.__dict__.get(self.where)
+        if reason is None and before is not None and before.reason is None and before.serves(scheduler):
+            return before
         if reason is None:
             try:
                 plan = self.make(scheduler)
@@ -138,10 +142,34 @@ def _promoted(x: Tensor, m: Tensor) -> torch.dtype:
     return x.dtype if x.dtype is m.dtype else torch.promote_types(x.dtype, m.dtype)
 
 
+def results(output: type, *names: str) -> Callable:
+    """``output`` made from values in the order of ``names``, without what its constructor spends on finding its fields:
+    the object is the same, which is tried once; where it is not, the constructor is called."""
+    put = OrderedDict.__setitem__
+
+    def quick(*values: Any) -> Any:
+        made = output.__new__(output)
+        held = made.__dict__
+        for name, value in zip(names, values):
+            held[name] = value
+            put(made, name, value)
+        return made
+
+    values = tuple(torch.zeros(1) for _ in names)
+    try:
+        made, expected = quick(*values), output(**dict(zip(names, values)))
+        same = list(made) == list(expected) == list(names) and set(made.__dict__) == set(expected.__dict__)
+        same = same and all(made[name] is getattr(made, name) is value for name, value in zip(names, values))
+    except Exception:  # whatever it is, it is not made like that
+        same = False
+    return quick if same else lambda *values: output(**dict(zip(names, values)))
+
+
 NO_ROW = "no finite coefficients for this step"
 
 
 def ddpm(original: Callable, name: str, maker: Maker, output: type) -> Callable:
+    made = results(output, "prev_sample", "pred_original_sample")
     held = original.__globals__
 
     @wraps(original)
@@ -174,12 +202,13 @@ def ddpm(original: Callable, name: str, maker: Maker, output: type) -> Callable:
         )
         if not return_dict:
             return previous, x0
-        return output(prev_sample=previous, pred_original_sample=x0)
+        return made(previous, x0)
 
     return step
 
 
 def ddim(original: Callable, name: str, maker: Maker, output: type) -> Callable:
+    made = results(output, "prev_sample", "pred_original_sample")
     held = original.__globals__
 
     @wraps(original)
@@ -217,7 +246,7 @@ def ddim(original: Callable, name: str, maker: Maker, output: type) -> Callable:
         previous, x0, _ = rows(k, sample, model_output, clip=plan.clip, noise=z, threshold=threshold, dtype=dtype)
         if not return_dict:
             return previous, x0
-        return output(prev_sample=previous, pred_original_sample=x0)
+        return made(previous, x0)
 
     return step
 
@@ -230,6 +259,7 @@ def _like(z: Any, x: Tensor, generator: Any) -> bool:
 
 
 def lcm(original: Callable, name: str, maker: Maker, output: type) -> Callable:
+    made = results(output, "prev_sample", "denoised")
     held = original.__globals__
 
     @wraps(original)
@@ -260,7 +290,7 @@ def lcm(original: Callable, name: str, maker: Maker, output: type) -> Callable:
         self._step_index += 1
         if not return_dict:
             return previous, denoised
-        return output(prev_sample=previous, denoised=denoised)
+        return made(previous, denoised)
 
     return step
 
@@ -279,6 +309,8 @@ def _sigma_step(scheduler: Any, plan: StepPlan, timestep: Any, x: Any, m: Any) -
 
 
 def euler(original: Callable, name: str, maker: Maker, output: type) -> Callable:
+    made = results(output, "prev_sample", "pred_original_sample")
+
     @wraps(original)
     def step(
         self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0,
@@ -304,12 +336,14 @@ def euler(original: Callable, name: str, maker: Maker, output: type) -> Callable
         self._step_index += 1
         if not return_dict:
             return previous, x0
-        return output(prev_sample=previous, pred_original_sample=x0)
+        return made(previous, x0)
 
     return step
 
 
 def edm_euler(original: Callable, name: str, maker: Maker, output: type) -> Callable:
+    made = results(output, "prev_sample", "pred_original_sample")
+
     @wraps(original)
     def step(
         self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0,
@@ -335,12 +369,13 @@ def edm_euler(original: Callable, name: str, maker: Maker, output: type) -> Call
         self._step_index += 1
         if not return_dict:
             return previous, x0
-        return output(prev_sample=previous, pred_original_sample=x0)
+        return made(previous, x0)
 
     return step
 
 
 def euler_ancestral(original: Callable, name: str, maker: Maker, output: type) -> Callable:
+    made = results(output, "prev_sample", "pred_original_sample")
     held = original.__globals__
 
     @wraps(original)
@@ -357,7 +392,7 @@ def euler_ancestral(original: Callable, name: str, maker: Maker, output: type) -
         self._step_index += 1
         if not return_dict:
             return previous, x0
-        return output(prev_sample=previous, pred_original_sample=x0)
+        return made(previous, x0)
 
     return step
 
@@ -373,6 +408,8 @@ def _second(scheduler: Any, plan: Any, k: int, x: Tensor, began: torch.dtype) ->
 
 
 def heun(original: Callable, name: str, maker: Maker, output: type) -> Callable:
+    made = results(output, "prev_sample", "pred_original_sample")
+
     @wraps(original)
     def step(self, model_output, timestep, sample, return_dict=True):
         plan, first = plan_of(maker, self), True
@@ -402,12 +439,14 @@ def heun(original: Callable, name: str, maker: Maker, output: type) -> Callable:
         self._step_index += 1
         if not return_dict:
             return previous, x0
-        return output(prev_sample=previous, pred_original_sample=x0)
+        return made(previous, x0)
 
     return step
 
 
 def flow_heun(original: Callable, name: str, maker: Maker, output: type) -> Callable:
+    made = results(output, "prev_sample")
+
     @wraps(original)
     def step(
         self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0,
@@ -441,12 +480,13 @@ def flow_heun(original: Callable, name: str, maker: Maker, output: type) -> Call
         self._step_index += 1
         if not return_dict:
             return (previous,)
-        return output(prev_sample=previous)
+        return made(previous)
 
     return step
 
 
 def flow_euler(original: Callable, name: str, maker: Maker, output: type) -> Callable:
+    made = results(output, "prev_sample")
     held = original.__globals__
 
     @wraps(original)
@@ -472,7 +512,7 @@ def flow_euler(original: Callable, name: str, maker: Maker, output: type) -> Cal
         self._step_index += 1
         if not return_dict:
             return (previous,)
-        return output(prev_sample=previous)
+        return made(previous)
 
     return step
 
@@ -491,6 +531,7 @@ def _past(outputs: list, count: int, x: Tensor) -> tuple[Tensor, ...] | None:
 
 
 def dpm_solver(original: Callable, name: str, maker: Maker, output: type) -> Callable:
+    made = results(output, "prev_sample")
     held = original.__globals__
 
     @wraps(original)
@@ -535,7 +576,7 @@ def dpm_solver(original: Callable, name: str, maker: Maker, output: type) -> Cal
         self._step_index += 1
         if not return_dict:
             return (previous,)
-        return output(prev_sample=previous)
+        return made(previous)
 
     return step
 
@@ -545,6 +586,8 @@ def _noise_for(z: Any, m: Tensor) -> bool:
 
 
 def unipc(original: Callable, name: str, maker: Maker, output: type) -> Callable:
+    made = results(output, "prev_sample")
+
     @wraps(original)
     def step(self, model_output, timestep, sample, return_dict=True):
         plan, m = plan_of(maker, self), model_output
@@ -587,6 +630,6 @@ def unipc(original: Callable, name: str, maker: Maker, output: type) -> Callable
         self._step_index += 1
         if not return_dict:
             return (previous,)
-        return output(prev_sample=previous)
+        return made(previous)
 
     return step
