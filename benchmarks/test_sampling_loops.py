@@ -1,10 +1,16 @@
-"""Whole sampling loops: fastdiff.sample, diffusers' scheduler, and (DDPM, DDIM) plain lines of PyTorch.
+"""Whole sampling loops: fastdiff.sample, diffusers' scheduler, and (DDPM, DDIM) plain lines of PyTorch; for 1000 steps
+of DDPM denoising-diffusion-pytorch too, where it is installed.
 
     python -m pytest benchmarks/test_sampling_loops.py --benchmark-json=out.json
 
 With a network that does nothing the time is what sampling costs outside the network: setting up and stepping. One
 network is real: a small conditional 1-D U-Net for a robot's actions.
 """
+
+import importlib.util
+import sys
+import types
+from unittest import mock
 
 import pytest
 import torch
@@ -112,7 +118,31 @@ def ours(kind, shape, steps, model):
     return lambda: fastdiff.sample(model, shape, VP, kind, steps, "epsilon", seed=1, x=x, progress=False)
 
 
-MAKERS = {"fastdiff": ours, "diffusers": upstream, "eager": eager}
+def denoising_diffusion(kind, shape, steps, model):
+    """denoising-diffusion-pytorch's loop, without its progress bar. Its loading of images is not needed: torchvision is
+    replaced by a stub where it is not there."""
+    names = ("torchvision", "torchvision.transforms", "torchvision.utils")
+    stubs = {} if importlib.util.find_spec("torchvision") else {name: types.ModuleType(name) for name in names}
+    if stubs:
+        stubs["torchvision"].transforms, stubs["torchvision"].utils = (stubs[name] for name in names[1:])
+    with mock.patch.dict(sys.modules, stubs):
+        package = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch", exc_type=ImportError)
+    package.tqdm = lambda iterable, **_: iterable
+
+    class Network(nn.Module):
+        channels = out_dim = shape[1]
+        self_condition = random_or_learned_sinusoidal_cond = False
+
+        def forward(self, x, t, x_self_cond=None):
+            return model(x, t)
+
+    diffusion = package.GaussianDiffusion(
+        Network(), image_size=shape[-1], timesteps=steps, beta_schedule="linear", objective="pred_noise"
+    )
+    return lambda: diffusion.p_sample_loop(shape)
+
+
+MAKERS = {"fastdiff": ours, "diffusers": upstream, "denoising-diffusion-pytorch": denoising_diffusion, "eager": eager}
 
 
 @torch.no_grad()
@@ -128,12 +158,14 @@ def test_loop_outside_the_network(benchmark, name, implementation):
     kind, shape, steps = LOOPS[name]
     if implementation == "eager" and kind not in ("ddpm", "ddim"):
         pytest.skip("plain lines for DDPM and DDIM alone")
+    if implementation == "denoising-diffusion-pytorch" and (kind != "ddpm" or steps < 1000):
+        pytest.skip("its DDPM has every step")
     out = torch.randn(shape)
     loop = MAKERS[implementation](kind, shape, steps, lambda x, t: out)
     measure(benchmark, f"{name} {'x'.join(map(str, shape))}", loop, implementation, steps)
 
 
-@pytest.mark.parametrize("implementation", list(MAKERS))
+@pytest.mark.parametrize("implementation", ["fastdiff", "diffusers", "eager"])
 def test_robot_policy(benchmark, implementation):
     torch.manual_seed(0)
     network, observation = ActionUNet().eval(), torch.randn(1, 32)
