@@ -232,7 +232,7 @@ class Objective:
         *,
         seed: int | Tensor | None = None,
         sample_offset: int = 0,
-        keep_noise: bool = True,
+        keep_noise: bool | None = None,
         rng: str = "exact",
     ) -> Noised:
         """Noise a batch.
@@ -247,8 +247,9 @@ class Objective:
                 a sample depend on its index alone: noising a batch of 8 is noising its halves, the second with
                 ``sample_offset=4``.
             sample_offset: the index of the batch's first sample.
-            keep_noise: False does not keep noise that is made here, but makes it again for the loss: a full-size
-                buffer less, for more arithmetic. The numbers are the same.
+            keep_noise: whether noise that is made here is kept for the loss, or made again there: a full-size buffer
+                less, for more arithmetic. The numbers are the same. None: kept, but for the Triton backend, which makes
+                it faster than it could read it.
             rng: "exact", or "fast" for normals from a GPU's approximate instructions: see ``fastdiff.ops.Philox``.
 
         Returns a ``Noised``. Differentiable in x0. Raises TypeError or ValueError for unfit inputs.
@@ -275,6 +276,8 @@ class Objective:
                 backend.uniform(seed, x0.shape[0], Stream.TIMESTEP, sample_offset, x0.device), self.process
             )
         rows, t = self._rows_for(t, x0, compute_dtype(x0, noise))
+        if keep_noise is None:
+            keep_noise = backends.choose(x0.device) in ("native", "reference")
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
         x_t, n = backend.noise(x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise)
         return Noised(self, x0, x_t, t, n, rows)

@@ -334,6 +334,25 @@ def test_a_training_step_is_three_launches():
     assert computes <= {"aten::ones_like"}
 
 
+def test_an_objective_is_three_launches_and_keeps_no_noise():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", weighting=fastdiff.MinSNR(5.0))
+    x0, t, seed = random((3, 4, 8, 8)), torch.tensor([3, 500, 999], device=DEVICE), torch.tensor([7], device=DEVICE)
+    prediction = random(x0.shape).requires_grad_()
+    with fastdiff.use_backend("triton"), launches() as launched:
+        noised = objective.noise(x0, t, seed=seed)
+        loss = objective.loss(prediction, noised)
+        loss.backward()
+        assert isinstance(noised.noise_source, ops.Philox)
+    assert launched == ["affine", "loss", "loss"]
+    with fastdiff.use_backend("reference"):
+        again = prediction.detach().clone().requires_grad_()
+        want = objective.noise(x0, t, seed=seed)
+        objective.loss(again, want).backward()
+    assert_same_bits(noised.x_t, want.x_t)
+    torch.testing.assert_close(noised.snr, want.snr, rtol=0, atol=0)
+    torch.testing.assert_close(prediction.grad, again.grad)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_noising_and_conversion(dtype):
     a, b, g = (random((2, 3, 8), dtype) for _ in range(3))
