@@ -54,7 +54,8 @@ class DDIM(Sampler):
         alpha, sigma = self._following(process, levels)
         variance = self.eta**2 * transition(levels.alpha, levels.sigma, alpha, sigma)[2]
         epsilon = None if self.rederive_epsilon else kinds.conversion(prediction, kinds.EPSILON, levels)
-        columns = ddim_columns(levels.alpha, levels.sigma, (alpha, sigma), variance, epsilon)
+        direction = (sigma**2 - variance).clamp(min=0).sqrt()
+        columns = ddim_columns(levels.alpha, levels.sigma, alpha, direction, epsilon) | {"c_noise": variance.sqrt()}
         draws = (self.eta > 0,) * len(times)
         return build_plan(prediction, levels, (alpha, sigma), draws, columns, clip=self.clip)
 
@@ -73,12 +74,10 @@ class DDIM(Sampler):
 
 
 def ddim_columns(
-    alpha: Tensor, sigma: Tensor, ends: tuple[Tensor, Tensor], variance: Tensor, epsilon: tuple[Tensor, Tensor] | None
+    alpha: Tensor, sigma: Tensor, end: Tensor, direction: Tensor, epsilon: tuple[Tensor, Tensor] | None
 ) -> dict[str, Tensor]:
-    """x_t at (alpha, sigma) to ``ends``, ``variance`` of which is new noise. ``epsilon`` = (k_x, k_m) gives the noise
-    estimate k_x x + k_m m; None: that which x and the x0 estimate imply."""
-    direction = (ends[1] ** 2 - variance).clamp(min=0).sqrt()
-    columns = {"c_noise": variance.sqrt()}
+    """From x_t at (alpha, sigma) to end x0 + direction n. ``epsilon`` = (k_x, k_m) gives the noise estimate n as
+    k_x x + k_m m; None: that which x and the x0 estimate imply."""
     if epsilon is None:
-        return columns | {"c_x": direction / sigma, "c_x0": ends[0] - direction * alpha / sigma}
-    return columns | {"c_x": direction * epsilon[0], "c_m": direction * epsilon[1], "c_x0": ends[0]}
+        return {"c_x": direction / sigma, "c_x0": end - direction * alpha / sigma}
+    return {"c_x": direction * epsilon[0], "c_m": direction * epsilon[1], "c_x0": end}

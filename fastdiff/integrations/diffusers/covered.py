@@ -183,8 +183,9 @@ def digest(source: str) -> str:
     """A digest of what a function does, from its source: its parameters, and its code without comments, docstring,
     annotations and line breaks."""
     text = textwrap.dedent(source)
-    (function,) = ast.parse(text).body
-    assert isinstance(function, ast.FunctionDef)
+    function = ast.parse(text).body[0]
+    if not isinstance(function, ast.FunctionDef):
+        raise SyntaxError("not the definition of a function")
     body, arguments = function.body, function.args
     if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         body = body[1:]

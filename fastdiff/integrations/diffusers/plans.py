@@ -129,6 +129,9 @@ class StepPlan(Plan):
 
     tensor_names: tuple[str, ...] = ("timesteps", "sigmas")
     other_names: tuple[str, ...] = ()
+    folds = True  # see ``rows.folded``
+    clip: float | None = None
+    quantile: tuple[float, float] | None = None
 
     def __init__(self, scheduler: Any):
         super().__init__(scheduler, self.tensor_names, self.other_names)
@@ -141,6 +144,8 @@ class StepPlan(Plan):
 
     def place(self, *parts: rows.Columns) -> None:
         """Make the table: the rows of each part after those of the last."""
+        if self.clip is None and self.quantile is None and self.folds:
+            parts = tuple(rows.folded(part) for part in parts)
         count = len(parts[0]["p_x"] if "p_x" in parts[0] else parts[0]["c_x"])
         table = torch.cat([build_table(count, **part) for part in parts])
         self.usable = table.isfinite().all(1).tolist()
@@ -148,8 +153,6 @@ class StepPlan(Plan):
 
     def thresholds(self, config: Any, clips: bool = True) -> None:
         """Take over how the x0 estimate is clipped."""
-        self.clip: float | None = None
-        self.quantile: tuple[float, float] | None = None
         if getattr(config, "thresholding", False):
             self.quantile = config.dynamic_thresholding_ratio, config.sample_max_value
         elif clips and getattr(config, "clip_sample", False):
@@ -294,7 +297,7 @@ class EulerPlan(StepPlan):
 
 class EulerAncestralPlan(StepPlan):
     def make(self, scheduler: Any, config: Any) -> None:
-        self.place(rows.euler_ancestral(exact(scheduler.sigmas), kind_of(config, ("epsilon", "v_prediction"))))
+        self.place(rows.euler_ancestral(host(scheduler.sigmas), kind_of(config, ("epsilon", "v_prediction"))))
 
 
 class EDMEulerPlan(StepPlan):
@@ -332,6 +335,8 @@ class FlowHeunPlan(TwoCallsPlan):
 
 
 class FlowEulerPlan(StepPlan):
+    folds = False  # as it is written it has diffusers' bits
+
     def make(self, scheduler: Any, config: Any) -> None:
         self.draws = bool(config.stochastic_sampling)
         sigmas = exact(scheduler.sigmas)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import prediction as kinds
-from ...process import EDM, Levels, Process, RectifiedFlow, transition
+from ...process import EDM, Levels, Process, RectifiedFlow
 from ...samplers.ddim import ddim_columns
 from ...samplers.dpm import multistep_weights
 from ...samplers.euler import euler_columns
@@ -52,16 +52,18 @@ def ddpm(now: Tensor, before: Tensor, kind: str, variance: str) -> Columns:
 
 
 def ddim(now: Tensor, before: Tensor, kind: str, eta: float, rederive: bool) -> Columns:
-    """As ``ddpm``. Song et al. 2021, equations 12 and 16. ``rederive``: the noise estimate is that of a clipped x0."""
-    kept = (now / before).double()
+    """As ``ddpm``. Song et al. 2021, equations 12 and 16. ``rederive``: the noise estimate is that of a clipped x0.
+
+    What is left of the noise, 1 - before - variance, cancels: it is taken as diffusers has it too.
+    """
+    variance = (1 - before) / (1 - now) * (1 - now / before)
+    deviation = eta * variance**0.5
+    direction = (1 - before - deviation**2) ** 0.5
     now, before = now.double(), before.double()
-    variance = eta**2 * (1 - before) / (1 - now) * (1 - kept)
     alpha, sigma = now.sqrt(), (1 - now).sqrt()
     epsilon = None if rederive else converted(kind, alpha, sigma, "epsilon")
-    columns = ddim_columns(alpha, sigma, (before.sqrt(), (1 - before).sqrt()), variance, epsilon)
-    # Where noise of more variance than there is was asked for, diffusers has NaN.
-    columns["c_noise"] = torch.where(variance > 1 - before, torch.nan, columns["c_noise"])
-    return columns | estimate(kind, alpha, sigma)
+    columns = ddim_columns(alpha, sigma, before.sqrt(), direction.double(), epsilon)
+    return columns | {"c_noise": deviation.double()} | estimate(kind, alpha, sigma)
 
 
 def lcm(now: Tensor, before: Tensor, t: Tensor, last: Tensor, kind: str, scaling: float, clips: bool) -> Columns:
@@ -91,11 +93,14 @@ def euler(sigmas: Tensor, kind: str, sigma_data: float | None = None, sign: int 
 
 
 def euler_ancestral(sigmas: Tensor, kind: str) -> Columns:
-    alpha, sigma, end = _at_one(sigmas)
-    up = transition(alpha, sigma, alpha, end)[2]
-    down = (end**2 - up).clamp(min=0).sqrt()
+    """As ``euler``, from sigmas in the scheduler's dtype. Where noise falls by much, what is left of it after the new
+    noise is a rounding error, or NaN: it is taken as diffusers has it."""
+    before, after = sigmas[:-1], sigmas[1:]
+    up = (after**2 * (before**2 - after**2) / before**2) ** 0.5
+    down = ((after**2 - up**2) ** 0.5).double()
+    alpha, sigma, _ = _at_one(sigmas.double())
     p_x, p_m = converted(kind, alpha, sigma)
-    columns = {"p_x": p_x, "p_m": p_m, "h_x": p_x, "h_m": p_m, "c_noise": up.sqrt()}
+    columns = {"p_x": p_x, "p_m": p_m, "h_x": p_x, "h_m": p_m, "c_noise": up.double()}
     return columns | euler_columns(alpha, sigma, (alpha, down))
 
 
@@ -208,3 +213,15 @@ def unipc(
     corrector = {"c_h1": torch.cat([nan, ratio[:-1]]), "c_x0": torch.cat([nan, back[:-1, 0]])}
     corrector |= {f"c_h{j + 2}": torch.cat([nan, back[:-1, j + 1]]) for j in range(order)}
     return whole, columns | corrector, predictor
+
+
+def folded(columns: Columns) -> Columns:
+    """The same where the estimate is not clipped: what it adds is written as what x and the model's output add, so that
+    nothing is rounded, or cancels, on the way."""
+    columns = dict(columns)
+    for to, of_x, of_m in (("c_x0", "c_x", "c_m"), ("h_x0", "h_x", "h_m")):
+        factor = columns.pop(to, None)
+        if factor is not None:
+            columns[of_x] = columns.get(of_x, 0.0) + factor * columns["p_x"]
+            columns[of_m] = columns.get(of_m, 0.0) + factor * columns["p_m"]
+    return columns
