@@ -93,7 +93,7 @@ def test_run(benchmark, device, name, implementation):
 @pytest.mark.parametrize("name", CLASSES)
 @torch.no_grad()
 def test_add_noise(benchmark, device, name, implementation):
-    scheduler, (x, n, g) = scheduler_of(name, implementation), tensors(device)
+    scheduler, (x, n, _) = scheduler_of(name, implementation), tensors(device)
     scheduler.set_timesteps(STEPS, device=device)
     t = scheduler.timesteps[AT : AT + 1]
     if "FlowMatchHeun" in name:
