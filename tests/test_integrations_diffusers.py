@@ -414,7 +414,7 @@ def assert_same_kinds(a, b):
                 assert one.dtype == other.dtype and one.shape == other.shape, name
 
 
-# --------------------------------------------------------------------------------------------- noising and its relatives
+# ------------------------------------------------------------------------------------------ noising and its relatives
 
 NOISING = {name: [config for case, config, _, _ in GRID if case == name] for name in NAMES}
 NOISING = {name: configs[:: max(1, len(configs) // 6)][:6] for name, configs in NOISING.items()}

@@ -339,7 +339,7 @@ def test_a_method_that_is_missing_or_has_no_source(monkeypatch):
 def test_what_a_digest_is_of():
     plain = "def f(self, a, b=1):\n    x = a\n    return x, b\n"
     same = [
-        'def f(self, a: int, b: float = 1) -> tuple:\n    """About f."""\n    # why\n    x = a  # how\n\n    return x, b\n',
+        'def f(self, a: int, b: float = 1):\n    """About f."""\n    # why\n    x = a  # how\n\n    return x, b\n',
         "    def f(self, a, b=1):\n        x = a\n        return x, b\n",
     ]
     other = [

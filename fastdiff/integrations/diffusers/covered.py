@@ -192,7 +192,7 @@ def digest(source: str) -> str:
     names = [argument.arg for argument in arguments.args + arguments.kwonlyargs]
     defaults = [ast.get_source_segment(text, default) for default in arguments.defaults]
     lines = text.splitlines()[body[0].lineno - 1 :] if body else []
-    code = "".join(line for line in map(_code, lines) if line).replace(" ", "").replace(",)", ")")
+    code = "".join(line for line in map(_code, lines) if line).replace(" ", "").replace(",)", ")").replace(",]", "]")
     return hashlib.sha256(f"{names}{defaults}{code}".encode()).hexdigest()[:12]
 
 

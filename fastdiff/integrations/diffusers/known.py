@@ -1,4 +1,6 @@
-"""The methods of diffusers that the fused ones were made for, by their digest (``covered.digest``)."""
+"""The methods of diffusers that the fused ones were made for, by their digest (``covered.digest``): those of 0.42.1,
+and of versions back to 0.34 where they differ in line breaks, in what is moved to which device, or (FlowMatchEuler) in
+how the noise of stochastic sampling is drawn."""
 
 KNOWN: dict[str, tuple[str, ...]] = {
     "DDIMParallelScheduler._get_variance": ("cb6106ca23d1",),
@@ -16,18 +18,18 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "DDPMParallelScheduler.add_noise": ("9abf10ec89df",),
     "DDPMParallelScheduler.get_velocity": ("98be1a15e178",),
     "DDPMParallelScheduler.previous_timestep": ("158de1e77bfc",),
-    "DDPMParallelScheduler.step": ("4358a0f214ec",),
+    "DDPMParallelScheduler.step": ("4eac4a707d4d",),
     "DDPMScheduler._get_variance": ("9ec98c58c49b",),
     "DDPMScheduler._threshold_sample": ("35d85792db7a",),
     "DDPMScheduler.add_noise": ("9abf10ec89df",),
     "DDPMScheduler.get_velocity": ("98be1a15e178",),
     "DDPMScheduler.previous_timestep": ("158de1e77bfc",),
-    "DDPMScheduler.step": ("8af8104f29e5",),
+    "DDPMScheduler.step": ("569e5beb30c0",),
     "DPMSolverMultistepScheduler._sigma_to_alpha_sigma_t": ("ca225146b46d",),
     "DPMSolverMultistepScheduler._threshold_sample": ("35d85792db7a",),
     "DPMSolverMultistepScheduler.add_noise": ("88e2ca9a240a",),
     "DPMSolverMultistepScheduler.convert_model_output": ("deeca38ecb21",),
-    "DPMSolverMultistepScheduler.dpm_solver_first_order_update": ("a18fea4d2211",),
+    "DPMSolverMultistepScheduler.dpm_solver_first_order_update": ("a18fea4d2211", "a04a75c17fc6"),
     "DPMSolverMultistepScheduler.index_for_timestep": ("ce5bc48edb6c",),
     "DPMSolverMultistepScheduler.multistep_dpm_solver_second_order_update": ("ef45ec00abc5",),
     "DPMSolverMultistepScheduler.multistep_dpm_solver_third_order_update": ("7b6b4ab8c52e",),
@@ -49,7 +51,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "EulerDiscreteScheduler.step": ("519481d6c0bb",),
     "FlowMatchEulerDiscreteScheduler.index_for_timestep": ("5edad51bfd3b",),
     "FlowMatchEulerDiscreteScheduler.scale_noise": ("a05661286bd2",),
-    "FlowMatchEulerDiscreteScheduler.step": ("cf84927864b1",),
+    "FlowMatchEulerDiscreteScheduler.step": ("cf84927864b1", "2ec66272ad73"),
     "FlowMatchHeunDiscreteScheduler.scale_noise": ("9e48ee4f0e78",),
     "FlowMatchHeunDiscreteScheduler.state_in_first_order": ("fceeb10fd52d",),
     "FlowMatchHeunDiscreteScheduler.step": ("0f19d583856a",),
@@ -68,7 +70,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "UniPCMultistepScheduler.add_noise": ("88e2ca9a240a",),
     "UniPCMultistepScheduler.convert_model_output": ("7c92cbf3aa30",),
     "UniPCMultistepScheduler.index_for_timestep": ("ce5bc48edb6c",),
-    "UniPCMultistepScheduler.multistep_uni_c_bh_update": ("fd518a3a9296",),
-    "UniPCMultistepScheduler.multistep_uni_p_bh_update": ("ae1aff0f90b4",),
+    "UniPCMultistepScheduler.multistep_uni_c_bh_update": ("fd518a3a9296", "8a443b86a02b"),
+    "UniPCMultistepScheduler.multistep_uni_p_bh_update": ("ae1aff0f90b4", "965a4db715fb"),
     "UniPCMultistepScheduler.step": ("3da66493da24",),
 }

@@ -497,6 +497,8 @@ def flow_euler(original: Callable, name: str, maker: Maker, output: type) -> Cal
         plan = plan_of(maker, self)
         if per_token_timesteps is not None:
             k, reason = None, "per_token_timesteps"
+        elif plan.reason is None and plan.draws and "randn_tensor" not in held:
+            k, reason = None, "stochastic_sampling of this version of diffusers"
         else:
             k, reason = _sigma_step(self, plan, timestep, sample, model_output)
         if reason is not None:
