@@ -17,6 +17,8 @@ from .progress import Progress
 MODELS = ("unet-small", "dit-b")
 KIND = "v_prediction"
 MAX_ROUNDS = 40
+# What is left of a step is a few hundredths of it at most: a ratio that varies by more says nothing.
+WIDEST_OF_STEPS = 0.05
 
 
 def share(
@@ -63,7 +65,7 @@ def share(
             label: _part(summary(samples[label]), summary(samples[f"{label} objective"]), shape[0])
             for label in ("before", "after")
         },
-        "ratio": {**_values(ratio), "steady": ratio.steady},
+        "ratio": {**_values(ratio), "steady": ratio.steady and ratio.width <= WIDEST_OF_STEPS},
     }
 
 
