@@ -468,7 +468,7 @@ class Objective:
         return cached(self._tables, (columns, device, dtype), make)
 
     def coefficients(self) -> dict[str, Tensor]:
-        """The coefficients by name, float64 on the CPU: [steps] of a discrete process, else [1], at one of its times."""
+        """The coefficients by name, float64 on the CPU: [steps] of a discrete process, else [1], at some time."""
         if self.process.discrete:
             return dict(zip(COEFFICIENTS, self._table.unbind(-1)))  # of which only the last, c, may be absent
         return self._example

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .objective import Objective
 
 
+_LOSS = ("p", "q", "scale", "loss_weight", "c")
+
+
 class PlainCalls:
     """The calls of one objective on one backend; each gives None where the general way is needed.
 
@@ -41,8 +44,7 @@ class PlainCalls:
             table = objective.coefficients()
             self._noise_rows = direct.gathered(torch.stack([table["alpha"], table["sigma"]], -1))
             unused = torch.zeros_like(table["p"])
-            names = ("p", "q", "scale", "loss_weight", "c")
-            self._loss_rows = direct.gathered(torch.stack([table.get(name, unused) for name in names], -1))
+            self._loss_rows = direct.gathered(torch.stack([table.get(name, unused) for name in _LOSS], -1))
         else:
             fractions = process.linear_fractional()
             if fractions is not None:
@@ -50,10 +52,7 @@ class PlainCalls:
             unweighted = isinstance(objective.weighting, Unweighted)
             if prediction.constant and own_space and unweighted and is_constant(loss):
                 row = objective.coefficients()
-                values = (
-                    float(row[name][0]) if name in row else 0.0 for name in ("p", "q", "scale", "loss_weight", "c")
-                )
-                self._loss_rows = direct.constant(tuple(values))
+                self._loss_rows = direct.constant([float(row[name][0]) if name in row else 0.0 for name in _LOSS])
         # floor(steps u) of a uniform u; 0: u itself; None: something else.
         self._steps: int | None = None
         if objective.timesteps == Uniform():

@@ -95,8 +95,8 @@ class Process:
         return Levels(t, alpha, sigma, self)
 
     def linear_fractional(self) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
-        """(a, b, d) of alpha and of sigma where ``alpha_sigma`` computes them as (a + b t) / (1 + d t), to the bit; None
-        where it does not. Such rows need no tensors of their own."""
+        """(a, b, d) of alpha and of sigma where ``alpha_sigma`` computes them as (a + b t) / (1 + d t), to the bit;
+        None where it does not. Such rows need no tensors of their own."""
         return None
 
     def fraction(self, t: Tensor) -> Tensor:
