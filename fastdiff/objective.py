@@ -41,8 +41,12 @@ class Rows:
     """
 
     def __init__(self, known: dict[str, Any], evaluate: Callable[[str], dict[str, Tensor]] | None = None):
-        self.__dict__.update(known)
         self._evaluate = evaluate
+        self._learn(known)
+
+    def _learn(self, known: dict[str, Any]) -> None:
+        for name, row in known.items():  # one by one: an update of __dict__ is not traced by every PyTorch
+            setattr(self, name, row)
 
     def known(self) -> dict[str, Any]:
         return {name: row for name, row in self.__dict__.items() if name in COEFFICIENTS}
@@ -50,8 +54,9 @@ class Rows:
     def __getattr__(self, name: str) -> Any:
         if name not in COEFFICIENTS or self._evaluate is None:
             raise AttributeError(name)
-        self.__dict__.update(self._evaluate(name))
-        return self.__dict__[name]
+        known = self._evaluate(name)
+        self._learn(known)
+        return known[name]
 
 
 @dataclass(eq=False)
