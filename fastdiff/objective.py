@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -421,6 +421,12 @@ class Objective:
         x_t, t = noised.x_t, noised.t
         if self.process.discrete:
             table = self._table_of(kind, t.device, compute_dtype(prediction, x_t))
+            calls = self._plain(backends.get(x_t.device))
+            if calls is not None and kind not in self._singular:
+                wide = partial(self._table_of, kind, torch.device("cpu"), torch.float64)
+                done = calls.convert(kind, wide, prediction, x_t, t)
+                if done is not None:
+                    return done
             placed = place_rows("t", t, x_t.shape)
             k_x, k_m = backends.get(x_t.device).gather(table, placed, self.process.check_t)
             singular = kind in self._singular
