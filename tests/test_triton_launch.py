@@ -60,8 +60,11 @@ def test_contraction_only_where_no_bits_are_promised(monkeypatch):
         return kernel.options(constants)["enable_fp_fusion"]
 
     assert options(X) and options(ops.Philox(1, rng="fast")) and not options(ops.Philox(1))
-    types, aligned, constants, _ = noising(monkeypatch)
-    assert not launch.affine.options(constants)["enable_fp_fusion"]
+
+    for n in (X, ops.Philox(1), ops.Philox(1, rng="fast")):
+        _, _, constants, _ = noising(monkeypatch, n=n)
+        fast = n is not X and n.rng == "fast"
+        assert launch.affine.options(constants)["enable_fp_fusion"] == fast
 
 
 def test_how_a_compiled_kernel_is_called():

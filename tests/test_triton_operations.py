@@ -113,6 +113,37 @@ def test_fast_normals():
         ops.Philox(3, rng="quick")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
+def test_fast_noise_in_noising_and_loss(shape, rows, dtype):
+    """It is made with its factor in it, and without where it is kept: the same noise, but for roundings. (A sum has
+    terms up to 7 in size.)"""
+    offset = 0.1 if len(shape) > 2 else 0.0
+    n, xi = ops.Philox(3, 1, offset=offset, rng="fast"), ops.Philox(3, 1, 2, rng="fast")
+    with fastdiff.use_backend("triton"):
+        tensor, other = n.tensor(shape, DEVICE), xi.tensor(shape, DEVICE)
+    x0, alpha, sigma = random(shape, dtype), random(rows), random(rows)
+    near = {"rtol": torch.finfo(dtype).eps, "atol": 7 * 4 * torch.finfo(torch.float32).eps}
+    for gamma, made, tensors in ((0.0, None, None), (0.1, xi, other), (0.1, other, other)):
+        want, _ = reference.noise(x0, tensor, alpha, sigma, gamma, tensors, False)
+        for keep in (False, True):
+            got, kept = triton.noise(x0, n, alpha, sigma, gamma, made, keep)
+            torch.testing.assert_close(got, want, **near)
+            if keep:
+                torch.testing.assert_close(kept, tensor, **near)
+    p, q, weight = random(rows), random(rows), random(rows).abs()
+    prediction = random(shape, dtype)
+    for x0_, p_ in ((x0, p), (None, None)):
+        results = []
+        for source in (n, tensor):
+            leaf = prediction.clone().requires_grad_()
+            loss = triton.loss(leaf, x0_, source, p_, q, None, weight, None, None, "mse", "none", "sum")
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        (got, d_got), (want, d_want) = results
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(d_got, d_want, rtol=torch.finfo(dtype).eps, atol=float(d_want.abs().max()) * 4e-6)
+
+
 @pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise(shape, rows, dtype):

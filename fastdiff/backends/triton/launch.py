@@ -69,7 +69,7 @@ class Kernel:
         assert names == self.runtime + self.constants, "constants come last"
         self.data = [k for k, name in enumerate(self.runtime) if name in _DATA]
         self.wide = self.constants.index("WIDE") if "WIDE" in self.constants else None
-        self.source_of_noise = self.constants.index("N") if "N" in self.constants else None
+        self.source_of_noise = next((self.constants.index(k) for k in ("N", "V") if k in self.constants), None)
         self._variants: dict[tuple, Any] = {}
 
     def key(self, arguments: tuple, constants: tuple, device: Any) -> tuple:
@@ -97,9 +97,10 @@ class Kernel:
         return ASTSource(fn=self.function, signature=signature, constexprs=values, attrs=attributes)
 
     def options(self, constants: tuple) -> dict[str, Any]:
-        """How a variant is compiled. Only where no bits are promised may products and sums be contracted: in a loss
-        whose noise is not made with the exact transform."""
-        contracted = self.source_of_noise is not None and constants[self.source_of_noise] != "exact"
+        """How a variant is compiled. Only where no bits are promised may products and sums be contracted: where noise
+        is made with the fast transform, and in a loss whose noise is not made with the exact one."""
+        noise = None if self.source_of_noise is None else constants[self.source_of_noise]
+        contracted = noise == "fast" or (self.name == "loss" and noise != "exact")
         return {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": contracted}
 
     def compile(self, key: tuple, target: GPUTarget) -> Any:
