@@ -277,7 +277,7 @@ class Objective:
             )
         rows, t = self._rows_for(t, x0, compute_dtype(x0, noise))
         if keep_noise is None:
-            keep_noise = backends.choose(x0.device) in ("native", "reference")
+            keep_noise = not backends.remakes_noise(x0.device)
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
         x_t, n = backend.noise(x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise)
         return Noised(self, x0, x_t, t, n, rows)

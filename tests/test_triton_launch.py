@@ -91,3 +91,18 @@ def test_workspaces_are_shared_by_a_stream_and_grow(monkeypatch):
     assert workspace.workspace(cpu, 2, 50) is not larger
     monkeypatch.setattr(workspace, "is_capturing", lambda device: True)
     assert workspace.workspace(cpu, 2, 50) is not workspace.workspace(cpu, 2, 50)
+
+
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_noise_is_kept_unless_triton_makes_it(has_triton, monkeypatch):
+    """The CUDA backend has no noise of its own: whether it is made again is up to the one that makes it there."""
+    import fastdiff
+    from fastdiff import backends, ops
+
+    kept = {name: not backends.remakes_noise(name) for name in ("cpu", "meta")}
+    assert kept == {"cpu": True, "meta": True}
+    monkeypatch.setattr(backends._MODULES["triton"], "available", has_triton)
+    monkeypatch.setitem(backends._CHOICE, "cpu", "cuda")
+    assert backends.remakes_noise("cpu") == has_triton
+    noised = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow").noise(X, seed=1)
+    assert isinstance(noised.noise_source, ops.Philox if has_triton else torch.Tensor)
