@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,10 @@ def cases() -> dict[str, Any]:
     bf16 = torch.bfloat16
     made, given = ops.Philox(seed), meta(*SHAPE, dtype=bf16)
     found["noising, kept, bf16"] = noise(SHAPE, bf16, made, True)
+    for rng in ("fast", "exact", "given"):
+        source = given if rng == "given" else ops.Philox(seed, rng=rng)
+        arguments = meta(*SHAPE, dtype=bf16), source, *column[:2], 0.0, None, False, *column[2:4]
+        found[f"noising with target, {rng}, bf16"] = partial(operations.noise_and_target, *arguments)
     found["noising, exact, 1 x 28 x 28, bf16"] = noise((64, 1, 28, 28), bf16, made)
     found["noising, exact, 3 x 31 x 31, bf16"] = noise((64, 3, 31, 31), bf16, made)
     found["noising, channel offsets, bf16"] = noise(SHAPE, bf16, ops.Philox(seed, offset=0.1))

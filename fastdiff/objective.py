@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from . import backends, losses, ops
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
-from .backends.rows import as_tensor, cached, value_checks_are_free
+from .backends.rows import as_tensor, cached, in_two_passes, value_checks_are_free
 from .losses import Loss
 from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
 from .ops.loss import check_loss
@@ -59,7 +59,7 @@ class Noised:
         alpha, sigma, snr, weight: rows of the shape of t, float32 (float64 if x0 is float64).
         x0: the data x_t was made of.
         noise_source: the noise, or the ``fastdiff.ops.Philox`` that makes it.
-        noise, target, model_input, model_time: made when asked for.
+        noise, target, model_input, model_time: made when asked for (the target by ``noise`` with ``with_target``).
     """
 
     objective: Objective
@@ -68,6 +68,7 @@ class Noised:
     t: Tensor
     noise_source: Tensor | ops.Philox
     rows: Rows
+    written_target: Tensor | None = None
 
     @property
     def noise(self) -> Tensor:
@@ -95,6 +96,8 @@ class Noised:
     @property
     def target(self) -> Tensor:
         """What the network should predict: p x0 + q n, in the dtype of x0."""
+        if self.written_target is not None:
+            return self.written_target
         p, q = (as_tensor(row) for row in (self.rows.p, self.rows.q))
         return ops.noise(self.x0, p, q, self.noise_source)[0]
 
@@ -234,6 +237,7 @@ class Objective:
         sample_offset: int = 0,
         keep_noise: bool | None = None,
         rng: str = "exact",
+        with_target: bool = False,
     ) -> Noised:
         """Noise a batch.
 
@@ -251,6 +255,8 @@ class Objective:
                 less, for more arithmetic. The numbers are the same. None: kept, but for the Triton backend, which makes
                 it faster than it could read it.
             rng: "exact", or "fast" for normals from a GPU's approximate instructions: see ``fastdiff.ops.Philox``.
+            with_target: write ``noised.target`` now, for a loss of one's own: in the same launch with Triton, in a
+                second pass elsewhere. ``loss`` does not need it: it makes the target as it goes.
 
         Returns a ``Noised``. Differentiable in x0. Raises TypeError or ValueError for unfit inputs.
         """
@@ -279,8 +285,15 @@ class Objective:
         if keep_noise is None:
             keep_noise = not backends.remakes_noise(x0.device)
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
-        x_t, n = backend.noise(x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise)
-        return Noised(self, x0, x_t, t, n, rows)
+        arguments = x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise
+        target = None
+        if with_target:
+            both = getattr(backend, "noise_and_target", None) or partial(in_two_passes, backend.noise)
+            p, q = rows.p if self.prediction.uses_x0 else None, rows.q if self.prediction.uses_noise else None
+            x_t, n, target = both(*arguments, p, q)
+        else:
+            x_t, n = backend.noise(*arguments)
+        return Noised(self, x0, x_t, t, n, rows, target)
 
     def loss(
         self,

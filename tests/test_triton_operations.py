@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import ops
@@ -161,6 +162,43 @@ def test_noise(shape, rows, dtype):
                 assert_same_bits(kept, wanted)
             else:
                 assert kept is n
+
+
+@pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise_and_target_in_one_launch(shape, rows, dtype):
+    x0, n, (alpha, sigma, p, q) = random(shape, dtype), random(shape), (random(rows) for _ in range(4))
+    made, xi = ops.Philox(99, 3), ops.Philox(99, 3, 2)
+    for source, other, keep in ((n, None, True), (made, None, False), (made, xi, True), (n, xi, True)):
+        arguments = (x0, source, alpha, sigma, 0.1 if other else 0.0, other, keep)
+        want, kept = reference.noise(*arguments)
+        for p_, q_ in ((p, q), (p, None), (None, q)):
+            with launches() as launched:
+                got, noise, target = triton.noise_and_target(*arguments, p_, q_)
+            assert launched == ["affine"]
+            assert_same_bits(got, want)
+            assert noise is source if not keep else torch.equal(noise, kept)
+            rows_ = (row if row is not None else torch.zeros_like(p) for row in (p_, q_))
+            assert_same_bits(target, reference.noise(x0, source, *rows_, 0.0, None, False)[0])
+    fast = ops.Philox(99, 3, rng="fast")
+    with fastdiff.use_backend("triton"):
+        tensor = fast.tensor(shape, DEVICE)
+    near = {"rtol": torch.finfo(dtype).eps, "atol": 7 * 4 * torch.finfo(torch.float32).eps}
+    got, _, target = triton.noise_and_target(x0, fast, alpha, sigma, 0.0, None, False, p, q)
+    torch.testing.assert_close(got, reference.noise(x0, tensor, alpha, sigma, 0.0, None, False)[0], **near)
+    torch.testing.assert_close(target, reference.noise(x0, tensor, p, q, 0.0, None, False)[0], **near)
+
+
+def test_target_in_the_memory_format_of_x0_and_with_gradients():
+    x0 = random((2, 3, 8, 8)).contiguous(memory_format=torch.channels_last)
+    n, row = torch.randn_like(x0), random((2, 1, 1, 1))
+    for source in (n, ops.Philox(3)):
+        x_t, _, target = triton.noise_and_target(x0, source, row, row, 0.0, None, False, row, row)
+        assert_same_bits(x_t, target)
+        assert target.is_contiguous(memory_format=torch.channels_last)
+    leaf = x0.clone().requires_grad_()
+    x_t, _, target = triton.noise_and_target(leaf, n, row, row, 0.0, None, True, 2 * row, row)
+    torch.testing.assert_close(torch.autograd.grad((x_t + target).sum(), leaf)[0], (3 * row).expand_as(x0))
 
 
 @pytest.mark.parametrize("rows", [(3, 1, 1), (3, 5, 1), (1, 1, 1)])
@@ -334,18 +372,21 @@ def test_a_changed_input_is_noticed_in_backward():
         loss.backward()
 
 
+class Computed(TorchDispatchMode):
+    """Collects the names of PyTorch's operations that compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "empty" not in function.name() and "detach" not in function.name():
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
 def test_a_training_step_is_three_launches():
     """Noising, loss and backward, with t and the seed given: and no other operation that computes."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Computed(TorchDispatchMode):
-        names: list[str] = []
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if not function.is_view and "empty" not in function.name() and "detach" not in function.name():
-                self.names.append(function.name())
-            return function(*args, **(kwargs or {}))
-
     x0, table = random((3, 4, 8, 8), torch.bfloat16), random((10, 4)).abs()
     seed, t = torch.tensor([7], device=DEVICE), torch.randint(0, 10, (3, 1, 1, 1), device=DEVICE)
     alpha, sigma, p, w = (Gathered(column, t) for column in table.unbind(1))
@@ -353,7 +394,6 @@ def test_a_training_step_is_three_launches():
         prediction = random(x0.shape, torch.bfloat16).requires_grad_()
         torch.use_deterministic_algorithms(False)  # which fills what is empty
         with launches() as launched, Computed() as computed:
-            computed.names.clear()
             n = ops.Philox(seed)
             x_t, _ = triton.noise(x0, n, alpha, sigma, 0.0, None, False)
             loss = triton.loss(prediction, x0, n, p, alpha, None, w, None, None, "mse", "none", "mean")
@@ -363,6 +403,27 @@ def test_a_training_step_is_three_launches():
     # (copy_ and set_ are the interpreter's).
     computes = {name for name in computed.names if not name.startswith(("aten::copy_", "aten::set_"))}
     assert computes <= {"aten::ones_like"}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_noising_with_its_target_is_one_launch(prediction):
+    """And a training step with both still three: the target costs no launch, nor does the loss need it."""
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), prediction)
+    x0, t, seed = random((3, 4, 8, 8)), torch.tensor([3, 500, 999], device=DEVICE), torch.tensor([7], device=DEVICE)
+    prediction = random(x0.shape).requires_grad_()
+    torch.use_deterministic_algorithms(False)  # which fills what is empty
+    others = []
+    with fastdiff.use_backend("triton"):
+        for with_target in (False, False, True):  # first, tables are made
+            with launches() as launched, Computed() as computed:
+                noised = objective.noise(x0, t, seed=seed, with_target=with_target)
+                target = noised.target if with_target else None
+                objective.loss(prediction, noised).backward()
+            assert launched == ["affine", "loss", "loss"]
+            others.append({name for name in computed.names if "copy_" not in name and "set_" not in name})
+            prediction.grad = None
+        assert others[1] == others[2]
+        assert_same_bits(target, objective.noise(x0, t, seed=seed).target)
 
 
 def test_an_objective_is_three_launches_and_keeps_no_noise():

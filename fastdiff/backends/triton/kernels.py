@@ -114,6 +114,17 @@ def _store(pointer, offset, value, inside, EVEN: tl.constexpr, EMULATE: tl.const
 
 
 @triton.jit
+def _laid_out(index, data, EMULATE: tl.constexpr):
+    """``index``, with its elements where those of ``data`` are. Triton lays out what it makes of an index for its first
+    use and moves it through shared memory for others, a thread having one element; and only a thread that has all four
+    of a counter makes them together. The zero is one that the last compiler finds, not Triton."""
+    if EMULATE:
+        return index
+    else:
+        return index + ((data.to(tl.uint32, bitcast=True) >> 16) >> 16).to(index.dtype)
+
+
+@triton.jit
 def _made(seed, stream, sample_offset, strength, factor, run, column, units, sample_runs, channel_runs,
           SEED: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, SAMPLES: tl.constexpr, FAST: tl.constexpr,
           ASM: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
@@ -137,16 +148,17 @@ def _made(seed, stream, sample_offset, strength, factor, run, column, units, sam
 
 @triton.jit
 def affine(
-    out, kept, u, v, xi, a, b, index, seed, xi_seed,
+    out, kept, target, u, v, xi, a, b, p, q, index, seed, xi_seed,
     stream, sample_offset, strength, xi_stream, xi_sample_offset, xi_strength, gamma,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
-    A_KIND: tl.constexpr, B_KIND: tl.constexpr, INDEX: tl.constexpr,
+    A_KIND: tl.constexpr, B_KIND: tl.constexpr, P_KIND: tl.constexpr, Q_KIND: tl.constexpr, INDEX: tl.constexpr,
     V: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr,
     XI: tl.constexpr, XI_SEED: tl.constexpr, XI_OFFSET: tl.constexpr,
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """out = a u + b (v + gamma xi), kept = v. v and xi are tensors ("tensor"), or made ("exact", "fast") or "none".
+    """out = a u + b (v + gamma xi), kept = v, target = p u + q v. v and xi are tensors ("tensor"), or made ("exact",
+    "fast") or "none".
 
     Products and sums are rounded one by one, as in the reference: the kernel is compiled without contraction, but for
     noise of the fast transform, which has not the reference's bits in any case.
@@ -155,9 +167,13 @@ def affine(
     row = _row(run, per, frames, shared, ROWS)
     entry, found = _entry(index, row, steps, INDEX)
     # Fast noise that is not needed itself is made with its factor in it.
-    SCALED: tl.constexpr = V == "fast" and (XI == "fast" or XI == "none") and kept is None
+    SCALED: tl.constexpr = V == "fast" and (XI == "fast" or XI == "none") and kept is None and target is None
     if out is not None and V != "none":
         scale = _coefficient(b, row, entry, found, stride, B_KIND)
+    if A_KIND != "none" or P_KIND != "none":
+        data = _load(u, offset, inside, EVEN, UNIT, ASM, EMULATE)
+        if out is not None and (kept is not None or target is not None):  # the noise is used twice
+            column = _laid_out(column, data, EMULATE)
     if V == "tensor":
         n = _load(v, offset, inside, EVEN, UNIT, ASM, EMULATE)
     elif V != "none":
@@ -165,6 +181,13 @@ def affine(
                   channel_runs, SEED, OFFSET, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
     if kept is not None:
         _store(kept, offset, n, inside, EVEN, EMULATE)
+    if target is not None:
+        if P_KIND != "none":
+            second = _coefficient(p, row, entry, found, stride, P_KIND) * data
+        if Q_KIND != "none":
+            term = _coefficient(q, row, entry, found, stride, Q_KIND) * n
+            second = term if P_KIND == "none" else second + term
+        _store(target, offset, second, inside, EVEN, EMULATE)
     if out is not None:
         if V != "none":
             if XI == "tensor":
@@ -176,9 +199,7 @@ def affine(
                 )  # fmt: skip
             value = n if SCALED else scale * n
         if A_KIND != "none":
-            first = _coefficient(a, row, entry, found, stride, A_KIND) * _load(
-                u, offset, inside, EVEN, UNIT, ASM, EMULATE
-            )
+            first = _coefficient(a, row, entry, found, stride, A_KIND) * data
             value = first if V == "none" else first + value
         _store(out, offset, value, inside, EVEN, EMULATE)
 

@@ -39,7 +39,7 @@ _INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_
 _FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance"}
 # Full-size data, which is loaded by vectors where it is aligned to 16 bytes.
 _DATA = {"out", "kept", "u", "v", "xi", "prediction", "x0", "n", "gradient", "x", "m", "y", "entry", "log_variance"} | {
-    "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen",
+    "target", "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen",
 }  # fmt: skip
 
 _records: list[str] | None = None
