@@ -166,7 +166,13 @@ class Objective:
         self.noise_offset, self.input_perturbation = float(noise_offset), float(input_perturbation)
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
-        self._all_coefficients(process.levels(example))
+        levels = process.levels(example)
+        values = self._all_coefficients(levels)
+        # Coefficients that are the same at all times are numbers. (A discrete process has them in its table.)
+        same = ("p", "q") if self.prediction.constant else ()
+        if type(self.weighting) is weightings.Uniform and isinstance(self.loss_function.rows(levels)[1], float):
+            same += ("weight", "loss_weight")
+        self._same = {} if process.discrete else {name: values[name].item() for name in same}
         self._used = tuple(
             name
             for name, used in (
@@ -408,7 +414,13 @@ class Objective:
         placed = place_rows("t", t, x0.shape)
         if not self.process.discrete:
             levels = self.process.levels(placed)
-            return Rows({}, lambda name: {k: v.to(dtype) for k, v in self._coefficients(name, levels).items()}), t
+
+            def evaluate_at_levels(name: str) -> dict[str, Tensor]:
+                if name in self._same:
+                    return {name: self._number(self._same[name], placed.device, dtype).expand(placed.shape)}
+                return {k: v.to(dtype) for k, v in self._coefficients(name, levels).items()}
+
+            return Rows({}, evaluate_at_levels), t
         gather, check = backends.get(x0.device).gather, self.process.check_t
         known = gather(self._table_of(self._used, t.device, dtype), placed, check)
 
@@ -416,6 +428,9 @@ class Objective:
             return {name: gather(self._table_of((name,), t.device, dtype), placed, check)[0]}
 
         return Rows(dict(zip(self._used, known)), evaluate), t
+
+    def _number(self, value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return cached(self._tables, (value, device, dtype), lambda: torch.full((), value, dtype=dtype, device=device))
 
     def _table_of(self, columns: tuple[str, ...] | Prediction, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[steps, K] of a discrete process: the coefficients of those names, or the conversion to that kind."""

@@ -1,6 +1,7 @@
 """The Triton backend against the reference, on a GPU or, without one, in Triton's interpreter."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -426,16 +427,38 @@ def test_noising_with_its_target_is_one_launch(prediction):
         assert_same_bits(target, objective.noise(x0, t, seed=seed).target)
 
 
-def test_an_objective_is_three_launches_and_keeps_no_noise():
-    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", weighting=fastdiff.MinSNR(5.0))
-    x0, t, seed = random((3, 4, 8, 8)), torch.tensor([3, 500, 999], device=DEVICE), torch.tensor([7], device=DEVICE)
+@pytest.mark.parametrize("frames", [False, True])
+@pytest.mark.parametrize(
+    ("process", "prediction", "weighting", "rows"),
+    [
+        (fastdiff.VariancePreserving(), "v_prediction", fastdiff.MinSNR(5.0), {}),
+        # 1 - t, and alpha and sigma in float32: the target and the weights of a flow are the same at all times.
+        (fastdiff.RectifiedFlow(), "flow", None, {"aten::rsub.Scalar": 1, "aten::_to_copy": 2}),
+    ],
+)
+def test_an_objective_is_three_launches_and_keeps_no_noise(process, prediction, weighting, rows, frames):
+    objective = fastdiff.Objective(process, prediction, weighting=weighting)
+    x0, t = random((3, 4, 2, 8, 8)), torch.tensor([3, 500, 999], device=DEVICE)
+    seed = torch.tensor([7], device=DEVICE)
+    if not process.discrete:
+        t = t.double() / 1000
+    if frames:
+        t = torch.stack([t, t.flip(0)], 1).view(3, 1, 2, 1, 1)
     prediction = random(x0.shape).requires_grad_()
-    with fastdiff.use_backend("triton"), launches() as launched:
-        noised = objective.noise(x0, t, seed=seed)
-        loss = objective.loss(prediction, noised)
-        loss.backward()
+    torch.use_deterministic_algorithms(False)  # which fills what is empty
+    with fastdiff.use_backend("triton"):
+        for _ in range(2):  # first, tables are made
+            prediction.grad = None
+            with launches() as launched, Computed() as computed:
+                noised = objective.noise(x0, t, seed=seed)
+                loss = objective.loss(prediction, noised)
+                loss.backward()
         assert isinstance(noised.noise_source, ops.Philox)
     assert launched == ["affine", "loss", "loss"]
+    # On a CPU t is looked at; copy_ and set_ are the interpreter's.
+    checks = ("aten::aminmax", "aten::_local_scalar_dense", "aten::copy_", "aten::set_")
+    others = [name for name in computed.names if not name.startswith(checks)]
+    assert Counter(others) == rows | {"aten::ones_like": 1}  # the upstream gradient
     with fastdiff.use_backend("reference"):
         again = prediction.detach().clone().requires_grad_()
         want = objective.noise(x0, t, seed=seed)
