@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 10
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Every case is compiled for sm_90, these for all.
 EVERYWHERE = {
-    *("noising, exact, bf16", "noising, given, bf16", "noising, given, fp32", "loss v, exact, bf16"),
-    *("loss v, given, bf16", "loss v, given, fp32", "loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms"),
+    *("noising, fast, bf16", "noising, exact, bf16", "noising, given, bf16", "noising, given, fp32"),
+    *("loss v, fast, bf16", "loss v, exact, bf16", "loss v, given, bf16", "loss v, given, fp32"),
+    *("loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms"),
 }
 SHAPE = (64, 4, 128, 128)
 THREADS = 128
@@ -68,7 +70,7 @@ def cases() -> dict[str, Any]:
     found: dict[str, Any] = {}
     rows = SHAPE[0], 1, 1, 1
     index, table = meta(*rows, dtype=torch.int64), meta(1000, 8)
-    column = [Gathered(table[:, k], index) for k in range(8)]
+    column, plain = [Gathered(table[:, k], index) for k in range(8)], [meta(*rows) for _ in range(8)]
     seed = meta(1, dtype=torch.int64)
 
     def noise(shape, dtype, n, kept=False):
@@ -76,6 +78,9 @@ def cases() -> dict[str, Any]:
         return lambda: operations.noise(meta(*shape, dtype=dtype), n, alpha, sigma, 0.0, None, kept)
 
     def loss(dtype, n, p, function="mse", mask=None, normalization="none", gradient=True, rows=column):
+        """``p``: the target has x0 in it. v takes its rows from a table; those of a flow, a continuous process, are
+        numbers a sample."""
+
         def call():
             prediction = meta(*SHAPE, dtype=dtype).requires_grad_(gradient)
             c = rows[3] if function in ("smooth_l1", "pseudo_huber") else None
@@ -94,12 +99,18 @@ def cases() -> dict[str, Any]:
             found[f"noising, {rng}, {name}"] = noise(SHAPE, dtype, made)
             for kind in ("epsilon", "v"):
                 found[f"loss {kind}, {rng}, {name}"] = loss(dtype, made, kind == "v")
+            found[f"loss flow, {rng}, {name}"] = loss(dtype, made, True, rows=plain)
         found[f"noising, given, {name}"] = noise(SHAPE, dtype, given)
         for kind in ("epsilon", "v"):
             found[f"loss {kind}, given, {name}"] = loss(dtype, given, kind == "v")
+        found[f"loss flow, given, {name}"] = loss(dtype, given, True, rows=plain)
     bf16 = torch.bfloat16
     made, given = ops.Philox(seed), meta(*SHAPE, dtype=bf16)
     found["noising, kept, bf16"] = noise(SHAPE, bf16, made, True)
+    for rng in ("fast", "exact", "given"):
+        source = given if rng == "given" else ops.Philox(seed, rng=rng)
+        arguments = meta(*SHAPE, dtype=bf16), source, *column[:2], 0.0, None, False, *column[2:4]
+        found[f"noising with target, {rng}, bf16"] = partial(operations.noise_and_target, *arguments)
     found["noising, exact, 1 x 28 x 28, bf16"] = noise((64, 1, 28, 28), bf16, made)
     found["noising, exact, 3 x 31 x 31, bf16"] = noise((64, 3, 31, 31), bf16, made)
     found["noising, channel offsets, bf16"] = noise(SHAPE, bf16, ops.Philox(seed, offset=0.1))
@@ -116,17 +127,25 @@ def cases() -> dict[str, Any]:
     )
     found["convert, bf16"] = lambda: operations.convert(given, x, *column[:2], bf16)
 
-    def shaped(shape, rows, normalization, reduction, n=None, mask=None):
+    def shaped(shape, rows, normalization, reduction, n=None, mask=None, x0=False):
         def call():
-            prediction, weight = meta(*shape, dtype=bf16).requires_grad_(), meta(*rows).requires_grad_()
-            row = meta(*rows)
-            how = None, row, row, weight, None, mask, "mse", normalization, reduction
-            out = operations.loss(prediction, None, meta(*shape) if n is None else n, *how)
+            prediction, weight = meta(*shape, dtype=bf16).requires_grad_(), meta(*rows).requires_grad_(not x0)
+            row, data = meta(*rows), meta(*shape, dtype=bf16) if x0 else None
+            how = row if x0 else None, row, None if x0 else row, weight, None, mask, "mse", normalization, reduction
+            out = operations.loss(prediction, data, meta(*shape) if n is None else n, *how)
             out.backward(meta(*out.shape))
 
         return call
 
-    # Every way in which rows, samples and tiles can lie.
+    frames = (1, 16, 33, 60, 90), (1, 1, 33, 1, 1)
+    for rng in ("fast", "exact", "given"):
+        video = meta(*frames[0], dtype=bf16) if rng == "given" else ops.Philox(seed, rng=rng)
+        found[f"noising, {rng}, frames of a video, bf16"] = noise_by_rows(
+            meta(*frames[0], dtype=bf16), frames[1], video
+        )
+        found[f"loss v, {rng}, frames of a video, bf16"] = shaped(*frames, "none", "mean", video, x0=True)
+
+    # Every way in which rows, samples and tiles can lie, in small data.
     found["loss, 1 x 28 x 28, rows' means"] = shaped((64, 1, 28, 28), (64, 1, 1, 1), "none", "none")
     found["loss, tokens, mask's mean of all"] = shaped((8, 16, 40), (8, 16, 1), "global", "none", mask=meta(8, 16, 1))
     found["loss, tokens, masks' means"] = shaped((8, 16, 40), (8, 16, 1), "row", "mean", mask=meta(8, 16, 1))
@@ -138,6 +157,10 @@ def cases() -> dict[str, Any]:
     found["noising, a row an element"] = noise_of_two(meta(64, 2), meta(64, 2), ops.Philox(5))
     found["uniforms"] = lambda: operations.uniform(seed, 64, 3, 0, seed.device)
     return found
+
+
+def noise_by_rows(x0: torch.Tensor, rows: tuple[int, ...], source: Any) -> Any:
+    return lambda: operations.noise(x0, source, meta(*rows), meta(*rows), 0.0, None, False)
 
 
 def noise_of_two(x0: torch.Tensor, rows: torch.Tensor, source: ops.Philox) -> Any:
@@ -217,9 +240,12 @@ def table(results: list[dict[str, Any]]) -> str:
         "# What the Triton kernels compile to",
         "",
         f"Triton {triton.__version__}; shape {' x '.join(map(str, SHAPE))} where none is given, coefficients gathered "
-        "from a table, seed on the device.",
+        "from a table (of a flow: one a sample), seed on the device.",
         "Instructions of the machine code per element, up to the first atomic operation: what only the last program of",
         "a reduction does comes behind it. 'backward' looks at the upstream gradient, and returns or writes another.",
+        "Frames of a video: 1 x 16 x 33 x 60 x 90, a row a frame; 12% of its tiles hang over the ends of frames and",
+        "are not in the count. Where a thread has less than 8 elements the data is tiny, there for its layout: what is",
+        "counted is the fixed part of a program, with most of its threads idle.",
         "No GPU was used; nothing here is a time. Made by `python benchmarks/triton_compiled.py`.",
         "",
     ]
@@ -228,11 +254,11 @@ def table(results: list[dict[str, Any]]) -> str:
         if not rows:
             continue
         nvidia = "instructions" in rows[0]
-        counted = "instructions per element | " if nvidia else ""
+        counted = "elements a thread | instructions per element | " if nvidia else ""
         lines += [f"## {target}", "", f"| Kernel | {counted}registers | 128-bit loads, stores | spills |"]
-        lines.append("|---" * (5 if nvidia else 4) + "|")
+        lines.append("|---" * (6 if nvidia else 4) + "|")
         for r in rows:
-            count = f"{r['instructions'] / r['elements']:.1f} | " if nvidia else ""
+            count = f"{r['elements']:g} | {r['instructions'] / r['elements']:.1f} | " if nvidia else ""
             lines.append(
                 f"| {r['case']} | {count}{r['registers']} | {r['wide_loads']}, {r['wide_stores']} | {r['spills']} |"
             )

@@ -16,7 +16,7 @@ from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
 from .backends.reference.philox import check_seed
-from .backends.rows import as_tensor, cached, value_checks_are_free
+from .backends.rows import as_tensor, cached, in_two_passes, value_checks_are_free
 from .losses import Loss
 from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
 from .ops.loss import check_loss
@@ -69,7 +69,7 @@ class Noised:
         alpha, sigma, snr, weight: rows of the shape of t, float32 (float64 if x0 is float64).
         x0: the data x_t was made of.
         noise_source: the noise, or the ``fastdiff.ops.Philox`` that makes it.
-        noise, target, model_input, model_time: made when asked for.
+        noise, target, model_input, model_time: made when asked for (the target by ``noise`` with ``with_target``).
     """
 
     objective: Objective
@@ -78,6 +78,7 @@ class Noised:
     t: Tensor
     noise_source: Tensor | ops.Philox
     rows: Rows
+    written_target: Tensor | None = None
 
     @property
     def noise(self) -> Tensor:
@@ -105,6 +106,8 @@ class Noised:
     @property
     def target(self) -> Tensor:
         """What the network should predict: p x0 + q n, in the dtype of x0."""
+        if self.written_target is not None:
+            return self.written_target
         p, q = (as_tensor(row) for row in (self.rows.p, self.rows.q))
         return ops.noise(self.x0, p, q, self.noise_source)[0]
 
@@ -173,7 +176,13 @@ class Objective:
         self.noise_offset, self.input_perturbation = float(noise_offset), float(input_perturbation)
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
-        self._example = self._all_coefficients(process.levels(example))
+        levels = process.levels(example)
+        values = self._all_coefficients(levels)
+        # Coefficients that are the same at all times are numbers. (A discrete process has them in its table.)
+        same = ("p", "q") if self.prediction.constant else ()
+        if type(self.weighting) is weightings.Uniform and isinstance(self.loss_function.rows(levels)[1], float):
+            same += ("weight", "loss_weight")
+        self._same = {} if process.discrete else {name: values[name].item() for name in same}
         self._used = tuple(
             name
             for name, used in (
@@ -248,6 +257,7 @@ class Objective:
         sample_offset: int = 0,
         keep_noise: bool | None = None,
         rng: str = "exact",
+        with_target: bool = False,
     ) -> Noised:
         """Noise a batch.
 
@@ -265,6 +275,8 @@ class Objective:
                 less, for more arithmetic. The numbers are the same. None: kept, but for the Triton backend, which makes
                 it faster than it could read it.
             rng: "exact", or "fast" for normals from a GPU's approximate instructions: see ``fastdiff.ops.Philox``.
+            with_target: write ``noised.target`` now, for a loss of one's own: in the same launch with Triton, in a
+                second pass elsewhere. ``loss`` does not need it: it makes the target as it goes.
 
         Returns a ``Noised``. Differentiable in x0. Raises TypeError or ValueError for unfit inputs.
         """
@@ -279,9 +291,9 @@ class Objective:
         elif noise is None or t is None or self.input_perturbation:
             seed = draw_seed(generator, x0.device)
         if keep_noise is None:
-            keep_noise = backends.choose(x0.device) in ("native", "reference")
+            keep_noise = not backends.remakes_noise(x0.device)
         calls = self._plain(backend)
-        if calls is not None:
+        if calls is not None and not with_target:
             times = calls.times(seed, len(x0), sample_offset) if t is None else t
             done = calls.noise(x0, times, noise, seed, sample_offset, keep_noise)
             if done is not None:
@@ -304,8 +316,15 @@ class Objective:
             )
         rows, t = self._rows_for(t, x0, compute_dtype(x0, noise))
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
-        x_t, n = backend.noise(x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise)
-        return Noised(self, x0, x_t, t, n, rows)
+        arguments = x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise
+        target = None
+        if with_target:
+            both = getattr(backend, "noise_and_target", None) or partial(in_two_passes, backend.noise)
+            p, q = rows.p if self.prediction.uses_x0 else None, rows.q if self.prediction.uses_noise else None
+            x_t, n, target = both(*arguments, p, q)
+        else:
+            x_t, n = backend.noise(*arguments)
+        return Noised(self, x0, x_t, t, n, rows, target)
 
     def _plain(self, backend: Any) -> PlainCalls | None:
         """The whole calls of ``backend`` for this objective, if it has such."""
@@ -454,7 +473,13 @@ class Objective:
         placed = place_rows("t", t, x0.shape)
         if not self.process.discrete:
             levels = self.process.levels(placed)
-            return Rows({}, lambda name: {k: v.to(dtype) for k, v in self._coefficients(name, levels).items()}), t
+
+            def evaluate_at_levels(name: str) -> dict[str, Tensor]:
+                if name in self._same:
+                    return {name: self._number(self._same[name], placed.device, dtype).expand(placed.shape)}
+                return {k: v.to(dtype) for k, v in self._coefficients(name, levels).items()}
+
+            return Rows({}, evaluate_at_levels), t
         gather, check = backends.get(x0.device).gather, self.process.check_t
         known = gather(self._table_of(self._used, t.device, dtype), placed, check)
 
@@ -462,6 +487,13 @@ class Objective:
             return {name: gather(self._table_of((name,), t.device, dtype), placed, check)[0]}
 
         return Rows(dict(zip(self._used, known)), evaluate), t
+
+    def _number(self, value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+        def make() -> Tensor:
+            return torch.full((), value, dtype=dtype, device=device)
+
+        # A traced program makes its own: one that looked here would be traced again once an eager call has made it.
+        return make() if torch.compiler.is_compiling() else cached(self._tables, (value, device, dtype), make)
 
     def _table_of(self, columns: tuple[str, ...] | Prediction, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[steps, K] of a discrete process: the coefficients of those names, or the conversion to that kind."""
@@ -478,11 +510,12 @@ class Objective:
 
         return cached(self._tables, (columns, device, dtype), make)
 
-    def coefficients(self) -> dict[str, Tensor]:
-        """The coefficients by name, float64 on the CPU: [steps] of a discrete process, else [1], at some time."""
+    def coefficients(self) -> dict[str, Any]:
+        """The coefficients by name: float64 [steps] on the CPU for a discrete process; for any other, numbers, of those
+        that are the same at all times."""
         if self.process.discrete:
             return dict(zip(COEFFICIENTS, self._table.unbind(-1)))  # of which only the last, c, may be absent
-        return self._example
+        return self._same
 
     def _coefficients(self, name: str, levels: Levels) -> dict[str, Tensor]:
         """The coefficient of that name at ``levels``, and those that come with it: float64."""

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .losses import is_constant
 from .ops.noise import Stream
 from .prediction import Prediction
 from .process import Process, VariancePreserving
 from .timesteps import Uniform
-from .weighting import Uniform as Unweighted
 
 if TYPE_CHECKING:
     from .objective import Objective
@@ -51,10 +49,9 @@ class PlainCalls:
             fractions = process.linear_fractional()
             if fractions is not None:
                 self._noise_rows = direct.rational(fractions, process.t_min, process.t_max)
-            unweighted = isinstance(objective.weighting, Unweighted)
-            if prediction.constant and own_space and unweighted and is_constant(loss):
-                row = objective.coefficients()
-                self._loss_rows = direct.constant([float(row[name][0]) if name in row else 0.0 for name in _LOSS])
+            known = objective.coefficients()
+            if own_space and not loss.uses_c and {"p", "q", "loss_weight"} <= known.keys():
+                self._loss_rows = direct.constant([known.get(name, 0.0) for name in _LOSS])
         # floor(steps u) of a uniform u; 0: u itself; None: something else.
         self._steps: int | None = None
         if objective.timesteps == Uniform():

@@ -26,7 +26,8 @@ class Prediction:
         uses_x0, uses_noise: whether p (q) can differ from 0. If not, x0 (the noise) is never read.
         model_input: levels -> (scale of x_t, time) as the network is to be given them; None: x_t itself and the
             process's ``model_time``.
-        constant: p and q are the same at all times.
+        constant: p and q are the same at all levels, so for a process with continuous time they need not be computed
+            for each batch.
     """
 
     name: str

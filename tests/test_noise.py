@@ -96,6 +96,27 @@ def test_noise_that_is_not_kept_is_made_again(process):
     assert given.noise is m
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_target_written_with_the_noise(prediction):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), prediction, input_perturbation=0.1)
+    x0 = torch.randn(2, 3, 3, 5).bfloat16()
+    given = torch.randn(2, 3, 3, 5)
+    for noise, keep in ((None, True), (None, False), (given, True)):
+        plain, with_target = (
+            objective.noise(x0, noise=noise, seed=1, keep_noise=keep, with_target=wanted) for wanted in (False, True)
+        )
+        assert plain.written_target is None and with_target.target is with_target.written_target
+        for name in ("x_t", "noise", "target"):
+            assert torch.equal(getattr(plain, name), getattr(with_target, name)), name
+        assert with_target.target.dtype == x0.dtype
+    leaf = x0.float().requires_grad_()
+    gradients = [
+        torch.autograd.grad((n.x_t + n.target).sum(), leaf)[0]
+        for n in (objective.noise(leaf, seed=1, with_target=wanted) for wanted in (False, True))
+    ]
+    assert torch.equal(*gradients)
+
+
 def test_seeds_and_generators():
     objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
     x0 = torch.randn(3, 2, 4)

@@ -244,3 +244,27 @@ def test_bfloat16_noising_and_loss():
     assert torch.equal(noised.x_t, wide.x_t.bfloat16())
     m = torch.randn(4, 3, 8).bfloat16()
     assert torch.equal(objective.loss(m, noised), objective.loss(m.float(), wide))
+
+
+@pytest.mark.parametrize("prediction", ["flow", "epsilon", "sample", "reversed_flow"])
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+def test_what_no_time_changes_is_computed_once(prediction, loss, backend):
+    """Rows of numbers, which take up one number in memory, give what rows of tensors do; so do frames."""
+    process = fastdiff.RectifiedFlow()
+    objective = fastdiff.Objective(process, prediction, loss=loss)
+    kind = objective.prediction
+    own = fastdiff.Prediction(kind.name, kind.coefficients, kind.uses_x0, kind.uses_noise)
+    other = fastdiff.Objective(process, own, weighting=lambda levels: torch.ones_like(levels.alpha), loss=loss)
+    x0, m, mask = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.rand(2, 1, 4, 5)
+    for t in (torch.tensor([0.2, 0.9]), torch.rand(2, 4).view(2, 1, 4, 1)):
+        results = []
+        for each in (objective, other):
+            noised, leaf = each.noise(x0, t, seed=1), m.clone().requires_grad_()
+            losses = [each.loss(leaf, noised, reduction=how) for how in ("mean", "none")]
+            losses.append(each.loss(leaf, noised, mask=mask, mask_normalization="row"))
+            gradient = torch.autograd.grad(sum(loss.sum() for loss in losses), leaf)[0]
+            results.append([noised.x_t, noised.target, noised.weight, *losses, gradient])
+        for got, want in zip(*results):
+            assert torch.equal(got, want)
+    rows = objective.noise(x0, t, seed=1).rows
+    assert not any(rows.p.stride()) and not any(rows.weight.stride()) and any(rows.alpha.stride())

@@ -13,8 +13,11 @@ import triton
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TARGETS = ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"]
-# Instructions per element on sm_90, with rows that are gathered. (docs/design.md says which miss what is aimed at.)
-BUDGETS = {"noising, fast": 26, "noising, exact": 40, "loss epsilon, fast": 29.5, "loss v, fast": 33.5}
+# Instructions per element on sm_90. The losses are those of the forward pass, which writes the gradient too.
+BUDGETS = {
+    "noising, fast": 25, "noising, exact": 40,
+    "loss epsilon, fast": 28, "loss v, fast": 33, "loss flow, fast": 30,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def test_every_kernel_compiles_without_spills_or_float64(compiled, target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_loads_and_stores_of_128_bits(compiled, target, dtype):
-    """Rows that are a multiple of 16 elements long: all full-size data is read and written by vectors."""
+    """Rows that are a multiple of 8 elements long: all full-size data is read and written by vectors."""
     width = {"bf16": 8, "fp32": 4}[dtype]
     for r in compiled:
         if r["target"] == target and r["case"] in (f"noising, given, {dtype}", f"loss v, given, {dtype}"):
@@ -55,8 +58,23 @@ def test_loads_and_stores_of_128_bits(compiled, target, dtype):
             assert r["wide_stores"] > 0 and r["wide_loads"] >= inputs * r["wide_stores"], r
 
 
+def test_noise_that_goes_into_two_results_is_made_once(compiled):
+    """By the threads that store it. What a second result adds is a few instructions for each element, not its noise."""
+    found = {r["case"]: r["instructions"] / r["elements"] for r in compiled if r["target"] == "sm_90"}
+    for rng in ("fast", "exact"):
+        assert found[f"noising with target, {rng}, bf16"] <= found[f"noising, {rng}, bf16"] + 5
+    assert found["noising, kept, bf16"] <= found["noising, exact, bf16"] + 5
+
+
+def test_frames_of_a_video_are_read_by_vectors(compiled):
+    """5400 elements a row, no multiple of 16."""
+    for operation, inputs in (("noising", 2), ("loss v", 3)):
+        (r,) = [r for r in compiled if r["case"] == f"{operation}, given, frames of a video, bf16"]
+        assert (r["wide_loads"], r["wide_stores"]) == (inputs * r["elements"] / 8, r["elements"] / 8), r
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("case", BUDGETS)
-def test_budget_of_instructions(compiled, case, dtype):
+def test_budgets_of_instructions(compiled, case, dtype):
     (r,) = [r for r in compiled if r["target"] == "sm_90" and r["case"] == f"{case}, {dtype}"]
     assert r["instructions"] / r["elements"] <= BUDGETS[case]

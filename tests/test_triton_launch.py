@@ -60,19 +60,85 @@ def test_contraction_only_where_no_bits_are_promised(monkeypatch):
         return kernel.options(constants)["enable_fp_fusion"]
 
     assert options(X) and options(ops.Philox(1, rng="fast")) and not options(ops.Philox(1))
-    types, aligned, constants, _ = noising(monkeypatch)
-    assert not launch.affine.options(constants)["enable_fp_fusion"]
+
+    for n in (X, ops.Philox(1), ops.Philox(1, rng="fast")):
+        _, _, constants, _ = noising(monkeypatch, n=n)
+        fast = n is not X and n.rng == "fast"
+        assert launch.affine.options(constants)["enable_fp_fusion"] == fast
 
 
-def test_how_a_compiled_kernel_is_called():
-    calls = []
+class Compiled:
+    """Stands in for a compiled kernel: keeps what it is called with."""
 
-    class Compiled:
-        run = staticmethod(lambda *arguments: calls.append(arguments))
-        function, packed_metadata = "function", "metadata"
+    function, packed_metadata = "function", "metadata"
 
-    launch._Direct(Compiled())((5, 2), 77, (X, None, 3, 0.5), ("exact", 64))
-    assert calls == [(5, 2, 1, 77, "function", "metadata", None, None, None, X.data_ptr(), None, 3, 0.5, "exact", 64)]
+    def __init__(self):
+        self.calls = []
+
+    def run(self, *arguments):
+        self.calls.append(arguments)
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """Launches go the way they go on a GPU, to kernels that are not compiled. Gives their keys and stand-ins."""
+    keys, kernels = [], []
+
+    def compile(kernel, key, target):
+        keys.append(key)
+        kernels.append(Compiled())
+        return kernels[-1]
+
+    class Driver:
+        get_current_target = staticmethod(lambda: None)
+
+    monkeypatch.setattr(launch.Kernel, "compile", compile)
+    monkeypatch.setattr(launch, "_direct", lambda device: True)
+    monkeypatch.setattr(launch, "_stream", lambda device: 77)
+    monkeypatch.setattr(launch.triton.runtime, "driver", type("Drivers", (), {"active": Driver}))
+    monkeypatch.setattr(operations, "_runs_on", lambda device: True)
+    for kernel in (launch.affine, launch.loss, launch.step, launch.uniforms):
+        monkeypatch.setattr(kernel, "_variants", {})
+    return keys, kernels
+
+
+def test_how_a_compiled_kernel_is_called(direct):
+    """With pointers and numbers, in the order of the arguments."""
+    given = {"out": torch.empty(1, 64), "u": X, "a": torch.ones(1, 1), "seed": 12}
+    given |= dict.fromkeys(("kept", "target", "v", "xi", "b", "p", "q"))
+    arguments = [given.get(name, 100 + k) for k, name in enumerate(launch.affine.runtime)]
+    launch.affine(X.device, (5, 2), tuple(arguments), ("constants",))
+    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    (kernel,) = direct[1]
+    assert kernel.calls == [(5, 2, 1, 77, "function", "metadata", None, None, None, *values, "constants")]
+
+
+def test_one_compilation_a_variant(direct):
+    """What is looked at in each launch tells apart what ``key`` does: every dtype, what is not there, alignment,
+    constants, and a seed that is a number or on the device."""
+    from fastdiff import ops
+
+    keys, kernels = direct
+    row, table = torch.ones(1, 1), torch.ones(18)
+    bf16, odd = X.bfloat16(), torch.zeros(65)[1:].view(1, 64)
+    how = None, row, None, None, "mse", "none", "mean"
+
+    def calls():
+        for n in (X, bf16, odd, ops.Philox(1), ops.Philox(torch.tensor([1])), ops.Philox(1, rng="fast")):
+            operations.noise(X, n, row, row, 0.0, None, False)
+            operations.noise(X, n, row, row, 0.0, None, True)
+            operations.noise_and_target(X, n, row, row, 0.0, None, False, row, None)
+            operations.loss(X, None, n, None, row, *how)
+            operations.loss(bf16, X, n, row, row, *how)
+            operations.step(X, X, None, 1.0, table, None, (), n, None, torch.float32, (True, True))
+        for seed in (5, torch.tensor([5])):
+            operations.uniform(seed, 3, 0, 0, X.device)
+
+    calls()
+    assert len(set(keys)) == len(keys) > 30
+    made = len(keys)
+    calls()
+    assert len(keys) == made and all(len(kernel.calls) % 2 == 0 for kernel in kernels)
 
 
 def test_workspaces_are_shared_by_a_stream_and_grow(monkeypatch):
@@ -88,3 +154,18 @@ def test_workspaces_are_shared_by_a_stream_and_grow(monkeypatch):
     assert workspace.workspace(cpu, 2, 50) is not larger
     monkeypatch.setattr(workspace, "is_capturing", lambda device: True)
     assert workspace.workspace(cpu, 2, 50) is not workspace.workspace(cpu, 2, 50)
+
+
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_noise_is_kept_unless_triton_makes_it(has_triton, monkeypatch):
+    """The CUDA backend has no noise of its own: whether it is made again is up to the one that makes it there."""
+    import fastdiff
+    from fastdiff import backends, ops
+
+    kept = {name: not backends.remakes_noise(name) for name in ("cpu", "meta")}
+    assert kept == {"cpu": True, "meta": True}
+    monkeypatch.setattr(backends._MODULES["triton"], "available", has_triton)
+    monkeypatch.setitem(backends._CHOICE, "cpu", "cuda")
+    assert backends.remakes_noise("cpu") == has_triton
+    noised = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow").noise(X, seed=1)
+    assert isinstance(noised.noise_source, ops.Philox if has_triton else torch.Tensor)

@@ -1,11 +1,13 @@
 """The Triton backend against the reference, on a GPU or, without one, in Triton's interpreter."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import ops
@@ -113,6 +115,37 @@ def test_fast_normals():
         ops.Philox(3, rng="quick")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
+def test_fast_noise_in_noising_and_loss(shape, rows, dtype):
+    """It is made with its factor in it, and without where it is kept: the same noise, but for roundings. (A sum has
+    terms up to 7 in size.)"""
+    offset = 0.1 if len(shape) > 2 else 0.0
+    n, xi = ops.Philox(3, 1, offset=offset, rng="fast"), ops.Philox(3, 1, 2, rng="fast")
+    with fastdiff.use_backend("triton"):
+        tensor, other = n.tensor(shape, DEVICE), xi.tensor(shape, DEVICE)
+    x0, alpha, sigma = random(shape, dtype), random(rows), random(rows)
+    near = {"rtol": torch.finfo(dtype).eps, "atol": 7 * 4 * torch.finfo(torch.float32).eps}
+    for gamma, made, tensors in ((0.0, None, None), (0.1, xi, other), (0.1, other, other)):
+        want, _ = reference.noise(x0, tensor, alpha, sigma, gamma, tensors, False)
+        for keep in (False, True):
+            got, kept = triton.noise(x0, n, alpha, sigma, gamma, made, keep)
+            torch.testing.assert_close(got, want, **near)
+            if keep:
+                torch.testing.assert_close(kept, tensor, **near)
+    p, q, weight = random(rows), random(rows), random(rows).abs()
+    prediction = random(shape, dtype)
+    for x0_, p_ in ((x0, p), (None, None)):
+        results = []
+        for source in (n, tensor):
+            leaf = prediction.clone().requires_grad_()
+            loss = triton.loss(leaf, x0_, source, p_, q, None, weight, None, None, "mse", "none", "sum")
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        (got, d_got), (want, d_want) = results
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(d_got, d_want, rtol=torch.finfo(dtype).eps, atol=float(d_want.abs().max()) * 4e-6)
+
+
 @pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise(shape, rows, dtype):
@@ -130,6 +163,43 @@ def test_noise(shape, rows, dtype):
                 assert_same_bits(kept, wanted)
             else:
                 assert kept is n
+
+
+@pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise_and_target_in_one_launch(shape, rows, dtype):
+    x0, n, (alpha, sigma, p, q) = random(shape, dtype), random(shape), (random(rows) for _ in range(4))
+    made, xi = ops.Philox(99, 3), ops.Philox(99, 3, 2)
+    for source, other, keep in ((n, None, True), (made, None, False), (made, xi, True), (n, xi, True)):
+        arguments = (x0, source, alpha, sigma, 0.1 if other else 0.0, other, keep)
+        want, kept = reference.noise(*arguments)
+        for p_, q_ in ((p, q), (p, None), (None, q)):
+            with launches() as launched:
+                got, noise, target = triton.noise_and_target(*arguments, p_, q_)
+            assert launched == ["affine"]
+            assert_same_bits(got, want)
+            assert noise is source if not keep else torch.equal(noise, kept)
+            rows_ = (row if row is not None else torch.zeros_like(p) for row in (p_, q_))
+            assert_same_bits(target, reference.noise(x0, source, *rows_, 0.0, None, False)[0])
+    fast = ops.Philox(99, 3, rng="fast")
+    with fastdiff.use_backend("triton"):
+        tensor = fast.tensor(shape, DEVICE)
+    near = {"rtol": torch.finfo(dtype).eps, "atol": 7 * 4 * torch.finfo(torch.float32).eps}
+    got, _, target = triton.noise_and_target(x0, fast, alpha, sigma, 0.0, None, False, p, q)
+    torch.testing.assert_close(got, reference.noise(x0, tensor, alpha, sigma, 0.0, None, False)[0], **near)
+    torch.testing.assert_close(target, reference.noise(x0, tensor, p, q, 0.0, None, False)[0], **near)
+
+
+def test_target_in_the_memory_format_of_x0_and_with_gradients():
+    x0 = random((2, 3, 8, 8)).contiguous(memory_format=torch.channels_last)
+    n, row = torch.randn_like(x0), random((2, 1, 1, 1))
+    for source in (n, ops.Philox(3)):
+        x_t, _, target = triton.noise_and_target(x0, source, row, row, 0.0, None, False, row, row)
+        assert_same_bits(x_t, target)
+        assert target.is_contiguous(memory_format=torch.channels_last)
+    leaf = x0.clone().requires_grad_()
+    x_t, _, target = triton.noise_and_target(leaf, n, row, row, 0.0, None, True, 2 * row, row)
+    torch.testing.assert_close(torch.autograd.grad((x_t + target).sum(), leaf)[0], (3 * row).expand_as(x0))
 
 
 @pytest.mark.parametrize("rows", [(3, 1, 1), (3, 5, 1), (1, 1, 1)])
@@ -303,18 +373,21 @@ def test_a_changed_input_is_noticed_in_backward():
         loss.backward()
 
 
+class Computed(TorchDispatchMode):
+    """Collects the names of PyTorch's operations that compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "empty" not in function.name() and "detach" not in function.name():
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
 def test_a_training_step_is_three_launches():
     """Noising, loss and backward, with t and the seed given: and no other operation that computes."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Computed(TorchDispatchMode):
-        names: list[str] = []
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if not function.is_view and "empty" not in function.name() and "detach" not in function.name():
-                self.names.append(function.name())
-            return function(*args, **(kwargs or {}))
-
     x0, table = random((3, 4, 8, 8), torch.bfloat16), random((10, 4)).abs()
     seed, t = torch.tensor([7], device=DEVICE), torch.randint(0, 10, (3, 1, 1, 1), device=DEVICE)
     alpha, sigma, p, w = (Gathered(column, t) for column in table.unbind(1))
@@ -322,7 +395,6 @@ def test_a_training_step_is_three_launches():
         prediction = random(x0.shape, torch.bfloat16).requires_grad_()
         torch.use_deterministic_algorithms(False)  # which fills what is empty
         with launches() as launched, Computed() as computed:
-            computed.names.clear()
             n = ops.Philox(seed)
             x_t, _ = triton.noise(x0, n, alpha, sigma, 0.0, None, False)
             loss = triton.loss(prediction, x0, n, p, alpha, None, w, None, None, "mse", "none", "mean")
@@ -334,16 +406,59 @@ def test_a_training_step_is_three_launches():
     assert computes <= {"aten::ones_like"}
 
 
-def test_an_objective_is_three_launches_and_keeps_no_noise():
-    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", weighting=fastdiff.MinSNR(5.0))
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_noising_with_its_target_is_one_launch(prediction):
+    """And a training step with both still three: the target costs no launch, nor does the loss need it."""
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), prediction)
     x0, t, seed = random((3, 4, 8, 8)), torch.tensor([3, 500, 999], device=DEVICE), torch.tensor([7], device=DEVICE)
     prediction = random(x0.shape).requires_grad_()
-    with fastdiff.use_backend("triton"), launches() as launched:
-        noised = objective.noise(x0, t, seed=seed)
-        loss = objective.loss(prediction, noised)
-        loss.backward()
+    torch.use_deterministic_algorithms(False)  # which fills what is empty
+    others = []
+    with fastdiff.use_backend("triton"):
+        for with_target in (False, False, True):  # first, tables are made
+            with launches() as launched, Computed() as computed:
+                noised = objective.noise(x0, t, seed=seed, with_target=with_target)
+                target = noised.target if with_target else None
+                objective.loss(prediction, noised).backward()
+            assert launched == ["affine", "loss", "loss"]
+            others.append({name for name in computed.names if "copy_" not in name and "set_" not in name})
+            prediction.grad = None
+        assert others[1] == others[2]
+        assert_same_bits(target, objective.noise(x0, t, seed=seed).target)
+
+
+@pytest.mark.parametrize("frames", [False, True])
+@pytest.mark.parametrize(
+    ("process", "prediction", "weighting", "rows"),
+    [
+        (fastdiff.VariancePreserving(), "v_prediction", fastdiff.MinSNR(5.0), {}),
+        # 1 - t, and alpha and sigma in float32: the target and the weights of a flow are the same at all times.
+        (fastdiff.RectifiedFlow(), "flow", None, {"aten::rsub.Scalar": 1, "aten::_to_copy": 2}),
+    ],
+)
+def test_an_objective_is_three_launches_and_keeps_no_noise(process, prediction, weighting, rows, frames):
+    objective = fastdiff.Objective(process, prediction, weighting=weighting)
+    x0, t = random((3, 4, 2, 8, 8)), torch.tensor([3, 500, 999], device=DEVICE)
+    seed = torch.tensor([7], device=DEVICE)
+    if not process.discrete:
+        t = t.double() / 1000
+    if frames:
+        t = torch.stack([t, t.flip(0)], 1).view(3, 1, 2, 1, 1)
+    prediction = random(x0.shape).requires_grad_()
+    torch.use_deterministic_algorithms(False)  # which fills what is empty
+    with fastdiff.use_backend("triton"):
+        for _ in range(2):  # first, tables are made
+            prediction.grad = None
+            with launches() as launched, Computed() as computed:
+                noised = objective.noise(x0, t, seed=seed)
+                loss = objective.loss(prediction, noised)
+                loss.backward()
         assert isinstance(noised.noise_source, ops.Philox)
     assert launched == ["affine", "loss", "loss"]
+    # On a CPU t is looked at; copy_ and set_ are the interpreter's.
+    checks = ("aten::aminmax", "aten::_local_scalar_dense", "aten::copy_", "aten::set_")
+    others = [name for name in computed.names if not name.startswith(checks)]
+    assert Counter(others) == rows | {"aten::ones_like": 1}  # the upstream gradient
     with fastdiff.use_backend("reference"):
         again = prediction.detach().clone().requires_grad_()
         want = objective.noise(x0, t, seed=seed)

@@ -57,6 +57,11 @@ def get(device: torch.device) -> ModuleType:
     return _MODULES[_forced or _CHOICE.get(device.type, "reference")]
 
 
+def remakes_noise(device: torch.device | str) -> bool:
+    """Whether noise on ``device`` is made again faster than it is read: then a training step need not keep it."""
+    return getattr(_MODULES[choose(device)], "remakes_noise", False)
+
+
 class use_backend:
     """Force one backend, from the call on or, as a context manager, for a block. (Tensors that are not on a device it
     is for still go to the reference. CPU tensors go to "triton" only in its interpreter, with TRITON_INTERPRET=1.)

@@ -15,8 +15,12 @@ from typing import Any
 
 import torch
 
-_OPERATIONS = ("uniform", "normal", "gather", "noise", "loss", "loss_gradient", "convert", "step", "launches")
+_OPERATIONS = (
+    *("uniform", "normal", "gather", "noise", "noise_and_target", "loss", "loss_gradient", "convert", "step"),
+    "launches",
+)
 fast_rng = True  # ``normal`` takes ``rng``: see ``fastdiff.ops.Philox``
+remakes_noise = True  # in the loss's launch, faster than it would read it
 
 
 def _missing() -> str:

@@ -97,11 +97,11 @@ def _coefficient(pointer, row, entry, found, stride, KIND: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, offset, inside, EVEN: tl.constexpr, EMULATE: tl.constexpr):
+def _load(pointer, offset, inside, EVEN: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr):
     if EVEN:
-        return widen(tl.load(pointer + offset), EMULATE)
+        return widen(tl.load(pointer + offset), ASM and UNIT > 1, EMULATE)
     else:
-        return widen(tl.load(pointer + offset, mask=inside, other=0.0), EMULATE)
+        return widen(tl.load(pointer + offset, mask=inside, other=0.0), ASM and UNIT > 1, EMULATE)
 
 
 @triton.jit
@@ -114,10 +114,22 @@ def _store(pointer, offset, value, inside, EVEN: tl.constexpr, EMULATE: tl.const
 
 
 @triton.jit
-def _made(seed, stream, sample_offset, strength, run, column, units, sample_runs, channel_runs, SEED: tl.constexpr,
-          OFFSET: tl.constexpr, UNIT: tl.constexpr, SAMPLES: tl.constexpr, FAST: tl.constexpr,
+def _laid_out(index, data, EMULATE: tl.constexpr):
+    """``index``, with its elements where those of ``data`` are. Triton lays out what it makes of an index for its first
+    use and moves it through shared memory for others, a thread having one element; and only a thread that has all four
+    of a counter makes them together. The zero is one that the last compiler finds, not Triton."""
+    if EMULATE:
+        return index
+    else:
+        return index + ((data.to(tl.uint32, bitcast=True) >> 16) >> 16).to(index.dtype)
+
+
+@triton.jit
+def _made(seed, stream, sample_offset, strength, factor, run, column, units, sample_runs, channel_runs,
+          SEED: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, SAMPLES: tl.constexpr, FAST: tl.constexpr,
           ASM: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
-    """Noise of a tile: Philox normals, plus ``strength`` times one normal a (sample, channel)."""
+    """Noise of a tile: Philox normals, plus ``strength`` times one normal a (sample, channel). FAST: times ``factor``,
+    which costs nothing there."""
     if SEED == "tensor":
         key = tl.load(seed)
     else:
@@ -127,58 +139,68 @@ def _made(seed, stream, sample_offset, strength, run, column, units, sample_runs
     else:
         sample, inner = run // sample_runs, run % sample_runs
     sample = sample.to(tl.int64) + sample_offset
-    n = normals(key, stream, sample, inner * units * UNIT + column, FAST, ASM, EMULATE)
+    n = normals(key, stream, sample, inner * units * UNIT + column, factor, FAST, ASM, EMULATE)
     if OFFSET:
         # Stream 1 is that of the channel offsets: see ops/noise.py.
-        n = n + strength * normals(key, stream * 0 + 1, sample, inner // channel_runs, FAST, ASM, EMULATE)
+        n = n + strength * normals(key, stream * 0 + 1, sample, inner // channel_runs, factor, FAST, ASM, EMULATE)
     return n
 
 
 @triton.jit
 def affine(
-    out, kept, u, v, xi, a, b, index, seed, xi_seed,
+    out, kept, target, u, v, xi, a, b, p, q, index, seed, xi_seed,
     stream, sample_offset, strength, xi_stream, xi_sample_offset, xi_strength, gamma,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
-    A_KIND: tl.constexpr, B_KIND: tl.constexpr, INDEX: tl.constexpr,
+    A_KIND: tl.constexpr, B_KIND: tl.constexpr, P_KIND: tl.constexpr, Q_KIND: tl.constexpr, INDEX: tl.constexpr,
     V: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr,
     XI: tl.constexpr, XI_SEED: tl.constexpr, XI_OFFSET: tl.constexpr,
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """out = a u + b (v + gamma xi), kept = v. v and xi are tensors ("tensor"), or made ("exact", "fast") or "none".
+    """out = a u + b (v + gamma xi), kept = v, target = p u + q v. v and xi are tensors ("tensor"), or made ("exact",
+    "fast") or "none".
 
-    Products and sums are rounded one by one, as in the reference: the kernel is compiled without contraction. (Noise of
-    the fast transform is not the reference's bits in any case.)
+    Products and sums are rounded one by one, as in the reference: the kernel is compiled without contraction, but for
+    noise of the fast transform, which has not the reference's bits in any case.
     """
     run, block, column, offset, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
     row = _row(run, per, frames, shared, ROWS)
     entry, found = _entry(index, row, steps, INDEX)
+    # Fast noise that is not needed itself is made with its factor in it.
+    SCALED: tl.constexpr = V == "fast" and (XI == "fast" or XI == "none") and kept is None and target is None
+    if out is not None and V != "none":
+        scale = _coefficient(b, row, entry, found, stride, B_KIND)
+    if A_KIND != "none" or P_KIND != "none":
+        data = _load(u, offset, inside, EVEN, UNIT, ASM, EMULATE)
+        if out is not None and (kept is not None or target is not None):  # the noise is used twice
+            column = _laid_out(column, data, EMULATE)
     if V == "tensor":
-        n = _load(v, offset, inside, EVEN, EMULATE)
+        n = _load(v, offset, inside, EVEN, UNIT, ASM, EMULATE)
     elif V != "none":
-        n = _made(seed, stream, sample_offset, strength, run, column, units, sample_runs, channel_runs,
-                  SEED, OFFSET, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
+        n = _made(seed, stream, sample_offset, strength, scale if SCALED else 1.0, run, column, units, sample_runs,
+                  channel_runs, SEED, OFFSET, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
     if kept is not None:
         _store(kept, offset, n, inside, EVEN, EMULATE)
+    if target is not None:
+        if P_KIND != "none":
+            second = _coefficient(p, row, entry, found, stride, P_KIND) * data
+        if Q_KIND != "none":
+            term = _coefficient(q, row, entry, found, stride, Q_KIND) * n
+            second = term if P_KIND == "none" else second + term
+        _store(target, offset, second, inside, EVEN, EMULATE)
     if out is not None:
         if V != "none":
             if XI == "tensor":
-                n = n + gamma * _load(xi, offset, inside, EVEN, EMULATE)
+                n = n + gamma * _load(xi, offset, inside, EVEN, UNIT, ASM, EMULATE)
             elif XI != "none":
                 n = n + gamma * _made(
-                    xi_seed, xi_stream, xi_sample_offset, xi_strength, run, column, units, sample_runs,
-                    channel_runs, XI_SEED, XI_OFFSET, UNIT, SAMPLES, XI == "fast", ASM, EMULATE
+                    xi_seed, xi_stream, xi_sample_offset, xi_strength, scale if SCALED else 1.0, run, column, units,
+                    sample_runs, channel_runs, XI_SEED, XI_OFFSET, UNIT, SAMPLES, XI == "fast", ASM, EMULATE
                 )  # fmt: skip
-            scale = _coefficient(b, row, entry, found, stride, B_KIND)
-            value = scale * n
+            value = n if SCALED else scale * n
         if A_KIND != "none":
-            first = _coefficient(a, row, entry, found, stride, A_KIND) * _load(u, offset, inside, EVEN, EMULATE)
-            if V == "none":
-                value = first
-            elif V == "fast":
-                value = tl.fma(scale, n, first)
-            else:
-                value = first + value
+            first = _coefficient(a, row, entry, found, stride, A_KIND) * data
+            value = first if V == "none" else first + value
         _store(out, offset, value, inside, EVEN, EMULATE)
 
 
@@ -337,22 +359,24 @@ def loss(
     run, block, column, offset, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
     row = _row(run, per, frames, shared, ROWS)
     entry, found = _entry(index, row, steps, INDEX)
-    e = _load(prediction, offset, inside, EVEN, EMULATE)
-    if N == "tensor":
-        made = _load(n, offset, inside, EVEN, EMULATE)
-    elif N != "none":
-        made = _made(seed, stream, sample_offset, strength, run, column, units, sample_runs, channel_runs,
-                     SEED, OFFSET, UNIT, SAMPLES, N == "fast", ASM, EMULATE)  # fmt: skip
+    e = _load(prediction, offset, inside, EVEN, UNIT, ASM, EMULATE)
     if N != "none":
         q_row = _coefficient(q, row, entry, found, stride, Q_KIND)
+    if N == "tensor":
+        made = _load(n, offset, inside, EVEN, UNIT, ASM, EMULATE)
+    elif N != "none":
+        made = _made(seed, stream, sample_offset, strength, q_row, run, column, units, sample_runs, channel_runs,
+                     SEED, OFFSET, UNIT, SAMPLES, N == "fast", ASM, EMULATE)  # fmt: skip
+    if N == "fast":  # the product is in it, and is taken into the difference
+        e = e - made
     if P_KIND != "none":
         p_row = _coefficient(p, row, entry, found, stride, P_KIND)
-        data = _load(x0, offset, inside, EVEN, EMULATE)
-        if N != "none":
+        data = _load(x0, offset, inside, EVEN, UNIT, ASM, EMULATE)
+        if N == "tensor" or N == "exact":
             e = e - tl.fma(p_row, data, q_row * made)
         else:
             e = tl.fma(-p_row, data, e)
-    elif N != "none":
+    elif N == "tensor" or N == "exact":
         e = tl.fma(-q_row, made, e)
     if SCALE_KIND != "none":
         factor = _coefficient(scale, row, entry, found, stride, SCALE_KIND)
@@ -454,10 +478,10 @@ def step(
     run, block, column, offset, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
     row = _row(run, per, frames, shared, ROWS)
     at = table + row * width
-    state = _load(x, offset, inside, EVEN, EMULATE)
-    model = _load(m, offset, inside, EVEN, EMULATE)
+    state = _load(x, offset, inside, EVEN, UNIT, ASM, EMULATE)
+    model = _load(m, offset, inside, EVEN, UNIT, ASM, EMULATE)
     if GUIDED != "none":
-        free = _load(uncond, offset, inside, EVEN, EMULATE)
+        free = _load(uncond, offset, inside, EVEN, UNIT, ASM, EMULATE)
         if GUIDED == "number":
             model = free + guidance * (model - free)
         elif GUIDED == "one":
@@ -469,22 +493,22 @@ def step(
         data = tl.where(data > clip, clip, tl.where(data < -clip, -clip, data))  # NaN stays
     value = tl.load(at + 2) * state + tl.load(at + 3) * model + tl.load(at + 4) * data
     if h1 is not None:
-        value = value + tl.load(at + 5) * _load(h1, offset, inside, EVEN, EMULATE)
+        value = value + tl.load(at + 5) * _load(h1, offset, inside, EVEN, UNIT, ASM, EMULATE)
     if h2 is not None:
-        value = value + tl.load(at + 6) * _load(h2, offset, inside, EVEN, EMULATE)
+        value = value + tl.load(at + 6) * _load(h2, offset, inside, EVEN, UNIT, ASM, EMULATE)
     if h3 is not None:
-        value = value + tl.load(at + 7) * _load(h3, offset, inside, EVEN, EMULATE)
+        value = value + tl.load(at + 7) * _load(h3, offset, inside, EVEN, UNIT, ASM, EMULATE)
     if h4 is not None:
-        value = value + tl.load(at + 8) * _load(h4, offset, inside, EVEN, EMULATE)
+        value = value + tl.load(at + 8) * _load(h4, offset, inside, EVEN, UNIT, ASM, EMULATE)
     if V != "none":
         if V == "tensor":
-            z = _load(v, offset, inside, EVEN, EMULATE)
+            z = _load(v, offset, inside, EVEN, UNIT, ASM, EMULATE)
         else:
-            z = _made(seed, stream, sample_offset, strength, run, column, units, sample_runs, channel_runs,
+            z = _made(seed, stream, sample_offset, strength, 1.0, run, column, units, sample_runs, channel_runs,
                       SEED, OFFSET, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
         strong = tl.load(at + 9)
         if log_variance is not None:
-            learned = _load(log_variance, offset, inside, EVEN, EMULATE)
+            learned = _load(log_variance, offset, inside, EVEN, UNIT, ASM, EMULATE)
             strong = strong * accurate_exp(0.5 * (tl.load(at + 10) + tl.load(at + 11) * learned))
         value = value + strong * z
     _store(y, offset, value, inside, EVEN, EMULATE)

@@ -37,9 +37,14 @@ POINTERS = {
 }
 _INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_offset", "offset"}
 _FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance"}
+# Sizes, counts and strides; with the two above, what is never a tensor.
+_NUMBERS = {"steps", "stride", "units", "runs", "blocks", "per", "frames", "shared", "sample_runs", "channel_runs"} | {
+    *("m1", "m2", "m3", "s0", "s1", "s2", "s3", "rows", "parts", "number", "width", "total", "samples"),
+}  # fmt: skip
+_SEEDS = {"seed", "xi_seed"}  # a tensor, or a number
 # Full-size data, which is loaded by vectors where it is aligned to 16 bytes.
 _DATA = {"out", "kept", "u", "v", "xi", "prediction", "x0", "n", "gradient", "x", "m", "y", "entry", "log_variance"} | {
-    "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen",
+    "target", "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen",
 }  # fmt: skip
 
 _records: list[str] | None = None
@@ -68,8 +73,12 @@ class Kernel:
         self.constants = [name for name in names if name in constant]
         assert names == self.runtime + self.constants, "constants come last"
         self.data = [k for k, name in enumerate(self.runtime) if name in _DATA]
+        numbers = (_NUMBERS | _INT64 | _FLOATS) - _SEEDS
+        others = [k for k, name in enumerate(self.runtime) if name not in numbers]
+        self._vectors = [k for k in others if k in self.data]
+        self._scalars = [k for k in others if k not in self.data]
         self.wide = self.constants.index("WIDE") if "WIDE" in self.constants else None
-        self.source_of_noise = self.constants.index("N") if "N" in self.constants else None
+        self.source_of_noise = next((self.constants.index(k) for k in ("N", "V") if k in self.constants), None)
         self._variants: dict[tuple, Any] = {}
 
     def key(self, arguments: tuple, constants: tuple, device: Any) -> tuple:
@@ -97,9 +106,10 @@ class Kernel:
         return ASTSource(fn=self.function, signature=signature, constexprs=values, attrs=attributes)
 
     def options(self, constants: tuple) -> dict[str, Any]:
-        """How a variant is compiled. Only where no bits are promised may products and sums be contracted: in a loss
-        whose noise is not made with the exact transform."""
-        contracted = self.source_of_noise is not None and constants[self.source_of_noise] != "exact"
+        """How a variant is compiled. Only where no bits are promised may products and sums be contracted: where noise
+        is made with the fast transform, and in a loss whose noise is not made with the exact one."""
+        noise = None if self.source_of_noise is None else constants[self.source_of_noise]
+        contracted = noise == "fast" or (self.name == "loss" and noise != "exact")
         return {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": contracted}
 
     def compile(self, key: tuple, target: GPUTarget) -> Any:
@@ -114,13 +124,32 @@ class Kernel:
             with _on(device):
                 self.function[grid](*arguments, *constants, **self.options(constants))
             return
-        key = self.key(arguments, constants, device.index)
-        variant = self._variants.get(key)
+        # The same distinctions as ``key`` makes, from as few looks as there can be.
+        values, types, bits = list(arguments), [], 0
+        for k in self._vectors:
+            a = arguments[k]
+            if a is None:
+                types.append(None)
+            else:
+                values[k] = pointer = a.data_ptr()
+                bits |= pointer
+                types.append(a.dtype)
+        for k in self._scalars:
+            a = arguments[k]
+            if isinstance(a, Tensor):
+                values[k] = a.data_ptr()
+                types.append(a.dtype)
+            else:
+                types.append(a is None)
+        index = device.index
+        short = (*types, bits % 16 == 0, index, constants)
+        variant = self._variants.get(short)
         with _on(device):
             if variant is None:
                 target = triton.runtime.driver.active.get_current_target()
-                variant = self._variants[key] = _Direct(self.compile(key, target))
-            variant(grid, _stream(device), arguments, constants)
+                key = self.key(arguments, constants, index)
+                variant = self._variants[short] = _Direct(self.compile(key, target))
+            variant(grid, _stream(device), values, constants)
 
 
 class _Direct:
@@ -130,8 +159,7 @@ class _Direct:
         # ``run`` loads the binary, so it comes first.
         self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
 
-    def __call__(self, grid: tuple[int, int], stream: int, arguments: tuple, constants: tuple) -> None:
-        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    def __call__(self, grid: tuple[int, int], stream: int, values: list, constants: tuple) -> None:
         # No launch metadata, and no hooks on entry or exit.
         self.run(*grid, 1, stream, self.function, self.metadata, None, None, None, *values, *constants)
 

@@ -11,14 +11,25 @@ from torch import Tensor
 
 from .. import reference
 from ..layout import layout_of
-from ..rows import Gathered, as_tensor
+from ..rows import Gathered, as_tensor, in_two_passes
 from . import launch
 from .coefficients import arrange, is_one, shape_of
 from .launch import launches
 from .plan import plan, strided, tile_of
 from .workspace import workspace
 
-__all__ = ["convert", "gather", "launches", "loss", "loss_gradient", "noise", "normal", "step", "uniform"]
+__all__ = [
+    "convert",
+    "gather",
+    "launches",
+    "loss",
+    "loss_gradient",
+    "noise",
+    "noise_and_target",
+    "normal",
+    "step",
+    "uniform",
+]
 
 _TYPES = (Tensor, torch.nn.Parameter)
 _DATA = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,9 +120,11 @@ def _seed(seed: int | Tensor, device: torch.device) -> tuple[int | Tensor, str]:
 def _affine(
     shape: tuple[int, ...], device: torch.device, u: Tensor | None, a: Any, v: Any, b: Any,
     out: Tensor | None, kept: Tensor | None = None, gamma: float = 0.0, xi: Any = None,
+    target: Tensor | None = None, p: Any = None, q: Any = None,
 ) -> None:  # fmt: skip
-    """out = a u + b (v + gamma xi), kept = v. Tensors are contiguous; v and xi may be a ``Philox``."""
-    rows = arrange(shape, a, b)
+    """out = a u + b (v + gamma xi), kept = v, target = p u + q v. Tensors are contiguous; v and xi may be a
+    ``Philox``."""
+    rows = arrange(shape, a, b, p, q)
     (seed, stream, sample_offset, strength), (kind, seed_kind, offset) = _source(v, device)
     (xi_seed, xi_stream, xi_offset, xi_strength), (xi_kind, xi_seed_kind, xi_has_offset) = _source(xi, device)
     made = kind in ("exact", "fast") or xi_kind in ("exact", "fast")
@@ -122,7 +135,7 @@ def _affine(
         device,
         how.grid,
         (
-            *(out, kept, u, v if kind == "tensor" else None, xi if xi_kind == "tensor" else None),
+            *(out, kept, target, u, v if kind == "tensor" else None, xi if xi_kind == "tensor" else None),
             *(*rows.pointers, rows.index, seed, xi_seed),
             *(stream, sample_offset, strength, xi_stream, xi_offset, xi_strength, gamma),
             *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs),
@@ -187,7 +200,7 @@ class _Noise(torch.autograd.Function):
     def forward(ctx, x0, n, alpha, sigma, perturbation, xi, keep_noise):
         ctx.rows = alpha, sigma
         ctx.dtypes = x0.dtype, n.dtype if isinstance(n, Tensor) else None
-        x_t, kept = _noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
+        x_t, kept, _ = _noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
         if kept is not n and isinstance(kept, Tensor):
             ctx.mark_non_differentiable(kept)
         return x_t, kept
@@ -234,22 +247,38 @@ def noise(
     ):
         return reference.noise(x0, n, *tensors(alpha, sigma), perturbation, xi, keep_noise)
     if not _differentiable(x0, n):
-        return _noise(*arguments)
+        return _noise(*arguments)[:2]
     x_t, kept = _Noise.apply(*arguments)
     return x_t, n if isinstance(n, Tensor) else kept
 
 
-def _noise(x0, n, alpha, sigma, perturbation, xi, keep_noise):
+def noise_and_target(
+    x0: Tensor, n: Any, alpha: Any, sigma: Any, perturbation: float, xi: Any, keep_noise: bool, p: Any, q: Any
+) -> tuple[Tensor, Any, Tensor]:
+    """``noise`` and, from the same launch, the target p x0 + q n, in the dtype of x0. A p or q that is None leaves its
+    term out. What needs a gradient, and what the reference does, is two passes."""
+    if (
+        not (_plain() and _runs_on(x0.device) and _fits(x0, n, xi) and _rows_fit(alpha, sigma, p, q))
+        or not x0.numel()
+        or _differentiable(x0, n, alpha, sigma, xi, p, q)
+    ):
+        return in_two_passes(noise, x0, n, alpha, sigma, perturbation, xi, keep_noise, p, q)
+    return _noise(x0, n, alpha, sigma, perturbation, xi, keep_noise, True, p, q)
+
+
+def _noise(x0, n, alpha, sigma, perturbation, xi, keep_noise, with_target=False, p=None, q=None):
     shape, device = tuple(x0.shape), x0.device
-    order, (data, given, other), (alpha, sigma) = _permuted((x0, n, xi), (alpha, sigma))
-    x_t = torch.empty_like(data)
+    order, (data, given, other), (alpha, sigma, p, q) = _permuted((x0, n, xi), (alpha, sigma, p, q))
+    x_t, target = torch.empty_like(data), torch.empty_like(data) if with_target else None
     kept, z = n, None
     if keep_noise and not isinstance(n, Tensor):
         kept = z = torch.empty(shape, dtype=torch.float32, device=device)
-    _affine(tuple(data.shape), device, data, alpha, given, sigma, x_t, z, float(perturbation), other)
+    _affine(
+        tuple(data.shape), device, data, alpha, given, sigma, x_t, z, float(perturbation), other, target, p, q
+    )  # fmt: skip
     if order is not None:
-        return x_t.permute(order), kept
-    return _like(x_t, x0), kept
+        return x_t.permute(order), kept, target if target is None else target.permute(order)
+    return _like(x_t, x0), kept, target if target is None else _like(target, x0)
 
 
 class _Loss(torch.autograd.Function):

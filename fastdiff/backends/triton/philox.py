@@ -21,17 +21,22 @@ def fma(a, b, c, EMULATE: tl.constexpr):
         error = (product - (total - back)) + (wide - back)
         bits = total.to(tl.int64, bitcast=True)
         towards = tl.where((error > 0) == (total > 0), 1, -1).to(tl.int64)
-        odd = tl.where((error != 0) & ((bits & 1) == 0), bits + towards, bits)
+        inexact = tl.abs(error) > 0  # NaN where the sum is not finite
+        odd = tl.where(inexact & ((bits & 1) == 0), bits + towards, bits)
         return odd.to(tl.float64, bitcast=True).to(tl.float32)
     else:
         return tl.fma(a, b, c)
 
 
 @triton.jit
-def widen(x, EMULATE: tl.constexpr):
-    """A loaded value as float32."""
+def widen(x, PAIRS: tl.constexpr, EMULATE: tl.constexpr):
+    """A loaded value as float32. PAIRS: on an NVIDIA GPU, of data that is loaded by vectors."""
     if EMULATE and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif PAIRS and x.dtype == tl.bfloat16:  # one instruction each; the compiler's own way takes two for the second
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=&r,=&r,r", [x], tl.float32, True, 2
+        )
     else:
         return x.to(tl.float32)
 
@@ -48,16 +53,32 @@ def narrow(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def words(c0, c1, c2, c3, k0, k1):
+def _product(x, y: tl.constexpr, ASM: tl.constexpr):
+    """(high, low half) of a product of uint32, by one wide multiplication where each half apart would be one."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }",
+            "=r,=r,r,r",
+            [x, y],
+            (tl.uint32, tl.uint32),
+            True,
+            1,
+        )
+    else:
+        product = x.to(tl.uint64) * y
+        return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def words(c0, c1, c2, c3, k0, k1, ASM: tl.constexpr = False):
     """Ten rounds on uint32."""
     for _ in tl.static_range(10):
-        # One wide multiplication each, where the high and the low half apart are two.
-        product0 = c0.to(tl.uint64) * 0xD2511F53
-        product1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c1 = product1.to(tl.uint32)
-        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c3 = product0.to(tl.uint32)
+        high0, low0 = _product(c0, 0xD2511F53, ASM)
+        high1, low1 = _product(c2, 0xCD9E8D57, ASM)
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
         k0 = k0 + 0x9E3779B9
         k1 = k1 + 0xBB67AE85
     return c0, c1, c2, c3
@@ -67,6 +88,12 @@ def words(c0, c1, c2, c3, k0, k1):
 def _signed(x, sign):
     """x with its sign flipped by the top bit of ``sign``."""
     return (x.to(tl.uint32, bitcast=True) ^ (sign & 0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _flipped(x, sign):
+    """x with its sign flipped by the lowest bit of ``sign``: one instruction, where an exclusive or takes two."""
+    return (x.to(tl.uint32, bitcast=True) + (sign << 31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -101,45 +128,58 @@ def _radius_exact(i1, ASM: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _radius_fast(i1, ASM: tl.constexpr):
-    u = (i1 | 1).to(tl.float32) * 2.3283064365386963e-10  # 2^-32: in (0, 1]
+    """The root of -log2(u), u in (0, 1]: the normals' radius over sqrt(2 ln 2)."""
+    u = (i1 | 1).to(tl.float32) * 2.3283064365386963e-10  # 2^-32
+    # The size of the logarithm: approximate ones of numbers near 1 may be positive.
     if ASM:
-        log = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], tl.float32, True, 1)
-        y = log * -1.3862943611198906
-        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [y], tl.float32, True, 1)
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1; abs.f32 $0, $0; sqrt.approx.ftz.f32 $0, $0;",
+            "=f,f", [u], tl.float32, True, 1,
+        )  # fmt: skip
     else:
-        return tl.sqrt(tl.log2(u) * -1.3862943611198906)
+        return tl.sqrt(tl.abs(tl.log2(u)))
 
 
 @triton.jit
-def _pair(i1, i2, FAST: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr):
+def _circle(i2, EMULATE: tl.constexpr):
+    """Cosine and sine of an angle in the first quarter, from the top bits of i2."""
+    # Uniform in [-1/2, 1/2): of a quarter turn, from its middle.
+    a = ((i2 >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
+    z = a * a
+    value = fma(z, 0.05512253, -0.45665085882, EMULATE)
+    value = fma(z, value, 1.1107191455, EMULATE)
+    s = a * value
+    c = fma(z, -0.01442851647, 0.1793213209912, EMULATE)
+    c = fma(z, c, -0.872355524, EMULATE)
+    c = fma(z, c, 0.70710676169, EMULATE)
+    return c - s, c + s
+
+
+@triton.jit
+def _pair(i1, i2, ASM: tl.constexpr, EMULATE: tl.constexpr):
     """Two normals from two uint32: radius from i1, angle and signs from i2."""
-    # m is uniform in [1, 2): the angle is m - 3/2 of a quarter turn, from its middle.
-    m = ((i2 >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
-    if FAST and ASM:
+    first, second = _circle(i2, EMULATE)
+    radius = _radius_exact(i1, ASM, EMULATE)
+    return _flipped(radius * first, i2), _signed(radius * second, i2 << 30)
+
+
+@triton.jit
+def _pair_fast(i1, i2, factor, ASM: tl.constexpr, EMULATE: tl.constexpr):
+    """``factor`` times two normals. The products come last, so that sums they go into take them in."""
+    if ASM:
+        m = ((i2 >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
         angle = tl.fma(m, 1.5707963267948966, -1.5707963267948966)
         first = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
         second = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
     else:
-        a = m - 1.5
-        z = a * a
-        value = fma(z, 0.05512253, -0.45665085882, EMULATE)
-        value = fma(z, value, 1.1107191455, EMULATE)
-        s = a * value
-        c = fma(z, -0.01442851647, 0.1793213209912, EMULATE)
-        c = fma(z, c, -0.872355524, EMULATE)
-        c = fma(z, c, 0.70710676169, EMULATE)
-        first = c - s
-        second = c + s
-    if FAST:
-        radius = _radius_fast(i1, ASM)
-    else:
-        radius = _radius_exact(i1, ASM, EMULATE)
-    return _signed(radius * first, i2 << 31), _signed(radius * second, i2 << 30)
+        first, second = _circle(i2, EMULATE)
+    radius = _radius_fast(i1, ASM) * (1.1774100225154747 * factor)
+    return radius * _flipped(first, i2), radius * _signed(second, i2 << 30)
 
 
 @triton.jit
-def normals(seed, stream, sample, index, FAST: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr):
-    """The normal of each element ``index`` of its ``sample``.
+def normals(seed, stream, sample, index, factor, FAST: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr):
+    """The normal of each element ``index`` of its ``sample``; FAST: times ``factor``.
 
     Written for one element, and four normals are computed for each; but neighbours have the same counter, and the
     compiler finds that the four of a thread are the same work.
@@ -149,9 +189,13 @@ def normals(seed, stream, sample, index, FAST: tl.constexpr, ASM: tl.constexpr, 
     c1 = zero + stream.to(tl.uint32)
     c2 = zero + sample.to(tl.uint32)
     c3 = zero + (sample >> 32).to(tl.uint32)
-    o0, o1, o2, o3 = words(c0, c1, c2, c3, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
-    n0, n1 = _pair(o0, o1, FAST, ASM, EMULATE)
-    n2, n3 = _pair(o2, o3, FAST, ASM, EMULATE)
+    o0, o1, o2, o3 = words(c0, c1, c2, c3, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), ASM)
+    if FAST:
+        n0, n1 = _pair_fast(o0, o1, factor, ASM, EMULATE)
+        n2, n3 = _pair_fast(o2, o3, factor, ASM, EMULATE)
+    else:
+        n0, n1 = _pair(o0, o1, ASM, EMULATE)
+        n2, n3 = _pair(o2, o3, ASM, EMULATE)
     lane = index & 3
     return tl.where(lane < 2, tl.where(lane == 0, n0, n1), tl.where(lane == 2, n2, n3))
 

@@ -54,8 +54,10 @@ def plan(
     if channels:
         width = min(width, sample // count)
     runs, per = elements // width, inner // width
-    unit = next(unit for unit in (16, 4, 1) if width % unit == 0)
-    c = min(tile, _power_of_2(width))
+    # 8 elements of two bytes, or 4 of four, are a load of 128 bits.
+    unit = next(unit for unit in (8, 4, 1) if width % unit == 0)
+    # Less of a finer tile hangs over the end of a run; but a tile has its fixed part, like an eighth of a full one.
+    c = min((min(tile, _power_of_2(width)) >> k or 1 for k in range(3)), key=lambda c: -(-width // c) * (c + tile // 8))
     blocks = -(-width // c)
     parts = per * shared * blocks
     r = 1 if sums and parts > 1 else min(max(1, tile // c), _power_of_2(runs)) if blocks == 1 else 1
