@@ -7,7 +7,9 @@
 #include "checks.h"
 #include "cpu/run.h"
 #include "cpu/table.h"
+#include "direct.h"
 #include "philox.h"
+#include "unlocked.h"
 #ifdef FASTDIFF_CUDA
 #include "cuda/binding.h"
 #endif
@@ -15,20 +17,6 @@
 namespace fastdiff {
 
 namespace {
-
-// Other Python threads may run meanwhile. Not for what takes microseconds: handing the lock over would take longer.
-class Unlocked {
- public:
-  explicit Unlocked(const Layout& layout) : state_(layout.elements > 16384 ? PyEval_SaveThread() : nullptr) {}
-  ~Unlocked() {
-    if (state_) PyEval_RestoreThread(state_);
-  }
-  Unlocked(const Unlocked&) = delete;
-  Unlocked& operator=(const Unlocked&) = delete;
-
- private:
-  PyThreadState* state_;
-};
 
 void normal(py::handle layout, py::handle source, py::handle out, py::handle threads) {
   NormalArguments a{};
@@ -224,6 +212,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("loss", loss);
   module.def("step", step);
   module.def("gather", gather);
+  bind_direct(module);
   module.def("simd", [] { return chosen().name; });
   module.def("simd_variants", simd_names);
   module.def("set_simd", set_simd);
