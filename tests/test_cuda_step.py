@@ -324,7 +324,7 @@ def replayed(device, dtype, sampler, guided, replay):
     first = 1.0 if plan.model_scale is None else float(plan.model_scale[0])
 
     want = reference.Trajectory(
-        reference.step, x, plan.table, plan.table.float().to(device), 3.0, plan.clip, None, None, None, noise, False
+        reference.step, x, ops.PreparedSteps(plan.table), 3.0, plan.clip, None, None, None, noise, False
     )
     want.begin(first, copies)
     for k in range(steps):

@@ -24,8 +24,7 @@ class Trajectory(Any_Trajectory):
         self,
         step: Callable[..., Any],
         x: Tensor,
-        table: Tensor,
-        placed: Tensor,
+        prepared: Any,
         guidance: Tensor | float,
         clip: float | None,
         mask: Tensor | None,
@@ -34,7 +33,8 @@ class Trajectory(Any_Trajectory):
         philox: Any,
         reuse: bool,
     ):
-        super().__init__(step, x, table, placed, guidance, clip, mask, known, known_noise, philox, reuse)
+        super().__init__(step, x, prepared, guidance, clip, mask, known, known_noise, philox, reuse)
+        placed = self._placed
         self._prepared = (
             on.built
             and plain(x, placed, guidance, mask, known, known_noise, getattr(known_noise, "seed", None))
