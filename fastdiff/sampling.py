@@ -139,24 +139,29 @@ def sample(
     }
     if compile:
         model = torch.compile(model)
-    times = _model_times(plan, how.guided, len(x), device, dtype)
+    told = _told(plan, device, dtype)
     both = cond if uncond is None else _both(uncond, cond)
     scale = 1.0 if plan.model_scale is None else float(plan.model_scale[0])
     visited = plan.times.to(device) if callback is not None else plan.times
     index = range(len(plan.times)) if plan.steps is None else plan.steps
     path = [x] if return_trajectory else []
-    last, began = len(times) - 1, 0
+    last, began = len(told) - 1, 0
     graphed = None
     if cuda_graph:
-        graphed = run = Graphed(model, x, how.rows.table, times, both, how.guided[0], scale, **step_options)
+        graphed = run = Graphed(
+            model, x, how.rows, told, both, how.guided[0], scale, plan.draws, source.streams, source.philox,
+            callback is not None, **step_options,
+        )  # fmt: skip
+        times: list[Tensor] = []
     else:
+        times = _model_times(told, how.guided, len(x))
         reuse = callback is None and not return_trajectory
         run = ops.trajectory(x, how.rows, philox=source.philox, reuse=reuse, **step_options)
         run.begin(scale, 1 + how.guided[0])
     copies = [*(1 + both for both in how.guided[1:]), 0]
     streams = source.streams
     simple = graphed is None and how.plain and not plan.learned_variance and callback is None and not return_trajectory
-    for k in _bar(range(len(times)), progress):
+    for k in _bar(range(len(told)), progress):
         z = source.step(k) if streams is None else streams[k]
         guided = how.guided[k]
         if simple:
@@ -165,7 +170,7 @@ def sample(
             continue
         ends = k == last or index[k + 1] != index[k]
         if graphed is not None:
-            graphed.step(k, z, source.philox)
+            graphed.step(z)
         else:
             m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
             variance = None
@@ -268,11 +273,16 @@ class _Noise:
         return torch.stack([z.to(self._device) for z in drawn])
 
 
-def _model_times(plan: samplers.Plan, guided: Sequence[bool], batch: int, device: Any, dtype: Any) -> list[Tensor]:
-    """What the network is told at each row, [batch], or [2 batch] where it is guided."""
-    told = plan.model_time.to(device, copy=True)  # a network may change the t that it is given
+def _told(plan: samplers.Plan, device: Any, dtype: Any) -> Tensor:
+    """What the network is told at each row, [S]. A copy: a network may change the t that it is given."""
+    told = plan.model_time.to(device, copy=True)
     if told.is_floating_point():
         told = told.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return told
+
+
+def _model_times(told: Tensor, guided: Sequence[bool], batch: int) -> list[Tensor]:
+    """The same for a batch: [batch], or [2 batch] where it is guided."""
     halves, wholes = (told[:, None].expand(-1, n).unbind(0) if n else () for n in (batch, any(guided) and 2 * batch))
     return [wholes[k] if both else halves[k] for k, both in enumerate(guided)] if wholes else list(halves)
 

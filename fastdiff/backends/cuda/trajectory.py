@@ -64,6 +64,11 @@ class Trajectory(Any_Trajectory):
         self._kept = memory(x)
         self._buffers: dict[Any, Tensor] = {}
 
+    @property
+    def captures(self) -> bool:
+        """Whether ``prepare_capture`` and ``captured`` can be used."""
+        return self._prepared
+
     def _buffer(self, name: str, k: int, batch: int) -> Tensor:
         """Memory to write x, or what the network sees, at step k to: two by turns, if they may be used again."""
         if not self._reuse:
@@ -198,6 +203,8 @@ class Trajectory(Any_Trajectory):
             raise RuntimeError("a captured step needs a CUDA device and float32, bfloat16 or float16 data.")
         if not m.is_contiguous():
             raise RuntimeError("a captured step needs the network's output to be contiguous.")
+        if m.shape != ((2 if guided else 1) * self._shape[0], *self._shape[1:]):
+            self._refuse_shape(m, guided)
         output, uncond = self._outputs(m, guided)
         seen = None if self.seen is self.x else self.seen
         if len(self.seen) != max(copies, 1) * len(self.x):
@@ -221,14 +228,14 @@ class Trajectory(Any_Trajectory):
             None,
             *self._inpainting,
             self._kept,
-            None,
+            memory(self.x0),
             None,
             memory(seen),
         )
 
-    def prepare_capture(self, scale: float = 1.0, copies: int = 1) -> None:
+    def prepare_capture(self, scale: float = 1.0, copies: int = 1, want_x0: bool = False) -> None:
         """Give x, seen and the history memory of their own, which ``captured`` overwrites, and fill seen with scale x,
-        ``copies`` times along the batch."""
+        ``copies`` times along the batch. ``want_x0``: x0 too, for the estimates."""
         if not self._prepared:
             raise RuntimeError("a captured step needs a CUDA device and float32, bfloat16 or float16 data.")
         self.x = self.x.clone()
@@ -240,3 +247,9 @@ class Trajectory(Any_Trajectory):
         self.begin(scale, copies)
         if copies > 1 or any(scale != 1 for scale in self.scales):
             self.seen = self.seen.clone() if self.seen is self.x else self.seen
+        self.x0 = torch.empty_like(self.x) if want_x0 else None
+
+    @property
+    def changed(self) -> list[Tensor]:
+        """What ``captured`` writes and a later step reads, but for the index."""
+        return [self.x, *([] if self.seen is self.x else [self.seen]), *self._history]

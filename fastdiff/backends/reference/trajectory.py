@@ -43,7 +43,10 @@ class Trajectory:
         x: the sample now.
         seen: what the network is to be called with next: c_in x, twice along the batch for a guided call.
         x0: the x0 estimate of the last step that wanted one.
+        captures: whether a CUDA graph can hold a step, as ``backends.cuda.Trajectory.captured``.
     """
+
+    captures = False
 
     def __init__(
         self,
