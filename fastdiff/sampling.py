@@ -55,9 +55,9 @@ def sample(
 
     Args:
         model: called as ``model(x, t)``, or ``model(x, t, cond)`` with a condition; t is [batch], the ``model_time`` of
-            training. It is used as it is: call ``.eval()`` first if it has dropout. The x that it is given is written
-            over by the next step, unless there is a callback or ``return_trajectory``: a model that keeps it must
-            clone it.
+            training. It is used as it is: call ``.eval()`` first if it has dropout. The x that it is given may be
+            written over by the next step, unless there is a callback or ``return_trajectory``: a model that keeps it,
+            or a view of it, should clone it. (On the CPU a tensor that is kept is left alone; a view is not known of.)
         shape: [batch, ...] of the samples.
         process, prediction: those of training.
         sampler: a name of ``fastdiff.samplers.NAMES``, or an object of ``fastdiff.samplers``.

@@ -153,8 +153,22 @@ def test_x_stays_where_it_is_if_it_may_and_moves_if_it_may_not():
         run.begin(1.0, 1)
         for k in range(STEPS):
             run.step(k, run.seen * 0.5)
-            seen.append(run.x)
-        assert len({x.data_ptr() for x in seen}) == (1 if reuse else STEPS)
+            seen.append((run.x.data_ptr(), None if reuse else run.x))
+        assert len({at for at, _ in seen}) == (1 if reuse else STEPS)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_input_that_the_network_keeps_is_left_to_it(guided, scaled):
+    rows, kept = table(2, scaled, False), []
+
+    def network(seen):
+        kept.append((seen, seen.clone()))
+        return seen * 0.5
+
+    both(torch.randn(2, 3, 8, 8), rows, [guided] * STEPS, network, False)
+    for now, then in kept:
+        assert_same_bits(now, then)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,8 @@ call with little before it."""
 
 from __future__ import annotations
 
+import math
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ _ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.floa
 
 
 class Trajectory(reference.Trajectory):
-    """As ``reference.Trajectory``, a launch of the native step a row. With ``reuse`` x is written over where it is."""
+    """As ``reference.Trajectory``, a launch of the native step a row. With ``reuse`` x is written over where it is, but
+    for a tensor that somebody else holds: it is left to them."""
 
     def __init__(self, step, x, prepared, guidance, clip, mask, known, known_noise, philox, reuse):
         super().__init__(step, x, prepared, guidance, clip, mask, known, known_noise, philox, reuse)
@@ -60,6 +63,7 @@ class Trajectory(reference.Trajectory):
             torch.get_num_threads(),
         )
         self._target: int | None = None
+        self._holders: float = math.inf  # of seen, after the last step
         self._buffers: dict[Any, Tensor] = {}
 
     def step(
@@ -79,6 +83,9 @@ class Trajectory(reference.Trajectory):
         if not self._prepared:
             super().step(k, m, guided, noise, copies, want_x0, log_variance, threshold, row, history)
             return
+        if getrefcount(self.seen) > self._holders:  # the network, or the caller, keeps it
+            self._buffers.clear()
+            self._target = None
         target = (copies > 1) + (2 if copies and self.scales[k] != 1 else 0)
         if target != self._target:
             self._turn_to(target)
@@ -90,7 +97,9 @@ class Trajectory(reference.Trajectory):
         if not plain or not self._launch(k, m, guided, noise):
             self._step_with(k, m, guided, noise, want_x0, log_variance, threshold, row, history)
         self.x, self.seen = self._y, self._next
-        if not self._reuse:
+        if self._reuse:
+            self._holders = getrefcount(self.seen)
+        else:
             self._target = None
 
     def _step_with(self, k, m, guided, noise, want_x0, log_variance, threshold, row, history) -> None:
