@@ -291,6 +291,9 @@ def test_whole_runs(host, sampler, dtype, monkeypatch):
         {"cond": cond, "uncond": uncond, "guidance": 2.0},
         {"known": known, "mask": mask},
         {"cond": cond, "uncond": uncond, "guidance": 2.0, "guidance_rescale": 0.7, "return_trajectory": True},
+        # Steps that the kernel does after some that it does not, with their history.
+        {"cond": cond, "uncond": uncond, "guidance": 2.0, "guidance_rescale": 0.7, "guidance_interval": (0.3, 500.0)},
+        {"noise": lambda k, shape: torch.full(shape, 1.0 + k)},
     ):
         results = []
         for backend in ("cuda", "reference"):
