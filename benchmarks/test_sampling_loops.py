@@ -4,7 +4,8 @@ of DDPM denoising-diffusion-pytorch too, where it is installed.
     python -m pytest benchmarks/test_sampling_loops.py --benchmark-json=out.json
 
 With a network that does nothing the time is what sampling costs outside the network: setting up and stepping. One
-network is real: a small conditional 1-D U-Net for a robot's actions.
+network is real: a small conditional 1-D U-Net for a robot's actions. On the GPU where there is one, and there with
+``cuda_graph=True`` too, capturing included.
 """
 
 import importlib.util
@@ -21,6 +22,7 @@ import fastdiff
 diffusers = pytest.importorskip("diffusers")
 
 VP = fastdiff.VariancePreserving()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOOPS = {  # name: (scheduler, shape, steps)
     "ddpm latents": ("ddpm", (1, 4, 64, 64), 1000),
     "ddim latents": ("ddim", (1, 4, 64, 64), 50),
@@ -77,11 +79,11 @@ class ActionUNet(nn.Module):
 
 
 def upstream(kind, shape, steps, model):
-    x0 = torch.randn(shape)
+    x0 = torch.randn(shape, device=DEVICE)
 
     def loop():
         scheduler = SCHEDULERS[kind]()
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(steps, device=DEVICE)
         x = x0
         for t in scheduler.timesteps:
             x = scheduler.step(model(scheduler.scale_model_input(x, t), t.expand(len(x))), t, x).prev_sample
@@ -92,14 +94,14 @@ def upstream(kind, shape, steps, model):
 
 def eager(kind, shape, steps, model):
     """The lines of a tutorial: coefficients on the CPU as tensors, one operation after another."""
-    x0, abar = torch.randn(shape), VP.alpha_bar.float()
+    x0, abar = torch.randn(shape, device=DEVICE), VP.alpha_bar.float().to(DEVICE)
 
     def loop():
         x = x0
-        times = torch.linspace(999, 0, steps).long()
+        times = torch.linspace(999, 0, steps, device=DEVICE).long()
         for k, t in enumerate(times):
             m = model(x, t.expand(len(x)))
-            a, b = abar[t], abar[times[k + 1]] if k + 1 < steps else torch.tensor(1.0)
+            a, b = abar[t], abar[times[k + 1]] if k + 1 < steps else torch.ones((), device=DEVICE)
             estimate = ((x - (1 - a).sqrt() * m) / a.sqrt()).clamp(-1, 1)
             if kind == "ddim":
                 x = b.sqrt() * estimate + (1 - b).sqrt() * m
@@ -113,9 +115,15 @@ def eager(kind, shape, steps, model):
     return loop
 
 
-def ours(kind, shape, steps, model):
-    x = torch.randn(shape)
-    return lambda: fastdiff.sample(model, shape, VP, kind, steps, "epsilon", seed=1, x=x, progress=False)
+def ours(kind, shape, steps, model, **how):
+    x = torch.randn(shape, device=DEVICE)
+    return lambda: fastdiff.sample(model, shape, VP, kind, steps, "epsilon", seed=1, x=x, progress=False, **how)
+
+
+def graphed(kind, shape, steps, model):
+    if DEVICE.type != "cuda":
+        pytest.skip("a CUDA graph needs a CUDA device")
+    return ours(kind, shape, steps, model, cuda_graph=True)
 
 
 def denoising_diffusion(kind, shape, steps, model):
@@ -138,18 +146,30 @@ def denoising_diffusion(kind, shape, steps, model):
 
     diffusion = package.GaussianDiffusion(
         Network(), image_size=shape[-1], timesteps=steps, beta_schedule="linear", objective="pred_noise"
-    )
+    ).to(DEVICE)
     return lambda: diffusion.p_sample_loop(shape)
 
 
-MAKERS = {"fastdiff": ours, "diffusers": upstream, "denoising-diffusion-pytorch": denoising_diffusion, "eager": eager}
+MAKERS = {
+    "fastdiff": ours,
+    "fastdiff, graph": graphed,
+    "diffusers": upstream,
+    "denoising-diffusion-pytorch": denoising_diffusion,
+    "eager": eager,
+}
 
 
 @torch.no_grad()
 def measure(benchmark, name, loop, implementation, steps):
     benchmark.group, benchmark.extra_info["implementation"] = name, implementation
-    benchmark.extra_info["steps"] = steps
-    benchmark.pedantic(loop, rounds=5 if steps < 1000 else 3, iterations=1, warmup_rounds=1)
+    benchmark.extra_info |= {"steps": steps, "device": DEVICE.type}
+
+    def whole():
+        loop()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(whole, rounds=21 if steps < 1000 else 9, iterations=1, warmup_rounds=2)
 
 
 @pytest.mark.parametrize("implementation", list(MAKERS))
@@ -160,23 +180,32 @@ def test_loop_outside_the_network(benchmark, name, implementation):
         pytest.skip("plain lines for DDPM and DDIM alone")
     if implementation == "denoising-diffusion-pytorch" and (kind != "ddpm" or steps < 1000):
         pytest.skip("its DDPM has every step")
-    out = torch.randn(shape)
+    out = torch.randn(shape, device=DEVICE)
     loop = MAKERS[implementation](kind, shape, steps, lambda x, t: out)
     measure(benchmark, f"{name} {'x'.join(map(str, shape))}", loop, implementation, steps)
 
 
-@pytest.mark.parametrize("implementation", ["fastdiff", "diffusers", "eager"])
+@pytest.mark.parametrize("implementation", ["fastdiff", "fastdiff, graph", "diffusers", "eager"])
 def test_robot_policy(benchmark, implementation):
     torch.manual_seed(0)
-    network, observation = ActionUNet().eval(), torch.randn(1, 32)
+    network, observation = ActionUNet().eval().to(DEVICE), torch.randn(1, 32, device=DEVICE)
     loop = MAKERS[implementation]("ddpm", (1, 16, 7), 100, lambda x, t: network(x, t, observation))
     measure(benchmark, "robot policy, U-Net and all 1x16x7", loop, implementation, 100)
 
 
-def test_copy(benchmark):
-    """The ceiling: bytes a second of a copy of the pixels' size, both ways counted."""
-    source = torch.randn(16, 3, 256, 256)
+@pytest.mark.parametrize("batch", [16, 24, 32])
+def test_copy(benchmark, batch):
+    """The ceiling: bytes a second of a copy, both ways counted. A copy of 16 goes through as much memory as a step of
+    16 without a history and noise (x, which is written over, and the network's output), of 24 and 32 as with a history
+    of one and of two."""
+    source = torch.randn(batch, 3, 256, 256, device=DEVICE)
     target = torch.empty_like(source)
-    benchmark.group, benchmark.extra_info["implementation"] = "copy", "copy"
+
+    def copy():
+        target.copy_(source)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group, benchmark.extra_info["implementation"] = f"copy of {batch}", "copy"
     benchmark.extra_info["bytes"] = 2 * source.numel() * source.element_size()
-    benchmark.pedantic(lambda: target.copy_(source), rounds=15, iterations=1, warmup_rounds=2)
+    benchmark.pedantic(copy, rounds=51, iterations=1, warmup_rounds=2)

@@ -9,6 +9,7 @@
 #include "cpu/table.h"
 #include "direct.h"
 #include "philox.h"
+#include "trajectory.h"
 #include "unlocked.h"
 #ifdef FASTDIFF_CUDA
 #include "cuda/binding.h"
@@ -213,6 +214,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("step", step);
   module.def("gather", gather);
   bind_direct(module);
+  bind_trajectory(module);
   module.def("simd", [] { return chosen().name; });
   module.def("simd_variants", simd_names);
   module.def("set_simd", set_simd);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from . import ops
 from .guidance import Guidance
 from .samplers import Plan
+
+_ENTRY = slice(ops.COLUMNS.index("h_x"), ops.COLUMNS.index("h_x0") + 1)
 
 
 def check_capture(device: torch.device, plan: Plan, how: Guidance) -> None:
@@ -26,78 +29,143 @@ def check_capture(device: torch.device, plan: Plan, how: Guidance) -> None:
 
 
 class Graphed:
-    """Network and step as one CUDA graph. All that changes from row to row lies in tensors that are written before a
-    replay: the row itself, the time, the noise.
+    """Network and step as one CUDA graph. What changes from row to row is on the device: the graph counts its own
+    replays, and takes the row, the time and the noise's stream that belong to the count. With the CUDA backend the
+    step is one launch, which counts too; with another it is that backend's step and what moves its results in place.
 
     Args:
         model: the network.
         x: where to start.
-        table: float64 [steps, K].
-        times: what the network is told at each row.
+        rows: the table.
+        told: what the network is told, [steps], on the device.
         cond, guided: the network's condition or None, and whether its batch has an unconditional half.
         scale: of x for the first call.
+        draws, streams, philox: which rows add noise, and of which streams of ``philox``; streams None: noise is given.
+        want_x0: keep the x0 estimate.
         how: clip, guidance, mask, known, known_noise: of ``fastdiff.ops.step``.
+
+    Attributes:
+        x, x0: the sample and the x0 estimate now; the next step writes over them.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: Callable[..., Tensor],
         x: Tensor,
-        table: Tensor,
-        times: list[Tensor],
+        rows: ops.PreparedSteps,
+        told: Tensor,
         cond: Any,
         guided: bool,
         scale: float,
+        draws: Sequence[bool],
+        streams: Sequence[int | None] | None,
+        philox: ops.Philox | None,
+        want_x0: bool,
         **how: Any,
     ):
+        self._philox = philox
+        index = torch.zeros(1, dtype=torch.int64, device=x.device)
+
+        def predicted(seen: Tensor) -> Tensor:
+            t = told.index_select(0, index).expand(len(seen))
+            m = model(seen, t) if cond is None else model(seen, t, cond)
+            if m.shape != seen.shape:
+                raise ValueError(f"the model returned shape {tuple(m.shape)} for an input of {tuple(seen.shape)}.")
+            return m.contiguous()
+
+        rows = ops.PreparedSteps(_drawn_only(rows.table, draws))
+        run = ops.trajectory(x, rows, **how)
+        # Noise that is not made in the step lies here; what is not drawn has a coefficient of 0.
+        inside = run.captures and streams is not None
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self._table, self._times = table.to(x.device, wide), times
-        first = ops.COLUMNS.index("c_h1")
-        count = max((j + 1 for j in range(4) if bool(table[:, first + j].any())), default=0)
-        self._history = [torch.zeros_like(x, dtype=wide) for _ in range(count)]
-        self.x, self.x0 = x.clone(), torch.empty_like(x)
-        copies = 2 if guided else 1
-        seen = (scale * x.to(wide)).to(x.dtype)
-        self._seen = torch.cat([seen] * copies)
-        self._row, self._time = self._table[0].clone(), times[0].clone()
-        self._z = torch.zeros_like(x, dtype=wide)
+        self._z = torch.zeros_like(x, dtype=wide) if any(draws) and not inside else None
+        if run.captures:
+            run.prepare_capture(scale, 1 + guided, want_x0)
+            noise = philox if any(draws) and inside else self._z
+            body, changed = _one_launch(run, predicted, guided, index, noise, streams), run.changed
+            self.x, self.x0 = run.x, run.x0
+        else:
+            seen = torch.cat([(scale * x.to(wide)).to(x.dtype)] * (1 + guided))
+            self.x, self.x0 = x.clone(), torch.empty_like(x) if want_x0 else None
+            history = [torch.zeros_like(x, dtype=wide) for _ in range(max(run.reads, default=0))]
+            table = rows.placed(x.device, wide)
+            body = _any_backend(self.x, self.x0, seen, history, predicted, index, table, self._z, how)
+            changed = [self.x, seen, *history]
+        before = [(tensor, tensor.clone()) for tensor in (*changed, index)]
 
-        def body() -> None:
-            m = model(self._seen, self._time) if cond is None else model(self._seen, self._time, cond)
-            uncond = None
-            if guided:
-                uncond, m = m.chunk(2)
-            y, x0, entry = ops.step(
-                self.x, m, self._row, uncond=uncond, history=self._history, noise=self._z, model_input=self._seen, **how
-            )
-            self.x.copy_(y)
-            self.x0.copy_(x0)
-            for k in reversed(range(1, len(self._history))):
-                self._history[k].copy_(self._history[k - 1])
-            if self._history:
-                self._history[0].copy_(entry)
+        def begin() -> None:
+            for tensor, first in before:
+                tensor.copy_(first)
 
-        started = [self.x.clone(), self._seen.clone()]
+        self._replay = record(body, begin, x.device)
+        self._held = body  # and all that the graph reads and writes
+
+    def step(self, noise: Tensor | int | None) -> None:
+        """The next row, with the noise that it adds: a tensor, or the stream that it is made from. Everything is on
+        the device, nothing is waited for."""
+        if noise is not None and self._z is not None:
+            if not isinstance(noise, Tensor):
+                noise = dataclasses.replace(self._philox, stream=noise).tensor(self.x.shape, self.x.device)
+            self._z.copy_(noise)
+        self._replay()
+
+
+def _one_launch(run, predicted, guided, index, noise, streams) -> Callable[[], None]:
+    """Network and step where the backend's step is one launch, on what ``run.prepare_capture`` made."""
+    ticket, of_row = torch.zeros_like(index), None
+    if isinstance(noise, ops.Philox):
+        of_row = torch.tensor([stream or 0 for stream in streams], dtype=torch.int64, device=index.device)
+
+    def body() -> None:
+        run.captured(index, ticket, predicted(run.seen), guided, noise, of_row, 1 + guided)
+
+    return body
+
+
+def _any_backend(x, x0, seen, history, predicted, index, table, z, how) -> Callable[[], None]:
+    """Network and step where it is not: the results are moved to where they came from."""
+
+    def body() -> None:
+        m, uncond = predicted(seen), None
+        if len(seen) > len(x):
+            uncond, m = m.chunk(2)
+        row = table.index_select(0, index)[0]
+        y, estimate, entry = ops.step(
+            x, m, row, uncond=uncond, history=history, noise=z, model_input=seen, return_x0=x0 is not None,
+            return_entry=bool(history), **how,
+        )  # fmt: skip
+        x.copy_(y)
+        if x0 is not None:
+            x0.copy_(estimate)
+        keeps = (row[_ENTRY] != 0).any()
+        for k, newer in reversed(list(enumerate([entry, *history[:-1]][: len(history)]))):
+            history[k].copy_(torch.where(keeps, newer, history[k]))
+        index.add_(1)
+
+    return body
+
+
+def _drawn_only(table: Tensor, draws: Sequence[bool]) -> Tensor:
+    """The table without the noise of rows that draw none: in a graph every row has the noise at hand."""
+    drawn = torch.tensor(draws, dtype=torch.bool, device="cpu")
+    table = table.clone()
+    table[~drawn, ops.COLUMNS.index("c_noise")] = 0
+    return table
+
+
+def record(body: Callable[[], None], begin: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Capture ``body`` in a CUDA graph, and return what replays it. ``begin`` puts all that the body changes back to
+    where it was: the body is run a few times first, on another stream, as torch.cuda.graph asks for."""
+    with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # a few calls first, as torch.cuda.graph asks for
+        with torch.cuda.stream(side):
             for _ in range(3):
+                begin()
                 body()
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             body()
-        for tensor, before in zip((self.x, self._seen), started):
-            tensor.copy_(before)
-        for entry in self._history:
-            entry.zero_()
-
-    def step(self, k: int, noise: Tensor | int | None, philox: ops.Philox | None) -> None:
-        """Row k: everything on the device, nothing waited for."""
-        self._row.copy_(self._table[k])
-        self._time.copy_(self._times[k])
-        if noise is not None:
-            if not isinstance(noise, Tensor):
-                noise = dataclasses.replace(philox, stream=noise).tensor(self.x.shape, self.x.device)
-            self._z.copy_(noise)
-        self._graph.replay()
+        begin()
+    return graph.replay

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops.prepared import PreparedSteps
 from .ops.step import COLUMNS
 from .samplers import Plan, Sampler
 
 _AT = {name: k for k, name in enumerate(COLUMNS)}
+_OF_OUTPUT = torch.tensor([name in ("p_m", "c_m", "h_m") for name in COLUMNS], dtype=torch.float64, device="cpu")
 
 
 class Guidance:
@@ -19,7 +21,7 @@ class Guidance:
 
     Attributes:
         guided: for each row whether the unconditional half is computed.
-        table: the plan's, with room for a gradient of the mean.
+        rows: the plan's, with room for a gradient of the mean.
         plain: there is nothing to look at: a step needs no ``prepare``.
     """
 
@@ -49,18 +51,18 @@ class Guidance:
             raise ValueError(f"dynamic_thresholding and the clip={plan.clip} of {sampler!r} exclude each other.")
         if most is not None and (quantile is None or not most >= 1):
             raise ValueError(f"sample_max_value goes with dynamic_thresholding and is at least 1; got {most!r}.")
-        self.guided = [
-            has_uncond and (interval is None or interval[0] <= t <= interval[1]) for t in plan.times.tolist()
-        ]
+        if interval is None:
+            self.guided = [has_uncond] * len(plan.times)
+        else:
+            self.guided = [interval[0] <= t <= interval[1] for t in plan.times.tolist()]
         self.plain = not rescale and quantile is None and cond_fn is None
-        self.table = plan.table
+        self.rows = plan.rows
         self._plan, self._scale, self._rescale = plan, guidance, rescale
         self._quantile, self._most, self._cond_fn = quantile, most, cond_fn
         if cond_fn is not None and plan.gradient_of_mean:
-            self.table = plan.table.clone()
-            self.table[:, _AT["c_h1"]] = 1.0
-        self._of_output = torch.zeros(len(COLUMNS), dtype=torch.float64, device="cpu")
-        self._of_output[[_AT["p_m"], _AT["c_m"], _AT["h_m"]]] = 1.0
+            table = plan.table.clone()
+            table[:, _AT["c_h1"]] = 1.0
+            self.rows = PreparedSteps(table)
 
     def prepare(
         self, k: int, run: Any, m: Tensor, guided: bool, variance: Tensor | None, time: Tensor
@@ -70,14 +72,14 @@ class Guidance:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         if self._cond_fn is not None:
             m, extras = self._classified(k, x, m, guided, variance, time[: len(x)], wide)
-        row = self.table[k].to(x.device, wide, non_blocking=True)
+        row = self.rows.table[k].to(x.device, wide, non_blocking=True)
         if self._rescale and guided:
             uncond, cond = m.to(wide).split(len(x))
             combined = uncond + self._of_samples(x) * (cond - uncond)
             spread = _deviation(combined)
             ratio = torch.where(spread > 0, _deviation(cond) / spread, 1.0)
             factor = self._rescale * ratio + (1 - self._rescale)
-            row = row * (1 + (factor[:, None] - 1) * self._of_output.to(x.device, wide))
+            row = row * (1 + (factor[:, None] - 1) * _OF_OUTPUT.to(x.device, wide))
             extras["row"] = row
         if self._quantile is not None:
             output = m.to(wide)
@@ -108,7 +110,7 @@ class Guidance:
         if not self._plan.gradient_of_mean:
             return (m.to(wide) + (torch.cat([shift, shift]) if guided else shift)).to(m.dtype), {}
         if variance is not None:
-            row = self.table[k].tolist()
+            row = self.rows.table[k].tolist()
             shift = torch.exp(row[_AT["l_0"]] + row[_AT["l_v"]] * variance.to(wide)) * gradient
         return m, {"history": (shift,)}
 

@@ -55,8 +55,9 @@ def sample(
 
     Args:
         model: called as ``model(x, t)``, or ``model(x, t, cond)`` with a condition; t is [batch], the ``model_time`` of
-            training. It is used as it is: call ``.eval()`` first if it has dropout. What it is given is written over
-            two steps later, unless there is a callback: a model that keeps it must clone it.
+            training. It is used as it is: call ``.eval()`` first if it has dropout. The x that it is given may be
+            written over by the next step, unless there is a callback or ``return_trajectory``: a model that keeps it,
+            or a view of it, should clone it. (On the CPU a tensor that is kept is left alone; a view is not known of.)
         shape: [batch, ...] of the samples.
         process, prediction: those of training.
         sampler: a name of ``fastdiff.samplers.NAMES``, or an object of ``fastdiff.samplers``.
@@ -138,40 +139,50 @@ def sample(
     }
     if compile:
         model = torch.compile(model)
-    times = _model_times(plan, how.guided, len(x), device, dtype)
+    told = _told(plan, device, dtype)
     both = cond if uncond is None else _both(uncond, cond)
     scale = 1.0 if plan.model_scale is None else float(plan.model_scale[0])
     visited = plan.times.to(device) if callback is not None else plan.times
     index = range(len(plan.times)) if plan.steps is None else plan.steps
     path = [x] if return_trajectory else []
-    last, began = len(times) - 1, 0
+    last, began = len(told) - 1, 0
     graphed = None
     if cuda_graph:
-        graphed = run = Graphed(model, x, how.table, times, both, how.guided[0], scale, **step_options)
+        graphed = run = Graphed(
+            model, x, how.rows, told, both, how.guided[0], scale, plan.draws, source.streams, source.philox,
+            callback is not None, **step_options,
+        )  # fmt: skip
+        times: list[Tensor] = []
     else:
+        times = _model_times(told, how.guided, len(x))
         reuse = callback is None and not return_trajectory
-        run = ops.trajectory(x, how.table, philox=source.philox, reuse=reuse, **step_options)
+        run = ops.trajectory(x, how.rows, philox=source.philox, reuse=reuse, **step_options)
         run.begin(scale, 1 + how.guided[0])
-    for k in _bar(range(len(times)), progress):
-        z = source.step(k) if plan.draws[k] else None
+    copies = [*(1 + both for both in how.guided[1:]), 0]
+    streams = source.streams
+    simple = graphed is None and how.plain and not plan.learned_variance and callback is None and not return_trajectory
+    for k in _bar(range(len(told)), progress):
+        z = source.step(k) if streams is None else streams[k]
+        guided = how.guided[k]
+        if simple:
+            m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
+            run.step(k, m, guided, z, copies[k])
+            continue
         ends = k == last or index[k + 1] != index[k]
         if graphed is not None:
-            graphed.step(k, z, source.philox)
+            graphed.step(z)
         else:
-            guided = how.guided[k]
             m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
             variance = None
             if plan.learned_variance:
                 m, variance = _variance(m, shape, guided)
             elif not how.plain and m.shape != run.seen.shape:
                 raise ValueError(f"the model returned shape {tuple(m.shape)} for an input of {tuple(run.seen.shape)}.")
-            copies = 1 + how.guided[k + 1] if k < last else 0
             wanted = callback is not None and ends
-            if how.plain:
-                run.step(k, m, guided, z, copies, wanted, variance)
-            else:
+            extras: dict[str, Any] = {}
+            if not how.plain:
                 m, extras = how.prepare(k, run, m, guided, variance, times[k])
-                run.step(k, m, guided, z, copies, wanted, variance, **extras)
+            run.step(k, m, guided, z, copies[k], wanted, variance, **extras)
         if not ends:
             continue
         if return_trajectory:
@@ -213,7 +224,7 @@ class _Noise:
     def __init__(self, plan, shape, device, dtype, seed, generator, noise, sample_offset, starts, inpaints):
         if seed is not None and generator is not None:
             raise ValueError("pass a seed or a generator, not both.")
-        self._shape, self._device, self._dtype, self._noise = shape, device, dtype, noise
+        self._shape, self._device, self._dtype, self._noise, self._draws = shape, device, dtype, noise, plan.draws
         # Churn is drawn for the step that comes next.
         later = 0 if plan.start is None else 1
         self._steps = [k + later for k in (range(len(plan.times)) if plan.steps is None else plan.steps)]
@@ -234,13 +245,18 @@ class _Noise:
             self.initial = self.philox = ops.Philox(seed, sample_offset, Stream.INITIAL)
         else:
             self.initial = None
+        # The streams of ``philox`` that the rows add, None for rows that add none; None where tensors are added.
+        self.streams: list[int | None] | None = None
+        if not draws or (noise is None and self._generators is None):
+            self.streams = [Stream.STEP + k if drawn else None for k, drawn in zip(self._steps, plan.draws)]
 
-    def step(self, k: int) -> Tensor | int:
-        """The noise that row k adds: a tensor, or a stream of ``philox``."""
-        index = self._steps[k]
+    def step(self, k: int) -> Tensor | None:
+        """The noise that row k adds, where there are no ``streams``."""
+        if not self._draws[k]:
+            return None
         if self._noise is not None:
-            return self._noise(index, self._shape).to(self._device)
-        return self._drawn() if self._generators is not None else Stream.STEP + index
+            return self._noise(self._steps[k], self._shape).to(self._device)
+        return self._drawn()
 
     def churn(self) -> Tensor:
         """The noise of the plan's start."""
@@ -257,11 +273,16 @@ class _Noise:
         return torch.stack([z.to(self._device) for z in drawn])
 
 
-def _model_times(plan: samplers.Plan, guided: Sequence[bool], batch: int, device: Any, dtype: Any) -> list[Tensor]:
-    """What the network is told at each row, [batch], or [2 batch] where it is guided."""
-    told = plan.model_time.to(device)
+def _told(plan: samplers.Plan, device: Any, dtype: Any) -> Tensor:
+    """What the network is told at each row, [S]. A copy: a network may change the t that it is given."""
+    told = plan.model_time.to(device, copy=True)
     if told.is_floating_point():
         told = told.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return told
+
+
+def _model_times(told: Tensor, guided: Sequence[bool], batch: int) -> list[Tensor]:
+    """The same for a batch: [batch], or [2 batch] where it is guided."""
     halves, wholes = (told[:, None].expand(-1, n).unbind(0) if n else () for n in (batch, any(guided) and 2 * batch))
     return [wholes[k] if both else halves[k] for k, both in enumerate(guided)] if wholes else list(halves)
 

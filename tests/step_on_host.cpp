@@ -3,6 +3,7 @@
 #include "../csrc/checks.cpp"
 #include "../csrc/cuda/binding.cpp"
 #include "../csrc/cuda/step_group.h"
+#include "../csrc/tensors.cpp"
 
 namespace fastdiff {
 namespace cuda {

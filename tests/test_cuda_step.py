@@ -291,6 +291,9 @@ def test_whole_runs(host, sampler, dtype, monkeypatch):
         {"cond": cond, "uncond": uncond, "guidance": 2.0},
         {"known": known, "mask": mask},
         {"cond": cond, "uncond": uncond, "guidance": 2.0, "guidance_rescale": 0.7, "return_trajectory": True},
+        # Steps that the kernel does after some that it does not, with their history.
+        {"cond": cond, "uncond": uncond, "guidance": 2.0, "guidance_rescale": 0.7, "guidance_interval": (0.3, 500.0)},
+        {"noise": lambda k, shape: torch.full(shape, 1.0 + k)},
     ):
         results = []
         for backend in ("cuda", "reference"):
@@ -324,7 +327,7 @@ def replayed(device, dtype, sampler, guided, replay):
     first = 1.0 if plan.model_scale is None else float(plan.model_scale[0])
 
     want = reference.Trajectory(
-        reference.step, x, plan.table, plan.table.float().to(device), 3.0, plan.clip, None, None, None, noise, False
+        reference.step, x, ops.PreparedSteps(plan.table), 3.0, plan.clip, None, None, None, noise, False
     )
     want.begin(first, copies)
     for k in range(steps):
@@ -358,6 +361,86 @@ def test_a_step_held_once_and_replayed(host, sampler, guided):
 
     for dtype in (torch.float32, torch.float16):
         replayed("cpu", dtype, sampler, guided, replay)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """``cuda_graph=True`` without a device: what would be captured is run once more at each replay. Counts those."""
+    replays = []
+
+    def record(body, begin, device):
+        for _ in range(3):
+            begin()
+            body()
+        body()  # a capture runs nothing; what it would have left is put back too
+        begin()
+
+        def replay():
+            replays.append(1)
+            body()
+
+        return replay
+
+    monkeypatch.setattr(fastdiff.graph, "record", record)
+    monkeypatch.setattr(fastdiff.sampling, "check_capture", lambda *arguments: None)
+    return replays
+
+
+GRAPHED = {
+    "plain": {},
+    "guided": {"cond": torch.ones(4), "uncond": torch.zeros(4), "guidance": 2.0},
+    "guided a sample": {"cond": torch.ones(4), "uncond": torch.zeros(4), "guidance": torch.tensor([1.0, 2.0, 3, 4])},
+    "inpainting": {"known": torch.ones(4, 3, 8, 8), "mask": torch.eye(8)},
+    "noise of generators": {"generator": "each", "seed": None},
+    "noise of a function": {"noise": lambda k, shape: torch.full(shape, 1.0 + k)},
+    "a trajectory": {"return_trajectory": True},
+    "an estimate": {"callback": "store"},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float64": {"dtype": torch.float64},
+}
+
+
+@pytest.mark.parametrize("backend", ["cuda", "reference", "native"])
+@pytest.mark.parametrize("option", GRAPHED)
+def test_graphed_runs_equal_plain_ones(host, recorded, backend, option, monkeypatch):
+    """All samplers: what a graph replays is the run of separate steps, noise and history and all."""
+    monkeypatch.setattr(backends, "_forced", backend)
+    captured = []
+    real = cuda.Trajectory.captured
+    monkeypatch.setattr(cuda.Trajectory, "captured", lambda *a, **how: captured.append(1) or real(*a, **how))
+    for sampler in fastdiff.samplers.NAMES if option == "plain" else [*CAPTURED, "edm", "flow_lcm"]:
+        flow = sampler.startswith("flow")
+        process = fastdiff.RectifiedFlow() if flow else fastdiff.VariancePreserving()
+        results = []
+        for graphed in (False, True):
+            how, stored = {"seed": 3, "progress": False} | GRAPHED[option], []
+            if "generator" in how:
+                how["generator"] = [torch.Generator().manual_seed(k) for k in range(4)]
+            if "callback" in how:
+                how["callback"] = lambda k, t, x, x0, stored=stored: stored.extend((x, x0, torch.tensor(float(t))))
+
+            def network(x, t, c=None):  # the time counts
+                return torch.tanh(x + t.view(-1, 1, 1, 1) / 1000) if c is None else torch.sin(x * c.view(-1, 1, 1, 1))
+
+            del recorded[:], captured[:]
+            got = fastdiff.sample(
+                network, (4, 3, 8, 8), process, sampler, 6, "flow" if flow else "epsilon", cuda_graph=graphed, **how
+            )
+            results.append([*(got if isinstance(got, tuple) else (got,)), *stored])
+        rows = len(fastdiff.samplers.get(sampler).plan(process, 6, "flow" if flow else "epsilon").times)
+        assert len(recorded) == rows, "one replay a row"
+        assert len(captured) == (rows + 4 if backend == "cuda" and option != "float64" else 0), "and one launch"
+        assert len(results[0]) == len(results[1])
+        for a, b in zip(*results):
+            assert_same(a, b)
+
+
+def test_a_graphed_network_of_the_wrong_shape(host, recorded):
+    with pytest.raises(ValueError, match="the model returned shape"):
+        fastdiff.sample(
+            lambda x, t: x[:, :1], (4, 3, 8, 8), fastdiff.VariancePreserving(), "ddim", 4, seed=1, cuda_graph=True,
+            progress=False,
+        )  # fmt: skip
 
 
 def test_an_index_beyond_the_table_gives_nan(host):
@@ -568,6 +651,32 @@ def test_gpu_graph_with_the_step_counted_on_the_device(gpu, sampler, guided):
 
     for dtype in DTYPES[:2]:
         replayed("cuda", dtype, sampler, guided, replay)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("option", ["plain", "guided", "inpainting", "noise of a function", "an estimate"])
+def test_gpu_graphed_runs_equal_plain_ones(gpu, option):
+    """``fastdiff.sample(cuda_graph=True)``; fresh noise at each replay, and from run to run."""
+    process = fastdiff.VariancePreserving()
+
+    def network(x, t, c=None):
+        return 0.1 * x + t.view(-1, 1, 1, 1) / 1000 + (0.0 if c is None else 0.01 * c.view(-1, 1, 1, 1))
+
+    for sampler in ("ddpm", "ddim", "heun", "dpmpp_2m_sde", "unipc"):
+        runs = []
+        for seed, graphed in ((3, False), (3, True), (4, True)):
+            stored, how = [], {}
+            for name, value in GRAPHED[option].items():
+                how[name] = value.cuda() if isinstance(value, torch.Tensor) else value
+            if "callback" in how:
+                how["callback"] = lambda k, t, x, x0, stored=stored: stored.extend((x, x0))
+            x = fastdiff.sample(
+                network, (4, 3, 8, 8), process, sampler, 6, seed=seed, device="cuda", cuda_graph=graphed,
+                progress=False, **how,
+            )  # fmt: skip
+            runs.append([x, *stored])
+        assert all(torch.equal(a, b) for a, b in zip(*runs[:2]))
+        assert not torch.equal(runs[0][0], runs[2][0])
 
 
 @pytest.mark.gpu

@@ -308,6 +308,8 @@ class TestBinding:
     X = torch.zeros(1024)  # room for 64 elements of any dtype: a size that is claimed is not the binding's to doubt
     LAYOUT = (4, 1, 1, 16, 4, 1)
     GOOD = (X.data_ptr(), 0, 64)
+    RUN = [GOOD, (4, 16), LAYOUT, (X.data_ptr(), 0, 1), LAYOUT, (X.data_ptr(), 0, 1), (X.data_ptr(), 0, 54), None, None,
+           None, None, (1, 0, 0, 0.0), (X.data_ptr(), 0, 128), 1]  # fmt: skip
     R = torch.ones(4)  # held: the pointer must stay good
     ROWS = (R.data_ptr(), 0, 4)
 
@@ -332,6 +334,7 @@ class TestBinding:
                      None, (self.X.data_ptr(), 0, 1), None, self.GOOD, 1],
             "step": [self.LAYOUT, self.GOOD, self.GOOD, None, None, (self.X.data_ptr(), 0, 18), None, (), None, None,
                      self.GOOD, None, None, None, None, None, None, None, 1],
+            "trajectory": self.RUN,
         }  # fmt: skip
         name = data.draw(st.sampled_from(sorted(good)))
         arguments = list(good[name])
@@ -340,9 +343,24 @@ class TestBinding:
         if any(a == self.X.data_ptr() or (isinstance(a, tuple) and -1 in a[:1]) for a in arguments):
             return  # the address as a count, or as a seed: harmless, and nothing to learn
         try:
-            getattr(_C, name)(*arguments)
+            made = getattr(_C, name)(*arguments)
+            if name == "trajectory":
+                self.use(made, data, junk)
         except (ValueError, TypeError, OverflowError):
             pass
+
+    def use(self, made, data, junk):
+        """Steps of a run, with anything in the place of any argument of them too."""
+        launch, aim = made
+        targets, steps = [self.GOOD, self.GOOD], [0, self.GOOD, True, 3, None, None, None, None, None]
+        steps[1] = (self.X.data_ptr(), 0, 128)
+        if data.draw(st.booleans()):
+            targets[data.draw(st.integers(0, 1))] = data.draw(junk)
+        else:
+            steps[data.draw(st.integers(0, 8))] = data.draw(junk)
+        aim(*targets)
+        for _ in range(3):
+            launch(*steps[: data.draw(st.sampled_from([4, 9]))])
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -364,3 +382,59 @@ class TestBinding:
             arguments[k] = value
         with pytest.raises(ValueError, match=message):
             _C.noise(*arguments)
+
+    def test_a_run_of_good_arguments(self):
+        launch, aim = _C.trajectory(*self.RUN)
+        with pytest.raises(ValueError, match="y: no target"):
+            launch(0, self.X, False, None)
+        aim(self.GOOD, None)
+        assert launch(0, (self.X.data_ptr(), 0, 64), False, 3, None, None, None, None, None)
+        assert not launch(0, torch.zeros(8), False, None), "of another shape"
+        assert not launch(0, torch.zeros(16, 4).mT, False, None), "not contiguous"
+        assert not launch(0, None, False, None)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({1: (4, 15)}, "sizes"),
+            ({1: ()}, "sizes"),
+            ({1: (2**40, 2**40)}, "sizes"),
+            ({3: (GOOD[0], 0, 3)}, "guidance"),
+            ({3: (GOOD[0], 1, 1)}, "guidance|dtype"),
+            ({4: (4, 1, 1, 8, 4, 1)}, "layout"),
+            ({6: (GOOD[0], 0, 53)}, "table"),
+            ({6: (GOOD[0], 2, 54)}, "table"),
+            ({8: (GOOD[0], 4, 64, (64,), (1,))}, "known"),
+            ({11: GOOD}, "made"),
+            ({12: (GOOD[0], 1, 128)}, "history"),
+            ({12: (GOOD[0], 0, 5 * 64)}, "history"),
+            ({12: (GOOD[0], 0, 100)}, "history"),
+            ({13: -1}, "threads"),
+        ],
+    )
+    def test_messages_of_a_run(self, change, message):
+        arguments = list(self.RUN)
+        for k, value in change.items():
+            arguments[k] = value
+        with pytest.raises(ValueError, match=message):
+            _C.trajectory(*arguments)
+
+    @pytest.mark.parametrize(
+        ("call", "error", "message"),
+        [
+            (lambda launch, aim, x: launch(3, x, False, None), ValueError, "k: there is no such row"),
+            (lambda launch, aim, x: launch(-1, x, False, None), ValueError, "k: there is no such row"),
+            (lambda launch, aim, x: launch(0, x, False, 2**32), ValueError, "32 bits"),
+            (lambda launch, aim, x: launch(0, x, False), TypeError, "4 or 9"),
+            (lambda launch, aim, x: launch(0, x, False, None, *[None] * 5), ValueError, "m: expected"),
+            (lambda launch, aim, x: aim((x.data_ptr(), 2, 64), None), ValueError, "y: must be of the dtype"),
+            (lambda launch, aim, x: aim((x.data_ptr(), 0, 63), None), ValueError, "y: has 63"),
+            (lambda launch, aim, x: aim((x.data_ptr(), 0, 64), (x.data_ptr(), 2, 64)), ValueError, "model_input"),
+            (lambda launch, aim, x: aim(), TypeError, "2 arguments"),
+        ],
+    )
+    def test_messages_of_a_step_of_a_run(self, call, error, message):
+        launch, aim = _C.trajectory(*self.RUN)
+        aim(self.GOOD, None)
+        with pytest.raises(error, match=message):
+            call(launch, aim, torch.zeros(4, 16))

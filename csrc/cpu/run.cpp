@@ -166,6 +166,10 @@ void run(StepArguments& arguments, bool wide, int threads) {
   arguments.y = placed(arguments.y, arguments.layout);
   arguments.x0 = placed(arguments.x0, arguments.layout);
   arguments.entry = placed(arguments.entry, arguments.layout);
+  // What is written over was just read: it is in the caches, and stays there.
+  if (arguments.y.data == arguments.x.data) arguments.y.streamed = false;
+  for (const Input& past : arguments.history)
+    if (arguments.entry.data == past.data) arguments.entry.streamed = false;
   const auto kernel = chosen().table->step[wide];
   parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }

@@ -25,7 +25,7 @@ class _Placed:
             )
         self.table = table.double().contiguous()
         self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self.held: dict[Any, Any] = {}  # what a backend keeps with the table
+        self.held: dict[Any, Any] = {}  # what is kept with the table, such as by a backend
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The table on ``device``; copied at the first call."""

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.reference import COLUMNS, Trajectory
+from ..backends.reference import Trajectory
 from .checks import check_clip, check_floating, place_rows
 from .noise import Philox
+from .prepared import PreparedSteps
 from .step import check_inpainting
 
 
 def trajectory(
     x: Tensor,
-    table: Tensor,
+    table: Tensor | PreparedSteps,
     *,
     guidance: Tensor | float = 1.0,
     clip: float | None = None,
@@ -28,25 +29,25 @@ def trajectory(
 
     Args:
         x: where to start, floating point, [batch, ...].
-        table: rows of coefficients, [steps, K] with K = len(COLUMNS), float64 on the CPU.
+        table: rows of coefficients, [steps, K] with K = len(COLUMNS), float64 on the CPU; ``PreparedSteps`` of them
+            where there are several runs of one table.
         guidance: of guided steps: a number, or rows ([batch]).
         clip, mask, known, known_noise: see ``fastdiff.ops.step``.
         philox: what the noise of steps is made from; each step names its stream.
-        reuse: results may be written where earlier ones were: what x was two steps ago is then gone.
+        reuse: results may be written where earlier ones were: what x was before a step is then gone after it, and so
+            is what the network was given. The x that is passed here is not written to.
 
     Raises TypeError or ValueError for unfit inputs.
     """
-    check_floating(x=x, table=table)
-    if table.ndim != 2 or table.shape[1] != len(COLUMNS):
-        raise ValueError(f"table must be [steps, {len(COLUMNS)}]; got {tuple(table.shape)}.")
+    check_floating(x=x)
+    prepared = table if isinstance(table, PreparedSteps) else PreparedSteps(table)
     check_clip(clip)
     check_inpainting(x, mask, known, known_noise)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    placed = table.to(x.device, dtype)
     if isinstance(guidance, Tensor):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         guidance = place_rows("guidance", guidance.to(x.device, dtype), x.shape)
     if known is not None:
         known = known.to(x.dtype)
     backend = backends.get(x.device)
     make = getattr(backend, "Trajectory", Trajectory)
-    return make(backend.step, x, table, placed, guidance, clip, mask, known, known_noise, philox, reuse)
+    return make(backend.step, x, prepared, guidance, clip, mask, known, known_noise, philox, reuse)

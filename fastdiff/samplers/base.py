@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .. import prediction as kinds
+from ..ops.prepared import PreparedSteps
 from ..ops.step import COLUMNS
 from ..prediction import Prediction
 from ..process import Levels, Process
@@ -47,6 +49,11 @@ class Plan:
     steps: tuple[int, ...] | None = None
     gradient: Tensor | None = None
     gradient_of_mean: bool = False
+
+    @cached_property
+    def rows(self) -> PreparedSteps:
+        """The table, placed on a device once for all runs."""
+        return PreparedSteps(self.table)
 
 
 class Sampler:

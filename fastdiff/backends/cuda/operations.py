@@ -22,11 +22,11 @@ if torch.version.hip is not None:
     unavailable_because = "this PyTorch is for ROCm"
 built = not unavailable_because
 
-_DATA = frozenset((torch.float32, torch.bfloat16, torch.float16))
-MASKS = _DATA | {torch.bool}
+DATA = frozenset((torch.float32, torch.bfloat16, torch.float16))
+MASKS = DATA | {torch.bool}
 MOST = 2**32 - 256  # elements: one thread each at worst
 _Parameter = torch.nn.Parameter
-_is_compiling, _wrapping = torch.compiler.is_compiling, torch._C._functorch.peek_interpreter_stack
+_is_compiling, wrapping = torch.compiler.is_compiling, torch._C._functorch.peek_interpreter_stack
 
 
 def description() -> str:
@@ -70,7 +70,7 @@ def prepare(device: int) -> None:
 def plain(*tensors: Any) -> bool:
     """Whether all tensors have memory to point at on a CUDA device: none is traced, wrapped or a subclass. What is no
     tensor is passed over."""
-    if _is_compiling() or _wrapping() is not None:
+    if _is_compiling() or wrapping() is not None:
         return False
     for tensor in tensors:
         kind = type(tensor)
@@ -92,7 +92,7 @@ def differentiable(*tensors: Any) -> bool:
 
 def of_data(*tensors: Any) -> bool:
     """Whether what is a tensor has a dtype that the kernel reads."""
-    return all(tensor.dtype in _DATA for tensor in tensors if isinstance(tensor, Tensor))
+    return all(tensor.dtype in DATA for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def one_or_each(numbers: Any, x: Tensor) -> bool:

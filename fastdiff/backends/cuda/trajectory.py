@@ -24,8 +24,7 @@ class Trajectory(Any_Trajectory):
         self,
         step: Callable[..., Any],
         x: Tensor,
-        table: Tensor,
-        placed: Tensor,
+        prepared: Any,
         guidance: Tensor | float,
         clip: float | None,
         mask: Tensor | None,
@@ -34,7 +33,8 @@ class Trajectory(Any_Trajectory):
         philox: Any,
         reuse: bool,
     ):
-        super().__init__(step, x, table, placed, guidance, clip, mask, known, known_noise, philox, reuse)
+        super().__init__(step, x, prepared, guidance, clip, mask, known, known_noise, philox, reuse)
+        placed = self._placed
         self._prepared = (
             on.built
             and plain(x, placed, guidance, mask, known, known_noise, getattr(known_noise, "seed", None))
@@ -62,28 +62,41 @@ class Trajectory(Any_Trajectory):
         self._numbers = numbers(self._scales)
         self._inpainting = of_mask(self._repeated), memory(self._given), source(self._given_noise)
         self._kept = memory(x)
-        self._buffers: dict[Any, Tensor] = {}
+        self._buffers: dict[Any, tuple[Tensor, Memory]] = {}
+        self._depth = max(self.reads, default=0)
+        self._past: list[Memory] = []  # of the history
+        self._outs = [(n * x.shape[0], *x.shape[1:]) for n in (1, 2)]
+        # What streams of the noise are made from; None: each step settles that.
+        self._key: Any = None
+        seed = getattr(philox, "seed", None)
+        if philox is not None and not philox.offset and plain(seed):
+            self._key = memory(seed) if isinstance(seed, Tensor) else int(seed)
 
-    def _buffer(self, name: str, k: int, batch: int) -> Tensor:
+    @property
+    def captures(self) -> bool:
+        """Whether ``prepare_capture`` and ``captured`` can be used."""
+        return self._prepared
+
+    def _buffer(self, name: str, k: int, batch: int) -> tuple[Tensor, Memory]:
         """Memory to write x, or what the network sees, at step k to: two by turns, if they may be used again."""
-        if not self._reuse:
-            return torch.empty((batch, *self._shape[1:]), dtype=self.x.dtype, device=self.x.device)
         key = name, k % 2, batch
-        found = self._buffers.get(key)
-        if found is None or found is self.x:
-            found = self._buffers[key] = torch.empty(
-                (batch, *self._shape[1:]), dtype=self.x.dtype, device=self.x.device
-            )
+        found = self._buffers.get(key) if self._reuse else None
+        if found is None or found[0] is self.x:
+            made = torch.empty((batch, *self._shape[1:]), dtype=self.x.dtype, device=self.x.device)
+            found = made, memory(made)
+            if self._reuse:
+                self._buffers[key] = found
         return found
 
-    def _entry(self, k: int) -> Tensor | None:
-        """Memory for the entry that step k makes, which none of those in use has."""
-        if not self.keeps[k]:
+    def _entry(self, k: int) -> tuple[Tensor, Memory] | None:
+        """Memory for the entry that step k makes: that of the oldest once there are as many as are read. It is read,
+        element by element, before it is overwritten."""
+        if not self.keeps[k] or not self._depth:
             return None
-        if len(self._history) < 4:
-            return torch.empty(self._shape, dtype=torch.float32, device=self.x.device)
-        # The oldest is read, element by element, before it is overwritten.
-        return self._history[3]
+        if len(self._history) < self._depth:
+            made = torch.empty(self._shape, dtype=torch.float32, device=self.x.device)
+            return made, memory(made)
+        return self._history[-1], self._past[-1]
 
     @staticmethod
     def _outputs(m: Tensor, guided: bool) -> tuple[Memory, Memory | None]:
@@ -108,39 +121,40 @@ class Trajectory(Any_Trajectory):
         history: tuple[Tensor, ...] | None = None,
     ) -> None:
         """As ``reference.Trajectory.step``."""
-        stream = noise
-        if type(noise) is int:
-            noise = dataclasses.replace(self._philox, stream=noise)
         if (
             not self._prepared
-            or log_variance is not None
-            or threshold is not None
-            or row is not None
-            or history is not None
-            or not plain(m, noise, getattr(noise, "seed", None))
-            or not of_data(m, noise)
-            or differentiable(m, noise)
+            or not (log_variance is threshold is row is history is None)
+            or type(m) is not Tensor
+            or not on.on_device(m)
+            or m.dtype not in on.DATA
+            or on.wrapping() is not None
+            or differentiable(m)
         ):
-            super().step(k, m, guided, stream, copies, want_x0, log_variance, threshold, row, history)
-            if self._prepared:
-                self.x = self.x.contiguous()
-                self._kept = memory(self.x)
-                self._history = [entry.contiguous() for entry in self._history]
+            self._step_elsewhere(k, m, guided, noise, copies, want_x0, log_variance, threshold, row, history)
             return
-        if m.shape != ((2 if guided else 1) * self._shape[0], *self._shape[1:]):
+        if m.shape != self._outs[guided]:
             self._refuse_shape(m, guided)
-        if isinstance(noise, Tensor):
-            self._check_noise(noise)
-        m, noise = m.contiguous(), settled(noise, self.x)
+        made: Any = None
+        if type(noise) is int and self._key is not None:
+            made = self._key, noise, self._philox.sample_offset, 0.0
+        elif noise is not None:
+            if type(noise) is int:
+                noise = dataclasses.replace(self._philox, stream=noise)
+            else:
+                self._check_noise(noise)
+            if not plain(noise, getattr(noise, "seed", None)) or not of_data(noise) or differentiable(noise):
+                self._step_elsewhere(k, m, guided, noise, copies, want_x0, None, None, None, None)
+                return
+            noise = settled(noise, self.x)  # held until the launch
+            made = source(noise)
+        m = m.contiguous()
         output, uncond = self._outputs(m, guided)
-        batch = self._shape[0]
-        seen = None
+        seen, at_seen = None, None
         if copies > 1 or (copies and self.scales[k] != 1):
-            seen = self._buffer("seen", k, copies * batch)
-        y = self._buffer("x", k, batch)
+            seen, at_seen = self._buffer("seen", k, copies * self._shape[0])
+        y, to = self._buffer("x", k, self._shape[0])
         x0 = torch.empty_like(self.x) if want_x0 else None
         entry = self._entry(k)
-        to = memory(y)
         on._C.cuda_step(
             self._device,
             on.queue(self._device),
@@ -154,22 +168,32 @@ class Trajectory(Any_Trajectory):
             self._numbers if guided else 1.0,
             self._clip,
             None,
-            tuple([memory(t) for t in self._history[: self.reads[k]]]),
+            tuple(self._past[: self.reads[k]]),
             False,
-            source(noise),
+            made,
             None,
             *self._inpainting,
             to,
             memory(x0),
-            memory(entry),
-            memory(seen),
+            None if entry is None else entry[1],
+            at_seen,
         )
         self.x, self._kept = y, to
         self.seen = y if seen is None else seen
         if want_x0:
             self.x0 = x0
         if entry is not None:
-            self._history = [entry, *self._history[:3]]
+            self._history = [entry[0], *self._history[: self._depth - 1]]
+            self._past = [entry[1], *self._past[: self._depth - 1]]
+
+    def _step_elsewhere(self, *arguments: Any) -> None:
+        """A step that the kernel does not do, or not without looking closer: by the backend's ``step``."""
+        super().step(*arguments)
+        if self._prepared:
+            self.x = self.x.contiguous()
+            self._kept = memory(self.x)
+            self._history = [entry.contiguous() for entry in self._history[: self._depth]]
+            self._past = [memory(entry) for entry in self._history]
 
     def captured(
         self,
@@ -198,6 +222,8 @@ class Trajectory(Any_Trajectory):
             raise RuntimeError("a captured step needs a CUDA device and float32, bfloat16 or float16 data.")
         if not m.is_contiguous():
             raise RuntimeError("a captured step needs the network's output to be contiguous.")
+        if m.shape != ((2 if guided else 1) * self._shape[0], *self._shape[1:]):
+            self._refuse_shape(m, guided)
         output, uncond = self._outputs(m, guided)
         seen = None if self.seen is self.x else self.seen
         if len(self.seen) != max(copies, 1) * len(self.x):
@@ -221,14 +247,14 @@ class Trajectory(Any_Trajectory):
             None,
             *self._inpainting,
             self._kept,
-            None,
+            memory(self.x0),
             None,
             memory(seen),
         )
 
-    def prepare_capture(self, scale: float = 1.0, copies: int = 1) -> None:
+    def prepare_capture(self, scale: float = 1.0, copies: int = 1, want_x0: bool = False) -> None:
         """Give x, seen and the history memory of their own, which ``captured`` overwrites, and fill seen with scale x,
-        ``copies`` times along the batch."""
+        ``copies`` times along the batch. ``want_x0``: x0 too, for the estimates."""
         if not self._prepared:
             raise RuntimeError("a captured step needs a CUDA device and float32, bfloat16 or float16 data.")
         self.x = self.x.clone()
@@ -240,3 +266,9 @@ class Trajectory(Any_Trajectory):
         self.begin(scale, copies)
         if copies > 1 or any(scale != 1 for scale in self.scales):
             self.seen = self.seen.clone() if self.seen is self.x else self.seen
+        self.x0 = torch.empty_like(self.x) if want_x0 else None
+
+    @property
+    def changed(self) -> list[Tensor]:
+        """What ``captured`` writes and a later step reads, but for the index."""
+        return [self.x, *([] if self.seen is self.x else [self.seen]), *self._history]

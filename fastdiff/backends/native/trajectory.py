@@ -1,57 +1,70 @@
-"""A run of steps on the CPU: pointers and buffers are found once, so that a step is one call with little before it."""
+"""A run of steps on the CPU: ``fastdiff._C`` holds what stays the same (csrc/trajectory.cpp), so that a step is one
+call with little before it."""
 
 from __future__ import annotations
 
+import math
+from sys import getrefcount
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..layout import layout_of
 from . import operations
 from .launch import DTYPES, arrange, masked, memory, source
 
-_NOISE = reference.COLUMNS.index("c_noise")
-_READ = frozenset(operations._DATA)
+_ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 class Trajectory(reference.Trajectory):
-    """As ``reference.Trajectory``, one launch of the native step a row."""
+    """As ``reference.Trajectory``, a launch of the native step a row. With ``reuse`` x is written over where it is, but
+    for a tensor that somebody else holds: it is left to them."""
 
-    def __init__(self, step, x, table, placed, guidance, clip, mask, known, known_noise, philox, reuse):
-        super().__init__(step, x, table, placed, guidance, clip, mask, known, known_noise, philox, reuse)
-        given = (x, placed, guidance, mask, known, known_noise, getattr(known_noise, "seed", None))
+    def __init__(self, step, x, prepared, guidance, clip, mask, known, known_noise, philox, reuse):
+        super().__init__(step, x, prepared, guidance, clip, mask, known, known_noise, philox, reuse)
+        given = (x, self._placed, guidance, mask, known, known_noise, getattr(known_noise, "seed", None))
         given += (getattr(philox, "seed", None),)
-        self._prepared = operations._plain(*given) and x.is_contiguous() and x.numel() > 0
+        self._prepared = operations._plain(*given) and x.ndim > 0 and x.is_contiguous() and x.numel() > 0
         if not self._prepared:
             return
-        self._shape, self._both = x.shape, torch.Size((2 * len(x), *x.shape[1:]))
-        self._elements, self._code, self._size = x.numel(), DTYPES[x.dtype], x.element_size()
-        one = placed.new_empty(1)
-        samples = one.expand((len(x),) + (1,) * (x.ndim - 1))
-        if not isinstance(guidance, Tensor):
-            guidance = placed.new_full((1,), guidance)
-        self._layout, (rows,) = arrange(x.shape, guidance)
-        self._sample_layout, (_, sample_rows) = arrange(x.shape, samples, guidance)
-        row_bytes = placed.shape[1] * placed.element_size()
-        start, code, width = placed.data_ptr(), DTYPES[placed.dtype], placed.shape[1]
-        self._rows = [(start + k * row_bytes, code, width) for k in range(len(placed))]
-        self._scale, self._sample_scale = memory(rows), memory(sample_rows)
+        placed, shape = self._placed, x.shape
+        self._shape, self._both, self._elements = shape, (2 * shape[0], *shape[1:]), x.numel()
+        self._code, self._size = DTYPES[x.dtype], x.element_size()
+        ones = (1,) * len(shape)
+        if isinstance(guidance, Tensor):
+            layout, (rows,) = arrange(shape, guidance)
+            samples = placed.new_empty(1).expand(shape[0], *ones[1:])
+            by_sample, (_, sample_rows) = arrange(shape, samples, guidance)
+        else:
+            layout, by_sample = layout_of(shape, ones)[0], layout_of(shape, (shape[0], *ones[1:]))[0]
+            rows = sample_rows = _ONE[placed.dtype] if guidance == 1 else placed.new_full((1,), guidance)
         known = None if known is None else known.contiguous()
         known_noise = known_noise.contiguous() if isinstance(known_noise, Tensor) else known_noise
-        self._inpainting = masked(mask, x.shape), memory(known), source(known_noise)
-        self._held = placed, rows, sample_rows, mask, known, known_noise  # what is pointed at must live
-        self._noisy = (table[:, _NOISE] != 0).tolist()
-        if philox is not None:
-            self._seed, self._first, self._offset = int(philox.seed), philox.sample_offset, philox.offset
-        self._threads = torch.get_num_threads()
-        self._x = memory(x)
-        self._buffers: dict[Any, tuple] = {}
-        self._turn = 0
+        made = None if philox is None else (int(philox.seed), 0, philox.sample_offset, philox.offset)
         count = max(self.reads, default=0)
-        self._ring = [torch.empty(x.shape, dtype=placed.dtype, device="cpu") for _ in range(count + 1)] if count else []
-        self._entries: list[tuple[int, int, int]] = []  # of the history, the latest first
-        self._free = [memory(entry) for entry in self._ring]
+        history = torch.empty((count, *shape), dtype=placed.dtype, device="cpu") if count else None
+        self._held = x, placed, rows, sample_rows, mask, known, known_noise, history  # what is pointed at must live
+        self._launch, self._aim = operations._C.trajectory(
+            memory(x),
+            tuple(shape),
+            layout,
+            memory(rows),
+            by_sample,
+            memory(sample_rows),
+            memory(placed),
+            clip,
+            masked(mask, shape),
+            memory(known),
+            source(known_noise),
+            made,
+            memory(history),
+            torch.get_num_threads(),
+        )
+        self._target: int | None = None
+        self._holders: float = math.inf  # of seen, after the last step
+        self._buffers: dict[Any, Tensor] = {}
 
     def step(
         self,
@@ -70,93 +83,65 @@ class Trajectory(reference.Trajectory):
         if not self._prepared:
             super().step(k, m, guided, noise, copies, want_x0, log_variance, threshold, row, history)
             return
+        if getrefcount(self.seen) > self._holders:  # the network, or the caller, keeps it
+            self._buffers.clear()
+            self._target = None
+        target = (copies > 1) + (2 if copies and self.scales[k] != 1 else 0)
+        if target != self._target:
+            self._turn_to(target)
+        plain = not want_x0 and log_variance is threshold is row is history is None
+        if isinstance(noise, Tensor):
+            self._check_noise(noise)
+            given = _data(noise)
+            noise = memory(given)
+        if not plain or not self._launch(k, m, guided, noise):
+            self._step_with(k, m, guided, noise, want_x0, log_variance, threshold, row, history)
+        self.x, self.seen = self._y, self._next
+        if self._reuse:
+            self._holders = getrefcount(self.seen)
+        else:
+            self._target = None
+
+    def _step_with(self, k, m, guided, noise, want_x0, log_variance, threshold, row, history) -> None:
+        """A step with anything beyond the plain arguments, or with an output that is not just contiguous memory."""
+        if not isinstance(m, Tensor):
+            raise TypeError(f"the model must return a tensor; got {type(m).__name__}.")
         if m.shape != (self._both if guided else self._shape):
             self._refuse_shape(m, guided)
-        if type(m) is not Tensor or not m.is_cpu or m.dtype not in _READ or not m.is_contiguous():
-            m = _data(m)
-        pointer, code, elements = m.data_ptr(), DTYPES[m.dtype], self._elements
-        uncond = scale = spread = bound = None
-        layout, at = self._layout, self._rows[k]
-        if guided:
-            uncond, scale = (pointer, code, elements), self._scale
-            pointer += elements * m.element_size()
-        if type(noise) is int:
-            made = self._noisy[k] or log_variance is not None
-            noise = (self._seed, noise, self._first, self._offset) if made else None
-        elif noise is not None:
-            self._check_noise(noise)
-            noise_data = _data(noise)
-            noise = memory(noise_data)
-        if history is None:
-            past = tuple(self._entries[: self.reads[k]]) if self._entries else ()
-        else:
-            history = tuple(_data(entry) for entry in history)
-            past = tuple(memory(entry) for entry in history)
-        if log_variance is not None:
-            log_variance = _data(log_variance)
-            spread = memory(log_variance)
-        if row is not None or threshold is not None:
-            layout, scale = self._sample_layout, self._sample_scale if guided else None
-            if row is not None:
-                row = row.contiguous()
-                at = memory(row)
-            if threshold is not None:
-                threshold = threshold.contiguous()
-                bound = memory(threshold)
-        y, written, seen, target = self._outputs(k, copies)
-        x0 = torch.empty(self._shape, dtype=y.dtype, device="cpu") if want_x0 else None
-        entry = self._free.pop() if self.keeps[k] and self._ring else None
-        operations._C.step(
-            layout,
-            self._x,
-            (pointer, code, elements),
-            uncond,
-            scale,
-            at,
-            self._clip,
-            past,
-            noise,
-            spread,
-            written,
-            None if x0 is None else memory(x0),
-            entry,
-            bound,
-            *self._inpainting,
-            target,
-            self._threads,
-        )
-        self.x, self._x, self.seen = y, written, seen
+        held = [None if tensor is None else _data(tensor) for tensor in (m, log_variance)]
+        held += [None if tensor is None else tensor.contiguous() for tensor in (threshold, row)]
+        past = None if history is None else [_data(entry) for entry in history]
+        x0 = torch.empty(self._shape, dtype=self.x.dtype, device="cpu") if want_x0 else None
+        rest = (*map(memory, held[1:]), None if past is None else tuple(map(memory, past)), memory(x0))
+        if not self._launch(k, memory(held[0]), guided, noise, *rest):
+            apart = held[0].clone()  # it shared memory with x, in another arrangement
+            self._launch(k, memory(apart), guided, noise, *rest)
         if x0 is not None:
             self.x0 = x0
-        if entry is not None:
-            self._entries.insert(0, entry)
-            if not self._free:
-                self._free.append(self._entries.pop())
 
-    def _outputs(self, k: int, copies: int) -> tuple[Tensor, tuple, Tensor, tuple | None]:
-        """(y, its memory, what the network sees next, the memory of that as far as it is not y)."""
-        scaled = copies > 0 and self.scales[k] != 1
-        if not self._reuse:
-            return self._made(copies, scaled)
-        self._turn ^= 1
-        key = self._turn + 2 * (copies > 1) + 4 * scaled
-        found = self._buffers.get(key)
+    def _turn_to(self, target: int) -> None:
+        """Have the next steps write to y, and c_in y to what the network sees next: once or twice (``target`` & 1),
+        scaled (``target`` & 2) or not."""
+        twice, scaled = bool(target & 1), bool(target & 2)
+        both = self._buffer("both", self._both) if twice else None
+        if both is not None and not scaled:  # the first half of what the network sees is y itself
+            y, seen = both[: self._shape[0]], both
+            start, n = both.data_ptr(), self._elements
+            at_y, at_seen = (start, self._code, n), (start + n * self._size, self._code, n)
+        else:
+            y = self._buffer("y", self._shape)
+            seen = both if both is not None else self._buffer("seen", self._shape) if scaled else y
+            at_y, at_seen = memory(y), memory(seen) if scaled else None
+        self._aim(at_y, at_seen)
+        self._y, self._next, self._target = y, seen, target
+
+    def _buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        found = self._buffers.get(name) if self._reuse else None
         if found is None:
-            found = self._buffers[key] = self._made(copies, scaled)
+            found = torch.empty(shape, dtype=self.x.dtype, device="cpu")
+            if self._reuse:
+                self._buffers[name] = found
         return found
-
-    def _made(self, copies: int, scaled: bool) -> tuple[Tensor, tuple, Tensor, tuple | None]:
-        dtype, n = self.x.dtype, self._elements
-        if copies > 1 and not scaled:  # the first half of what the network sees is y itself
-            seen = torch.empty(self._both, dtype=dtype, device="cpu")
-            start = seen.data_ptr()
-            y = seen[: len(self.x)]
-            return y, (start, self._code, n), seen, (start + n * self._size, self._code, n)
-        y = torch.empty(self._shape, dtype=dtype, device="cpu")
-        if not scaled:
-            return y, memory(y), y, None
-        seen = torch.empty(self._both if copies > 1 else self._shape, dtype=dtype, device="cpu")
-        return y, memory(y), seen, memory(seen)
 
 
 def _data(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,27 @@ from torch import Tensor
 from .operations import COLUMNS
 
 _AT = {name: k for k, name in enumerate(COLUMNS)}
+
+
+class Needs(NamedTuple):
+    """What the rows of a table ask for: whether each makes a history entry, how many it reads, and what it scales the
+    network's next input by."""
+
+    keeps: list[bool]
+    reads: list[int]
+    scales: list[float]
+
+    @classmethod
+    def of(cls, prepared: Any) -> Needs:
+        found = prepared.held.get(cls)
+        if found is None:
+            table = prepared.table
+            used = table != 0
+            depth = torch.arange(1, 5, device="cpu")
+            keeps = used[:, [_AT["h_x"], _AT["h_m"], _AT["h_x0"]]].any(1).tolist()
+            reads = (used[:, _AT["c_h1"] : _AT["c_h4"] + 1] * depth).amax(1).tolist() if len(table) else []
+            found = prepared.held[cls] = cls(keeps, reads, table[:, _AT["c_in"]].tolist())
+        return found
 
 
 class Trajectory:
@@ -22,14 +43,16 @@ class Trajectory:
         x: the sample now.
         seen: what the network is to be called with next: c_in x, twice along the batch for a guided call.
         x0: the x0 estimate of the last step that wanted one.
+        captures: whether a CUDA graph can hold a step, as ``backends.cuda.Trajectory.captured``.
     """
+
+    captures = False
 
     def __init__(
         self,
         step: Callable[..., Any],
         x: Tensor,
-        table: Tensor,
-        placed: Tensor,
+        prepared: Any,
         guidance: Tensor | float,
         clip: float | None,
         mask: Tensor | None,
@@ -38,14 +61,11 @@ class Trajectory:
         philox: Any,
         reuse: bool,
     ):
-        self._step, self.x, self._placed = step, x, placed
+        self._step, self.x = step, x
+        self._placed = prepared.placed(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
         self._guidance, self._clip, self._philox, self._reuse = guidance, clip, philox, reuse
         self._mask, self._known, self._known_noise = mask, known, known_noise
-        used = table != 0
-        depth = torch.arange(1, 5, device="cpu")
-        self.keeps = used[:, [_AT["h_x"], _AT["h_m"], _AT["h_x0"]]].any(1).tolist()
-        self.reads = (used[:, _AT["c_h1"] : _AT["c_h4"] + 1] * depth).amax(1).tolist() if len(table) else []
-        self.scales = table[:, _AT["c_in"]].tolist()
+        self.keeps, self.reads, self.scales = Needs.of(prepared)
         self._history: list[Tensor] = []
         self.x0: Tensor | None = None
         self.seen = x

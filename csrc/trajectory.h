@@ -1,0 +1,10 @@
+// A run of sampler steps, prepared once: a step is then a call with three or four arguments.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastdiff {
+
+void bind_trajectory(pybind11::module_& module);
+
+}  // namespace fastdiff
