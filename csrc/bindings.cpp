@@ -7,6 +7,7 @@
 #include "checks.h"
 #include "cpu/run.h"
 #include "cpu/table.h"
+#include "cpu/torch_state.h"
 #include "philox.h"
 #ifdef FASTDIFF_CUDA
 #include "cuda/binding.h"
@@ -39,6 +40,16 @@ void normal(py::handle layout, py::handle source, py::handle out, py::handle thr
   const int team = parse_threads(threads);
   const Unlocked unlocked(a.layout);
   run(a, team);
+}
+
+// As torch.randn on a generator of this state (its bytes, which are changed). False, and nothing done, where the state is
+// not as expected.
+bool torch_normal(py::handle state, py::handle out, py::handle threads) {
+  const Memory bytes = parse_memory("state", state), to = parse_memory("out", out);
+  if (bytes.code != int(DType::u8) || (uintptr_t)bytes.data % 8) throw py::value_error("state: must be uint8, aligned");
+  if (to.code != int(DType::f32)) throw py::value_error("out: must be float32");
+  const int team = parse_threads(threads);
+  return draw_torch_normals(bytes.data, bytes.elements, (float*)to.data, to.elements, team);
 }
 
 void uniform(py::handle seed, py::handle stream, py::handle sample_offset, py::handle out, py::handle samples) {
@@ -218,6 +229,7 @@ PYBIND11_MODULE(_C, module) {
   using namespace fastdiff;
   module.doc() = "fastdiff's operations on the CPU, and a step in CUDA, on pointers and sizes; see csrc/checks.h for the arguments.";
   module.def("normal", normal);
+  module.def("torch_normal", torch_normal);
   module.def("uniform", uniform);
   module.def("noise", noise);
   module.def("convert", convert);

@@ -57,6 +57,16 @@ struct NormalArguments {
   Output out;
 };
 
+// As torch.randn would fill float32: at least 16 of them.
+struct TorchNormalArguments {
+  const uint64_t* state;  // the 624 words
+  int position;           // how many of them were drawn, 1 to 624
+  int64_t elements;
+  float* out;
+  uint32_t* state_after;
+  int* position_after;
+};
+
 struct NoiseArguments {
   Layout layout;
   Input x0;

@@ -5,6 +5,7 @@
 #include "loss.h"
 #include "step.h"
 #include "table.h"
+#include "torch_normals.h"
 
 namespace fastdiff {
 namespace FASTDIFF_VARIANT {
@@ -12,6 +13,7 @@ namespace FASTDIFF_VARIANT {
 extern const Table table;
 const Table table = {
     normal_units,
+    torch_normal_chunks,
     {noise_units<float>, noise_units<double>},
     {convert_units<float>, convert_units<double>},
     {loss_units<float>, loss_units<double>},
