@@ -7,8 +7,10 @@
 #include "checks.h"
 #include "cpu/run.h"
 #include "cpu/table.h"
-#include "cpu/torch_state.h"
+#include "direct.h"
 #include "philox.h"
+#include "prepared.h"
+#include "unlocked.h"
 #ifdef FASTDIFF_CUDA
 #include "cuda/binding.h"
 #endif
@@ -16,20 +18,6 @@
 namespace fastdiff {
 
 namespace {
-
-// Other Python threads may run meanwhile. Not for what takes microseconds: handing the lock over would take longer.
-class Unlocked {
- public:
-  explicit Unlocked(const Layout& layout) : state_(layout.elements > 16384 ? PyEval_SaveThread() : nullptr) {}
-  ~Unlocked() {
-    if (state_) PyEval_RestoreThread(state_);
-  }
-  Unlocked(const Unlocked&) = delete;
-  Unlocked& operator=(const Unlocked&) = delete;
-
- private:
-  PyThreadState* state_;
-};
 
 void normal(py::handle layout, py::handle source, py::handle out, py::handle threads) {
   NormalArguments a{};
@@ -40,16 +28,6 @@ void normal(py::handle layout, py::handle source, py::handle out, py::handle thr
   const int team = parse_threads(threads);
   const Unlocked unlocked(a.layout);
   run(a, team);
-}
-
-// As torch.randn on a generator of this state (its bytes, which are changed). False, and nothing done, where the state is
-// not as expected.
-bool torch_normal(py::handle state, py::handle out, py::handle threads) {
-  const Memory bytes = parse_memory("state", state), to = parse_memory("out", out);
-  if (bytes.code != int(DType::u8) || (uintptr_t)bytes.data % 8) throw py::value_error("state: must be uint8, aligned");
-  if (to.code != int(DType::f32)) throw py::value_error("out: must be float32");
-  const int team = parse_threads(threads);
-  return draw_torch_normals(bytes.data, bytes.elements, (float*)to.data, to.elements, team);
 }
 
 void uniform(py::handle seed, py::handle stream, py::handle sample_offset, py::handle out, py::handle samples) {
@@ -229,13 +207,14 @@ PYBIND11_MODULE(_C, module) {
   using namespace fastdiff;
   module.doc() = "fastdiff's operations on the CPU, and a step in CUDA, on pointers and sizes; see csrc/checks.h for the arguments.";
   module.def("normal", normal);
-  module.def("torch_normal", torch_normal);
   module.def("uniform", uniform);
   module.def("noise", noise);
   module.def("convert", convert);
   module.def("loss", loss);
   module.def("step", step);
   module.def("gather", gather);
+  bind_direct(module);
+  bind_prepared(module);
   module.def("simd", [] { return chosen().name; });
   module.def("simd_variants", simd_names);
   module.def("set_simd", set_simd);

@@ -2,6 +2,8 @@
 
 #include <string>
 
+#include "tensors.h"
+
 namespace fastdiff {
 
 namespace {
@@ -105,12 +107,15 @@ int parse_threads(py::handle value) {
 uint64_t parse_seed(py::handle value) {
   int64_t number;
   if (as_int64(value, number)) return uint64_t(number);
+  tensors::View tensor;
+  if (tensors::enabled() && tensors::view(value.ptr(), tensor) && tensor.dtype == tensors::kIndex && tensor.elements == 1)
+    return *(const uint64_t*)tensor.data;
   if (PyLong_Check(value.ptr())) {
     const unsigned long long large = PyLong_AsUnsignedLongLong(value.ptr());
     if (!PyErr_Occurred()) return large;
     PyErr_Clear();
   }
-  refuse("seed", "must be an integer from -2^63 to 2^64 - 1");
+  refuse("seed", "must be an integer from -2^63 to 2^64 - 1, or a tensor of one int64");
 }
 
 Layout parse_layout(py::handle value) {

@@ -34,12 +34,27 @@ struct Layout {
   int64_t rows, elements;
 };
 
+constexpr int kTwisterWords = 624;
+
+// As torch.randn would fill float32: at least 16 of them.
+struct TorchNormalArguments {
+  const uint64_t* state;  // kTwisterWords of them
+  int position;           // how many of them were drawn, 1 to 624
+  int64_t elements;
+  float* out;             // null where they are used at once
+  uint32_t* state_after;
+  int* position_after;
+};
+
 struct Noise {
-  enum Kind { none, given, made } kind;
+  enum Kind { none, given, made, drawn } kind;
   Input tensor;  // where given
   uint64_t seed, sample_offset;
   uint32_t stream;
   float offset;  // of the channels
+  // Where drawn, which is in order: from one run of memory, in blocks of whole chunks of 16.
+  const TorchNormalArguments* draws;
+  void* sequence;  // of the thread
 };
 
 constexpr int kMaxMaskDims = 8;
@@ -55,16 +70,6 @@ struct NormalArguments {
   Layout layout;
   Noise noise;
   Output out;
-};
-
-// As torch.randn would fill float32: at least 16 of them.
-struct TorchNormalArguments {
-  const uint64_t* state;  // the 624 words
-  int position;           // how many of them were drawn, 1 to 624
-  int64_t elements;
-  float* out;
-  uint32_t* state_after;
-  int* position_after;
 };
 
 struct NoiseArguments {

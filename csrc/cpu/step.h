@@ -137,7 +137,11 @@ void step_blocks(const StepArguments& a, int64_t begin, int64_t end) {
 }
 
 template <class C>
+void drawn_step_units(const StepArguments& a, int64_t begin, int64_t end);
+
+template <class C>
 void step_units(const StepArguments& a, int64_t begin, int64_t end) {
+  if (a.noise.kind == Noise::drawn && !a.noise.sequence) return drawn_step_units<C>(a, begin, end);
   if (a.uncond.data || a.history[0].data || a.log_variance.data || a.entry.data || a.threshold.data ||
       a.mask.tensor.data || a.model_input.data)
     return step_blocks<C>(a, begin, end);
@@ -147,11 +151,24 @@ void step_units(const StepArguments& a, int64_t begin, int64_t end) {
     typedef decltype(d) D;
     typedef decltype(n) N;
     const bool noisy = a.noise.kind != Noise::none, clips = a.clip >= 0;
-    const bool direct = data == kCode<D> && noise == kCode<N> && a.noise.kind != Noise::made && !a.y.streamed;
+    const bool memory = a.noise.kind == Noise::none || a.noise.kind == Noise::given;
+    const bool direct = data == kCode<D> && noise == kCode<N> && memory && !a.y.streamed;
     const auto kernel = noisy ? (clips ? plain_step_blocks<D, N, true, true> : plain_step_blocks<D, N, false, true>)
                               : (clips ? plain_step_blocks<D, N, true, false> : plain_step_blocks<D, N, false, false>);
     kernel(a, begin, end, direct ? kUnit : kBlock);
   });
+}
+
+// With noise that torch.randn would draw: who has the last unit leaves the state that follows.
+template <class C>
+void drawn_step_units(const StepArguments& a, int64_t begin, int64_t end) {
+  static_assert(kBlock % 16 == 0 && kUnit % 16 == 0, "blocks are whole chunks");
+  twister::Sequence sequence;
+  twister::start(sequence, *a.noise.draws, begin * kUnit / 16);
+  StepArguments with = a;
+  with.noise.sequence = &sequence;
+  step_units<C>(with, begin, end);
+  if (end * kUnit >= a.layout.elements) twister::finish(sequence, *a.noise.draws);
 }
 
 }  // namespace FASTDIFF_VARIANT

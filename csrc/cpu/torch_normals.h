@@ -4,14 +4,16 @@
 // PyTorch's compiler's doing: it was found by comparing, and is compared again before it is used (torch_noise.py).
 #pragma once
 
-#include "normals.h"
+#include "arguments.h"
+#include "simd.h"
+#include "work.h"
 
 namespace fastdiff {
 namespace FASTDIFF_VARIANT {
 
 namespace twister {
 
-constexpr int kWords = 624, kGap = 397;
+constexpr int kWords = kTwisterWords, kGap = 397;
 constexpr int kGenerations = 5;  // what is kept in the first-level cache: a generation is the words between two twists
 
 // A run of words: the state at the beginning, and what follows from it.
@@ -143,8 +145,8 @@ FASTDIFF_INLINE void transform(const uint32_t* words, float* out) {
 
 #undef FASTDIFF_EACH
 
-constexpr int kVectors = kWidth<float> == 16 ? 8 : kWidth<float> == 8 ? 4 : 4;  // side by side
-constexpr int kChunks = 2 * kVectors * kWidth<float> / 16;                     // the chunks that they hold
+constexpr int kVectors = kWidth<float> == 16 ? 8 : 4;           // pairs of vectors side by side
+constexpr int kChunks = 2 * kVectors * kWidth<float> / 16;  // the chunks that they hold
 
 FASTDIFF_APART inline void transform_chunks(const uint32_t* words, int chunks, float* out) {
   int c = 0;
@@ -187,15 +189,27 @@ inline void draw_chunks(Sequence& s, int64_t chunks, float* out) {
   }
 }
 
+// The sequence from chunk `first` on.
+inline void start(Sequence& s, const TorchNormalArguments& a, int64_t first) {
+  for (int k = 0; k < kWords; ++k) s.words[k] = uint32_t(a.state[k]);
+  s.made = kWords;
+  s.position = a.position;
+  skip(s, 16 * first);
+}
+
+// Leaves the state behind the last word that was drawn.
+inline void finish(const Sequence& s, const TorchNormalArguments& a) {
+  const int before = (s.position - 1) / kWords * kWords;
+  for (int k = 0; k < kWords; ++k) a.state_after[k] = s.words[before + k];
+  *a.position_after = s.position - before;
+}
+
 }  // namespace twister
 
 // The chunks of 16 [begin, end); who has the last goes on to the end, and leaves the state that follows.
 inline void torch_normal_chunks(const TorchNormalArguments& a, int64_t begin, int64_t end) {
   twister::Sequence s;
-  for (int k = 0; k < twister::kWords; ++k) s.words[k] = uint32_t(a.state[k]);
-  s.made = twister::kWords;
-  s.position = a.position;
-  twister::skip(s, 16 * begin);
+  twister::start(s, a, begin);
   twister::draw_chunks(s, end - begin, a.out + 16 * begin);
   if (end != a.elements / 16) return;
   const int64_t rest = a.elements % 16;
@@ -204,9 +218,7 @@ inline void torch_normal_chunks(const TorchNormalArguments& a, int64_t begin, in
     twister::skip(s, rest);
     twister::draw_chunks(s, 1, a.out + a.elements - 16);
   }
-  const int before = (s.position - 1) / twister::kWords * twister::kWords;
-  for (int k = 0; k < twister::kWords; ++k) a.state_after[k] = s.words[before + k];
-  *a.position_after = s.position - before;
+  twister::finish(s, a);
 }
 
 }  // namespace FASTDIFF_VARIANT

@@ -1,12 +1,23 @@
 // The state of PyTorch's generator on the CPU, as torch.Generator.get_state gives it.
 #pragma once
 
-#include <cstdint>
+#include "arguments.h"
 
 namespace fastdiff {
 
-// Draws `elements` (at least 16) of what torch.randn would draw in float32, on at most `threads` threads, and leaves the
-// state as it would. False, and nothing done, for a state that is not as expected.
-bool draw_torch_normals(void* state, int64_t bytes, float* out, int64_t elements, int threads);
+// A draw of float32 normals: opened on the bytes of a state, run, and closed, which leaves the state that follows there.
+class TorchDraw {
+ public:
+  // False for a state that is not as expected, or fewer elements than torch.randn draws in this way.
+  bool open(void* state, int64_t bytes, int64_t elements);
+  TorchNormalArguments& arguments() { return arguments_; }
+  void close();
+
+ private:
+  void* state_ = nullptr;
+  uint32_t after_[kTwisterWords];
+  int position_after_ = 0;
+  TorchNormalArguments arguments_{};
+};
 
 }  // namespace fastdiff

@@ -5,7 +5,6 @@
 #include "loss.h"
 #include "step.h"
 #include "table.h"
-#include "torch_normals.h"
 
 namespace fastdiff {
 namespace FASTDIFF_VARIANT {

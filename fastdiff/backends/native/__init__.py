@@ -17,7 +17,7 @@ from .operations import (
     unavailable_because,
     uniform,
 )
-from .prepared import run_noise, run_row
+from .prepared import noise_runner, row_runner, run_noise, run_row
 from .trajectory import Trajectory
 
 __all__ = [
@@ -29,7 +29,9 @@ __all__ = [
     "loss",
     "loss_gradient",
     "noise",
+    "noise_runner",
     "normal",
+    "row_runner",
     "run_noise",
     "run_row",
     "step",

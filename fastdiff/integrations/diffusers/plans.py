@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...backends.native.prepared import number
 from ...samplers.base import build_table
 from . import rows
 
@@ -25,13 +26,15 @@ class Unfit(Exception):
 
 
 class Plan:
-    """Base of the plans. ``reason`` is why there is none, or None.
+    """Base of the plans. ``reason`` is why there is none, or None; ``quick``: try ``run`` of what it prepared.
 
     Args:
         scheduler: whose numbers to use.
         tensors: names of the tensors they are.
         others: names of further attributes that they depend on.
     """
+
+    quick = False
 
     def __init__(self, scheduler: Any, tensors: tuple[str, ...], others: tuple[str, ...]):
         held = scheduler.__dict__
@@ -138,6 +141,7 @@ class StepPlan(Plan):
         self.host_times = host(scheduler.timesteps)
         self.times = self.host_times.tolist()
         self.make(scheduler, self.config)
+        self.quick = self.quantile is None
 
     def make(self, scheduler: Any, config: Any) -> None:
         raise NotImplementedError
@@ -150,6 +154,7 @@ class StepPlan(Plan):
         table = torch.cat([build_table(count, **part) for part in parts])
         self.usable = table.isfinite().all(1).tolist()
         self.rows = ops.PreparedSteps(table)
+        self.run = self.rows.run
 
     def thresholds(self, config: Any, clips: bool = True) -> None:
         """Take over how the x0 estimate is clipped."""
@@ -402,6 +407,7 @@ class NoisePlan(Plan):
     """
 
     tensor_names: tuple[str, ...] = ("alphas_cumprod",)
+    quick = True
 
     def __init__(self, scheduler: Any):
         super().__init__(scheduler, self.tensor_names, ())
@@ -442,6 +448,18 @@ class SigmaNoisePlan(NoisePlan):
 
     def levels(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigmas), sigmas
+
+    def quick_index(self, scheduler: Any, timesteps: Any, velocity: bool) -> int | None:
+        """The row of a single timestep; None if it takes more to find one."""
+        t = number(timesteps, 1)
+        if type(t) is not float and (velocity or t is None):
+            return None
+        index = scheduler._begin_index
+        if velocity or index is None:
+            index = self.at.get(t, self.default)
+        elif scheduler._step_index is not None:
+            index = scheduler._step_index
+        return index if index is not None and 0 <= index < self.count else None
 
     def find(self, timesteps: Tensor) -> int | Tensor | None:
         """The rows of ``timesteps`` [batch], or one for all; None if one is not the scheduler's and should be."""
