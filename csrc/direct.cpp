@@ -127,6 +127,8 @@ Layout layout_of(const View& data) {
 
 bool is_wide(const View& data) { return data.dtype == int(DType::f64); }
 
+int code(bool wide) { return int(wide ? DType::f64 : DType::f32); }
+
 // A tensor shaped as `like`, or what parse_noise takes to make one. False: it is not plain.
 bool find_noise(PyObject* n, const View& like, const Layout& layout, Noise& noise, bool& wide) {
   if (PyTuple_Check(n)) {
@@ -142,19 +144,21 @@ bool find_noise(PyObject* n, const View& like, const Layout& layout, Noise& nois
   return true;
 }
 
-// A tensor of the shape and dtype of an output that `view` reads; an exception where there is no memory.
+struct NotPlain {};
+
+// A new tensor like one, and its view. Throws NotPlain where a mode of PyTorch makes another kind.
 py::object make_like(PyObject* tensor, View& view) {
   py::object made = py::reinterpret_steal<py::object>(tensors::empty_like(tensor));
   if (!made) throw py::error_already_set();
-  if (!tensors::view(made.ptr(), view)) throw std::runtime_error("empty_like: made no plain tensor");
+  if (!tensors::view(made.ptr(), view)) throw NotPlain();
   return made;
 }
 
-// noise(rows, x0, t, n, kept, threads) -> (x_t, the noise that was made or None), or None.
-// rows: (alpha, sigma). kept: a tensor to make the noise like, if it is made and wanted; else None.
+// noise(rows, x0, t, n, kept, threads) -> x_t, or None.
+// rows: (alpha, sigma). n: a tensor, or as parse_noise takes it. kept: where to write the noise that is made; or None.
 py::object noise(PyObject* const* a) {
   const Source& source = *source_of(a[0], 2);
-  View x0, made;
+  View x0, x_t, kept;
   if (!tensors::view(a[1], x0) || !x0.floating() || x0.dims < 1 || tensors::differentiable(a[1])) return py::none();
   NoiseArguments call{};
   call.layout = layout_of(x0);
@@ -166,12 +170,9 @@ py::object noise(PyObject* const* a) {
   call.sigma = rows.column(1);
   call.x0 = x0.input();
   const int threads = parse_threads(a[5]);
-  py::object kept = py::none();
-  View x_t;
   if (a[4] != Py_None) {
-    kept = make_like(a[4], made);
-    if (made.dtype != int(wide ? DType::f64 : DType::f32) || made.elements != x0.elements) return py::none();
-    call.keep = made.output();
+    if (!tensors::view(a[4], kept) || kept.dtype != code(wide) || kept.elements != x0.elements) return py::none();
+    call.keep = kept.output();
   }
   py::object result = make_like(a[1], x_t);
   call.x_t = x_t.output();
@@ -179,7 +180,7 @@ py::object noise(PyObject* const* a) {
     const Unlocked unlocked(call.layout);
     run(call, wide, threads);
   }
-  return py::make_tuple(result, kept);
+  return result;
 }
 
 // loss(rows, present, function, prediction, x0, n, t, scalar, gradient, threads) -> (mean loss, gradient or None), or
@@ -192,6 +193,7 @@ py::object loss(PyObject* const* a) {
   if (!tensors::view(a[3], prediction) || !prediction.floating() || prediction.dims < 1) return py::none();
   LossCall call{};
   LossArguments& kernel = call.kernel;
+  kernel.prediction = prediction.input();
   kernel.layout = layout_of(prediction);
   kernel.function = Function(parse_code("function", a[2], 5));
   bool wide = is_wide(prediction);
@@ -217,7 +219,7 @@ py::object loss(PyObject* const* a) {
   const int threads = parse_threads(a[9]);
   View result, gradient;
   py::object value = make_like(a[7], result), slope = py::none();
-  if (result.dtype != int(wide ? DType::f64 : DType::f32) || result.elements != 1) return py::none();
+  if (result.dtype != code(wide) || result.elements != 1) return py::none();
   call.result = result.output();
   if (a[8] == Py_True) {
     slope = make_like(a[3], gradient);
@@ -246,10 +248,11 @@ py::object step(PyObject* const* a) {
   call.layout.outer = 1;
   call.layout.inner = x.elements;
   bool wide = is_wide(x) || is_wide(m), noise_wide = false;
-  if (row.dtype != int(wide ? DType::f64 : DType::f32)) return py::none();
+  if (row.dtype != code(wide)) return py::none();
   if (a[4] != Py_None && !find_noise(a[4], x, call.layout, call.noise, noise_wide)) return py::none();
   call.clip = -1;
   if (a[3] != Py_None) {
+    if (!PyFloat_Check(a[3]) && !PyLong_Check(a[3])) return py::none();
     call.clip = parse_number("clip", a[3]);
     if (!(call.clip > 0)) return py::none();
   }
@@ -301,6 +304,8 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
     if (given != count) throw py::type_error("expected " + std::to_string(count) + " arguments");
     if (!tensors::enabled()) return py::none().release().ptr();
     return function(arguments).release().ptr();
+  } catch (const NotPlain&) {
+    return py::none().release().ptr();
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const py::builtin_exception& error) {

@@ -106,6 +106,11 @@ class LogCosh(Loss):
     function = "log_cosh"
 
 
+def is_constant(loss: Loss) -> bool:
+    """Whether the parameters of ``loss`` are known to be the same at all levels."""
+    return type(loss) in (MSE, L1, SmoothL1, Huber, LogCosh)
+
+
 _NAMES = {
     "mse": MSE,
     "l1": L1,

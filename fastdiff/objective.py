@@ -15,11 +15,13 @@ from . import backends, losses, ops
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
+from .backends.reference.philox import check_seed
 from .backends.rows import as_tensor, cached, value_checks_are_free
 from .losses import Loss
 from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
 from .ops.loss import check_loss
 from .ops.noise import Stream, check_noise
+from .plain import PlainCalls
 from .prediction import Prediction
 from .process import Levels, Process, as_times
 from .timesteps import Timesteps
@@ -41,6 +43,9 @@ class Rows:
     def __init__(self, known: dict[str, Any], evaluate: Callable[[str], dict[str, Tensor]] | None = None):
         self.__dict__.update(known)
         self._evaluate = evaluate
+
+    def known(self) -> dict[str, Any]:
+        return {name: row for name, row in self.__dict__.items() if name in COEFFICIENTS}
 
     def __getattr__(self, name: str) -> Any:
         if name not in COEFFICIENTS or self._evaluate is None:
@@ -163,7 +168,7 @@ class Objective:
         self.noise_offset, self.input_perturbation = float(noise_offset), float(input_perturbation)
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
-        self._all_coefficients(process.levels(example))
+        self._example = self._all_coefficients(process.levels(example))
         self._used = tuple(
             name
             for name, used in (
@@ -178,10 +183,14 @@ class Objective:
             if used
         )
         self._tables: dict[tuple, Tensor] = {}
+        self._plain_calls: dict[Any, PlainCalls] = {}
         self._singular: set[Prediction] = set()  # kinds that are not determined at every time
         if process.discrete:
             self._table = self._checked_table()
             self._table_of(self._used, torch.device("cpu"), torch.float32)
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy makes its own calls: they point into memory
+        return self.__dict__ | {"_plain_calls": {}}
 
     def __repr__(self) -> str:
         return (
@@ -260,10 +269,23 @@ class Objective:
         if generator is not None and seed is not None:
             raise ValueError("pass a generator or a seed, not both.")
         backend = backends.get(x0.device)
+        if seed is not None:
+            check_seed(seed)
+        elif noise is None or t is None or self.input_perturbation:
+            seed = draw_seed(generator, x0.device)
+        if keep_noise is None:
+            keep_noise = backends.choose(x0.device) in ("native", "reference")
+        calls = self._plain(backend)
+        if calls is not None:
+            times = calls.times(seed, len(x0), sample_offset) if t is None else t
+            done = calls.noise(x0, times, noise, seed, sample_offset, keep_noise)
+            if done is not None:
+                x_t, n = done[0], noise if noise is not None else done[1]
+                if n is None:
+                    n = ops.Philox(seed, sample_offset, offset=self.noise_offset, rng=rng)
+                return Noised(self, x0, x_t, times, n, Rows({}, self._later(times, x0, n)))
         made = source = None
-        if noise is None or t is None or self.input_perturbation:
-            if seed is None:
-                seed = draw_seed(generator, x0.device)
+        if seed is not None:
             made = ops.Philox(seed, sample_offset, offset=self.noise_offset, rng=rng)
         if noise is not None:
             check_noise(x0=x0, noise=noise)
@@ -276,11 +298,29 @@ class Objective:
                 backend.uniform(seed, x0.shape[0], Stream.TIMESTEP, sample_offset, x0.device), self.process
             )
         rows, t = self._rows_for(t, x0, compute_dtype(x0, noise))
-        if keep_noise is None:
-            keep_noise = backends.choose(x0.device) in ("native", "reference")
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
         x_t, n = backend.noise(x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise)
         return Noised(self, x0, x_t, t, n, rows)
+
+    def _plain(self, backend: Any) -> PlainCalls | None:
+        """The whole calls of ``backend`` for this objective, if it has such."""
+        direct = getattr(backend, "direct", None)
+        if direct is None:
+            return None
+        calls = self._plain_calls.get(direct)
+        if calls is None:
+            calls = self._plain_calls[direct] = PlainCalls(self, direct)
+        return calls
+
+    def _later(self, t: Tensor, x0: Tensor, noise: Any) -> Callable[[str], dict[str, Any]]:
+        """``Rows.evaluate`` for rows of which none is known yet."""
+
+        def evaluate(name: str) -> dict[str, Any]:
+            rows, _ = self._rows_for(t, x0, compute_dtype(x0, noise if isinstance(noise, Tensor) else None))
+            getattr(rows, name)
+            return rows.known()
+
+        return evaluate
 
     def loss(
         self,
@@ -306,17 +346,21 @@ class Objective:
         Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise and weight.
         Raises TypeError or ValueError for unfit inputs and for a mask that is zero everywhere (on the CPU).
         """
-        return self._loss(
-            prediction,
-            noised.x0,
-            noised.noise_source,
-            noised.rows,
-            noised.t.shape,
-            mask,
-            reduction,
-            weight,
-            mask_normalization,
-        )
+        x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
+        if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
+            result = self._plain_loss(prediction, x0, n, t, lambda: rows)
+            if result is not None:
+                return result
+        return self._loss(prediction, x0, n, rows, t.shape, mask, reduction, weight, mask_normalization)
+
+    def _plain_loss(
+        self, prediction: Tensor, x0: Tensor, noise: Any, t: Any, rows: Callable[[], Rows]
+    ) -> Tensor | None:
+        """The mean loss if a whole call can compute it, else None."""
+        calls = self._plain(backends.get(prediction.device)) if isinstance(prediction, Tensor) else None
+        if calls is None:
+            return None
+        return calls.loss(prediction, x0, noise, t, lambda: self._rows_of_loss(rows()))
 
     def _loss(
         self,
@@ -334,13 +378,7 @@ class Objective:
         x0_, n = x0 if uses_x0 else None, noise if uses_noise else None
         check_loss(prediction, x0_, n, mask, mask_normalization, reduction)
         dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) else None)
-        coefficients = [
-            rows.p if uses_x0 else None,
-            rows.q if uses_noise else None,
-            None if self.error_space is self.prediction else rows.scale,
-            rows.loss_weight,
-            rows.c if function.uses_c else None,
-        ]
+        coefficients = list(self._rows_of_loss(rows))
         if weight is not None:
             if isinstance(weight, Tensor):
                 weight = place_rows("weight", weight.to(prediction.device), row_shape).expand(row_shape)
@@ -353,6 +391,16 @@ class Objective:
             prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction
         )
         return result.reshape(row_shape) if reduction == "none" else result
+
+    def _rows_of_loss(self, rows: Rows) -> tuple[Any, ...]:
+        """(p, q, scale, weight, c), None for what this objective does not use."""
+        return (
+            rows.p if self.prediction.uses_x0 else None,
+            rows.q if self.prediction.uses_noise else None,
+            None if self.error_space is self.prediction else rows.scale,
+            rows.loss_weight,
+            rows.c if self.loss_function.uses_c else None,
+        )
 
     def predict_x0(self, prediction: Tensor, noised: Noised) -> Tensor:
         """The x0 that the network's output stands for, shaped and typed as prediction; differentiable."""
@@ -418,6 +466,12 @@ class Objective:
             return table.to(device, dtype)
 
         return cached(self._tables, (columns, device, dtype), make)
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """The coefficients by name, float64 on the CPU: [steps] of a discrete process, else [1], at some time."""
+        if self.process.discrete:
+            return dict(zip(COEFFICIENTS, self._table.unbind(-1)))  # of which only the last, c, may be absent
+        return self._example
 
     def _coefficients(self, name: str, levels: Levels) -> dict[str, Tensor]:
         """The coefficient of that name at ``levels``, and those that come with it: float64."""
@@ -506,7 +560,12 @@ def diffusion_loss(
     objective = _objective(process, prediction_type, weighting, loss)
     check_floating(x0=x0, noise=noise)
     check_alike(x0=x0, noise=noise)
-    rows, t = objective._rows_for(t, x0, compute_dtype(x0, noise, prediction))
+    dtype = compute_dtype(x0, noise, prediction)
+    if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
+        result = objective._plain_loss(prediction, x0, noise, t, lambda: objective._rows_for(t, x0, dtype)[0])
+        if result is not None:
+            return result
+    rows, t = objective._rows_for(t, x0, dtype)
     return objective._loss(prediction, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
 
 

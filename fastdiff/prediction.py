@@ -26,6 +26,7 @@ class Prediction:
         uses_x0, uses_noise: whether p (q) can differ from 0. If not, x0 (the noise) is never read.
         model_input: levels -> (scale of x_t, time) as the network is to be given them; None: x_t itself and the
             process's ``model_time``.
+        constant: p and q are the same at all times.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Prediction:
     uses_x0: bool = True
     uses_noise: bool = True
     model_input: Callable[[Levels], tuple[Tensor, Tensor]] | None = None
+    constant: bool = False
 
 
 def _epsilon(levels: Levels) -> tuple[Tensor, Tensor]:
@@ -102,11 +104,11 @@ def _edm_input(levels: Levels) -> tuple[Tensor, Tensor]:
 _KINDS = {
     kind.name: kind
     for kind in (
-        Prediction("epsilon", _epsilon, uses_x0=False),
-        Prediction("sample", _sample, uses_noise=False),
+        Prediction("epsilon", _epsilon, uses_x0=False, constant=True),
+        Prediction("sample", _sample, uses_noise=False, constant=True),
         Prediction("v_prediction", _v_prediction),
-        Prediction("flow", _flow),
-        Prediction("reversed_flow", _reversed_flow),
+        Prediction("flow", _flow, constant=True),
+        Prediction("reversed_flow", _reversed_flow, constant=True),
         Prediction("score", _score, uses_x0=False),
         Prediction("previous_sample", _previous_sample),
         Prediction("edm", _edm, model_input=_edm_input),

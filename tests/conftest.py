@@ -40,14 +40,17 @@ def clean_state():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "native"])
-def backend(request):
-    """Runs the test once with each backend of the CPU."""
-    found = {status.name: status for status in fastdiff.backends.status()}[request.param]
+@pytest.fixture(params=["reference", "native", "native, no whole calls"])
+def backend(request, monkeypatch):
+    """Runs the test once with each backend of the CPU; the native one also without its calls for the plain case."""
+    name = request.param.split(",")[0]
+    found = {status.name: status for status in fastdiff.backends.status()}[name]
     if not found.available:
         pytest.skip(found.reason)
-    with fastdiff.use_backend(request.param):
-        yield request.param
+    if name != request.param:
+        monkeypatch.setattr(fastdiff.backends.native, "direct", None)
+    with fastdiff.use_backend(name):
+        yield name
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -57,6 +57,12 @@ class Philox:
                 f"offset noise adds one number a channel, so x0 must be [batch, channels, ...]; got {tuple(shape)}."
             )
 
+    def whole(self, shape: Sequence[int]) -> tuple | None:
+        """(seed, stream, sample_offset, offset) as whole calls on the CPU take it; None where they cannot."""
+        if (isinstance(self.seed, Tensor) and not self.seed.is_cpu) or (self.offset and len(shape) < 3):
+            return None
+        return self.seed, self.stream, self.sample_offset, self.offset
+
     def tensor(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """The noise itself: float32 of ``shape``."""
         backend = backends.get(device)

@@ -4,6 +4,7 @@ What it does not do, the reference does: under ``torch.func``, for tensor subcla
 gradients are asked for that are not those of a training step (of the coefficients, of x0 in a loss, of a step).
 """
 
+from . import direct as _direct
 from .operations import (
     available,
     convert,
@@ -20,11 +21,15 @@ from .operations import (
 from .prepared import noise_runner, row_runner, run_noise, run_row
 from .trajectory import Trajectory
 
+# Whole calls on plain tensors, with a PyTorch that has what they need.
+direct = _direct if _direct.available else None
+
 __all__ = [
     "Trajectory",
     "available",
     "convert",
     "description",
+    "direct",
     "gather",
     "loss",
     "loss_gradient",

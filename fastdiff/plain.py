@@ -1,0 +1,93 @@
+"""The plain training step: one time a sample, plain tensors, the mean loss. A backend that has whole calls for it (see
+``backends/native/direct.py``) is told here, once an objective, where its rows come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .losses import is_constant
+from .ops.noise import Stream
+from .process import Process, VariancePreserving
+from .timesteps import Uniform
+from .weighting import Uniform as Unweighted
+
+if TYPE_CHECKING:
+    from .objective import Objective
+
+
+_LOSS = ("p", "q", "scale", "loss_weight", "c")
+
+
+class PlainCalls:
+    """The calls of one objective on one backend; each gives None where the general way is needed.
+
+    Args:
+        objective: rows and switches are read from it now.
+        direct: the backend's module of whole calls.
+    """
+
+    def __init__(self, objective: Objective, direct: Any):
+        self._direct = direct
+        process, prediction, loss = objective.process, objective.prediction, objective.loss_function
+        self._offset = objective.noise_offset
+        self._perturbed = objective.input_perturbation != 0
+        self._function = loss.function
+        own_space = objective.error_space is prediction
+        self._x0, self._n = prediction.uses_x0, prediction.uses_noise
+        self._present = prediction.uses_x0 + 2 * prediction.uses_noise + 4 * (not own_space) + 16 * loss.uses_c
+        self._noise_rows = self._loss_rows = None
+        if process.discrete:
+            table = objective.coefficients()
+            self._noise_rows = direct.gathered(torch.stack([table["alpha"], table["sigma"]], -1))
+            unused = torch.zeros_like(table["p"])
+            self._loss_rows = direct.gathered(torch.stack([table.get(name, unused) for name in _LOSS], -1))
+        else:
+            fractions = process.linear_fractional()
+            if fractions is not None:
+                self._noise_rows = direct.rational(fractions, process.t_min, process.t_max)
+            unweighted = isinstance(objective.weighting, Unweighted)
+            if prediction.constant and own_space and unweighted and is_constant(loss):
+                row = objective.coefficients()
+                self._loss_rows = direct.constant([float(row[name][0]) if name in row else 0.0 for name in _LOSS])
+        # floor(steps u) of a uniform u; 0: u itself; None: something else.
+        self._steps: int | None = None
+        if objective.timesteps == Uniform():
+            if process.discrete and type(process).time is VariancePreserving.time:
+                self._steps = process.steps
+            elif type(process).time is Process.time:
+                self._steps = 0
+
+    def times(self, seed: int | Tensor, samples: int, sample_offset: int) -> Tensor | None:
+        """The times of a batch, or None."""
+        if self._steps is None or not _is_plain(seed):
+            return None
+        return self._direct.times(self._steps, seed, samples, Stream.TIMESTEP, sample_offset)
+
+    def noise(
+        self, x0: Tensor, t: Tensor, n: Tensor | None, seed: Any, sample_offset: int, keep: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """(x_t, the noise if it was made and is to be kept), or None. ``n`` None: made from ``seed``."""
+        if self._noise_rows is None or self._perturbed:
+            return None
+        if n is not None:
+            return self._direct.noise(self._noise_rows, x0, t, n, False)
+        if not _is_plain(seed) or (self._offset and x0.ndim < 3):
+            return None
+        return self._direct.noise(self._noise_rows, x0, t, (seed, Stream.NOISE, sample_offset, self._offset), keep)
+
+    def loss(
+        self, prediction: Tensor, x0: Tensor, n: Any, t: Tensor, rows: Callable[[], tuple[Tensor | None, ...]]
+    ) -> Tensor | None:
+        """The mean loss, or None. ``rows``: see ``backends/native/direct.py``."""
+        if self._loss_rows is None or (self._n and type(n) is not Tensor):
+            return None
+        x0, n = (x0 if self._x0 else None), (n if self._n else None)
+        return self._direct.loss(self._loss_rows, self._present, self._function, prediction, x0, n, t, rows)
+
+
+def _is_plain(seed: Any) -> bool:
+    return type(seed) is int or (type(seed) is Tensor and seed.is_cpu)

@@ -1,0 +1,381 @@
+"""Calls on whole tensors: the bits of the general way, taken where the case is plain, left alone where it is not."""
+
+import copy
+import gc
+import pickle
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastdiff
+from fastdiff import ops
+from fastdiff.backends import native
+
+_C = pytest.importorskip("fastdiff._C")
+pytestmark = pytest.mark.skipif(native.direct is None, reason="this PyTorch has no C functions for its tensors")
+
+DISCRETE = {
+    "epsilon": {},
+    "sample": {"weighting": fastdiff.MinSNR(5.0)},
+    "v_prediction": {"weighting": fastdiff.MinSNR(5.0), "loss": "huber"},
+    "score": {"loss": "l1"},
+    "previous_sample": {"loss": "log_cosh"},
+    "edm": {"loss": fastdiff.losses.PseudoHuber(0.2, schedule="snr")},
+}
+CONTINUOUS = [
+    (fastdiff.RectifiedFlow(), "flow", {}),
+    (fastdiff.RectifiedFlow(shift=3.0), "reversed_flow", {"loss": "smooth_l1"}),
+    (fastdiff.RectifiedFlow(shift=3.0, sigma_min=1e-3), "flow", {}),
+    (fastdiff.RectifiedFlow(), "flow", {"weighting": "cosmap"}),
+    (fastdiff.RectifiedFlow(), "flow", {"error_space": "sample"}),
+    (fastdiff.EDM(), "edm", {"weighting": "edm"}),
+    (fastdiff.EDM(), "epsilon", {}),
+    (fastdiff.VPSDE(), "v_prediction", {}),
+]
+OBJECTIVES = [fastdiff.Objective(fastdiff.VariancePreserving(), kind, **options) for kind, options in DISCRETE.items()]
+OBJECTIVES += [
+    fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", error_space="sample"),
+    fastdiff.Objective(fastdiff.VariancePreserving("cosine"), "epsilon", noise_offset=0.1),
+]
+OBJECTIVES += [fastdiff.Objective(process, kind, **options) for process, kind, options in CONTINUOUS]
+
+
+@pytest.fixture
+def general(monkeypatch):
+    """Runs a function without whole calls."""
+
+    def run(function, *arguments, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "direct", None)
+            return function(*arguments, **options)
+
+    return run
+
+
+@pytest.fixture
+def only_whole_calls(monkeypatch):
+    """Lets nothing but whole calls run."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the general way was taken")
+
+    for name in ("noise", "loss", "step"):
+        monkeypatch.setattr(native, name, refuse)
+
+
+def batch(dtype=torch.float32, shape=(3, 4, 8, 8), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
+
+
+def same(got, want):
+    assert got.dtype == want.dtype and got.shape == want.shape
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_a_training_step_has_the_bits_of_the_general_way(objective, dtype, general):
+    x0, _, prediction = batch(dtype)
+
+    def step():
+        m = prediction.clone().requires_grad_()
+        noised = objective.noise(x0, seed=-5, sample_offset=7)
+        loss = objective.loss(m, noised)
+        loss.backward()
+        return noised.x_t, noised.t, noised.noise, loss, m.grad, noised.alpha, noised.sigma, noised.weight
+
+    for got, want in zip(step(), general(step)):
+        same(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_given_noise_and_times_have_the_bits_of_the_general_way(objective, dtype, general):
+    x0, n, prediction = batch(dtype)
+    t = objective.timesteps(torch.tensor([0.1, 0.5, 0.97], dtype=torch.float64), objective.process)
+    t = t.float() if t.is_floating_point() else t
+
+    def run():
+        noised = objective.noise(x0, t, n)
+        return noised.x_t, objective.loss(prediction, noised)
+
+    for got, want in zip(run(), general(run)):
+        same(got, want)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_the_plain_case_is_a_whole_call(kind, only_whole_calls):
+    process = fastdiff.RectifiedFlow() if kind == "flow" else fastdiff.VariancePreserving()
+    objective = fastdiff.Objective(process, kind)
+    x0, n, m = batch()
+    noised = objective.noise(x0)
+    objective.loss(m.requires_grad_(), noised).backward()
+    assert m.grad.isfinite().all()
+    t = torch.rand(3) if kind == "flow" else torch.tensor([0, 500, 999])
+    assert objective.loss(m, objective.noise(x0, t, n)).isfinite()
+    assert fastdiff.q_sample(x0, t, process, n).isfinite().all()
+    assert fastdiff.diffusion_loss(m, x0, n, t, process, kind).isfinite()
+    row = torch.randn(len(ops.COLUMNS))
+    with torch.no_grad():
+        ops.step(x0, m, row, noise=n, return_entry=False)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0, 0.0])
+def test_any_upstream_gradient_and_a_second_use(upstream, general):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", "min_snr")
+    x0, n, prediction = batch(torch.bfloat16)
+
+    def run():
+        m = prediction.clone().requires_grad_()
+        loss = objective.loss(m, objective.noise(x0, torch.tensor([1, 2, 3]), n))
+        (first,) = torch.autograd.grad(loss, m, torch.tensor(upstream), retain_graph=True)
+        (second,) = torch.autograd.grad(loss, m, torch.tensor(upstream))
+        return first, second
+
+    (first, second), (want, _) = run(), general(run)
+    same(first, want)
+    same(second, want)
+
+
+def test_a_scaled_float16_loss_rounds_its_gradient_once(general):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    x0, n, prediction = batch(torch.float16)
+
+    def run():
+        m = prediction.clone().requires_grad_()
+        (objective.loss(m, objective.noise(x0, torch.tensor([1, 2, 3]), n)) * 65536.0).backward()
+        return m.grad
+
+    same(run(), general(run))
+
+
+def test_the_gradient_of_the_gradient():
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    x0, n, m = batch(torch.float64, (2, 3))
+    t = torch.tensor([0.2, 0.8])
+    noised = objective.noise(x0, t, n)
+    assert torch.autograd.gradgradcheck(lambda m: objective.loss(m, noised), m.requires_grad_())
+
+
+def test_what_is_not_plain_is_done_the_general_way(general):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", "min_snr")
+    x0, n, m = batch()
+    t = torch.tensor([5, 6, 7])
+    channels_last = x0.to(memory_format=torch.channels_last)
+    for x, times, noise in (
+        (channels_last, t, n),
+        (x0, t.int(), n),
+        (x0, t.view(3, 1, 1, 1), n),
+        (x0, 5, n),
+        (x0, [5, 6, 7], n),
+        (x0, t, n.double()),
+        (x0, t, n.transpose(2, 3)),
+        (x0[:0], t[:0], n[:0]),
+        (x0[:1].expand(3, 4, 8, 8), t, n),
+        (torch.nn.Parameter(x0), t, n),
+    ):
+
+        def run(x=x, times=times, noise=noise):
+            noised = objective.noise(x, times, noise)
+            return noised.x_t.detach(), objective.loss(m[: len(x)], noised).detach()
+
+        for got, want in zip(run(), general(run)):
+            same(got, want)
+            assert got.stride() == want.stride()
+
+
+def test_gradients_of_x0_and_noise_are_kept():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+    x0, n, m = batch(torch.float64, (2, 3))
+    t = torch.tensor([100, 900])
+
+    def run(x0, n, m):
+        noised = objective.noise(x0, t, n)
+        return objective.loss(m, noised) + noised.x_t.sum()
+
+    assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in (x0, n, m)])
+
+
+def test_transforms_and_subclasses_are_left_alone(general):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    x0, n, m = batch()
+    t = torch.tensor([5, 6, 7])
+
+    class Mine(torch.Tensor):
+        pass
+
+    same(objective.noise(x0.as_subclass(Mine), t, n).x_t.as_subclass(torch.Tensor), objective.noise(x0, t, n).x_t)
+    each = torch.func.vmap(lambda x, n: objective.noise(x, t, n).x_t)(x0[None], n[None])
+    same(each[0], objective.noise(x0, t, n).x_t)
+    noised = objective.noise(x0, t, n)
+    m = m.requires_grad_()
+    want = torch.autograd.grad(objective.loss(m, noised), m)[0]
+    torch.testing.assert_close(torch.func.grad(lambda m: objective.loss(m, noised))(m.detach()), want)
+
+
+def test_unfit_input_gets_the_usual_errors():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    x0, n, m = batch()
+    for t in (torch.tensor([0, 1, 1000]), torch.tensor([-1, 0, 0])):
+        with pytest.raises(ValueError, match="must lie in"):
+            objective.noise(x0, t, n)
+    with pytest.raises(TypeError, match="integer"):
+        objective.noise(x0, torch.rand(3), n)
+    with pytest.raises(ValueError, match="shape"):
+        objective.noise(x0, torch.tensor([0, 1, 2]), n[:2])
+    with pytest.raises(ValueError, match="shape"):
+        objective.loss(m[:2], objective.noise(x0))
+    with pytest.raises(TypeError, match="seed"):
+        objective.noise(x0, seed="no")
+    flow = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    for t in ([0.0, 0.5, 1.5], [0.0, 0.5, float("nan")]):
+        with pytest.raises(ValueError, match="must lie in"):
+            flow.noise(x0, torch.tensor(t), n)
+    with pytest.raises(ValueError, match="must lie in"):
+        fastdiff.Objective(fastdiff.EDM(), "edm").noise(x0, torch.tensor([1.0, 2.0, float("inf")]), n)
+
+
+def test_offset_noise_of_data_without_channels_is_refused():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon", noise_offset=0.1)
+    with pytest.raises(ValueError, match="channels"):
+        objective.noise(torch.randn(3, 4))
+
+
+def test_a_subclass_of_a_process_is_asked_for_its_own_levels():
+    class Curved(fastdiff.RectifiedFlow):
+        def alpha_sigma(self, t):
+            t = t.double()
+            return (1 - t) ** 2, t
+
+    x0, n, _ = batch(torch.float64)
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    rows = t.view(-1, 1, 1, 1)
+    noised = fastdiff.Objective(Curved(), "sample").noise(x0, t, n)
+    torch.testing.assert_close(noised.x_t, (1 - rows) ** 2 * x0 + rows * n, rtol=1e-14, atol=1e-14)
+
+
+def test_copies_make_their_own_calls():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", "min_snr")
+    x0, n, _ = batch()
+    t = torch.tensor([5, 6, 7])
+    want = objective.noise(x0, t, n).x_t
+    for other in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
+        same(other.noise(x0, t, n).x_t, want)
+    other = copy.deepcopy(objective)
+    del objective
+    gc.collect()
+    same(other.noise(x0, t, n).x_t, want)
+
+
+def test_seeds_and_generators():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    x0, _, _ = batch(shape=(4, 3, 4, 4))
+    whole = objective.noise(x0, seed=2**64 - 3)
+    halves = [objective.noise(x0[k : k + 2], seed=torch.tensor(-3), sample_offset=k) for k in (0, 2)]
+    for name in ("x_t", "t", "noise"):
+        same(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))
+    one, other = (objective.noise(x0, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    same(one.x_t, other.x_t)
+    assert not torch.equal(objective.noise(x0).x_t, objective.noise(x0).x_t)
+    not_kept = objective.noise(x0, seed=9, keep_noise=False)
+    assert isinstance(not_kept.noise_source, ops.Philox)
+    same(not_kept.noise, objective.noise(x0, seed=9).noise)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("noise", ["none", "given", "made", "offset"])
+def test_a_step_has_the_bits_of_the_general_way(dtype, noise, general):
+    x, n, m = batch(dtype)
+    row = torch.randn(len(ops.COLUMNS), dtype=torch.float64).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    z = {"none": None, "given": n, "made": ops.Philox(4, 2, 17), "offset": ops.Philox(4, 2, 17, 0.3)}[noise]
+
+    def run():
+        return ops.step(x, m, row, clip=0.7, noise=z, return_entry=False)
+
+    for got, want in zip(run()[:2], general(run)[:2]):
+        same(got, want)
+    assert run()[2] is None
+
+
+def test_several_threads_at_once():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+    x0, n, m = batch(shape=(2, 4, 64, 64))  # large enough for the lock to be let go
+    t = torch.tensor([5, 600])
+    want = objective.loss(m, objective.noise(x0, t, n))
+    failed = []
+
+    def work():
+        for _ in range(50):
+            if not torch.equal(objective.loss(m, objective.noise(x0, t, n)), want):
+                failed.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failed
+
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=3),
+    st.tuples(st.integers(-5, 5), st.integers(-5, 5), st.integers(-5, 5), st.floats(-1, 1)),
+    st.sampled_from(
+        [
+            torch.randn(2, 3),
+            torch.randn(2, 3).double(),
+            torch.randn(3, 2).T,
+            torch.randn(6),
+            torch.zeros(0, 3),
+            torch.tensor(1.0),
+            torch.tensor([0, 1]),
+            torch.tensor([0, 9]),
+            torch.randn(2, 3, dtype=torch.complex64),
+            torch.randn(2, 3).to_sparse(),
+            torch.ones(2, 3, device="meta"),
+        ]
+    ),
+    st.sampled_from([object(), int, [], {}]),
+)
+
+
+@settings(max_examples=3000, deadline=None)
+@given(st.data())
+def test_no_arguments_reach_a_kernel_unchecked(data):
+    table = torch.rand(3, 2, dtype=torch.float64)
+    wide = torch.rand(3, 5, dtype=torch.float64)
+    name = data.draw(st.sampled_from(["noise", "loss", "step", "times"]))
+    x, t = torch.randn(2, 3), torch.tensor([0, 2])
+    fit = {
+        "noise": [native.direct.gathered(table), x, t, x, x.clone(), 1],
+        "loss": [native.direct.gathered(wide), 3, 0, x, x, x, t, torch.tensor(0.0), True, 1],
+        "step": [x, x, torch.randn(len(ops.COLUMNS)), None, None, True, 1],
+        "times": [t.clone(), 3, 4, 0, 10],
+    }[name]
+    for _ in range(data.draw(st.integers(0, 3))):
+        place = data.draw(st.integers(0, len(fit) - 1))
+        fit[place] = data.draw(ANYTHING)
+    if data.draw(st.integers(0, 20)) == 0:
+        fit = fit[:-1]
+    try:
+        getattr(_C, f"direct_{name}")(*fit)
+    except (TypeError, ValueError):
+        pass
+
+
+@pytest.mark.parametrize("bad", [(3, 1, 1), (0, -1, 1), (0, 1, 17), (1, 1, 2), (2, 2, 1), (0, 3, 2)])
+def test_rows_of_a_wrong_size_are_refused(bad):
+    kind, height, width = bad
+    table = torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(ValueError):
+        _C.row_source(kind, height, width, (table.data_ptr(), 1, 2), 0.0, 1.0)
