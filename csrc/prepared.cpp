@@ -22,7 +22,8 @@ struct {
   PyObject *generator_type, *default_generator, *thread_count, *empty_like;
   PyObject* dtypes[4];        // by DType
   PyObject *get_state, *set_state, *data_ptr, *numel, *dtype_names;
-  bool known, allowed, draws;  // known: these are set; allowed: CPU tensors are the native backend's
+  bool known, allowed;  // known: these are set; allowed: CPU tensors are the native backend's
+  int draws;            // what torch.randn need not draw: 1 float32, 2 bfloat16 and float16 too
 } torch;
 
 void enable(py::object generator_type, py::object default_generator, py::function thread_count, py::function empty_like,
@@ -42,7 +43,7 @@ void enable(py::object generator_type, py::object default_generator, py::functio
 }
 
 void allow(bool allowed) { torch.allowed = allowed; }
-void allow_draws(bool draws) { torch.draws = draws; }
+void allow_draws(int draws) { torch.draws = draws; }
 
 py::object owned(PyObject* made) {
   if (!made) throw py::error_already_set();
@@ -69,14 +70,15 @@ py::object make(PyObject* like, int has, int dtype, View& view) {
 class Generator {
  public:
   // `generator`: a torch.Generator, None for the default one, a list of a single one. False for anything else.
-  bool open(PyObject* generator, int64_t count) {
+  bool open(PyObject* generator, int64_t count, int dtype) {
     if (PyList_Check(generator) && PyList_GET_SIZE(generator) == 1) generator = PyList_GET_ITEM(generator, 0);
     generator_ = generator == Py_None ? torch.default_generator : generator;
-    if (!torch.draws || (PyObject*)Py_TYPE(generator_) != torch.generator_type) return false;
+    if (dtype == int(DType::f64) || torch.draws < (dtype == int(DType::f32) ? 1 : 2)) return false;
+    if ((PyObject*)Py_TYPE(generator_) != torch.generator_type) return false;
     state_ = owned(PyObject_CallMethodNoArgs(generator_, torch.get_state));
     const int64_t bytes = parse_integer("state", owned(PyObject_CallMethodNoArgs(state_.ptr(), torch.numel)));
     void* data = (void*)parse_seed(owned(PyObject_CallMethodNoArgs(state_.ptr(), torch.data_ptr)));
-    return draw_.open(data, bytes, count);
+    return draw_.open(data, bytes, count, DType(dtype));
   }
   TorchNormalArguments& arguments() { return draw_.arguments(); }
   void close() {
@@ -90,18 +92,19 @@ class Generator {
   TorchDraw draw_;
 };
 
-// As torch.randn on a generator, into float32. False, and nothing drawn, where its state is not as expected.
+// As torch.randn on a generator. False, and nothing drawn, where its state is not as expected.
 bool torch_normal(py::handle generator, py::handle out, py::handle threads) {
   const Memory to = parse_memory("out", out);
-  if (to.code != int(DType::f32)) throw py::value_error("out: must be float32");
+  if (to.code == int(DType::f64) || to.code > int(DType::f16))
+    throw py::value_error("out: must be float32, bfloat16 or float16");
   const int team = parse_threads(threads);
-  const bool before = torch.draws;
-  torch.draws = torch.known;  // what is asked for by name is done, also to find out whether it may be
+  const int before = torch.draws;
+  torch.draws = torch.known ? 2 : 0;  // what is asked for by name is done, also to find out whether it may be
   Generator drawn;
-  const bool open = drawn.open(generator.ptr(), to.elements);
+  const bool open = drawn.open(generator.ptr(), to.elements, to.code);
   torch.draws = before;
   if (!open) return false;
-  drawn.arguments().out = (float*)to.data;
+  drawn.arguments().out = to.data;
   run(drawn.arguments(), team);
   drawn.close();
   return true;
@@ -151,7 +154,7 @@ enum Flags { kX0 = 1, kEntry = 2, kLikeModel = 4, kSame = 8, kDraw = 16, kDrawFl
 
 // prepared_row(table, k, x, m, clip, history, noise, log_variance, flags) -> (y, x0 or None, entry or None), or None.
 //   noise   a tensor or None; with kDraw a generator, None, or a list of one, to draw from as torch.randn does: in the
-//           dtype of m, which must be float32, or with kDrawFloat in float32
+//           dtype of m, or with kDrawFloat in float32
 //   flags   those of fastdiff/ops/prepared.py
 py::object row(PyObject* const* a) {
   const Table& table = table_of(a[0], kColumns);
@@ -189,8 +192,8 @@ py::object row(PyObject* const* a) {
   Generator generator;
   if (flags & kDraw) {
     // Drawn in the pass of the step, block by block, which is in whole chunks.
-    if (x.elements % 16 || (!(flags & kDrawFloat) && m.dtype != int(DType::f32))) return py::none();
-    if (!generator.open(a[6], x.elements)) return py::none();
+    const int dtype = flags & kDrawFloat ? int(DType::f32) : m.dtype;
+    if (x.elements % 16 || !generator.open(a[6], x.elements, dtype)) return py::none();
     call.noise.kind = Noise::drawn;
     call.noise.draws = &generator.arguments();
   }

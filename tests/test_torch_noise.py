@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastdiff import ops
 from fastdiff.backends.native import operations, torch_noise
@@ -67,6 +68,29 @@ def test_threads(threads):
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("simd", operations._C.simd_variants())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_narrow_dtypes(simd, dtype, threads):
+    if not torch_noise._draws_narrow():
+        pytest.skip("this PyTorch draws them otherwise")
+    before = operations._C.simd()
+    operations._C.set_simd(simd)
+    torch.set_num_threads(threads)
+    try:
+        for size in (16, 32, 496, 512, 528, 4096, 100_000):
+            ours, theirs = generators(size, size % 700, size % 3)
+            expected = torch.randn(size, generator=theirs, dtype=dtype)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "randn", None)
+                drawn = torch_noise.randn((size,), generator=ours, dtype=dtype)
+            assert torch.equal(drawn.view(torch.int16), expected.view(torch.int16)), size
+            assert torch.equal(ours.get_state(), theirs.get_state()), size
+    finally:
+        torch.set_num_threads(1)
+        operations._C.set_simd(before)
+
+
 def drawn_in_turn(randn, g):
     for _ in range(3):
         yield randn((5, 7, 11), generator=g)
@@ -100,9 +124,10 @@ def test_the_default_generator():
         lambda f, g: f((0, 3), generator=g),
         lambda f, g: f((100,), generator=g, dtype=torch.float64),
         lambda f, g: f((100,), generator=g, dtype=torch.bfloat16),
+        lambda f, g: f((7,), generator=g, dtype=torch.float16),
         lambda f, g: f((100,), generator=g, device="cpu", dtype=torch.float32),
     ],
-    ids=["few", "none", "float64", "bfloat16", "named"],
+    ids=["few", "none", "float64", "bfloat16", "few float16", "named"],
 )
 def test_whatever_is_asked_for(make):
     ours, theirs = generators(11)
@@ -142,6 +167,8 @@ def test_what_torch_refuses():
 def test_under_a_transform_and_traced():
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.vmap(lambda x: x + torch_noise.randn((20,)))(torch.zeros(2, 20))
+    with FakeTensorMode():
+        assert isinstance(torch_noise.randn((20,)), FakeTensor)
     torch.manual_seed(0)
     expected = torch.randn(40) + 1
     torch.manual_seed(0)
@@ -174,7 +201,7 @@ def test_other_bits_are_noticed(monkeypatch):
         assert not torch_noise._same_bits()
     finally:
         monkeypatch.undo()
-        operations._C.allow_draws(True)
+        operations._C.allow_draws(2 if torch_noise._narrow else 1)
     assert torch_noise._same_bits()
 
 
@@ -218,6 +245,19 @@ def test_a_step_that_draws(shape, history, entry, dtype, threads):
     assert torch.equal(ours.get_state(), theirs.get_state())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_that_draws_in_its_own_dtype(dtype):
+    if dtype is not torch.float32 and not torch_noise._draws_narrow():
+        pytest.skip("this PyTorch draws it otherwise")
+    prepared = ops.PreparedSteps(torch.randn(3, len(ops.COLUMNS), dtype=torch.float64))
+    ours, theirs = generators(5, 77)
+    x, m = (torch.randn(2, 3, 20, 20).to(dtype) for _ in range(2))
+    got = prepared.run(1, x, m, None, (), ours, None, X0 | DRAW)
+    expected = prepared(1, x, m, noise=torch.randn(x.shape, generator=theirs, dtype=dtype))
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
 def test_a_step_that_is_refused_draws_nothing():
     prepared = ops.PreparedSteps(torch.randn(3, len(ops.COLUMNS), dtype=torch.float64))
     generator = torch.Generator().manual_seed(0)
@@ -237,7 +277,7 @@ def test_a_step_that_is_refused_draws_nothing():
         (0, x, x, None, (x,) * 5, generator, None, DRAW),
         (0, x, x, None, (), [generator, generator], None, DRAW),
         (0, x, x, None, (), "generator", None, DRAW),
-        (0, x.bfloat16(), x.bfloat16(), None, (), generator, None, DRAW),
+        (0, x.double(), x.double(), None, (), generator, None, DRAW_FLOAT),
         (0, x[..., :5].clone(), x[..., :5].clone(), None, (), generator, None, DRAW),
     ]
     for arguments in refused:

@@ -36,12 +36,13 @@ struct Layout {
 
 constexpr int kTwisterWords = 624;
 
-// As torch.randn would fill float32: at least 16 of them.
+// What torch.randn would draw: at least 16 elements in float32, rounded to what they are stored in.
 struct TorchNormalArguments {
   const uint64_t* state;  // kTwisterWords of them
-  int position;           // how many of them were drawn, 1 to 624
+  int position;           // how many of them were drawn, 1 to kTwisterWords
   int64_t elements;
-  float* out;             // null where they are used at once
+  DType dtype;
+  void* out;  // null where they are used at once
   uint32_t* state_after;
   int* position_after;
 };

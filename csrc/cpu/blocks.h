@@ -93,7 +93,7 @@ FASTDIFF_INLINE const N* view(const Noise& noise, const Layout& layout, int64_t 
   if (!kComputed<N> || noise.kind == Noise::given) return view(noise.tensor, start, count, buffer.values);
   if constexpr (sizeof(N) == 4) {
     if (noise.kind == Noise::drawn)
-      twister::draw_chunks(*(twister::Sequence*)noise.sequence, count / 16, buffer.values);
+      twister::draw_block(*(twister::Sequence*)noise.sequence, noise.draws->dtype, count, buffer.values);
     else
       make_noise(noise, layout, start, count, buffer.values);
   } else if constexpr (kComputed<N>) {

@@ -4,9 +4,7 @@
 // PyTorch's compiler's doing: it was found by comparing, and is compared again before it is used (torch_noise.py).
 #pragma once
 
-#include "arguments.h"
-#include "simd.h"
-#include "work.h"
+#include "storage.h"
 
 namespace fastdiff {
 namespace FASTDIFF_VARIANT {
@@ -189,6 +187,33 @@ inline void draw_chunks(Sequence& s, int64_t chunks, float* out) {
   }
 }
 
+// The same, rounded to bfloat16 or float16: count is a multiple of 16, at most kBlock.
+template <class S>
+inline void draw_rounded(Sequence& s, int count, float* out) {
+  S narrow[kBlock];
+  draw_chunks(s, count / 16, out);
+  write_narrow(out, count, narrow);
+  read_narrow(narrow, count, out);
+}
+
+FASTDIFF_APART inline void draw_block(Sequence& s, DType dtype, int count, float* out) {
+  if (dtype == DType::bf16) return draw_rounded<Bfloat>(s, count, out);
+  if (dtype == DType::f16) return draw_rounded<Half>(s, count, out);
+  draw_chunks(s, count / 16, out);
+}
+
+// To memory of the dtype of `to`, from element `start` on.
+inline void draw_to(Sequence& s, int64_t chunks, const Output& to, int64_t start) {
+  if (to.dtype == DType::f32) return draw_chunks(s, chunks, (float*)to.data + start);
+  alignas(64) float block[kBlock];
+  for (int64_t done = 0; done < chunks;) {
+    const int64_t part = chunks - done < kBlock / 16 ? chunks - done : kBlock / 16;
+    draw_chunks(s, part, block);
+    write(block, int(16 * part), to, start + 16 * done);
+    done += part;
+  }
+}
+
 // The sequence from chunk `first` on.
 inline void start(Sequence& s, const TorchNormalArguments& a, int64_t first) {
   for (int k = 0; k < kWords; ++k) s.words[k] = uint32_t(a.state[k]);
@@ -210,13 +235,14 @@ inline void finish(const Sequence& s, const TorchNormalArguments& a) {
 inline void torch_normal_chunks(const TorchNormalArguments& a, int64_t begin, int64_t end) {
   twister::Sequence s;
   twister::start(s, a, begin);
-  twister::draw_chunks(s, end - begin, a.out + 16 * begin);
+  const Output to = {a.out, a.dtype, false};
+  twister::draw_to(s, end - begin, to, 16 * begin);
   if (end != a.elements / 16) return;
   const int64_t rest = a.elements % 16;
   if (rest) {
     // The last sixteen elements are drawn anew, those of the last whole chunk among them.
     twister::skip(s, rest);
-    twister::draw_chunks(s, 1, a.out + a.elements - 16);
+    twister::draw_to(s, 1, to, a.elements - 16);
   }
   twister::finish(s, a);
 }

@@ -15,15 +15,16 @@ constexpr int64_t kBytes = 5056;
 
 }  // namespace
 
-bool TorchDraw::open(void* state, int64_t bytes, int64_t elements) {
+bool TorchDraw::open(void* state, int64_t bytes, int64_t elements, DType dtype) {
   const State* s = (const State*)state;
-  if (bytes != kBytes || elements < 16 || uintptr_t(state) % alignof(State)) return false;
+  if (elements < 16 || (dtype != DType::f32 && elements % 16)) return false;
+  if (bytes != kBytes || uintptr_t(state) % alignof(State)) return false;
   if (s->seeded != 1 || s->left < 1 || s->left > kTwisterWords) return false;
   const int position = kTwisterWords + 1 - s->left;
   // Before anything is drawn, and only then, `next` is 0 where nothing is left.
   if (s->next != uint64_t(position) && !(s->left == 1 && s->next == 0)) return false;
   state_ = state;
-  arguments_ = {s->words, position, elements, nullptr, after_, &position_after_};
+  arguments_ = {s->words, position, elements, dtype, nullptr, after_, &position_after_};
   return true;
 }
 

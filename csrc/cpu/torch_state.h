@@ -5,11 +5,12 @@
 
 namespace fastdiff {
 
-// A draw of float32 normals: opened on the bytes of a state, run, and closed, which leaves the state that follows there.
+// A draw of normals: opened on the bytes of a state, run, and closed, which leaves the state that follows there.
 class TorchDraw {
  public:
-  // False for a state that is not as expected, or fewer elements than torch.randn draws in this way.
-  bool open(void* state, int64_t bytes, int64_t elements);
+  // False for a state that is not as expected, and for what torch.randn draws in another way: fewer than 16 elements,
+  // or a rest of a chunk of 16 in another dtype than float32.
+  bool open(void* state, int64_t bytes, int64_t elements, DType dtype);
   TorchNormalArguments& arguments() { return arguments_; }
   void close();
 

@@ -1,4 +1,5 @@
-"""What ``torch.randn`` draws on the CPU in float32, to the bit, several times faster (csrc/cpu/torch_normals.h).
+"""What ``torch.randn`` draws on the CPU, to the bit, several times faster (csrc/cpu/torch_normals.h): in float32, and
+in bfloat16 and float16, where it rounds the same numbers.
 
 It is PyTorch's generator, and its state is left as PyTorch would leave it: whatever else is drawn stays in step. Before
 the first draw it is tried out, once, that this PyTorch draws as expected; if not, torch.randn draws.
@@ -16,10 +17,13 @@ import torch
 from torch import Tensor
 
 from . import operations
+from .launch import DTYPES
 
-_is_compiling = torch.compiler.is_compiling
+_is_compiling, _modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 _reason: str | None = None  # why torch.randn draws; "" if it does not; None: not tried yet
 _LEAST = 16  # below, PyTorch draws in another way
+_CODES = {dtype: DTYPES[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_narrow: bool | None = None  # whether 16-bit numbers are drawn as expected; None: not tried yet
 
 
 def reason() -> str:
@@ -37,8 +41,31 @@ def reason() -> str:
             if reads_tensors and not _same_bits():
                 _reason = "this build of PyTorch draws other bits than expected"
         if operations._C is not None:
-            operations._C.allow_draws(not _reason)
+            operations._C.allow_draws(0 if _reason else 1)
     return _reason
+
+
+def _draws_narrow() -> bool:
+    """Whether bfloat16 and float16 too are drawn as expected; tried out at the first call. Where PyTorch computed them
+    otherwise, with other functions, few would be rounded differently, so many are compared."""
+    global _narrow
+    if _narrow is None:
+        ours, theirs = torch.Generator("cpu").manual_seed(1), torch.Generator("cpu").manual_seed(1)
+        _narrow = _same(20_000, torch.bfloat16, ours, theirs) and _same(200_000, torch.float16, ours, theirs)
+        if _narrow:
+            operations._C.allow_draws(2)
+    return _narrow
+
+
+def _same(count: int, dtype: torch.dtype, ours: torch.Generator, theirs: torch.Generator) -> bool:
+    expected = torch.randn(count, generator=theirs, device="cpu", dtype=dtype)
+    drawn = torch.empty(count, device="cpu", dtype=dtype)
+    bits = torch.int32 if dtype is torch.float32 else torch.int16
+    return (
+        _fill(drawn, ours)
+        and torch.equal(drawn.view(bits), expected.view(bits))
+        and torch.equal(ours.get_state(), theirs.get_state())
+    )
 
 
 def _same_bits() -> bool:
@@ -51,28 +78,29 @@ def _same_bits() -> bool:
             if before:
                 torch.rand(before, generator=generator, device="cpu")
             torch.randn(seed % 2, generator=generator, device="cpu", dtype=torch.float32)
-        expected = torch.randn(count, generator=theirs, device="cpu", dtype=torch.float32)
-        drawn = torch.empty(count, device="cpu", dtype=torch.float32)
-        if not _fill(drawn, ours) or not torch.equal(drawn.view(torch.int32), expected.view(torch.int32)):
-            return False
-        if not torch.equal(ours.get_state(), theirs.get_state()):
+        if not _same(count, torch.float32, ours, theirs):
             return False
     return True
 
 
 def _fill(z: Tensor, generator: torch.Generator | None) -> bool:
-    return operations._C.torch_normal(generator, (z.data_ptr(), 0, z.numel()), torch.get_num_threads())
+    return operations._C.torch_normal(generator, (z.data_ptr(), _CODES[z.dtype], z.numel()), torch.get_num_threads())
 
 
 def _plain() -> bool:
-    return not _is_compiling() and operations._wrapping() is None and not (reason() if _reason is None else _reason)
+    """Whether anything may be drawn here: nothing is traced, transformed, or intercepted by a mode."""
+    if _is_compiling() or operations._wrapping() is not None or _modes():
+        return False
+    return not (reason() if _reason is None else _reason)
 
 
 def _fills(z: Any, generator: Any) -> bool:
     """Draw into ``z``, if it is what torch.randn would draw in the way that is known; whether that was done."""
-    if type(z) is not Tensor or z.dtype is not torch.float32 or not z.is_cpu or z.numel() < _LEAST:
+    if type(z) is not Tensor or z.dtype not in _CODES or not z.is_cpu or z.numel() < _LEAST:
         return False
     if not z.is_contiguous() or not (generator is None or type(generator) is torch.Generator):
+        return False
+    if z.dtype is not torch.float32 and not (_draws_narrow() if _narrow is None else _narrow):
         return False
     return _fill(z, generator)
 

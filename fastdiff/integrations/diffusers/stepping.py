@@ -176,7 +176,7 @@ class Draws:
     def __call__(self, like: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
         """Noise shaped as ``like``, on its device."""
         device = like.device
-        if not _is_compiling() and dtype is _FLOAT32 and device.type == "cpu" and self.known():
+        if not _is_compiling() and device.type == "cpu" and self.known():
             if type(generator) is not list:
                 return torch_noise.randn(like.shape, generator=generator, device=device, dtype=dtype)
             if len(generator) == 1:
