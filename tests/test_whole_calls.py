@@ -349,7 +349,7 @@ ANYTHING = st.one_of(
 )
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=10000, deadline=None)
 @given(st.data())
 def test_no_arguments_reach_a_kernel_unchecked(data):
     table = torch.rand(3, 2, dtype=torch.float64)

@@ -54,11 +54,15 @@ void parallel(const Layout& layout, int threads, Body body) {
 // of a result, or more) leaves little of the result there; written past the caches, its memory need not be read first.
 constexpr int64_t kCache = int64_t(32) << 20;
 
-Output placed(Output output, const Layout& layout) {
+Output placed(Output output, const Layout& layout, int64_t cache = kCache) {
   const int64_t size = output.dtype == DType::f64 ? 8 : output.dtype == DType::f32 ? 4 : 2;
-  output.streamed = output.data && 3 * size * layout.elements > kCache;
+  output.streamed = output.data && 3 * size * layout.elements > cache;
   return output;
 }
+
+// A gradient's memory was last used before the network's backward pass of the step before: beyond what one core's cache
+// commonly holds it has to be fetched only to be written over.
+constexpr int64_t kGradientCache = int64_t(6) << 20;
 
 double number(const Rows& rows, bool wide, int64_t row, double absent) {
   if (!rows.data) return absent;
@@ -191,7 +195,7 @@ void run(LossCall& call, bool wide, int threads) {
     find_factors(call, wide, divisors, factors);
     kernel_arguments.factor = {factors, 1};
   }
-  kernel_arguments.gradient = placed(kernel_arguments.gradient, layout);
+  kernel_arguments.gradient = placed(kernel_arguments.gradient, layout, kGradientCache);
   kernel_arguments.sums = value ? unit_sums : nullptr;
   if (units && (value || kernel_arguments.gradient.data)) {
     const auto kernel = chosen().table->loss[wide];
