@@ -10,6 +10,7 @@
 #include "direct.h"
 #include "philox.h"
 #include "prepared.h"
+#include "schedulers.h"
 #include "unlocked.h"
 #ifdef FASTDIFF_CUDA
 #include "cuda/binding.h"
@@ -215,6 +216,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("gather", gather);
   bind_direct(module);
   bind_prepared(module);
+  bind_schedulers(module);
   module.def("simd", [] { return chosen().name; });
   module.def("simd_variants", simd_names);
   module.def("set_simd", set_simd);

@@ -1,13 +1,12 @@
 #include "prepared.h"
 
-#include <exception>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/run.h"
 #include "cpu/torch_state.h"
+#include "fastcall.h"
 #include "tensors.h"
 #include "unlocked.h"
 
@@ -281,29 +280,8 @@ py::object number(PyObject* const* a) {
   return py::none();
 }
 
-// pybind11's own calling of functions takes longer than what these do.
-template <py::object (*function)(PyObject* const*), int count>
-PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
-  try {
-    if (given != count) throw py::type_error("expected " + std::to_string(count) + " arguments");
-    return function(arguments).release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
-template <py::object (*function)(PyObject* const*), int count>
-constexpr PyMethodDef method(const char* name) {
-  return {name, (PyCFunction)(void (*)())call<function, count>, METH_FASTCALL, nullptr};
-}
-
-PyMethodDef methods[] = {method<row, 9>("prepared_row"), method<noise, 4>("prepared_noise"),
-                         method<number, 2>("number"), {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {fast_method<row, 9>("prepared_row"), fast_method<noise, 4>("prepared_noise"),
+                         fast_method<number, 2>("number"), {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...backends.native.operations import _C
 from ...backends.native.prepared import number
 from ...samplers.base import build_table
 from . import rows
@@ -23,6 +24,25 @@ STEPS, NOISE, INPUT = (
 
 class Unfit(Exception):
     """Why a scheduler, as it is configured, is left to diffusers."""
+
+
+def _is_current(watched: tuple, held: dict[str, Any]) -> bool:
+    tensors, versions, others, config, settings = watched
+    for name, tensor in tensors:
+        if held.get(name) is not tensor:
+            return False
+    for tensor, version in versions:
+        if tensor._version != version:
+            return False
+    for name, value in others:
+        found = held.get(name)
+        if found is not value and found != value:
+            return False
+    return held["_internal_dict"] is config and config.__dict__ == settings
+
+
+# (plan.watched, scheduler.__dict__) -> whether the scheduler still has what the plan was made from.
+is_current = _is_current if _C is None else _C.is_current
 
 
 class Plan:
@@ -52,24 +72,10 @@ class Plan:
             for _, tensor in self.tensors
             if isinstance(tensor, Tensor) and not tensor.is_inference()
         )
+        self.watched = self.tensors, self.versions, self.others, self.config, self.settings
         self.copies = tuple(
             tensor.clone() if isinstance(tensor, Tensor) and tensor.is_cpu else None for _, tensor in self.tensors
         )
-
-    def current(self, held: dict[str, Any]) -> bool:
-        """Whether the scheduler with this ``__dict__`` still has what the plan was made from."""
-        for name, tensor in self.tensors:
-            if held.get(name) is not tensor:
-                return False
-        for tensor, version in self.versions:
-            if tensor._version != version:
-                return False
-        for name, value in self.others:
-            found = held.get(name)
-            if found is not value and found != value:
-                return False
-        config = held["_internal_dict"]
-        return config is self.config and config.__dict__ == self.settings
 
     def serves(self, scheduler: Any) -> bool:
         """Whether the scheduler has equal numbers, on the CPU; then the plan is that of the tensors it has now."""

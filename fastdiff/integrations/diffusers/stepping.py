@@ -6,7 +6,6 @@ the method that was there, before anything of the scheduler's state is changed.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ...backends.native import torch_noise
+from ...backends.native.operations import _C
 from ...backends.native.prepared import number
 from ...ops.prepared import DRAW, DRAW_FLOAT, ENTRY, MODEL_DTYPE, ONE_DTYPE, X0
 from .counting import count, fused, left
 from .known import RANDN_TENSOR, fingerprint
-from .plans import STEPS, UNTRACED, Refused, StepPlan
+from .plans import STEPS, UNTRACED, Refused, StepPlan, is_current
 
 _is_compiling = torch.compiler.is_compiling
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
@@ -58,7 +58,7 @@ class Maker:
             return _UNDONE
         held = scheduler.__dict__
         plan = held.get(self.where)
-        if plan is None or not plan.current(held):
+        if plan is None or not is_current(plan.watched, held):
             plan = self.build(scheduler)
         return plan
 
@@ -190,25 +190,17 @@ class Draws:
 def results(output: type, *names: str) -> Callable:
     """``output`` made from values in the order of ``names``, without what its constructor spends on finding its fields:
     the object is the same, which is tried once; where it is not, the constructor is called."""
-    put, new = OrderedDict.__setitem__, output.__new__
     first, second = names if len(names) == 2 else (*names, None)
 
     def quick(value: Any, other: Any = None) -> Any:
-        made = new(output)
-        held = made.__dict__
-        held[first] = value
-        put(made, first, value)
-        if second is not None:
-            held[second] = other
-            put(made, second, other)
-        return made
+        return _C.make_output(output, first, value, second, other)
 
     values = tuple(torch.zeros(1) for _ in names)
     try:
         made, expected = quick(*values), output(**dict(zip(names, values)))
         same = list(made) == list(expected) == list(names) and set(made.__dict__) == set(expected.__dict__)
         same = same and all(made[name] is getattr(made, name) is value for name, value in zip(names, values))
-    except Exception:  # whatever it is, it is not made like that
+    except Exception:  # whatever it is, it is not made like that; or fastdiff._C is not there
         same = False
     return quick if same else lambda *values: output(**dict(zip(names, values)))
 
