@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastdiff import ops
-from fastdiff.backends.native import operations, torch_noise
+from fastdiff.backends.native import operations, prepared, torch_noise
 from fastdiff.ops.prepared import DRAW, DRAW_FLOAT, ENTRY, X0
 
 if torch_noise.reason():
@@ -220,22 +220,25 @@ def test_pytorch_without_vectors():
 
 # ------------------------------------------------------------------------------------------------------------ in a step
 
+in_c = pytest.mark.skipif(not prepared.reads_tensors, reason="this PyTorch does not show its tensors to C")
 
+
+@in_c
 @pytest.mark.parametrize("shape", [(16,), (1, 4, 64, 64), (2, 3, 4, 6), (3, 4, 100, 100)])
 @pytest.mark.parametrize("history, entry", [(0, False), (0, True), (2, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_step_that_draws(shape, history, entry, dtype, threads):
     table = torch.randn(3, len(ops.COLUMNS), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    prepared = ops.PreparedSteps(table)
+    steps = ops.PreparedSteps(table)
     ours, theirs = generators(5, 77)
     x, m, *past = (torch.randn(shape).to(dtype) for _ in range(2 + history))
     flags = X0 | DRAW_FLOAT | (ENTRY if entry else 0)
     torch.set_num_threads(threads)
     try:
-        got = prepared.run(1, x, m, 1.0, tuple(past), ours, None, flags)
+        got = steps.run(1, x, m, 1.0, tuple(past), ours, None, flags)
         z = torch.randn(shape, generator=theirs)
-        expected = prepared(1, x, m, clip=1.0, history=past, noise=z, return_entry=entry)
+        expected = steps(1, x, m, clip=1.0, history=past, noise=z, return_entry=entry)
     finally:
         torch.set_num_threads(1)
     assert got is not None
@@ -245,21 +248,23 @@ def test_a_step_that_draws(shape, history, entry, dtype, threads):
     assert torch.equal(ours.get_state(), theirs.get_state())
 
 
+@in_c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_step_that_draws_in_its_own_dtype(dtype):
     if dtype is not torch.float32 and not torch_noise._draws_narrow():
         pytest.skip("this PyTorch draws it otherwise")
-    prepared = ops.PreparedSteps(torch.randn(3, len(ops.COLUMNS), dtype=torch.float64))
+    steps = ops.PreparedSteps(torch.randn(3, len(ops.COLUMNS), dtype=torch.float64))
     ours, theirs = generators(5, 77)
     x, m = (torch.randn(2, 3, 20, 20).to(dtype) for _ in range(2))
-    got = prepared.run(1, x, m, None, (), ours, None, X0 | DRAW)
-    expected = prepared(1, x, m, noise=torch.randn(x.shape, generator=theirs, dtype=dtype))
+    got = steps.run(1, x, m, None, (), ours, None, X0 | DRAW)
+    expected = steps(1, x, m, noise=torch.randn(x.shape, generator=theirs, dtype=dtype))
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     assert torch.equal(ours.get_state(), theirs.get_state())
 
 
+@in_c
 def test_a_step_that_is_refused_draws_nothing():
-    prepared = ops.PreparedSteps(torch.randn(3, len(ops.COLUMNS), dtype=torch.float64))
+    steps = ops.PreparedSteps(torch.randn(3, len(ops.COLUMNS), dtype=torch.float64))
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     x = torch.randn(2, 3, 4, 6)
@@ -281,7 +286,7 @@ def test_a_step_that_is_refused_draws_nothing():
         (0, x[..., :5].clone(), x[..., :5].clone(), None, (), generator, None, DRAW),
     ]
     for arguments in refused:
-        assert prepared.run(*arguments) is None
+        assert steps.run(*arguments) is None
         assert torch.equal(generator.get_state(), before)
-    assert prepared.run(0, x, x, None, (), [generator], None, DRAW) is not None
+    assert steps.run(0, x, x, None, (), [generator], None, DRAW) is not None
     assert not torch.equal(generator.get_state(), before)

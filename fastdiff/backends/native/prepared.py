@@ -22,17 +22,18 @@ _threads, _grad, _empty_like = torch.get_num_threads, torch.is_grad_enabled, tor
 
 
 def _enable() -> bool:
-    """Whether ``fastdiff._C`` reads tensors itself."""
-    functions = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if operations._C is None or functions is None:
-        return False
-    kinds = (Tensor, torch.nn.Parameter)
-    try:
-        operations._C.enable_tensors(functions, kinds, _empty_like, _grad, operations._wrapping)
-    except ValueError:  # of another version
+    """Show ``fastdiff._C`` what it needs of PyTorch; whether it can read tensors itself."""
+    if operations._C is None:
         return False
     dtypes = sorted(operations._DATA, key=_CODES.__getitem__)
     operations._C.enable_prepared(torch.Generator, torch.default_generator, _threads, _empty_like, tuple(dtypes))
+    functions = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if functions is None:
+        return False
+    try:
+        operations._C.enable_tensors(functions, (Tensor, torch.nn.Parameter), _empty_like, _grad, operations._wrapping)
+    except ValueError:  # of another version
+        return False
     return True
 
 
@@ -47,7 +48,7 @@ number: Callable = operations._C.number if reads_tensors else _never
 
 def allow(native: bool) -> None:
     """Whether the runners below may run: where CPU tensors are this backend's. Else they give None."""
-    if reads_tensors:
+    if operations._C is not None:
         operations._C.allow_prepared(native)
 
 

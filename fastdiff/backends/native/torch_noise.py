@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operations
+from . import operations, prepared  # noqa: F401  (prepared shows PyTorch's generators to fastdiff._C)
 from .launch import DTYPES
 
 _is_compiling, _modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
@@ -35,11 +35,7 @@ def reason() -> str:
         elif operations._C.simd() == "baseline":
             _reason = "this machine has no vector instructions to draw faster with"
         else:
-            from .prepared import reads_tensors
-
-            _reason = "" if reads_tensors else "this version of PyTorch does not show its tensors to C"
-            if reads_tensors and not _same_bits():
-                _reason = "this build of PyTorch draws other bits than expected"
+            _reason = "" if _same_bits() else "this build of PyTorch draws other bits than expected"
         if operations._C is not None:
             operations._C.allow_draws(0 if _reason else 1)
     return _reason
