@@ -232,6 +232,32 @@ py::object loss(PyObject* const* a) {
   return py::make_tuple(value, slope);
 }
 
+// convert(rows, m, x_t, t, threads) -> k_x x_t + k_m m, or None. rows: (k_x, k_m).
+py::object convert(PyObject* const* a) {
+  const Source& source = *source_of(a[0], 2);
+  View m, x_t, out;
+  if (!tensors::view(a[1], m) || !m.floating() || m.dims < 1 || tensors::differentiable(a[1])) return py::none();
+  if (!tensors::view(a[2], x_t) || !x_t.floating() || !tensors::same_shape(x_t, m) || tensors::differentiable(a[2]))
+    return py::none();
+  const bool wide = is_wide(m) || is_wide(x_t);
+  BatchRows rows;
+  if (!rows.find(source, a[3], m.sizes[0], wide) || tensors::transformed()) return py::none();
+  ConvertArguments call{};
+  call.layout = layout_of(m);
+  call.m = m.input();
+  call.x_t = x_t.input();
+  call.k_x = rows.column(0);
+  call.k_m = rows.column(1);
+  const int threads = parse_threads(a[4]);
+  py::object result = make_like(a[1], out);
+  call.out = out.output();
+  {
+    const Unlocked unlocked(call.layout);
+    run(call, wide, threads);
+  }
+  return result;
+}
+
 // step(x, m, row, clip, noise, x0, threads) -> (y, x0 estimate or None), or None.
 // row: kColumns numbers for the whole batch. clip: a bound or None. noise: as parse_noise takes it, a tensor, or None.
 // x0: whether the estimate is wanted.
@@ -322,7 +348,7 @@ constexpr PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {method<noise, 6>("direct_noise"), method<loss, 10>("direct_loss"),
-                         method<step, 7>("direct_step"), method<times, 5>("direct_times"),
+                         method<convert, 5>("direct_convert"), method<step, 7>("direct_step"), method<times, 5>("direct_times"),
                          {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

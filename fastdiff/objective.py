@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -41,8 +41,12 @@ class Rows:
     """
 
     def __init__(self, known: dict[str, Any], evaluate: Callable[[str], dict[str, Tensor]] | None = None):
-        self.__dict__.update(known)
         self._evaluate = evaluate
+        self._learn(known)
+
+    def _learn(self, known: dict[str, Any]) -> None:
+        for name, row in known.items():  # one by one: an update of __dict__ is not traced by every PyTorch
+            setattr(self, name, row)
 
     def known(self) -> dict[str, Any]:
         return {name: row for name, row in self.__dict__.items() if name in COEFFICIENTS}
@@ -50,8 +54,9 @@ class Rows:
     def __getattr__(self, name: str) -> Any:
         if name not in COEFFICIENTS or self._evaluate is None:
             raise AttributeError(name)
-        self.__dict__.update(self._evaluate(name))
-        return self.__dict__[name]
+        known = self._evaluate(name)
+        self._learn(known)
+        return known[name]
 
 
 @dataclass(eq=False)
@@ -416,6 +421,12 @@ class Objective:
         x_t, t = noised.x_t, noised.t
         if self.process.discrete:
             table = self._table_of(kind, t.device, compute_dtype(prediction, x_t))
+            calls = self._plain(backends.get(x_t.device))
+            if calls is not None and kind not in self._singular:
+                wide = partial(self._table_of, kind, torch.device("cpu"), torch.float64)
+                done = calls.convert(kind, wide, prediction, x_t, t)
+                if done is not None:
+                    return done
             placed = place_rows("t", t, x_t.shape)
             k_x, k_m = backends.get(x_t.device).gather(table, placed, self.process.check_t)
             singular = kind in self._singular

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .losses import is_constant
 from .ops.noise import Stream
+from .prediction import Prediction
 from .process import Process, VariancePreserving
 from .timesteps import Uniform
 from .weighting import Uniform as Unweighted
@@ -40,6 +41,7 @@ class PlainCalls:
         self._x0, self._n = prediction.uses_x0, prediction.uses_noise
         self._present = prediction.uses_x0 + 2 * prediction.uses_noise + 4 * (not own_space) + 16 * loss.uses_c
         self._noise_rows = self._loss_rows = None
+        self._conversions: dict[Prediction, Any] = {}
         if process.discrete:
             table = objective.coefficients()
             self._noise_rows = direct.gathered(torch.stack([table["alpha"], table["sigma"]], -1))
@@ -78,6 +80,13 @@ class PlainCalls:
         if not _is_plain(seed) or (self._offset and x0.ndim < 3):
             return None
         return self._direct.noise(self._noise_rows, x0, t, (seed, Stream.NOISE, sample_offset, self._offset), keep)
+
+    def convert(self, kind: Prediction, rows: Callable[[], Tensor], m: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
+        """An output as another kind, or None. ``rows``: () -> (k_x, k_m), float64 [steps, 2]."""
+        source = self._conversions.get(kind)
+        if source is None:
+            source = self._conversions[kind] = self._direct.gathered(rows())
+        return self._direct.convert(source, m, x_t, t)
 
     def loss(
         self, prediction: Tensor, x0: Tensor, n: Any, t: Tensor, rows: Callable[[], tuple[Tensor | None, ...]]

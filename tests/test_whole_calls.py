@@ -62,7 +62,7 @@ def only_whole_calls(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the general way was taken")
 
-    for name in ("noise", "loss", "step"):
+    for name in ("noise", "loss", "convert", "step"):
         monkeypatch.setattr(native, name, refuse)
 
 
@@ -117,6 +117,8 @@ def test_the_plain_case_is_a_whole_call(kind, only_whole_calls):
     assert m.grad.isfinite().all()
     t = torch.rand(3) if kind == "flow" else torch.tensor([0, 500, 999])
     assert objective.loss(m, objective.noise(x0, t, n)).isfinite()
+    if kind == "v_prediction":
+        assert objective.predict_x0(n, noised).isfinite().all()
     assert fastdiff.q_sample(x0, t, process, n).isfinite().all()
     assert fastdiff.diffusion_loss(m, x0, n, t, process, kind).isfinite()
     row = torch.randn(len(ops.COLUMNS))
@@ -303,6 +305,25 @@ def test_a_step_has_the_bits_of_the_general_way(dtype, noise, general):
     assert run()[2] is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["sample", "epsilon", "score"])
+def test_a_conversion_has_the_bits_of_the_general_way(dtype, kind, general):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+    x0, n, m = batch(dtype)
+    noised = objective.noise(x0, torch.tensor([0, 500, 999]), n)
+    same(objective.convert(m, noised, kind), general(objective.convert, m, noised, kind))
+    m.requires_grad_()
+    got, want = (run(objective.convert, m, noised, kind) for run in (lambda f, *a: f(*a), general))
+    same(torch.autograd.grad(got.sum(), m)[0], torch.autograd.grad(want.sum(), m)[0])
+
+
+def test_a_conversion_that_is_not_determined_is_refused():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(zero_terminal_snr=True), "epsilon")
+    x0, n, m = batch()
+    with pytest.raises(ValueError, match="does not determine"):
+        objective.predict_x0(m, objective.noise(x0, torch.tensor([0, 500, 999]), n))
+
+
 def test_several_threads_at_once():
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
     x0, n, m = batch(shape=(2, 4, 64, 64))  # large enough for the lock to be let go
@@ -354,11 +375,12 @@ ANYTHING = st.one_of(
 def test_no_arguments_reach_a_kernel_unchecked(data):
     table = torch.rand(3, 2, dtype=torch.float64)
     wide = torch.rand(3, 5, dtype=torch.float64)
-    name = data.draw(st.sampled_from(["noise", "loss", "step", "times"]))
+    name = data.draw(st.sampled_from(["noise", "loss", "convert", "step", "times"]))
     x, t = torch.randn(2, 3), torch.tensor([0, 2])
     fit = {
         "noise": [native.direct.gathered(table), x, t, x, x.clone(), 1],
         "loss": [native.direct.gathered(wide), 3, 0, x, x, x, t, torch.tensor(0.0), True, 1],
+        "convert": [native.direct.gathered(table), x, x, t, 1],
         "step": [x, x, torch.randn(len(ops.COLUMNS)), None, None, True, 1],
         "times": [t.clone(), 3, 4, 0, 10],
     }[name]

@@ -123,6 +123,11 @@ class _Loss(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Loss).apply
 
 
+def convert(source: Any, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
+    """k_x x_t + k_m m in the dtype of m, one row (k_x, k_m) a sample."""
+    return _C.direct_convert(source, m, x_t, t, _threads())
+
+
 def step(
     x: Tensor, m: Tensor, row: Tensor, clip: float | None, n: Tensor | tuple | None, x0: bool
 ) -> tuple[Tensor, Tensor | None] | None:
