@@ -58,8 +58,8 @@ sanitize: $(VENV)/.dev
 	PATH=$(abspath $(BIN)):$$PATH cmake --build $(SANITIZED)/build
 	@echo "== the native backend's tests"
 	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-	  UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --capture=sys -k "native or whole_calls" \
-	  $(addprefix $(CURDIR)/tests/test_,native.py noise.py loss.py convert_and_step.py philox.py whole_calls.py) $(ARGS)
+	  UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --capture=sys -k "native or whole_calls or torch_noise" \
+	  $(addprefix $(CURDIR)/tests/test_,native.py noise.py loss.py convert_and_step.py philox.py whole_calls.py prepared.py torch_noise.py) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -35,6 +35,11 @@ def many_graphs():
 
 
 @pytest.fixture
+def device():
+    return DEVICE
+
+
+@pytest.fixture
 def measure(benchmark):
     """Measures a case for a peer: the time of a call that has been made before, with what it works on as extra_info."""
 

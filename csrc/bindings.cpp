@@ -9,6 +9,8 @@
 #include "cpu/table.h"
 #include "direct.h"
 #include "philox.h"
+#include "prepared.h"
+#include "schedulers.h"
 #include "trajectory.h"
 #include "unlocked.h"
 #ifdef FASTDIFF_CUDA
@@ -215,6 +217,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("gather", gather);
   bind_direct(module);
   bind_trajectory(module);
+  bind_prepared(module);
+  bind_schedulers(module);
   module.def("simd", [] { return chosen().name; });
   module.def("simd_variants", simd_names);
   module.def("set_simd", set_simd);

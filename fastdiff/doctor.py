@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__, backends
+from .backends.native import torch_noise
 
 OPTIONAL = ("triton", "numpy", "scikit-learn", "matplotlib", "pillow", "tqdm", "diffusers")
 
@@ -40,6 +41,7 @@ def report() -> dict[str, Any]:
             }
             for status in backends.status()
         ],
+        "torch_randn": torch_noise.reason(),
         "chosen": {device["name"]: backends.choose(torch.device(device["name"])) for device in devices},
     }
 
@@ -61,6 +63,8 @@ def show(as_json: bool = False) -> None:
         },
     )
     _print_table("backend chosen for", found["chosen"])
+    drawn = f"torch.randn ({found['torch_randn']})" if found["torch_randn"] else "the native backend, the same numbers"
+    _print_table("drawn like torch.randn, on a CPU, by", {"float32": drawn})
 
 
 def _print_table(heading: str, rows: dict[str, str]) -> None:

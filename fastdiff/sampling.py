@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops, samplers
+from .backends.native import torch_noise
 from .graph import Graphed, check_capture
 from .guidance import Guidance
 from .objective import draw_seed
@@ -269,7 +270,7 @@ class _Noise:
     def _drawn(self) -> Tensor:
         assert self._generators is not None
         wide = torch.float64 if self._dtype == torch.float64 else torch.float32
-        drawn = [torch.randn(self._shape[1:], generator=g, dtype=wide, device=g.device) for g in self._generators]
+        drawn = [torch_noise.randn(self._shape[1:], generator=g, dtype=wide, device=g.device) for g in self._generators]
         return torch.stack([z.to(self._device) for z in drawn])
 
 

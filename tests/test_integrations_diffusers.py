@@ -849,6 +849,64 @@ def test_a_view_of_the_timesteps_is_known_without_being_read():
     assert plan.position(scheduler.timesteps.view(torch.int32)[0]) is None
 
 
+SOME = []
+for _name in NAMES:
+    _cases = [case for case in GRID if case[0] == _name]
+    SOME += random.Random(5).sample(_cases, min(6, len(_cases)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", range(len(SOME)), ids=lambda i: f"{i}-{SOME[i][0]}")
+def test_the_quick_way_has_the_bits_of_the_other(monkeypatch, case, dtype):
+    """Tensors read in C and noise drawn in the step's pass, against tensors read in Python and noise of torch.randn."""
+    from fastdiff.backends.native import prepared, torch_noise
+
+    if not prepared.reads_tensors:
+        pytest.skip("this PyTorch does not show its tensors to C")
+    name, config, steps, given = SOME[case]
+    generators = [torch.Generator().manual_seed(11) for _ in range(2)]
+    torch.manual_seed(5)  # older versions draw from it here and there
+    quick, error = outcome(fused.fuse(make(name, config)), steps, dtype, generators[0], **given)
+    counted = fused.fused_calls(), fused.fallbacks()
+    fused.reset_counts()
+    monkeypatch.setattr(torch_noise, "_reason", "left to torch.randn here")
+    prepared.allow(False)
+    torch.manual_seed(5)
+    try:
+        other, other_error = outcome(fused.fuse(make(name, config)), steps, dtype, generators[1], **given)
+    finally:
+        prepared.allow(True)
+    assert error == other_error and (fused.fused_calls(), fused.fallbacks()) == counted
+    assert torch.equal(*(generator.get_state() for generator in generators))
+    for one, two in zip(quick or (), other or ()):
+        for field in one.keys():
+            assert getattr(one, field).dtype == getattr(two, field).dtype
+            assert torch.equal(getattr(one, field).nan_to_num(7), getattr(two, field).nan_to_num(7)), field
+
+
+def test_the_quick_way_is_taken(monkeypatch):
+    """A plain step reads its tensors in C: nothing of the other way is called, and nothing of torch.randn."""
+    from fastdiff import ops
+    from fastdiff.backends.native import prepared, torch_noise
+
+    if not prepared.reads_tensors or torch_noise.reason():
+        pytest.skip("this PyTorch is left to draw")
+    for name in NAMES:
+        scheduler, x = fused.fuse(make(name, {})), torch.ones(SHAPE)
+        scheduler.set_timesteps(8)
+        noised = getattr(scheduler, "add_noise", None) or (lambda x, n, t: scheduler.scale_noise(x, t, n))  # noqa: B023
+        for k, t in enumerate(scheduler.timesteps):
+            with monkeypatch.context() as patch:
+                if k:  # the first finds out where it is, and tries out the draw
+                    patch.setattr(ops.PreparedSteps, "__call__", None)
+                    patch.setattr(ops.PreparedNoise, "__call__", None)
+                    patch.setattr(torch_noise, "randn", None)
+                if hasattr(scheduler, "scale_model_input"):
+                    scheduler.scale_model_input(x, t)
+                scheduler.step(0.1 * x, t, x)
+                noised(x, x, scheduler.timesteps[4:5])
+
+
 @pytest.mark.parametrize("backend_name", ["reference", "native"])
 def test_backends(backend_name):
     import fastdiff

@@ -10,7 +10,7 @@ import torch
 
 diffusers = pytest.importorskip("diffusers")
 from fastdiff.integrations import diffusers as fused  # noqa: E402
-from fastdiff.integrations.diffusers import covered, patching  # noqa: E402
+from fastdiff.integrations.diffusers import covered, known, patching  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -305,9 +305,9 @@ def test_a_helper_that_is_replaced(monkeypatch):
 
 def test_an_unknown_version_is_left_as_it_is(monkeypatch):
     patching._replacement.cache_clear()
-    known = dict(covered.KNOWN)
-    known["DDPMScheduler._get_variance"] = ("000000000000",)
-    monkeypatch.setattr(covered, "KNOWN", known)
+    digests = dict(covered.KNOWN)
+    digests["DDPMScheduler._get_variance"] = ("000000000000",)
+    monkeypatch.setattr(covered, "KNOWN", digests)
     try:
         with pytest.warns(UserWarning, match="DDPMScheduler._get_variance is none that fastdiff knows"):
             patch = fused.patch()
@@ -347,8 +347,8 @@ def test_what_a_digest_is_of():
         "def f(self, a, c, b=1):\n    x = a\n    return x, b\n",
         "def f(self, a, b=1):\n    x = -a\n    return x, b\n",
     ]
-    assert {covered.digest(source) for source in same} == {covered.digest(plain)}
-    assert covered.digest(plain) not in {covered.digest(source) for source in other}
+    assert {known.digest(source) for source in same} == {known.digest(plain)}
+    assert known.digest(plain) not in {known.digest(source) for source in other}
 
 
 # -------------------------------------------------------------------------------------------------------------- compile

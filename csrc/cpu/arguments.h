@@ -34,12 +34,28 @@ struct Layout {
   int64_t rows, elements;
 };
 
+constexpr int kTwisterWords = 624;
+
+// What torch.randn would draw: at least 16 elements in float32, rounded to what they are stored in.
+struct TorchNormalArguments {
+  const uint64_t* state;  // kTwisterWords of them
+  int position;           // how many of them were drawn, 1 to kTwisterWords
+  int64_t elements;
+  DType dtype;
+  void* out;  // null where they are used at once
+  uint32_t* state_after;
+  int* position_after;
+};
+
 struct Noise {
-  enum Kind { none, given, made } kind;
+  enum Kind { none, given, made, drawn } kind;
   Input tensor;  // where given
   uint64_t seed, sample_offset;
   uint32_t stream;
   float offset;  // of the channels
+  // Where drawn, which is in order: from one run of memory, in blocks of whole chunks of 16.
+  const TorchNormalArguments* draws;
+  void* sequence;  // of the thread
 };
 
 constexpr int kMaxMaskDims = 8;

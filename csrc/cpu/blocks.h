@@ -3,6 +3,7 @@
 
 #include "normals.h"
 #include "storage.h"
+#include "torch_normals.h"
 
 namespace fastdiff {
 namespace FASTDIFF_VARIANT {
@@ -91,7 +92,10 @@ template <class N>
 FASTDIFF_INLINE const N* view(const Noise& noise, const Layout& layout, int64_t start, int count, NoiseBuffer<N>& buffer) {
   if (!kComputed<N> || noise.kind == Noise::given) return view(noise.tensor, start, count, buffer.values);
   if constexpr (sizeof(N) == 4) {
-    make_noise(noise, layout, start, count, buffer.values);
+    if (noise.kind == Noise::drawn)
+      twister::draw_block(*(twister::Sequence*)noise.sequence, noise.draws->dtype, count, buffer.values);
+    else
+      make_noise(noise, layout, start, count, buffer.values);
   } else if constexpr (kComputed<N>) {
     NoiseBuffer<float> narrow;
     make_noise(noise, layout, start, count, narrow.values);

@@ -28,10 +28,9 @@ void finish_streams() {
 }
 
 template <class Body>
-void parallel(const Layout& layout, int threads, Body body) {
-  const int64_t units = unit_count(layout);
+void parallel(int64_t units, int64_t elements, int threads, Body body) {
   int64_t team = threads > 0 ? threads : omp_get_max_threads();
-  if (team > layout.elements / kElementsPerThread) team = layout.elements / kElementsPerThread;
+  if (team > elements / kElementsPerThread) team = elements / kElementsPerThread;
   if (team > units) team = units;
   if (team <= 1) {
     if (units) body(0, units);
@@ -44,6 +43,11 @@ void parallel(const Layout& layout, int threads, Body body) {
     body(units * index / size, units * (index + 1) / size);
     finish_streams();
   }
+}
+
+template <class Body>
+void parallel(const Layout& layout, int threads, Body body) {
+  parallel(unit_count(layout), layout.elements, threads, body);
 }
 
 // An operation that goes through more memory than a last-level cache commonly holds (and it has two inputs of the size
@@ -147,6 +151,13 @@ void run(NormalArguments& arguments, int threads) {
   arguments.out = placed(arguments.out, arguments.layout);
   const auto kernel = chosen().table->normal;
   parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
+void run(TorchNormalArguments& arguments, int threads) {
+  const auto kernel = chosen().table->torch_normal;
+  // Every thread makes all words up to its own, which is the smaller part of the work.
+  parallel(arguments.elements / 16, arguments.elements, threads,
+           [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
 void run(NoiseArguments& arguments, bool wide, int threads) {

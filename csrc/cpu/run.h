@@ -8,6 +8,7 @@ namespace fastdiff {
 // `threads`: at most so many; 0: as many as OpenMP would use. Few elements are done by the calling thread. How results
 // are written (Output::streamed) is decided here.
 void run(NormalArguments& arguments, int threads);
+void run(TorchNormalArguments& arguments, int threads);
 void run(NoiseArguments& arguments, bool wide, int threads);  // wide: compute in float64
 void run(ConvertArguments& arguments, bool wide, int threads);
 void run(StepArguments& arguments, bool wide, int threads);

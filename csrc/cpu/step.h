@@ -172,13 +172,17 @@ void step_blocks(const StepArguments& a, int64_t begin, int64_t end) {
 }
 
 template <class C>
+void drawn_step_units(const StepArguments& a, int64_t begin, int64_t end);
+
+template <class C>
 void step_units(const StepArguments& a, int64_t begin, int64_t end) {
+  if (a.noise.kind == Noise::drawn && !a.noise.sequence) return drawn_step_units<C>(a, begin, end);
   if (a.log_variance.data || a.threshold.data || a.mask.tensor.data) return step_blocks<C>(a, begin, end);
   const DType data = common(a.x.dtype, a.m, a.uncond, a.y, a.x0, a.model_input);
   const DType noise = a.noise.kind == Noise::given ? a.noise.tensor.dtype : DType::f32;
   const bool rich = a.uncond.data || a.history[0].data || a.entry.data || a.model_input.data;
   const bool noisy = a.noise.kind != Noise::none, clips = a.clip >= 0;
-  bool memory = a.noise.kind != Noise::made && !a.y.streamed && !a.x0.streamed && !a.entry.streamed;
+  bool memory = (!noisy || a.noise.kind == Noise::given) && !a.y.streamed && !a.x0.streamed && !a.entry.streamed;
   for (const Input& past : a.history) memory = memory && common(kCode<C>, past) == kCode<C>;
   for_storage<C>(data, noise, [&](auto d, auto n) {
     typedef decltype(d) D;
@@ -193,6 +197,18 @@ void step_units(const StepArguments& a, int64_t begin, int64_t end) {
       kernel = rich ? direct_step_blocks<D, C, true, false, true> : direct_step_blocks<D, C, true, false, false>;
     kernel(a, begin, end, direct ? kUnit : kBlock);
   });
+}
+
+// With noise that torch.randn would draw: who has the last unit leaves the state that follows.
+template <class C>
+void drawn_step_units(const StepArguments& a, int64_t begin, int64_t end) {
+  static_assert(kBlock % 16 == 0 && kUnit % 16 == 0, "blocks are whole chunks");
+  twister::Sequence sequence;
+  twister::start(sequence, *a.noise.draws, begin * kUnit / 16);
+  StepArguments with = a;
+  with.noise.sequence = &sequence;
+  step_units<C>(with, begin, end);
+  if (end * kUnit >= a.layout.elements) twister::finish(sequence, *a.noise.draws);
 }
 
 }  // namespace FASTDIFF_VARIANT

@@ -8,6 +8,7 @@ namespace fastdiff {
 // Each works on units [begin, end) of its layout (work.h). The index is the compute dtype: 0 float32, 1 float64.
 struct Table {
   void (*normal)(const NormalArguments&, int64_t begin, int64_t end);
+  void (*torch_normal)(const TorchNormalArguments&, int64_t begin, int64_t end);  // of chunks of 16
   void (*noise[2])(const NoiseArguments&, int64_t begin, int64_t end);
   void (*convert[2])(const ConvertArguments&, int64_t begin, int64_t end);
   void (*loss[2])(const LossArguments&, int64_t begin, int64_t end);

@@ -12,6 +12,7 @@ namespace FASTDIFF_VARIANT {
 extern const Table table;
 const Table table = {
     normal_units,
+    torch_normal_chunks,
     {noise_units<float>, noise_units<double>},
     {convert_units<float>, convert_units<double>},
     {loss_units<float>, loss_units<double>},

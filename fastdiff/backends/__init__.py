@@ -73,18 +73,22 @@ class use_backend:
     """
 
     def __init__(self, name: str | None):
-        global _forced
         by_name = {backend.name: backend for backend in _STATUS}
         if name is not None and name not in by_name:
             raise ValueError(f"unknown backend {name!r}: use one of {', '.join(by_name)}.")
         if name is not None and not (found := _with_device(by_name[name])).available:
             raise RuntimeError(f"the backend {name!r} is not available: {found.reason}.")
         self._before = _forced
-        _forced = name
+        _force(name)
 
     def __enter__(self) -> use_backend:
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _forced
-        _forced = self._before
+        _force(self._before)
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    _forced = name
+    native.prepared.allow(choose("cpu") == "native")

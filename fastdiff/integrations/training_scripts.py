@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import ops
 from .. import weighting as weightings
+from ..backends.native import torch_noise
 from ..backends.rows import cached, gather_rows
 from ..losses import Loss
 from ..objective import Noised, Objective
@@ -122,11 +123,11 @@ class TrainingScript:
                 t = self.draw_times(len(x0), x0.device, generator)
             return self.objective.noise(x0, t, noise, generator)
         if noise is None:
-            noise = _randn_like(x0, generator)
+            noise = torch_noise.randn_like(x0, generator=generator)
             if self.noise_offset:
                 shape = (*x0.shape[:2], *(1,) * (x0.ndim - 2))
                 noise += self.noise_offset * torch.randn(shape, device=x0.device, generator=generator)
-        xi = _randn_like(x0, generator) if self.input_perturbation else None
+        xi = torch_noise.randn_like(x0, generator=generator) if self.input_perturbation else None
         if t is None:
             t = self.draw_times(len(x0), x0.device, generator)
         if xi is None:
@@ -468,9 +469,3 @@ def _uniform_on_host(steps: int) -> DrawTimes:
         return torch.randint(0, steps, (batch,), device=where, generator=generator).to(device, non_blocking=True)
 
     return draw
-
-
-def _randn_like(x0: Tensor, generator: torch.Generator | None) -> Tensor:
-    if generator is None:
-        return torch.randn_like(x0)
-    return torch.randn(x0.shape, dtype=x0.dtype, device=x0.device, generator=generator)

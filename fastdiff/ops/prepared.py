@@ -3,7 +3,7 @@ time. For schedulers that are called from outside; a run of one's own is a ``tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,11 @@ from torch import Tensor
 from .. import backends
 from ..backends.reference import COLUMNS
 from .checks import check_alike, check_clip, check_floating, compute_dtype, place_rows
+
+# What ``PreparedSteps.run`` is told, added up. X0, ENTRY: what is wanted besides y. MODEL_DTYPE: results in m's dtype,
+# not x's. ONE_DTYPE: x and m must have the same. DRAW: draw the noise as torch.randn does, in m's dtype; DRAW_FLOAT: in
+# float32 whatever that is.
+X0, ENTRY, MODEL_DTYPE, ONE_DTYPE, DRAW, DRAW_FLOAT = 1, 2, 4, 8, 16, 16 | 32
 
 
 class _Placed:
@@ -44,10 +49,17 @@ class _Placed:
 
 
 class PreparedSteps(_Placed):
-    """Rows of ``fastdiff.ops.step``, ``[rows, len(COLUMNS)]``, float64 on the CPU."""
+    """Rows of ``fastdiff.ops.step``, ``[rows, len(COLUMNS)]``, float64 on the CPU.
+
+    Attributes:
+        run: (k, x, m, clip, history, noise, log_variance, flags) -> (y, x0 or None, entry or None): the quick way of
+            the plain case, which is contiguous float32, float16 or bfloat16 on the CPU and nothing to differentiate.
+            None in any other, and nothing was drawn. ``noise``: a tensor or None; to DRAW, a generator, None or [one].
+    """
 
     def __init__(self, table: Tensor):
         super().__init__(table, len(COLUMNS))
+        self.run: Callable = backends.native.row_runner(self.table)
 
     def __call__(
         self,
@@ -89,10 +101,15 @@ class PreparedSteps(_Placed):
 
 
 class PreparedNoise(_Placed):
-    """Rows (alpha, sigma) of ``fastdiff.ops.noise``, [rows, 2], float64 on the CPU."""
+    """Rows (alpha, sigma) of ``fastdiff.ops.noise``, [rows, 2], float64 on the CPU.
+
+    Attributes:
+        run: (index, x0, n) -> x_t, the quick way of the plain case: as in ``PreparedSteps``, and one dtype. Or None.
+    """
 
     def __init__(self, table: Tensor):
         super().__init__(table, 2)
+        self.run: Callable = backends.native.noise_runner(self.table)
 
     def __call__(self, index: int | Tensor, x0: Tensor, n: Tensor) -> Tensor:
         """alpha x0 + sigma n in the dtype of x0.

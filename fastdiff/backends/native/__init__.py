@@ -18,7 +18,7 @@ from .operations import (
     unavailable_because,
     uniform,
 )
-from .prepared import run_noise, run_row
+from .prepared import noise_runner, row_runner, run_noise, run_row
 from .trajectory import Trajectory
 
 # Whole calls on plain tensors, with a PyTorch that has what they need.
@@ -34,7 +34,9 @@ __all__ = [
     "loss",
     "loss_gradient",
     "noise",
+    "noise_runner",
     "normal",
+    "row_runner",
     "run_noise",
     "run_row",
     "step",

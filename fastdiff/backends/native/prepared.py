@@ -1,18 +1,69 @@
 """The launches of ``fastdiff.ops.prepared`` on the CPU: of what is plain, contiguous and of one shape, without a tensor
-made on the way. Anything else gives None, and is the slower path's."""
+made on the way. Anything else gives None, and is the slower path's.
+
+Where PyTorch lets its tensors be read from C (``torch.Tensor.__dlpack_c_exchange_api__``, from 2.10), one call of
+``fastdiff._C`` does all of it: ``row_runner``, ``noise_runner``, ``number``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import operations
-from .launch import DTYPES, layout_of
+from .launch import DTYPES, layout_of, memory
 
 _CODES = {dtype: DTYPES[dtype] for dtype in operations._DATA}
 _threads, _grad, _empty_like = torch.get_num_threads, torch.is_grad_enabled, torch.empty_like
+
+
+def _enable() -> bool:
+    """Show ``fastdiff._C`` what it needs of PyTorch; whether it can read tensors itself."""
+    if operations._C is None:
+        return False
+    dtypes = sorted(operations._DATA, key=_CODES.__getitem__)
+    operations._C.enable_prepared(torch.Generator, torch.default_generator, _threads, _empty_like, tuple(dtypes))
+    functions = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if functions is None:
+        return False
+    try:
+        operations._C.enable_tensors(functions, (Tensor, torch.nn.Parameter), _empty_like, _grad, operations._wrapping)
+    except ValueError:  # of another version
+        return False
+    return True
+
+
+def _never(*_: Any) -> None:
+    """There is no quick way."""
+
+
+reads_tensors = _enable()
+# (tensor, dimensions) -> the number in a CPU tensor that has one; None for another.
+number: Callable = operations._C.number if reads_tensors else _never
+
+
+def allow(native: bool) -> None:
+    """Whether the runners below may run: where CPU tensors are this backend's. Else they give None."""
+    if operations._C is not None:
+        operations._C.allow_prepared(native)
+
+
+def row_runner(table: Tensor) -> Callable:
+    """The quick way of ``fastdiff.ops.prepared.PreparedSteps.run``, of float64 [rows, columns] on the CPU."""
+    return partial(operations._C.prepared_row, _held(table)) if reads_tensors and len(table) else _never
+
+
+def noise_runner(table: Tensor) -> Callable:
+    """That of ``fastdiff.ops.prepared.PreparedNoise.run``."""
+    return partial(operations._C.prepared_noise, _held(table)) if reads_tensors and len(table) else _never
+
+
+def _held(table: Tensor) -> Any:
+    return operations._C.prepared_table(*table.shape, memory(table))
 
 
 def _memory(tensor: Any, shape: torch.Size, elements: int) -> tuple[int, int, int] | None:

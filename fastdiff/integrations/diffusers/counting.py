@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 _fused: Counter[str] = Counter()
+fused = _fused  # for what counts many a call: fused[name] += 1, where nothing is traced
 _fallbacks: dict[str, Counter[str]] = {}
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import importlib
 import inspect
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from . import noising, plans, stepping
-from .known import KNOWN
+from .known import KNOWN, fingerprint
 
 SWITCH = "set_timesteps"  # followed, so that tables are made before the first step
 
@@ -177,38 +173,6 @@ def own(cls: type, name: str) -> Any:
     """What ``cls`` has under that name without a replacement of ours; None if nothing."""
     found = inspect.getattr_static(cls, name, None)
     return getattr(found, "_fastdiff_original", found)
-
-
-def digest(source: str) -> str:
-    """A digest of what a function does, from its source: its parameters, and its code without comments, docstring,
-    annotations and line breaks."""
-    text = textwrap.dedent(source)
-    function = ast.parse(text).body[0]
-    if not isinstance(function, ast.FunctionDef):
-        raise SyntaxError("not the definition of a function")
-    body, arguments = function.body, function.args
-    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-        body = body[1:]
-    names = [argument.arg for argument in arguments.args + arguments.kwonlyargs]
-    defaults = [ast.get_source_segment(text, default) for default in arguments.defaults]
-    lines = text.splitlines()[body[0].lineno - 1 :] if body else []
-    code = "".join(line for line in map(_code, lines) if line).replace(" ", "").replace(",)", ")").replace(",]", "]")
-    return hashlib.sha256(f"{names}{defaults}{code}".encode()).hexdigest()[:12]
-
-
-def _code(line: str) -> str:
-    line = line.split("  # ")[0].strip()
-    return "" if line.startswith("#") else line
-
-
-@cache
-def fingerprint(function: Any) -> str | None:
-    """``digest`` of a method or property, from its own code; None if the source is not there."""
-    function = function.fget if isinstance(function, property) else function
-    try:
-        return digest(inspect.getsource(function.__code__))
-    except (AttributeError, OSError, SyntaxError):
-        return None
 
 
 def unknown(base: type, name: str) -> str | None:

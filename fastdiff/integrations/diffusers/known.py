@@ -1,6 +1,18 @@
-"""The methods of diffusers that the fused ones were made for, by their digest (``covered.digest``): those of 0.42.1,
+"""The methods of diffusers that the fused ones were made for, by their ``digest``: those of 0.42.1,
 and of versions back to 0.34 where they differ in line breaks, in what is moved to which device, or (FlowMatchEuler) in
 how the noise of stochastic sampling is drawn."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from functools import cache
+from typing import Any
+
+# diffusers.utils.torch_utils.randn_tensor, by which its schedulers draw.
+RANDN_TENSOR = ("a5da31ee40e1", "6ae270e9653d")
 
 KNOWN: dict[str, tuple[str, ...]] = {
     "DDIMParallelScheduler._get_variance": ("cb6106ca23d1",),
@@ -74,3 +86,35 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "UniPCMultistepScheduler.multistep_uni_p_bh_update": ("ae1aff0f90b4", "965a4db715fb"),
     "UniPCMultistepScheduler.step": ("3da66493da24",),
 }
+
+
+def digest(source: str) -> str:
+    """A digest of what a function does, from its source: its parameters, and its code without comments, docstring,
+    annotations and line breaks."""
+    text = textwrap.dedent(source)
+    function = ast.parse(text).body[0]
+    if not isinstance(function, ast.FunctionDef):
+        raise SyntaxError("not the definition of a function")
+    body, arguments = function.body, function.args
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        body = body[1:]
+    names = [argument.arg for argument in arguments.args + arguments.kwonlyargs]
+    defaults = [ast.get_source_segment(text, default) for default in arguments.defaults]
+    lines = text.splitlines()[body[0].lineno - 1 :] if body else []
+    code = "".join(line for line in map(_code, lines) if line).replace(" ", "").replace(",)", ")").replace(",]", "]")
+    return hashlib.sha256(f"{names}{defaults}{code}".encode()).hexdigest()[:12]
+
+
+def _code(line: str) -> str:
+    line = line.split("  # ")[0].strip()
+    return "" if line.startswith("#") else line
+
+
+@cache
+def fingerprint(function: Any) -> str | None:
+    """``digest`` of a method or property, from its own code; None if the source is not there."""
+    function = function.fget if isinstance(function, property) else function
+    try:
+        return digest(inspect.getsource(function.__code__))
+    except (AttributeError, OSError, SyntaxError):
+        return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from .counting import count, left
+from .counting import count, fused, left
 from .plans import UNTRACED
 from .stepping import Maker, plan_of, unfit
 
@@ -38,6 +38,13 @@ def _of_bars(original: Callable, name: str, maker: Maker, velocity: bool) -> Cal
     """Coefficients are looked up by the timestep."""
 
     def run(scheduler, x, n, timesteps):
+        if type(timesteps) is Tensor and not _is_compiling():
+            plan = maker(scheduler)
+            if plan.quick:
+                done = (plan.velocity if velocity else plan.noise).run(timesteps, x, n)
+                if done is not None:
+                    fused[name] += 1
+                    return done
         reason = _unfit(x, n, timesteps)
         if reason is None and timesteps.dtype not in (torch.int64, torch.int32):
             reason = "timesteps are no integers"
@@ -89,6 +96,13 @@ def _of_sigmas(original: Callable, name: str, maker: Maker, velocity: bool = Fal
 
     def run(scheduler, x, n, timesteps, call):
         plan = plan_of(maker, scheduler)
+        if plan.quick and not _is_compiling():
+            index = plan.quick_index(scheduler, timesteps, velocity)
+            if index is not None:
+                done = (plan.velocity if velocity else plan.noise).run(index, x, n)
+                if done is not None:
+                    fused[name] += 1
+                    return done
         reason = plan.reason or _unfit(x, n, timesteps)
         if reason is None and timesteps.ndim != 1:
             reason = "timesteps are no tensor of one a sample"
@@ -149,6 +163,12 @@ def scale_noise_of_step(original: Callable, name: str, maker: Maker) -> Callable
     @wraps(original)
     def scaled(self, sample, timestep, noise):
         plan = plan_of(maker, self)
+        k = self._step_index
+        if plan.quick and k is not None and 0 <= k < plan.count and not _is_compiling():
+            done = plan.noise.run(k, sample, noise)
+            if done is not None:
+                fused[name] += 1
+                return done
         reason = plan.reason or unfit(sample, noise)
         if reason is None and sample.dtype is not noise.dtype:
             reason = "sample and noise differ in dtype"

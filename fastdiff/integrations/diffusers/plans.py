@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...backends.native.operations import _C
+from ...backends.native.prepared import number
 from ...samplers.base import build_table
 from . import rows
 
@@ -24,14 +26,35 @@ class Unfit(Exception):
     """Why a scheduler, as it is configured, is left to diffusers."""
 
 
+def _is_current(watched: tuple, held: dict[str, Any]) -> bool:
+    tensors, versions, others, config, settings = watched
+    for name, tensor in tensors:
+        if held.get(name) is not tensor:
+            return False
+    for tensor, version in versions:
+        if tensor._version != version:
+            return False
+    for name, value in others:
+        found = held.get(name)
+        if found is not value and found != value:
+            return False
+    return held["_internal_dict"] is config and config.__dict__ == settings
+
+
+# (plan.watched, scheduler.__dict__) -> whether the scheduler still has what the plan was made from.
+is_current = _is_current if _C is None else _C.is_current
+
+
 class Plan:
-    """Base of the plans. ``reason`` is why there is none, or None.
+    """Base of the plans. ``reason`` is why there is none, or None; ``quick``: try ``run`` of what it prepared.
 
     Args:
         scheduler: whose numbers to use.
         tensors: names of the tensors they are.
         others: names of further attributes that they depend on.
     """
+
+    quick = False
 
     def __init__(self, scheduler: Any, tensors: tuple[str, ...], others: tuple[str, ...]):
         held = scheduler.__dict__
@@ -49,24 +72,10 @@ class Plan:
             for _, tensor in self.tensors
             if isinstance(tensor, Tensor) and not tensor.is_inference()
         )
+        self.watched = self.tensors, self.versions, self.others, self.config, self.settings
         self.copies = tuple(
             tensor.clone() if isinstance(tensor, Tensor) and tensor.is_cpu else None for _, tensor in self.tensors
         )
-
-    def current(self, held: dict[str, Any]) -> bool:
-        """Whether the scheduler with this ``__dict__`` still has what the plan was made from."""
-        for name, tensor in self.tensors:
-            if held.get(name) is not tensor:
-                return False
-        for tensor, version in self.versions:
-            if tensor._version != version:
-                return False
-        for name, value in self.others:
-            found = held.get(name)
-            if found is not value and found != value:
-                return False
-        config = held["_internal_dict"]
-        return config is self.config and config.__dict__ == self.settings
 
     def serves(self, scheduler: Any) -> bool:
         """Whether the scheduler has equal numbers, on the CPU; then the plan is that of the tensors it has now."""
@@ -138,6 +147,7 @@ class StepPlan(Plan):
         self.host_times = host(scheduler.timesteps)
         self.times = self.host_times.tolist()
         self.make(scheduler, self.config)
+        self.quick = self.quantile is None
 
     def make(self, scheduler: Any, config: Any) -> None:
         raise NotImplementedError
@@ -150,6 +160,7 @@ class StepPlan(Plan):
         table = torch.cat([build_table(count, **part) for part in parts])
         self.usable = table.isfinite().all(1).tolist()
         self.rows = ops.PreparedSteps(table)
+        self.run = self.rows.run
 
     def thresholds(self, config: Any, clips: bool = True) -> None:
         """Take over how the x0 estimate is clipped."""
@@ -402,6 +413,7 @@ class NoisePlan(Plan):
     """
 
     tensor_names: tuple[str, ...] = ("alphas_cumprod",)
+    quick = True
 
     def __init__(self, scheduler: Any):
         super().__init__(scheduler, self.tensor_names, ())
@@ -442,6 +454,18 @@ class SigmaNoisePlan(NoisePlan):
 
     def levels(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigmas), sigmas
+
+    def quick_index(self, scheduler: Any, timesteps: Any, velocity: bool) -> int | None:
+        """The row of a single timestep; None if it takes more to find one."""
+        t = number(timesteps, 1)
+        if type(t) is not float and (velocity or t is None):
+            return None
+        index = scheduler._begin_index
+        if velocity or index is None:
+            index = self.at.get(t, self.default)
+        elif scheduler._step_index is not None:
+            index = scheduler._step_index
+        return index if index is not None and 0 <= index < self.count else None
 
     def find(self, timesteps: Tensor) -> int | Tensor | None:
         """The rows of ``timesteps`` [batch], or one for all; None if one is not the scheduler's and should be."""

@@ -6,7 +6,6 @@ the method that was there, before anything of the scheduler's state is changed.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -14,8 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .counting import count, left
-from .plans import STEPS, UNTRACED, Refused, StepPlan
+from ...backends.native import torch_noise
+from ...backends.native.operations import _C
+from ...backends.native.prepared import number
+from ...ops.prepared import DRAW, DRAW_FLOAT, ENTRY, MODEL_DTYPE, ONE_DTYPE, X0
+from .counting import count, fused, left
+from .known import RANDN_TENSOR, fingerprint
+from .plans import STEPS, UNTRACED, Refused, StepPlan, is_current
 
 _is_compiling = torch.compiler.is_compiling
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
@@ -54,7 +58,7 @@ class Maker:
             return _UNDONE
         held = scheduler.__dict__
         plan = held.get(self.where)
-        if plan is None or not plan.current(held):
+        if plan is None or not is_current(plan.watched, held):
             plan = self.build(scheduler)
         return plan
 
@@ -81,7 +85,7 @@ class Maker:
 
 
 class _Undone:
-    reason = "patch() was undone"
+    reason, quick = "patch() was undone", False
 
 
 _UNDONE = _Undone()
@@ -129,6 +133,17 @@ def _step_index(scheduler: Any, plan: StepPlan, timestep: Any) -> int:
     return scheduler._step_index
 
 
+_FLOAT32 = torch.float32
+
+
+def _quick_index(scheduler: Any, plan: Any, timestep: Any) -> int | None:
+    """The step index of a scheduler with sigmas, for the quick way; None if it has none yet, or anything is unusual."""
+    if not plan.quick or type(timestep) is not Tensor or timestep.dtype is not _FLOAT32 or _is_compiling():
+        return None
+    k = scheduler._step_index
+    return k if k is not None and 0 <= k < len(plan.usable) and plan.usable[k] else None
+
+
 def _whole(timestep: Any) -> bool:
     """What schedulers with sigmas refuse: integers, which are taken for indices."""
     return isinstance(timestep, int) or (isinstance(timestep, Tensor) and timestep.dtype in (torch.int32, torch.int64))
@@ -142,25 +157,50 @@ def _promoted(x: Tensor, m: Tensor) -> torch.dtype:
     return x.dtype if x.dtype is m.dtype else torch.promote_types(x.dtype, m.dtype)
 
 
+class Draws:
+    """How a scheduler of diffusers draws: with ``randn_tensor`` of its module, whatever that is at the time.
+
+    Args:
+        held: the globals of its method.
+
+    ``known()``: whether it is diffusers' own function, as it was when this was made.
+    """
+
+    def __init__(self, held: dict[str, Any]):
+        self.held, self.function = held, held.get("randn_tensor")
+        self.own = fingerprint(self.function) in RANDN_TENSOR
+
+    def known(self) -> bool:
+        return self.own and self.held["randn_tensor"] is self.function
+
+    def __call__(self, like: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
+        """Noise shaped as ``like``, on its device."""
+        device = like.device
+        if not _is_compiling() and device.type == "cpu" and self.known():
+            if type(generator) is not list:
+                return torch_noise.randn(like.shape, generator=generator, device=device, dtype=dtype)
+            if len(generator) == 1:
+                return torch_noise.randn(like.shape, generator=generator[0], device=device, dtype=dtype)
+            if len(generator) == len(like) > 0:
+                shape = (1, *like.shape[1:])
+                return torch.cat([torch_noise.randn(shape, generator=g, device=device, dtype=dtype) for g in generator])
+        return self.held["randn_tensor"](like.shape, generator=generator, device=device, dtype=dtype)
+
+
 def results(output: type, *names: str) -> Callable:
     """``output`` made from values in the order of ``names``, without what its constructor spends on finding its fields:
     the object is the same, which is tried once; where it is not, the constructor is called."""
-    put = OrderedDict.__setitem__
+    first, second = names if len(names) == 2 else (*names, None)
 
-    def quick(*values: Any) -> Any:
-        made = output.__new__(output)
-        held = made.__dict__
-        for name, value in zip(names, values):
-            held[name] = value
-            put(made, name, value)
-        return made
+    def quick(value: Any, other: Any = None) -> Any:
+        return _C.make_output(output, first, value, second, other)
 
     values = tuple(torch.zeros(1) for _ in names)
     try:
         made, expected = quick(*values), output(**dict(zip(names, values)))
         same = list(made) == list(expected) == list(names) and set(made.__dict__) == set(expected.__dict__)
         same = same and all(made[name] is getattr(made, name) is value for name, value in zip(names, values))
-    except Exception:  # whatever it is, it is not made like that
+    except Exception:  # whatever it is, it is not made like that; or fastdiff._C is not there
         same = False
     return quick if same else lambda *values: output(**dict(zip(names, values)))
 
@@ -169,12 +209,20 @@ NO_ROW = "no finite coefficients for this step"
 
 
 def ddpm(original: Callable, name: str, maker: Maker, output: type) -> Callable:
-    made = results(output, "prev_sample", "pred_original_sample")
-    held = original.__globals__
+    made, draw = results(output, "prev_sample", "pred_original_sample"), Draws(original.__globals__)
 
     @wraps(original)
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         plan = plan_of(maker, self)
+        if plan.quick and not plan.learned and not _is_compiling():
+            t = timestep if type(timestep) is int else number(timestep, 0)
+            k = plan.at.get(t)
+            if k is not None and type(t) is int and plan.usable[k] and (t == 0 or draw.known()):
+                flags = X0 | ONE_DTYPE if t == 0 else X0 | ONE_DTYPE | DRAW
+                done = plan.run(k, sample, model_output, plan.clip, (), generator if t else None, None, flags)
+                if done is not None:
+                    fused[name] += 1
+                    return made(done[0], done[1]) if return_dict else done[:2]
         reason, m, variance = plan.reason, model_output, None
         if reason is None:
             if plan.learned and isinstance(m, Tensor) and isinstance(sample, Tensor) and m.ndim == sample.ndim > 1:
@@ -196,7 +244,7 @@ def ddpm(original: Callable, name: str, maker: Maker, output: type) -> Callable:
             threshold = plan.threshold(k, sample, m, dtype)
         z = None
         if t > 0:
-            z = held["randn_tensor"](m.shape, generator=generator, device=m.device, dtype=m.dtype)
+            z = draw(m, generator, m.dtype)
         previous, x0, _ = plan.rows(
             k, sample, m, clip=plan.clip, noise=z, log_variance=variance, threshold=threshold, dtype=dtype
         )
@@ -208,8 +256,7 @@ def ddpm(original: Callable, name: str, maker: Maker, output: type) -> Callable:
 
 
 def ddim(original: Callable, name: str, maker: Maker, output: type) -> Callable:
-    made = results(output, "prev_sample", "pred_original_sample")
-    held = original.__globals__
+    made, draw = results(output, "prev_sample", "pred_original_sample"), Draws(original.__globals__)
 
     @wraps(original)
     def step(
@@ -217,6 +264,17 @@ def ddim(original: Callable, name: str, maker: Maker, output: type) -> Callable:
         variance_noise=None, return_dict=True,
     ):  # fmt: skip
         plan = plan_of(maker, self)
+        if plan.quick and type(eta) is float and variance_noise is None and not _is_compiling():
+            k = timestep if type(timestep) is int else number(timestep, 0)
+            if type(k) is int and 0 <= k < plan.count and (eta <= 0 or draw.known()):
+                rows, usable = plan.choose(eta, bool(use_clipped_model_output))
+                done = None
+                if usable[k]:
+                    flags = X0 | ONE_DTYPE | DRAW if eta > 0 else X0 | ONE_DTYPE
+                    done = rows.run(k, sample, model_output, plan.clip, (), generator if eta > 0 else None, None, flags)
+                if done is not None:
+                    fused[name] += 1
+                    return made(done[0], done[1]) if return_dict else done[:2]
         reason = plan.reason or unfit(sample, model_output)
         if reason is None:
             k = _index(plan, timestep)
@@ -241,8 +299,7 @@ def ddim(original: Callable, name: str, maker: Maker, output: type) -> Callable:
         if eta > 0:
             z = variance_noise
             if z is None:
-                m = model_output
-                z = held["randn_tensor"](m.shape, generator=generator, device=m.device, dtype=m.dtype)
+                z = draw(model_output, generator, model_output.dtype)
         previous, x0, _ = rows(k, sample, model_output, clip=plan.clip, noise=z, threshold=threshold, dtype=dtype)
         if not return_dict:
             return previous, x0
@@ -259,12 +316,21 @@ def _like(z: Any, x: Tensor, generator: Any) -> bool:
 
 
 def lcm(original: Callable, name: str, maker: Maker, output: type) -> Callable:
-    made = results(output, "prev_sample", "denoised")
-    held = original.__globals__
+    made, draw = results(output, "prev_sample", "denoised"), Draws(original.__globals__)
 
     @wraps(original)
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         plan = plan_of(maker, self)
+        k = self._step_index
+        if plan.quick and not plan.clips and k is not None and _usable(plan, k) and not _is_compiling():
+            t, draws = timestep if type(timestep) is int else number(timestep, 0), plan.draws[k]
+            if t == plan.times[k] and type(t) is int and (not draws or draw.known()):
+                flags = X0 | ONE_DTYPE | DRAW if draws else X0 | ONE_DTYPE
+                done = plan.run(k, sample, model_output, None, (), generator if draws else None, None, flags)
+                if done is not None:
+                    fused[name] += 1
+                    self._step_index = k + 1
+                    return made(done[0], done[1]) if return_dict else done[:2]
         reason = plan.reason or unfit(sample, model_output)
         if reason is None:
             k = _step_index(self, plan, timestep)
@@ -279,7 +345,7 @@ def lcm(original: Callable, name: str, maker: Maker, output: type) -> Callable:
         if plan.quantile is not None:
             threshold = plan.threshold(k, sample, m, dtype)
         if plan.draws[k]:
-            z = held["randn_tensor"](m.shape, generator=generator, device=m.device, dtype=dtype)
+            z = draw(m, generator, dtype)
         clips = plan.clips
         previous, denoised, entry = plan.rows(
             k, sample, m, clip=plan.clip, noise=z, threshold=threshold, dtype=dtype, return_x0=not clips,
@@ -317,6 +383,15 @@ def euler(original: Callable, name: str, maker: Maker, output: type) -> Callable
         generator=None, return_dict=True,
     ):  # fmt: skip
         plan = plan_of(maker, self)
+        k = _quick_index(self, plan, timestep)
+        if k is not None and s_churn == 0 and self.is_scale_input_called:
+            flags = MODEL_DTYPE if plan.given else MODEL_DTYPE | ENTRY
+            done = plan.run(k, sample, model_output, None, (), None, None, flags)
+            if done is not None:
+                fused[name] += 1
+                self._step_index = k + 1
+                x0 = model_output if plan.given else done[2]
+                return made(done[0], x0) if return_dict else (done[0], x0)
         reason = None if s_churn == 0 else "s_churn"
         if not self.is_scale_input_called:
             reason = "scale_model_input was not called"
@@ -350,6 +425,13 @@ def edm_euler(original: Callable, name: str, maker: Maker, output: type) -> Call
         generator=None, return_dict=True, pred_original_sample=None,
     ):  # fmt: skip
         plan = plan_of(maker, self)
+        k = _quick_index(self, plan, timestep)
+        if k is not None and s_churn == 0 and pred_original_sample is None and self.is_scale_input_called:
+            done = plan.run(k, sample, model_output, None, (), None, None, MODEL_DTYPE | ENTRY)
+            if done is not None:
+                fused[name] += 1
+                self._step_index = k + 1
+                return made(done[0], done[2]) if return_dict else (done[0], done[2])
         reason = None if s_churn == 0 else "s_churn"
         if pred_original_sample is not None:
             reason = "pred_original_sample was given"
@@ -375,19 +457,25 @@ def edm_euler(original: Callable, name: str, maker: Maker, output: type) -> Call
 
 
 def euler_ancestral(original: Callable, name: str, maker: Maker, output: type) -> Callable:
-    made = results(output, "prev_sample", "pred_original_sample")
-    held = original.__globals__
+    made, draw = results(output, "prev_sample", "pred_original_sample"), Draws(original.__globals__)
 
     @wraps(original)
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         plan, m = plan_of(maker, self), model_output
+        k = _quick_index(self, plan, timestep)
+        if k is not None and self.is_scale_input_called and draw.known():
+            done = plan.run(k, sample, m, None, (), generator, None, MODEL_DTYPE | ENTRY | DRAW)
+            if done is not None:
+                fused[name] += 1
+                self._step_index = k + 1
+                return made(done[0], done[2]) if return_dict else (done[0], done[2])
         reason = None if self.is_scale_input_called else "scale_model_input was not called"
         if reason is None:
             k, reason = _sigma_step(self, plan, timestep, sample, m)
         if reason is not None:
             return left(name, reason, original, self, m, timestep, sample, generator, return_dict)
         count(name)
-        z = held["randn_tensor"](m.shape, dtype=m.dtype, device=m.device, generator=generator)
+        z = draw(m, generator, m.dtype)
         previous, _, x0 = plan.rows(k, sample, m, noise=z, dtype=m.dtype, return_x0=False, return_entry=True)
         self._step_index += 1
         if not return_dict:
@@ -407,12 +495,38 @@ def _second(scheduler: Any, plan: Any, k: int, x: Tensor, began: torch.dtype) ->
     return None if start.dtype == began and isinstance(slope, Tensor) else "the sample has changed in dtype"
 
 
+def _quick_call(scheduler: Any, plan: Any, x: Any, began: torch.dtype) -> tuple[int, bool]:
+    """(row, whether it is a step's first call), for the quick way of Heun's method; a row of -1 is none."""
+    k, first = scheduler._step_index, scheduler.dt is None
+    if k is None or k >= plan.count or not plan.quick or _is_compiling():
+        return -1, first
+    if not first and _second(scheduler, plan, k, x, began) is not None:
+        return -1, first
+    row = k if first else k + plan.count
+    return row if _usable(plan, row) else -1, first
+
+
 def heun(original: Callable, name: str, maker: Maker, output: type) -> Callable:
     made = results(output, "prev_sample", "pred_original_sample")
 
     @wraps(original)
     def step(self, model_output, timestep, sample, return_dict=True):
         plan, first = plan_of(maker, self), True
+        if plan.quick and type(sample) is Tensor:
+            row, first = _quick_call(self, plan, sample, sample.dtype)
+            past = () if first else (self.sample, self.prev_derivative)
+            flags, done = X0 | ENTRY | ONE_DTYPE if first else X0 | ONE_DTYPE, None
+            if row >= 0:
+                done = plan.run(row, sample, model_output, plan.clip, past, None, None, flags)
+            if done is not None:
+                fused[name] += 1
+                if first:
+                    self.prev_derivative = done[2].to(sample.dtype)
+                    self.dt, self.sample = plan.step(row), sample
+                else:
+                    self.prev_derivative = self.dt = self.sample = None
+                self._step_index += 1
+                return made(done[0], done[1]) if return_dict else done[:2]
         reason = plan.reason or unfit(sample, model_output)
         if reason is None and sample.dtype is not model_output.dtype:
             reason = "sample and model output differ in dtype"
@@ -453,6 +567,20 @@ def flow_heun(original: Callable, name: str, maker: Maker, output: type) -> Call
         generator=None, return_dict=True,
     ):  # fmt: skip
         plan, first = plan_of(maker, self), True
+        if plan.quick and s_churn == 0 and type(sample) is Tensor and not _whole(timestep):
+            row, first = _quick_call(self, plan, sample, torch.float32)
+            past = () if first else (self.sample, self.prev_derivative)
+            flags, done = MODEL_DTYPE | ENTRY if first else MODEL_DTYPE, None
+            if row >= 0:
+                done = plan.run(row, sample, model_output, None, past, None, None, flags)
+            if done is not None:
+                fused[name] += 1
+                if first:
+                    self.prev_derivative, self.dt, self.sample = done[2], plan.step(row), sample.to(torch.float32)
+                else:
+                    self.prev_derivative = self.dt = self.sample = None
+                self._step_index += 1
+                return made(done[0]) if return_dict else done[:1]
         reason = plan.reason or ("s_churn" if s_churn != 0 else unfit(sample, model_output, NARROW))
         if reason is None and _whole(timestep):
             reason = "an integer for a timestep"
@@ -486,8 +614,7 @@ def flow_heun(original: Callable, name: str, maker: Maker, output: type) -> Call
 
 
 def flow_euler(original: Callable, name: str, maker: Maker, output: type) -> Callable:
-    made = results(output, "prev_sample")
-    held = original.__globals__
+    made, draw = results(output, "prev_sample"), Draws(original.__globals__)
 
     @wraps(original)
     def step(
@@ -495,9 +622,17 @@ def flow_euler(original: Callable, name: str, maker: Maker, output: type) -> Cal
         generator=None, per_token_timesteps=None, return_dict=True,
     ):  # fmt: skip
         plan = plan_of(maker, self)
+        k = _quick_index(self, plan, timestep)
+        if k is not None and per_token_timesteps is None and (not plan.draws or draw.known()):
+            flags = MODEL_DTYPE | DRAW_FLOAT if plan.draws else MODEL_DTYPE
+            done = plan.run(k, sample, model_output, None, (), generator if plan.draws else None, None, flags)
+            if done is not None:
+                fused[name] += 1
+                self._step_index = k + 1
+                return made(done[0]) if return_dict else done[:1]
         if per_token_timesteps is not None:
             k, reason = None, "per_token_timesteps"
-        elif plan.reason is None and plan.draws and "randn_tensor" not in held:
+        elif plan.reason is None and plan.draws and draw.function is None:
             k, reason = None, "stochastic_sampling of this version of diffusers"
         else:
             k, reason = _sigma_step(self, plan, timestep, sample, model_output)
@@ -509,7 +644,7 @@ def flow_euler(original: Callable, name: str, maker: Maker, output: type) -> Cal
         count(name)
         z = None
         if plan.draws:
-            z = held["randn_tensor"](sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
+            z = draw(sample, generator, torch.float32)
         previous, _, _ = plan.rows(k, sample, model_output, noise=z, dtype=model_output.dtype, return_x0=False)
         self._step_index += 1
         if not return_dict:
@@ -532,13 +667,43 @@ def _past(outputs: list, count: int, x: Tensor) -> tuple[Tensor, ...] | None:
     return past
 
 
+def _order(scheduler: Any, plan: Any, k: int) -> int:
+    """Of step k of DPM-Solver."""
+    if k == plan.first_order_at:
+        return 1
+    order = min(plan.order, scheduler.lower_order_nums + 1)
+    return min(order, 2) if k == plan.second_order_at else order
+
+
+def _keep(scheduler: Any, plan: Any, entry: Tensor) -> None:
+    """Put ``entry`` behind the estimates that are kept, and go on to the next step."""
+    outputs = scheduler.model_outputs
+    for i in range(plan.order - 1):
+        outputs[i] = outputs[i + 1]
+    outputs[-1] = entry
+    if scheduler.lower_order_nums < plan.order:
+        scheduler.lower_order_nums += 1
+    scheduler._step_index += 1
+
+
 def dpm_solver(original: Callable, name: str, maker: Maker, output: type) -> Callable:
-    made = results(output, "prev_sample")
-    held = original.__globals__
+    made, draw = results(output, "prev_sample"), Draws(original.__globals__)
 
     @wraps(original)
     def step(self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True):
-        plan, m = plan_of(maker, self), model_output
+        plan, m, k = plan_of(maker, self), model_output, self._step_index
+        if plan.quick and k is not None and 0 <= k < plan.count and not _is_compiling():
+            order, outputs, sde = _order(self, plan, k), self.model_outputs, plan.sde
+            row, done = (order - 1) * plan.count + k, None
+            draws = not sde or (variance_noise is None and draw.known())
+            if plan.usable[row] and order <= len(outputs) and draws:
+                past = () if order == 1 else (outputs[-1],) if order == 2 else (outputs[-1], outputs[-2])
+                flags = X0 | ONE_DTYPE | DRAW_FLOAT if sde else X0 | ONE_DTYPE
+                done = plan.run(row, sample, m, None, past, generator if sde else None, None, flags)
+            if done is not None:
+                fused[name] += 1
+                _keep(self, plan, done[1])
+                return made(done[0]) if return_dict else done[:1]
         reason = plan.reason or unfit(sample, m, NARROW)
         if reason is None and sample.dtype is not m.dtype:
             reason = "sample and model output differ in dtype"
@@ -546,11 +711,7 @@ def dpm_solver(original: Callable, name: str, maker: Maker, output: type) -> Cal
             reason = "set_timesteps was not called"
         if reason is None:
             k = _step_index(self, plan, timestep)
-            order = min(plan.order, self.lower_order_nums + 1)
-            if k == plan.first_order_at:
-                order = 1
-            elif k == plan.second_order_at:
-                order = min(order, 2)
+            order = _order(self, plan, k)
             past = _past(self.model_outputs, order - 1, m)
             row = (order - 1) * plan.count + k
             if past is None or not 0 <= k < plan.count or not plan.usable[row]:
@@ -565,17 +726,11 @@ def dpm_solver(original: Callable, name: str, maker: Maker, output: type) -> Cal
             threshold = plan.threshold(row, sample, m, m.dtype)
         if plan.sde:
             if variance_noise is None:
-                z = held["randn_tensor"](m.shape, generator=generator, device=m.device, dtype=torch.float32)
+                z = draw(m, generator, torch.float32)
             else:
                 z = variance_noise.to(device=m.device, dtype=torch.float32)
         previous, kept, _ = plan.rows(row, sample, m, history=past, noise=z, threshold=threshold)
-        outputs = self.model_outputs
-        for i in range(plan.order - 1):
-            outputs[i] = outputs[i + 1]
-        outputs[-1] = kept
-        if self.lower_order_nums < plan.order:
-            self.lower_order_nums += 1
-        self._step_index += 1
+        _keep(self, plan, kept)
         if not return_dict:
             return (previous,)
         return made(previous)
@@ -615,21 +770,23 @@ def unipc(original: Callable, name: str, maker: Maker, output: type) -> Callable
         if reason is not None:
             return left(name, reason, original, self, m, timestep, sample, return_dict)
         count(name)
-        at = correction if corrects else row
+        at, quick = correction if corrects else row, plan.quick and not _is_compiling()
         threshold = None if plan.quantile is None else plan.threshold(at, sample, m, m.dtype)
+        entries = (last, *before) if corrects else past
+        done = plan.run(at, sample, m, None, entries, None, None, X0 | ONE_DTYPE) if quick else None
+        if done is None:
+            done = plan.rows(at, sample, m, history=entries, threshold=threshold)
+        previous, kept, _ = done
         if corrects:
-            sample, kept, _ = plan.rows(at, sample, m, history=(last, *before), threshold=threshold)
-            previous, _, _ = plan.rows(row, sample, kept, history=past, return_x0=False)
-        else:
-            previous, kept, _ = plan.rows(at, sample, m, history=past, threshold=threshold)
-        outputs, times = self.model_outputs, self.timestep_list
+            sample = previous
+            done = plan.run(row, sample, kept, None, past, None, None, ONE_DTYPE) if quick else None
+            previous, _, _ = done or plan.rows(row, sample, kept, history=past, return_x0=False)
+        times = self.timestep_list
         for i in range(plan.order - 1):
-            outputs[i], times[i] = outputs[i + 1], times[i + 1]
-        outputs[-1], times[-1] = kept, timestep
+            times[i] = times[i + 1]
+        times[-1] = timestep
         self.this_order, self.last_sample = order, sample
-        if self.lower_order_nums < plan.order:
-            self.lower_order_nums += 1
-        self._step_index += 1
+        _keep(self, plan, kept)
         if not return_dict:
             return (previous,)
         return made(previous)
