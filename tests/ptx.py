@@ -60,6 +60,10 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
 
 
+def to_f16(pattern: np.ndarray) -> np.ndarray:
+    return floats(pattern).astype(np.float16).view(np.uint16)
+
+
 def _off(size: Any) -> np.ndarray:
     return size * _random.uniform(-1, 1, THREADS)
 
@@ -74,6 +78,7 @@ FLOAT: dict[str, Callable] = {
     "neg": np.negative, "abs": np.abs, "fma": fma, "sqrt": lambda x: np.sqrt(x.astype(np.float64)), "lg2": _lg2,
     "sqrt.approx": lambda x: np.sqrt(x.astype(np.float64)) * (1 + _off(2.0**-23)),
     "rsqrt.approx": lambda x: 1 / np.sqrt(x.astype(np.float64)) * (1 + _off(2.0**-22.9)),
+    "ex2": lambda x: np.exp2(x.astype(np.float64)) * (1 + _off(2.0**-22)),
     "sin": lambda x: np.sin(x.astype(np.float64)) + _off(2.0**-20.5),
     "cos": lambda x: np.cos(x.astype(np.float64)) + _off(2.0**-20.5),
 }  # fmt: skip
@@ -83,25 +88,29 @@ INTEGER: dict[str, Callable] = {
     "mad.lo": lambda a, b, c: a * b + c,
     "shl": lambda a, b: a << b.astype(a.dtype), "shr": lambda a, b: a >> b.astype(a.dtype),
     "div": lambda a, b: np.trunc(a / b).astype(a.dtype), "rem": lambda a, b: np.fmod(a, b),  # of 32 bits
-    "bfe": lambda a, at, size: (a >> at) & ((1 << size) - 1),  # of an unsigned number
+    "bfe": lambda a, at, size: a << (32 - at - size) >> (32 - size),  # of 32 bits; a's sign is that of its top bit
 }  # fmt: skip
 COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "neu": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal, "nan": lambda a, b: np.isnan(a) | np.isnan(b),
     "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
 }  # fmt: skip
-WIDTH = {"pred": bool, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "f32": np.uint32} | {
+WIDTH = {"pred": bool, "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "f32": np.uint32} | {
     f"{kind}{size}": getattr(np, f"uint{size}") for kind in "us" for size in (8, 16, 32, 64)
 }
 SIGNED = {np.uint16: np.int16, np.uint32: np.int32, np.uint64: np.int64}
 CONVERT = {
     "rn.f32.u32": lambda a: bits(a),
+    "rn.f32.u16": lambda a: bits(a),
     "rn.f32.s32": lambda a: bits(a.view(np.int32)),
     "u32.u64": lambda a: a.astype(np.uint32),
     "u64.u32": lambda a: a.astype(np.uint64),
     "u32.u16": lambda a: a.astype(np.uint32),
     "u16.u32": lambda a: a.astype(np.uint16),
     "s64.s32": lambda a: a.view(np.int32).astype(np.int64).view(np.uint64),
+    "f32.f16": lambda a: bits(a.view(np.float16)),
+    "rn.f16.f32": lambda a: to_f16(a),
+    "rn.f16x2.f32": lambda a, b: (to_f16(a).astype(np.uint32) << np.uint32(16)) | to_f16(b),
     "f32.bf16": lambda a: a.astype(np.uint32) << np.uint32(16),
     "rn.bf16.f32": lambda a: to_bf16(floats(a)),
     "rn.bf16x2.f32": lambda a, b: (to_bf16(floats(a)).astype(np.uint32) << np.uint32(16)) | to_bf16(floats(b)),
@@ -115,9 +124,8 @@ class Memory:
         self.buffers = [np.zeros(0, np.uint8)]
 
     def place(self, tensor: torch.Tensor) -> int:
-        assert tensor.is_contiguous()
-        self.buffers.append(tensor.detach().reshape(-1).view(torch.uint8).numpy())
-        return (len(self.buffers) - 1) << 36
+        self.buffers.append(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy())
+        return ((len(self.buffers) - 1) << 36) + tensor.storage_offset() * tensor.element_size()
 
     def at(self, address: int, size: int) -> np.ndarray:
         buffer, start = self.buffers[address >> 36], address % 2**36
@@ -197,6 +205,9 @@ class Threads:
         kind = WIDTH.get(name[-1])
         if name[0] in ("ld", "st", "atom"):
             return self.access(name, operands, active)
+        if name[0] in ("ldmatrix", "stmatrix"):
+            assert active.all() and "x4" in name and "trans" not in name
+            return self.matrices(*(operands if name[0] == "ldmatrix" else operands[::-1]), name[0] == "ldmatrix")
         to, sources = operands[0], operands[1:]
         if name[0] == "mov" and "{" in to + sources[0]:
             return self.pair(kind, to, sources[0], active)
@@ -242,15 +253,33 @@ class Threads:
         self.put(low, whole.astype(half), active)
         self.put(high, (whole >> kind(size)).astype(half), active)
 
+    def matrices(self, registers: str, place: str, loads: bool) -> None:
+        """Four matrices of 8 rows of 16 bytes for each warp: a thread gives the address of a row, and a register has
+        two elements of the row that is its thread's number over 4."""
+        names, addresses = re.findall(r"[%\w]+", registers), self.addresses(place)
+        found = np.zeros((4, THREADS), np.uint32) if loads else np.stack([self.registers[r] for r in names])
+        for k in range(4):
+            for row in range(0, THREADS, 4):  # the first of the four threads that have one
+                giver = row // 32 * 32 + 8 * k + row % 32 // 4
+                at = self.memory.at(int(addresses[giver]), 16).view(np.uint32)
+                if loads:
+                    found[k, row : row + 4] = at
+                else:
+                    at[:] = found[k, row : row + 4]
+        if loads:
+            self.registers |= dict(zip(names, found))
+
+    def addresses(self, place: str) -> np.ndarray:
+        base, _, more = place.strip("[] ").partition("+")
+        return self.get(base.strip(), np.uint64).astype(np.int64) + int(more or 0)
+
     def access(self, name: list[str], operands: list[str], active: np.ndarray) -> None:
         kind, loads = WIDTH[name[-1]], name[0] != "st"
         if "param" in name:
             value = self.parameters[operands[1].strip("[] ")]
             return self.put(operands[0], np.full(THREADS, value).astype(kind), active)
         place, registers = (operands[1], operands[0]) if loads else operands
-        base, _, more = place.strip("[] ").partition("+")
-        address = self.get(base.strip(), np.uint64).astype(np.int64) + int(more or 0)
-        registers = re.findall(r"[%\w]+", registers)
+        address, registers = self.addresses(place), re.findall(r"[%\w]+", registers)
         size = np.dtype(kind).itemsize
         if loads:
             found = np.zeros((len(registers), THREADS), kind)
@@ -267,7 +296,7 @@ class Threads:
                 at[:] = found[:, k]
         if loads:
             for register, value in zip(registers, found):
-                self.put(register, value, active)
+                self.put(register, value.astype(np.uint16) if size == 1 else value, active)
 
 
 @contextmanager
@@ -331,6 +360,26 @@ def findings() -> Iterator[dict[str, Any]]:
                         results = _gradients(operations, m, data, how)
                     for name, got, want in zip(("loss", "gradient", "gradient of half"), results, wanted):
                         yield found(case + (", v" if data is not None else ", epsilon"), name, got, want)
+
+    # The error functions, masks that are laid out otherwise than the data, and a sampler's step.
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for shape, rows in (((2, 4, 8, 16), (2, 1, 1, 1)), ((2, 3, 4, 6), (2, 1, 4, 1))):
+            x0, m, n = (torch.randn(shape).to(dtype) for _ in range(3))
+            p, q, scale, weight, c = (torch.rand(rows) + 0.1 for _ in range(5))
+            mask = torch.rand(shape[0], 1, *shape[2:]) < 0.7
+            for function in ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh"):
+                case = f"given noise, {function}, mask, {str(dtype)[6:]}, {'x'.join(map(str, shape))}"
+                how = n, p, q, scale, weight, c, mask, function, "row", "mean"
+                wanted = _gradients(reference, m, x0, how)
+                with compiled():
+                    results = _gradients(operations, m, x0, how)
+                for name, got, want in zip(("loss", "gradient", "gradient of half"), results, wanted):
+                    yield found(case, name, got, want)
+            step = (x0, m, n, 2.5, torch.randn(18), 0.5, (n, m), ops.Philox(3, 1, 20), None, dtype, (True, True))
+            with compiled():
+                results = operations.step(*step)
+            for got, want in zip(results, reference.step(*step)):
+                yield found(f"exact noise, {str(dtype)[6:]}, {'x'.join(map(str, shape))}", "step", got, want)
 
 
 def _gradients(backend: Any, prediction: torch.Tensor, x0: torch.Tensor | None, how: tuple) -> list[torch.Tensor]:
