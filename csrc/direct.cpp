@@ -1,12 +1,12 @@
 #include "direct.h"
 
 #include <cmath>
-#include <exception>
 #include <memory>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/run.h"
+#include "fastcall.h"
 #include "philox.h"
 #include "tensors.h"
 #include "unlocked.h"
@@ -323,32 +323,20 @@ py::object times(PyObject* const* a) {
   return py::reinterpret_borrow<py::object>(a[0]);
 }
 
-// pybind11's own calling of functions takes longer than what these do.
-template <py::object (*function)(PyObject* const*), int count>
-PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+template <py::object (*function)(PyObject* const*)>
+py::object plain(PyObject* const* arguments) {
   try {
-    if (given != count) throw py::type_error("expected " + std::to_string(count) + " arguments");
-    if (!tensors::enabled()) return py::none().release().ptr();
-    return function(arguments).release().ptr();
+    return tensors::enabled() ? function(arguments) : py::none();
   } catch (const NotPlain&) {
-    return py::none().release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return py::none();
   }
-  return nullptr;
 }
 
-template <py::object (*function)(PyObject* const*), int count>
-constexpr PyMethodDef method(const char* name) {
-  return {name, (PyCFunction)(void (*)())call<function, count>, METH_FASTCALL, nullptr};
-}
-
-PyMethodDef methods[] = {method<noise, 6>("direct_noise"), method<loss, 10>("direct_loss"),
-                         method<convert, 5>("direct_convert"), method<step, 7>("direct_step"), method<times, 5>("direct_times"),
+PyMethodDef methods[] = {fast_method<plain<noise>, 6>("direct_noise"),
+                         fast_method<plain<loss>, 10>("direct_loss"),
+                         fast_method<plain<convert>, 5>("direct_convert"),
+                         fast_method<plain<step>, 7>("direct_step"),
+                         fast_method<plain<times>, 5>("direct_times"),
                          {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -11,23 +11,12 @@ from torch import Tensor
 
 from .. import reference
 from .launch import FUNCTIONS, memory
-from .operations import _C, _launch_loss, _Parameter, _wrapping
+from .operations import _C, _launch_loss
+from .prepared import reads_tensors
 
 _threads, _grad = torch.get_num_threads, torch.is_grad_enabled
 
-
-def _enable() -> bool:
-    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # PyTorch from 2.10 on
-    if _C is None or table is None:
-        return False
-    try:
-        _C.enable_tensors(table, (Tensor, _Parameter), torch.empty_like, _grad, _wrapping)
-    except ValueError:  # of a DLPack to come
-        return False
-    return True
-
-
-available = _enable()
+available = reads_tensors
 _ONE = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
