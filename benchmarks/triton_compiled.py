@@ -39,7 +39,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EVERYWHERE = {
     *("noising, fast, bf16", "noising, exact, bf16", "noising, given, bf16", "noising, given, fp32"),
     *("loss v, fast, bf16", "loss v, exact, bf16", "loss v, given, bf16", "loss v, given, fp32"),
-    *("loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms"),
+    *("loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
 }
 SHAPE = (64, 4, 128, 128)
 THREADS = 128
@@ -156,6 +156,7 @@ def cases() -> dict[str, Any]:
     found["noising, 2^32 elements"] = noise_of_two(meta(2**12, 2**20, dtype=bf16), meta(2**12, 1), made)
     found["noising, a row an element"] = noise_of_two(meta(64, 2), meta(64, 2), ops.Philox(5))
     found["uniforms"] = lambda: operations.uniform(seed, 64, 3, 0, seed.device)
+    found["rows of a flow"] = lambda: operations.rational(meta(3, 2, dtype=torch.float64), meta(64))
     return found
 
 

@@ -472,14 +472,17 @@ class Objective:
                 t = t.reshape(()).expand(len(x0))
         placed = place_rows("t", t, x0.shape)
         if not self.process.discrete:
-            levels = self.process.levels(placed)
+            levels: list[Levels] = []
 
             def evaluate_at_levels(name: str) -> dict[str, Tensor]:
                 if name in self._same:
                     return {name: self._number(self._same[name], placed.device, dtype).expand(placed.shape)}
-                return {k: v.to(dtype) for k, v in self._coefficients(name, levels).items()}
+                if not levels:
+                    levels.append(self.process.levels(placed))
+                return {k: v.to(dtype) for k, v in self._coefficients(name, levels[0]).items()}
 
-            return Rows({}, evaluate_at_levels), t
+            self.process.check_t(t)
+            return Rows(self._rational(placed, backends.get(x0.device), dtype), evaluate_at_levels), t
         gather, check = backends.get(x0.device).gather, self.process.check_t
         known = gather(self._table_of(self._used, t.device, dtype), placed, check)
 
@@ -487,6 +490,19 @@ class Objective:
             return {name: gather(self._table_of((name,), t.device, dtype), placed, check)[0]}
 
         return Rows(dict(zip(self._used, known)), evaluate), t
+
+    def _rational(self, t: Tensor, backend: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        """alpha and sigma of a continuous process if ``backend`` has one launch for them, else nothing."""
+        rational = getattr(backend, "rational", None)
+        fractions = None if rational is None or dtype != torch.float32 else self.process.linear_fractional()
+        if fractions is None:
+            return {}
+
+        def make() -> Tensor:
+            return torch.tensor(fractions, dtype=torch.float64, device="cpu").T.contiguous().to(t.device)
+
+        rows = rational(cached(self._tables, ("fractions", t.device), make), t)
+        return {} if rows is None else dict(zip(("alpha", "sigma"), rows))
 
     def _number(self, value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
         def make() -> Tensor:

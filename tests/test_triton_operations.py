@@ -81,6 +81,24 @@ def test_normals_and_uniforms_have_the_same_bits(shape):
             assert_same_bits(got.cpu(), reference.uniform(seed, shape[0], stream, offset))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "process", [fastdiff.RectifiedFlow(), fastdiff.RectifiedFlow(shift=1.15), fastdiff.EDM()], ids=str
+)
+def test_rows_of_a_continuous_process_are_one_launch(process, dtype):
+    """And have the bits of the process's own float64 formula, rounded once."""
+    t = torch.rand(300, dtype=dtype, device=DEVICE)
+    t[:2] = torch.tensor([0.0, 1.0])
+    objective = fastdiff.Objective(process, "flow" if isinstance(process, fastdiff.RectifiedFlow) else "epsilon")
+    x0 = torch.randn(300, 8, device=DEVICE)
+    with fastdiff.use_backend("triton"), launches() as launched:
+        noised = objective.noise(x0, t, torch.zeros_like(x0))
+    assert launched == ["rational", "affine"]
+    levels = process.levels(t)
+    assert_same_bits(noised.alpha, levels.alpha.float())
+    assert_same_bits(noised.sigma, levels.sigma.float())
+
+
 @jit.jit
 def fused(a, b, c, out, EMULATE: tl.constexpr):
     k = tl.arange(0, 16)

@@ -324,6 +324,23 @@ def test_a_conversion_that_is_not_determined_is_refused():
         objective.predict_x0(m, objective.noise(x0, torch.tensor([0, 500, 999]), n))
 
 
+def test_large_results_have_the_bits_of_small_ones():
+    """Above 32 MiB memory is asked for in large pages, and written past the caches."""
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+    x0 = torch.randn(9, 1024, 1024)
+    m = torch.randn_like(x0).requires_grad_()
+    whole = objective.noise(x0, seed=1)
+    (gradient,) = torch.autograd.grad(objective.loss(m, whole), m)
+    for k in (0, 8):
+        one = objective.noise(x0[k : k + 1], seed=1, sample_offset=k)
+        same(whole.x_t[k], one.x_t[0])
+        same(whole.noise[k], one.noise[0])
+        m_k = m[k : k + 1].detach().requires_grad_()
+        (small,) = torch.autograd.grad(objective.loss(m_k, one), m_k)
+        # Both have the divisor in a factor that is rounded once, and are rounded themselves.
+        torch.testing.assert_close(gradient[k] * 9, small[0], rtol=4 * 2**-24, atol=0)
+
+
 def test_several_threads_at_once():
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
     x0, n, m = batch(shape=(2, 4, 64, 64))  # large enough for the lock to be let go

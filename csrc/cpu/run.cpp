@@ -1,6 +1,10 @@
 #include "run.h"
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include <cmath>
 #include <memory>
@@ -54,9 +58,25 @@ void parallel(const Layout& layout, int threads, Body body) {
 // of a result, or more) leaves little of the result there; written past the caches, its memory need not be read first.
 constexpr int64_t kCache = int64_t(32) << 20;
 
+// From this size on, the C library gives a tensor fresh memory from the system every time. The system hands that out as
+// it is first written, 4 KiB at a time, which takes longer than the writing; it is asked for large pages where it has them.
+constexpr int64_t kAlwaysFresh = int64_t(32) << 20;
+
+void ask_for_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), start = ((uintptr_t)data + page - 1) / page * page;
+  const uintptr_t end = ((uintptr_t)data + uintptr_t(bytes)) / page * page;
+  if (start < end) madvise((void*)start, end - start, MADV_HUGEPAGE);  // advice: no matter if it is refused
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 Output placed(Output output, const Layout& layout, int64_t cache = kCache) {
   const int64_t size = output.dtype == DType::f64 ? 8 : output.dtype == DType::f32 ? 4 : 2;
-  output.streamed = output.data && 3 * size * layout.elements > cache;
+  const int64_t bytes = size * layout.elements;
+  output.streamed = output.data && 3 * bytes > cache;
+  if (output.data && bytes >= kAlwaysFresh) ask_for_large_pages(output.data, bytes);
   return output;
 }
 

@@ -17,6 +17,7 @@ import torch
 
 _OPERATIONS = (
     *("uniform", "normal", "gather", "noise", "noise_and_target", "loss", "loss_gradient", "convert", "step"),
+    "rational",
     "launches",
 )
 fast_rng = True  # ``normal`` takes ``rng``: see ``fastdiff.ops.Philox``

@@ -203,5 +203,6 @@ def is_capturing(device: torch.device) -> bool:
 
 affine = Kernel(kernels.affine)
 loss = Kernel(kernels.loss)
+rational = Kernel(kernels.rational)
 step = Kernel(kernels.step)
 uniforms = Kernel(philox.uniforms)

@@ -27,13 +27,14 @@ __all__ = [
     "noise",
     "noise_and_target",
     "normal",
+    "rational",
     "step",
     "uniform",
 ]
 
 _TYPES = (Tensor, torch.nn.Parameter)
 _DATA = (torch.float32, torch.bfloat16, torch.float16)
-_UNIFORMS = 128  # a program
+_UNIFORMS = _ROWS = 128  # a program
 
 
 def _runs_on(device: torch.device) -> bool:
@@ -233,6 +234,18 @@ def gather(table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequenc
     check(t)
     index = t.long()
     return [Gathered(column, index) for column in table.unbind(1)]
+
+
+def rational(fractions: Tensor, t: Tensor) -> Sequence[Tensor] | None:
+    """Rows (a + b t) / (1 + d t) of times t, float32 in the shape of t, one for each column of ``fractions``
+    [3, columns], float64; None where they are to be computed otherwise."""
+    usable = _plain() and type(t) in _TYPES and t.dtype in (torch.float32, torch.float64) and _runs_on(t.device)
+    if not usable or not t.numel() or not t.is_contiguous() or _differentiable(t):
+        return None
+    columns, samples = fractions.shape[1], t.numel()
+    rows = torch.empty((columns, *t.shape), dtype=torch.float32, device=t.device)
+    launch.rational(t.device, (-(-samples // _ROWS), 1), (rows, t, fractions, samples), (columns, _ROWS))
+    return rows.unbind(0)
 
 
 def noise(
