@@ -20,7 +20,7 @@ using tensors::View;
 // Where rows of coefficients come from, by the times t of a batch. `table` has kind * width numbers:
 //   gathered   table[t, k], t int64
 //   rational   (table[0, k] + table[1, k] t) / (1 + table[2, k] t), t floating point in [low, high]
-//   constant   table[0, k], whatever t is
+//   constant   table[0, k], whatever t is in [low, high]
 struct Source {
   enum Kind { gathered, rational, constant } kind;
   int64_t height;
@@ -71,10 +71,6 @@ class BatchRows {
       more_.reset(new double[size_t(source.width * count_)]);
       numbers_ = more_.get();
     }
-    if (source.kind == Source::constant) {
-      for (int k = 0; k < source.width; ++k) put(k, 0, source.table[k]);
-      return true;
-    }
     View t;
     if (!tensors::view(times, t) || t.dims != 1 || t.elements != batch) return false;
     const double* table = source.table.data();
@@ -91,9 +87,12 @@ class BatchRows {
     for (int64_t r = 0; r < batch; ++r) {
       const double time = t.dtype == int(DType::f64) ? ((const double*)t.data)[r] : double(((const float*)t.data)[r]);
       if (!(time >= source.low && time <= source.high && time < HUGE_VAL)) return false;
+      if (source.kind == Source::constant) continue;
       for (int k = 0; k < source.width; ++k)
         put(k, r, (table[k] + table[source.width + k] * time) / (1 + table[2 * source.width + k] * time));
     }
+    if (source.kind == Source::constant)
+      for (int k = 0; k < source.width; ++k) put(k, 0, table[k]);
     return true;
   }
 

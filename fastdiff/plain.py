@@ -51,7 +51,8 @@ class PlainCalls:
                 self._noise_rows = direct.rational(fractions, process.t_min, process.t_max)
             known = objective.coefficients()
             if own_space and not loss.uses_c and {"p", "q", "loss_weight"} <= known.keys():
-                self._loss_rows = direct.constant([known.get(name, 0.0) for name in _LOSS])
+                row = [known.get(name, 0.0) for name in _LOSS]
+                self._loss_rows = direct.constant(row, process.t_min, process.t_max)
         # floor(steps u) of a uniform u; 0: u itself; None: something else.
         self._steps: int | None = None
         if objective.timesteps == Uniform():

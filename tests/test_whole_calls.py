@@ -241,6 +241,29 @@ def test_unfit_input_gets_the_usual_errors():
         fastdiff.Objective(fastdiff.EDM(), "edm").noise(x0, torch.tensor([1.0, 2.0, float("inf")]), n)
 
 
+@pytest.mark.parametrize("t", [[0.0, 0.5, 1.5], [0.0, 0.5, float("nan")], [-0.1, 0.0, 0.0]])
+def test_a_loss_that_is_the_same_at_all_times_still_looks_at_t(t):
+    x0, n, m = batch()
+    with pytest.raises(ValueError, match="must lie in"):
+        fastdiff.diffusion_loss(m, x0, n, torch.tensor(t), fastdiff.RectifiedFlow(), "flow")
+    with pytest.raises(TypeError, match="floating point"):
+        fastdiff.diffusion_loss(m, x0, n, torch.tensor([0, 1, 1]), fastdiff.RectifiedFlow(), "flow")
+
+
+def test_times_of_frames_have_the_bits_of_the_general_way(general):
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    x0, n, m = batch(shape=(3, 5, 7, 9))
+    noised = objective.noise(x0, torch.rand(3, 5), n)
+
+    def run():
+        p = m.clone().requires_grad_()
+        loss = objective.loss(p, noised)
+        return loss, *torch.autograd.grad(loss, p)
+
+    for got, want in zip(run(), general(run)):
+        same(got, want)
+
+
 def test_offset_noise_of_data_without_channels_is_refused():
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon", noise_offset=0.1)
     with pytest.raises(ValueError, match="channels"):

@@ -30,9 +30,9 @@ def rational(columns: Sequence[tuple[float, float, float]], low: float, high: fl
     return _source(1, torch.tensor(columns, dtype=torch.float64, device="cpu").T.contiguous(), low, high)
 
 
-def constant(row: Sequence[float]) -> Any:
-    """The same numbers at every time."""
-    return _source(2, torch.tensor([row], dtype=torch.float64, device="cpu"), 0.0, 0.0)
+def constant(row: Sequence[float], low: float, high: float) -> Any:
+    """The same numbers at every floating-point t in [low, high]."""
+    return _source(2, torch.tensor([row], dtype=torch.float64, device="cpu"), low, high)
 
 
 def _source(kind: int, table: Tensor, low: float, high: float) -> Any:
