@@ -27,6 +27,11 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    elif "gpu_variants" not in config.option.markexpr:
+        for item in items:
+            if item.path.name == "test_triton_operations.py" and "gpu_variants" not in item.keywords:
+                reason = "a GPU would compile its kernel variants, minutes of them: the interpreter runs it"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,13 @@
-"""The Triton backend against the reference, on a GPU or, without one, in Triton's interpreter."""
+"""The Triton backend against the reference, on a GPU or, without one, in Triton's interpreter.
 
+A GPU compiles each variant of a kernel, and all tests together ask for over a thousand. There those marked
+``gpu_variants`` are run, the others skipped: they reach every branch of the kernels in at most 150 variants
+(test_triton_variants.py counts them).
+
+    python -m pytest tests/test_triton_operations.py -m gpu_variants -n 16
+"""
+
+import itertools
 import math
 from collections import Counter
 
@@ -45,6 +53,24 @@ LAYOUTS = [
 ]
 
 
+gpu_variants = pytest.mark.gpu_variants
+
+
+def diagonal(chosen=None, **lists):
+    """Parametrizes by every combination of the lists. Marked for a GPU are ``chosen`` of them (as many as the longest
+    list is long) that go through all lists at once, each from its start again at its end: together they have every
+    value, and every pair of two lists whose lengths share no factor, if there are enough."""
+    number = max(map(len, lists.values())) if chosen is None else chosen
+    marked = {tuple(k % len(values) for values in lists.values()) for k in range(number)}
+    cases = []
+    for places in itertools.product(*(range(len(values)) for values in lists.values())):
+        case = [values[place] for values, place in zip(lists.values(), places)]
+        named = (v if isinstance(v, str) else f"{name}{k}" for name, v, k in zip(lists, case, places))
+        marks = gpu_variants if places in marked else ()
+        cases.append(pytest.param(*case, marks=marks, id="-".join(named)))
+    return pytest.mark.parametrize(list(lists), cases)
+
+
 def random(shape, dtype=torch.float32):
     return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
 
@@ -70,7 +96,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(triton, "tile_of", lambda elements, itemsize: 64)
 
 
-@pytest.mark.parametrize("shape", [(1,), (3, 33), (2, 4, 8, 8), (1, 1100), (0, 4), (2, 0)])
+@diagonal(1, shape=[(1,), (1, 1100), (3, 33), (2, 4, 8, 8), (0, 4), (2, 0)])
 def test_normals_and_uniforms_have_the_same_bits(shape):
     for seed, stream, offset in ((0, 0, 0), (-7, 2**32 - 1, 2**33 + 3), (2**62 + 5, 1, 0), (2**64 - 1, 16, 1)):
         device_seed = philox.seed_tensor(seed, DEVICE)
@@ -81,9 +107,9 @@ def test_normals_and_uniforms_have_the_same_bits(shape):
             assert_same_bits(got.cpu(), reference.uniform(seed, shape[0], stream, offset))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "process", [fastdiff.RectifiedFlow(), fastdiff.RectifiedFlow(shift=1.15), fastdiff.EDM()], ids=str
+@diagonal(
+    dtype=[torch.float32, torch.float64],
+    process=[fastdiff.RectifiedFlow(), fastdiff.RectifiedFlow(shift=1.15), fastdiff.EDM()],
 )
 def test_rows_of_a_continuous_process_are_one_launch(process, dtype):
     """And have the bits of the process's own float64 formula, rounded once."""
@@ -105,6 +131,7 @@ def fused(a, b, c, out, EMULATE: tl.constexpr):
     tl.store(out + k, fma(tl.load(a + k), tl.load(b + k), tl.load(c + k), EMULATE))
 
 
+@gpu_variants
 def test_fused_multiply_add_is_fused():
     """2^-24 is lost where the product is rounded first; so the interpreter's own fma would not do."""
     one = torch.ones(16, device=DEVICE)
@@ -113,6 +140,7 @@ def test_fused_multiply_add_is_fused():
     assert torch.equal(out, one * 2**-24)
 
 
+@gpu_variants
 def test_fast_normals():
     """The fast transform is within RNG_TOLERANCE of the exact one. Both take the same words; what differs most is the
     radius near 0, where the root magnifies an error of 2^-22 in the logarithm to 2^-11."""
@@ -133,81 +161,114 @@ def test_fast_normals():
         ops.Philox(3, rng="quick")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
-def test_fast_noise_in_noising_and_loss(shape, rows, dtype):
-    """It is made with its factor in it, and without where it is kept: the same noise, but for roundings. (A sum has
-    terms up to 7 in size.)"""
-    offset = 0.1 if len(shape) > 2 else 0.0
-    n, xi = ops.Philox(3, 1, offset=offset, rng="fast"), ops.Philox(3, 1, 2, rng="fast")
+def near(dtype):
+    """Fast noise, made with its factor in it and without: the same but for roundings. (A sum has terms up to 7.)"""
+    return {"rtol": torch.finfo(dtype).eps, "atol": 7 * 4 * torch.finfo(torch.float32).eps}
+
+
+def fast_noise(shape, stream=0, offset=0.0):
+    """(source, tensor) of the same fast noise."""
+    source = ops.Philox(3, 1, stream, offset=offset, rng="fast")
     with fastdiff.use_backend("triton"):
-        tensor, other = n.tensor(shape, DEVICE), xi.tensor(shape, DEVICE)
-    x0, alpha, sigma = random(shape, dtype), random(rows), random(rows)
-    near = {"rtol": torch.finfo(dtype).eps, "atol": 7 * 4 * torch.finfo(torch.float32).eps}
-    for gamma, made, tensors in ((0.0, None, None), (0.1, xi, other), (0.1, other, other)):
-        want, _ = reference.noise(x0, tensor, alpha, sigma, gamma, tensors, False)
-        for keep in (False, True):
-            got, kept = triton.noise(x0, n, alpha, sigma, gamma, made, keep)
-            torch.testing.assert_close(got, want, **near)
-            if keep:
-                torch.testing.assert_close(kept, tensor, **near)
+        return source, source.tensor(shape, DEVICE)
+
+
+@diagonal(3, layout=LAYOUTS, dtype=DTYPES, xi=["none", "made", "given"], keep=[False, True])
+def test_fast_noise_in_noising(layout, dtype, xi, keep):
+    shape, rows = layout
+    n, tensor = fast_noise(shape, offset=0.1 if len(shape) > 2 else 0.0)
+    made, other = (None, None) if xi == "none" else fast_noise(shape, 2)
+    x0, alpha, sigma, gamma = random(shape, dtype), random(rows), random(rows), 0.0 if xi == "none" else 0.1
+    want, _ = reference.noise(x0, tensor, alpha, sigma, gamma, other, False)
+    got, kept = triton.noise(x0, n, alpha, sigma, gamma, made if xi == "made" else other, keep)
+    torch.testing.assert_close(got, want, **near(dtype))
+    if keep:
+        torch.testing.assert_close(kept, tensor, **near(dtype))
+
+
+@diagonal(3, layout=[*LAYOUTS[3:], *LAYOUTS[:3]], x0=[True, False], dtype=DTYPES)
+def test_fast_noise_in_the_loss(layout, dtype, x0):
+    shape, rows = layout
     p, q, weight = random(rows), random(rows), random(rows).abs()
-    prediction = random(shape, dtype)
-    for x0_, p_ in ((x0, p), (None, None)):
-        results = []
-        for source in (n, tensor):
-            leaf = prediction.clone().requires_grad_()
-            loss = triton.loss(leaf, x0_, source, p_, q, None, weight, None, None, "mse", "none", "sum")
-            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
-        (got, d_got), (want, d_want) = results
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(d_got, d_want, rtol=torch.finfo(dtype).eps, atol=float(d_want.abs().max()) * 4e-6)
+    prediction, data = random(shape, dtype), random(shape, dtype)
+    n, tensor = fast_noise(shape, offset=0.1 if len(shape) > 2 else 0.0)
+    results = []
+    for backend, source in ((triton, n), (reference, tensor)):
+        leaf = prediction.clone().requires_grad_()
+        coefficients = p if x0 else None, q, None, weight, None
+        loss = backend.loss(leaf, data if x0 else None, source, *coefficients, None, "mse", "none", "sum")
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    (got, d_got), (want, d_want) = results
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(d_got, d_want, rtol=torch.finfo(dtype).eps, atol=float(d_want.abs().max()) * 4e-6)
 
 
-@pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_noise(shape, rows, dtype):
+def noise_of(kind, shape, dtype, stream=0):
+    """Noise as a tensor, to be made in the kernel, with channel offsets where there are channels, or none."""
+    return {
+        "none": lambda: None,
+        "given": lambda: random(shape, dtype),
+        "given in float32": lambda: random(shape),
+        "made": lambda: ops.Philox(99, 3, stream),
+        "made with offsets": lambda: ops.Philox(-99, 2**40, stream, offset=0.1 if len(shape) > 2 else 0.0),
+    }[kind]()
+
+
+@diagonal(
+    layout=LAYOUTS,
+    dtype=DTYPES,
+    kinds=[
+        (n, xi) for xi in ("none", "made", "given") for n in ("given", "made", "made with offsets", "given in float32")
+    ],
+)
+def test_noise(layout, dtype, kinds):
+    shape, rows = layout
     x0, alpha, sigma = random(shape, dtype), random(rows), random(rows)
-    sources = [random(shape), random(shape, dtype), ops.Philox(99, 3)]
-    if len(shape) > 2:
-        sources.append(ops.Philox(-99, 2**40, offset=0.1))
-    for n in sources:
-        for xi in (None, random(shape, dtype), ops.Philox(99, 3, 2)):
-            keep = xi is None
-            arguments = (x0, n, alpha, sigma, 0.0 if xi is None else 0.1, xi, keep)
-            (got, kept), (want, wanted) = triton.noise(*arguments), reference.noise(*arguments)
-            assert_same_bits(got, want)
-            if isinstance(wanted, torch.Tensor):
-                assert_same_bits(kept, wanted)
-            else:
-                assert kept is n
+    n, xi = noise_of(kinds[0], shape, dtype), noise_of(kinds[1], shape, dtype, 2)
+    arguments = (x0, n, alpha, sigma, 0.0 if xi is None else 0.1, xi, xi is None)
+    (got, kept), (want, wanted) = triton.noise(*arguments), reference.noise(*arguments)
+    assert_same_bits(got, want)
+    if isinstance(wanted, torch.Tensor):
+        assert_same_bits(kept, wanted)
+    else:
+        assert kept is n
 
 
-@pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_noise_and_target_in_one_launch(shape, rows, dtype):
-    x0, n, (alpha, sigma, p, q) = random(shape, dtype), random(shape), (random(rows) for _ in range(4))
-    made, xi = ops.Philox(99, 3), ops.Philox(99, 3, 2)
-    for source, other, keep in ((n, None, True), (made, None, False), (made, xi, True), (n, xi, True)):
-        arguments = (x0, source, alpha, sigma, 0.1 if other else 0.0, other, keep)
-        want, kept = reference.noise(*arguments)
-        for p_, q_ in ((p, q), (p, None), (None, q)):
-            with launches() as launched:
-                got, noise, target = triton.noise_and_target(*arguments, p_, q_)
-            assert launched == ["affine"]
-            assert_same_bits(got, want)
-            assert noise is source if not keep else torch.equal(noise, kept)
-            rows_ = (row if row is not None else torch.zeros_like(p) for row in (p_, q_))
-            assert_same_bits(target, reference.noise(x0, source, *rows_, 0.0, None, False)[0])
-    fast = ops.Philox(99, 3, rng="fast")
-    with fastdiff.use_backend("triton"):
-        tensor = fast.tensor(shape, DEVICE)
-    near = {"rtol": torch.finfo(dtype).eps, "atol": 7 * 4 * torch.finfo(torch.float32).eps}
-    got, _, target = triton.noise_and_target(x0, fast, alpha, sigma, 0.0, None, False, p, q)
-    torch.testing.assert_close(got, reference.noise(x0, tensor, alpha, sigma, 0.0, None, False)[0], **near)
-    torch.testing.assert_close(target, reference.noise(x0, tensor, p, q, 0.0, None, False)[0], **near)
+@diagonal(
+    4,
+    layout=LAYOUTS,
+    kinds=[("given in float32", "none", True), ("made", "none", False), ("made", "made", True),
+           ("given in float32", "made", True)],
+    rows_of_target=["p and q", "p", "q"],
+    dtype=DTYPES,
+)  # fmt: skip
+def test_noise_and_target_in_one_launch(layout, dtype, kinds, rows_of_target):
+    shape, rows = layout
+    x0, (alpha, sigma, p, q) = random(shape, dtype), (random(rows) for _ in range(4))
+    n, xi, keep = noise_of(kinds[0], shape, dtype), noise_of(kinds[1], shape, dtype, 2), kinds[2]
+    p, q = p if "p" in rows_of_target else None, q if "q" in rows_of_target else None
+    arguments = (x0, n, alpha, sigma, 0.1 if xi else 0.0, xi, keep)
+    with launches() as launched:
+        got, noise, target = triton.noise_and_target(*arguments, p, q)
+    assert launched == ["affine"]
+    want, kept = reference.noise(*arguments)
+    assert_same_bits(got, want)
+    assert noise is n if not keep else torch.equal(noise, kept)
+    p, q = (torch.zeros_like(alpha) if row is None else row for row in (p, q))
+    assert_same_bits(target, reference.noise(x0, n, p, q, 0.0, None, False)[0])
 
 
+@diagonal(1, layout=LAYOUTS, dtype=DTYPES)
+def test_fast_noise_and_target_in_one_launch(layout, dtype):
+    shape, rows = layout
+    x0, (alpha, sigma, p, q) = random(shape, dtype), (random(rows) for _ in range(4))
+    n, tensor = fast_noise(shape)
+    got, _, target = triton.noise_and_target(x0, n, alpha, sigma, 0.0, None, False, p, q)
+    torch.testing.assert_close(got, reference.noise(x0, tensor, alpha, sigma, 0.0, None, False)[0], **near(dtype))
+    torch.testing.assert_close(target, reference.noise(x0, tensor, p, q, 0.0, None, False)[0], **near(dtype))
+
+
+@gpu_variants
 def test_target_in_the_memory_format_of_x0_and_with_gradients():
     x0 = random((2, 3, 8, 8)).contiguous(memory_format=torch.channels_last)
     n, row = torch.randn_like(x0), random((2, 1, 1, 1))
@@ -220,28 +281,38 @@ def test_target_in_the_memory_format_of_x0_and_with_gradients():
     torch.testing.assert_close(torch.autograd.grad((x_t + target).sum(), leaf)[0], (3 * row).expand_as(x0))
 
 
-@pytest.mark.parametrize("rows", [(3, 1, 1), (3, 5, 1), (1, 1, 1)])
-def test_rows_gathered_in_the_kernel(rows):
-    """From a column of any stride, by an index of which one is out of range: that row is NaN. Mixed with plain rows,
-    and with columns of another table."""
-    shape, table, other = (3, 5, 48), random((10, 4)), random((10,))
+GATHERED = [(3, 1, 1), (3, 5, 1), (1, 1, 1)]
+
+
+def gathered(rows):
+    """Two columns of one table, of any stride, and one of another, by an index of which one is out of range: that row
+    is NaN. And plain rows."""
+    table, other, plain = random((10, 4)), random((10,)), random((3, 1, 1)).abs()
     index = torch.randint(0, 10, rows, device=DEVICE)
     if index.numel() > 1:
         index.view(-1)[1] = 10
-    a, b, elsewhere = Gathered(table[:, 1], index), Gathered(table[:, 3], index), Gathered(other, index)
-    x0, n, plain = random(shape), random(shape), random((3, 1, 1)).abs()
-    for alpha, sigma in ((a, b), (a, plain), (plain, a), (a, elsewhere)):
-        for source in (n, ops.Philox(4)):
-            got = triton.noise(x0, source, alpha, sigma, 0.0, None, False)[0]
-            want = reference.noise(x0, source, *triton.tensors(alpha, sigma), 0.0, None, False)[0]
-            assert_same_bits(got, want)
-    weight = plain.expand(rows) if rows != (3, 1, 1) and rows[0] == 3 else random(rows)
-    for p, q, w in ((a, b, weight), (a, None, b), (None, b, a)):
-        arguments = (x0, n, p, q, None, w, None, None, "mse", "none", "none")
-        got = triton.loss(random(shape) * 0 + 1, *arguments)
-        p, q, w = triton.tensors(p, q, w)
-        want = reference.loss(random(shape) * 0 + 1, x0, n, p, q, None, w, None, None, "mse", "none", "none")
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=0, equal_nan=True)
+    return Gathered(table[:, 1], index), Gathered(table[:, 3], index), Gathered(other, index), plain
+
+
+@diagonal(places=[(0, 1), (0, 3), (3, 0), (0, 2)], rows=GATHERED, kind=["given in float32", "made"])
+def test_rows_gathered_in_noising(places, rows, kind):
+    columns, x0 = gathered(rows), random((3, 5, 48))
+    alpha, sigma = (columns[place] for place in places)
+    n = noise_of(kind, x0.shape, x0.dtype)
+    want = reference.noise(x0, n, *triton.tensors(alpha, sigma), 0.0, None, False)[0]
+    assert_same_bits(triton.noise(x0, n, alpha, sigma, 0.0, None, False)[0], want)
+
+
+@diagonal(rows=GATHERED, places=["a b", "a _ b", "_ b a"])
+def test_rows_gathered_in_the_loss(rows, places):
+    a, b, _, plain = gathered(rows)
+    weight = plain.expand(rows) if rows[0] == 3 else random(rows)
+    p, q, weight = {"a b": (a, b, weight), "a _ b": (a, None, b), "_ b a": (None, b, a)}[places]
+    x0, n, prediction = random((3, 5, 48)), random((3, 5, 48)), torch.ones(3, 5, 48, device=DEVICE)
+    got = triton.loss(prediction, x0, n, p, q, None, weight, None, None, "mse", "none", "none")
+    p, q, weight = triton.tensors(p, q, weight)
+    want = reference.loss(prediction, x0, n, p, q, None, weight, None, None, "mse", "none", "none")
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def loss_arguments(shape, rows, dtype, mask, made=False):
@@ -266,48 +337,57 @@ def compare_losses(arguments, how):
         assert_as_good(g, w, e)
 
 
-@pytest.mark.parametrize(
-    ("shape", "rows", "function"),
-    [(*LAYOUTS[0], function) for function in FUNCTIONS] + [(*layout, "mse") for layout in LAYOUTS[1:]],
+@diagonal(
+    8,
+    case=[(*LAYOUTS[0], function) for function in FUNCTIONS] + [(*layout, "mse") for layout in LAYOUTS[1:]],
+    dtype=DTYPES,
+    reduction=["mean", "sum", "none"],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_loss_and_gradients(shape, rows, dtype, function):
-    arguments = loss_arguments(shape, rows, dtype, None, made=True)
-    for reduction in ("mean", "sum", "none"):
-        compare_losses(arguments, (function, "none", reduction))
+def test_loss_and_gradients(case, dtype, reduction):
+    shape, rows, function = case
+    compare_losses(loss_arguments(shape, rows, dtype, None, made=True), (function, "none", reduction))
 
 
-@pytest.mark.parametrize(
-    "how", [("none", "sum"), ("row", "mean"), ("row", "none"), ("global", "mean"), ("global", "none")]
+@diagonal(
+    case=[(*LAYOUTS[0], dtype) for dtype in DTYPES] + [(*LAYOUTS[k], DTYPES[1]) for k in (3, 4)],
+    how=[("none", "sum"), ("row", "mean"), ("row", "none"), ("global", "mean"), ("global", "none")],
+    kind=["by the last dimension", "by sample"],
 )
-@pytest.mark.parametrize(
-    ("shape", "rows", "dtype"), [(*LAYOUTS[0], dtype) for dtype in DTYPES] + [(*LAYOUTS[k], DTYPES[1]) for k in (3, 4)]
+def test_masks(case, how, kind):
+    shape, rows, dtype = case
+    if kind == "by sample":
+        mask = torch.rand((shape[0],) + (1,) * (len(shape) - 1), device=DEVICE) + 0.1
+    else:
+        mask = torch.rand(shape[-1], device=DEVICE) < 0.7
+    compare_losses(loss_arguments(shape, rows, dtype, mask), ("mse", *how))
+
+
+@diagonal(
+    3,
+    dtype=[torch.bool, torch.int64, torch.float16, torch.uint8, torch.float64],
+    strides=["transposed", "every second", "frames"],
 )
-def test_masks(shape, rows, dtype, how):
-    for mask in (
-        torch.rand(shape[-1], device=DEVICE) < 0.7,
-        torch.rand((shape[0],) + (1,) * (len(shape) - 1), device=DEVICE) + 0.1,
-    ):
-        compare_losses(loss_arguments(shape, rows, dtype, mask), ("mse", *how))
+def test_masks_of_any_type_and_strides(dtype, strides):
+    shape, view = {
+        "frames": ((2, 1, 4, 5), lambda t: t),
+        "transposed": ((5, 4), lambda t: t.t().expand(2, 3, 4, 5)),
+        "every second": ((2, 3, 4, 10), lambda t: t[..., ::2]),
+    }[strides]
+    mask = view((torch.rand(shape, device=DEVICE) < 0.6).to(dtype))  # last, as a comparison lays its result out anew
+    compare_losses(loss_arguments((2, 3, 4, 5), (2, 1, 1, 1), torch.float32, mask), ("l1", "row", "mean"))
 
 
-@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
-def test_masks_of_any_type_and_strides(kind):
-    shape = (2, 3, 4, 5)
-    for mask in (torch.rand(2, 1, 4, 5), torch.rand(5, 4).t().expand(2, 3, 4, 5), torch.rand(2, 3, 4, 10)[..., ::2]):
-        mask = (mask < 0.6).to(DEVICE, kind)
-        compare_losses(loss_arguments(shape, (2, 1, 1, 1), torch.float32, mask), ("l1", "row", "mean"))
-
-
-@pytest.mark.parametrize(
-    "how", [("none", "mean"), ("none", "none"), ("row", "mean"), ("global", "mean"), ("global", "none")]
+@diagonal(
+    how=[("none", "mean"), ("none", "none"), ("row", "mean"), ("global", "mean"), ("global", "none")],
+    layout=[((3, 2, 200), (3, 1, 1)), ((2, 3, 2, 70), (2, 1, 2, 1)), ((2, 128), (1, 1))],
 )
-def test_rows_of_several_tiles(how, small_tiles):
-    for shape, rows in (((3, 2, 200), (3, 1, 1)), ((2, 3, 2, 70), (2, 1, 2, 1)), ((2, 128), (1, 1))):
-        mask = torch.rand(shape, device=DEVICE) if how[0] != "none" else None
-        compare_losses(loss_arguments(shape, rows, torch.float32, mask, made=True), ("mse", *how))
+def test_rows_of_several_tiles(how, layout, small_tiles):
+    shape, rows = layout
+    mask = torch.rand(shape, device=DEVICE) if how[0] != "none" else None
+    compare_losses(loss_arguments(shape, rows, torch.float32, mask, made=True), ("mse", *how))
 
 
+@gpu_variants
 def test_an_empty_mask():
     prediction, n = random((3, 8)).requires_grad_(), random((3, 8))
     one = torch.ones(3, 1, device=DEVICE)
@@ -333,7 +413,7 @@ def test_what_is_not_finite_reaches_the_output(value, function):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@diagonal(2, dtype=[torch.bfloat16, torch.float16, torch.float32])
 def test_backward_twice_scaled_and_by_zero(dtype):
     """The gradient written ahead is for one upstream gradient; any other, again, and accumulation must be right too."""
     prediction, n = random((4, 3, 100), dtype).requires_grad_(), random((4, 3, 100))
@@ -359,6 +439,7 @@ def test_backward_twice_scaled_and_by_zero(dtype):
     torch.testing.assert_close(prediction.grad, 2 * kept)
 
 
+@gpu_variants
 def test_a_gradient_that_is_right_is_not_written_again():
     """Whatever is in it: the kernel looks at the upstream gradient and returns."""
     prediction, n, one = random((2, 64)).requires_grad_(), random((2, 64)), torch.ones(2, 1, device=DEVICE)
@@ -375,14 +456,16 @@ def test_a_gradient_that_is_right_is_not_written_again():
     assert assumed == 0.25  # seen once, assumed next
 
 
+@gpu_variants
 def test_double_backward():
-    prediction, n, one = random((2, 8)).requires_grad_(), random((2, 8)), torch.ones(2, 1, device=DEVICE)
+    prediction, n, one = random((2, 8)).requires_grad_(), ops.Philox(5), torch.ones(2, 1, device=DEVICE)
     loss = triton.loss(prediction, None, n, None, one, None, one, None, None, "mse", "none", "mean")
     (g,) = torch.autograd.grad(loss, prediction, create_graph=True)
     (h,) = torch.autograd.grad(g.sum(), prediction)
     torch.testing.assert_close(h, torch.full_like(h, 2 / 16))
 
 
+@gpu_variants
 def test_a_changed_input_is_noticed_in_backward():
     prediction, n, one = random((2, 8)).requires_grad_(), random((2, 8)), torch.ones(2, 1, device=DEVICE)
     loss = triton.loss(prediction, None, n, None, one, None, one, None, None, "mse", "none", "mean")
@@ -424,7 +507,7 @@ def test_a_training_step_is_three_launches():
     assert computes <= {"aten::ones_like"}
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@diagonal(1, prediction=["v_prediction", "epsilon", "sample"])
 def test_noising_with_its_target_is_one_launch(prediction):
     """And a training step with both still three: the target costs no launch, nor does the loss need it."""
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), prediction)
@@ -445,16 +528,16 @@ def test_noising_with_its_target_is_one_launch(prediction):
         assert_same_bits(target, objective.noise(x0, t, seed=seed).target)
 
 
-@pytest.mark.parametrize("frames", [False, True])
-@pytest.mark.parametrize(
-    ("process", "prediction", "weighting", "rows"),
-    [
+@diagonal(
+    case=[
         (fastdiff.VariancePreserving(), "v_prediction", fastdiff.MinSNR(5.0), []),
         # One small launch more: alpha and sigma. The target and the weights of a flow are the same at all times.
         (fastdiff.RectifiedFlow(), "flow", None, ["rational"]),
     ],
+    frames=[True, False],
 )
-def test_an_objective_is_three_launches_and_keeps_no_noise(process, prediction, weighting, rows, frames):
+def test_an_objective_is_three_launches_and_keeps_no_noise(case, frames):
+    process, prediction, weighting, rows = case
     objective = fastdiff.Objective(process, prediction, weighting=weighting)
     x0, t = random((3, 4, 2, 8, 8)), torch.tensor([3, 500, 999], device=DEVICE)
     seed = torch.tensor([7], device=DEVICE)
@@ -486,7 +569,7 @@ def test_an_objective_is_three_launches_and_keeps_no_noise(process, prediction, 
     torch.testing.assert_close(prediction.grad, again.grad)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@diagonal(1, dtype=[torch.bfloat16, torch.float16, torch.float32])
 def test_gradients_of_noising_and_conversion(dtype):
     a, b, g = (random((2, 3, 8), dtype) for _ in range(3))
     rows = random((2, 1, 1)), random((2, 1, 1))
@@ -503,48 +586,55 @@ def test_gradients_of_noising_and_conversion(dtype):
             assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_step(dtype, batched):
-    for shape in ((3, 2, 5), (2, 2, 8, 16), (0, 3), (1, 1)):
-        x, m, uncond, z, v, *history = (random(shape, dtype) for _ in range(9))
-        row = random((shape[0], len(ops.COLUMNS)) if batched else (len(ops.COLUMNS),))
-        for guidance in (2.5, random((shape[0], *(1,) * (len(shape) - 1)))):
-            for clip, noise, variance, wanted in (
-                (None, z, None, (True, True)),
-                (0.5, z, v, (True, False)),
-                (0.5, ops.Philox(3, 1, 20), None, (False, True)),
-                (None, None, None, (False, False)),
-            ):
-                arguments = (x, m, uncond, guidance, row, clip, tuple(history), noise, variance, dtype, wanted)
-                wider = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
-                wider[6], wider[-2] = tuple(h.double() for h in history), torch.float64
-                for got, want, exact in zip(
-                    *(triton.step(*arguments), reference.step(*arguments), reference.step(*wider))
-                ):
-                    if want is None or variance is None:  # bit for bit: all but the exponential is IEEE arithmetic
-                        assert got is None if want is None else torch.equal(got, want)
-                        continue
-                    # Terms cancel: the scale of the errors is that of the tensor.
-                    size = exact.abs().max() if exact.numel() else 0
-                    bound = 2 * (want.double() - exact).abs().max() if want.numel() else 0
-                    ulps = torch.finfo(got.dtype).eps * exact.abs() + 4 * torch.finfo(torch.float32).eps * size
-                    assert bool(((got.double() - exact).abs() <= bound + ulps).all())
+@diagonal(
+    12,
+    shape=[(3, 2, 5), (2, 2, 8, 16), (1, 1)],
+    how=[  # clip, noise, whether the variance is learned, what is wanted
+        (None, "given", False, (True, True)),
+        (0.5, "given", True, (True, False)),
+        (0.5, "made", False, (False, True)),
+        (None, "none", False, (False, False)),
+    ],
+    guided=[("number", False), ("tensor", True), ("number", True), ("tensor", False)],
+    dtype=DTYPES,
+)
+def test_step(shape, how, guided, dtype):
+    (clip, kind, learned, wanted), (guidance, batched) = how, guided
+    x, m, uncond, v, *history = (random(shape, dtype) for _ in range(8))
+    row = random((shape[0], len(ops.COLUMNS)) if batched else (len(ops.COLUMNS),))
+    guidance = 2.5 if guidance == "number" else random((shape[0], *(1,) * (len(shape) - 1)))
+    noise, variance = noise_of(kind, shape, dtype, 20), v if learned else None
+    arguments = (x, m, uncond, guidance, row, clip, tuple(history), noise, variance, dtype, wanted)
+    wider = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
+    wider[6], wider[-2] = tuple(h.double() for h in history), torch.float64
+    for got, want, exact in zip(*(triton.step(*arguments), reference.step(*arguments), reference.step(*wider))):
+        if want is None or variance is None:  # bit for bit: all but the exponential is IEEE arithmetic
+            assert got is None if want is None else torch.equal(got, want)
+            continue
+        # Terms cancel: the scale of the errors is that of the tensor.
+        bound = 2 * (want.double() - exact).abs().max()
+        ulps = torch.finfo(got.dtype).eps * exact.abs() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+        assert bool(((got.double() - exact).abs() <= bound + ulps).all())
 
 
-@pytest.mark.parametrize("copies", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_step_writes_the_next_model_input(dtype, copies):
-    for shape in ((3, 2, 5), (2, 2, 8, 16)):
-        x, m = random(shape, dtype), random(shape, dtype)
-        row = random((len(ops.COLUMNS),))
-        results = []
-        for backend in (triton, reference):
-            seen = torch.full((copies * shape[0], *shape[1:]), torch.nan, dtype=dtype, device=DEVICE)
-            arguments = (x, m, None, 1.0, row, 1.0, (), ops.Philox(3, 1, 20), None, dtype, (False, False))
-            results.append((backend.step(*arguments, model_input=seen)[0], seen))
-        for got, want in zip(*results):
-            assert_same_bits(got, want)
+def test_a_step_of_nothing():
+    x, row = random((0, 3)), random((len(ops.COLUMNS),))
+    arguments = (x, x, x, 2.5, row, 0.5, (x,), ops.Philox(3), x, torch.float32, (True, True))
+    for got, want in zip(triton.step(*arguments), reference.step(*arguments)):
+        assert_same_bits(got, want)
+
+
+@diagonal(dtype=DTYPES, copies=[1, 2], shape=[(3, 2, 5), (2, 2, 8, 16)])
+def test_step_writes_the_next_model_input(dtype, copies, shape):
+    x, m = random(shape, dtype), random(shape, dtype)
+    row = random((len(ops.COLUMNS),))
+    results = []
+    for backend in (triton, reference):
+        seen = torch.full((copies * shape[0], *shape[1:]), torch.nan, dtype=dtype, device=DEVICE)
+        arguments = (x, m, None, 1.0, row, 1.0, (), ops.Philox(3, 1, 20), None, dtype, (False, False))
+        results.append((backend.step(*arguments, model_input=seen)[0], seen))
+    for got, want in zip(*results):
+        assert_same_bits(got, want)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
@@ -577,6 +667,7 @@ def test_any_shape_strides_rows_and_mask(data):
     assert_same_bits(got, want)
 
 
+@gpu_variants
 def test_channels_last_and_transposed_predictions_are_not_copied(monkeypatch):
     x0 = random((2, 3, 8, 8)).contiguous(memory_format=torch.channels_last)
     n, row = torch.randn_like(x0), random((2, 1, 1, 1)).abs()
@@ -595,6 +686,7 @@ def test_channels_last_and_transposed_predictions_are_not_copied(monkeypatch):
     torch.testing.assert_close(prediction.grad, row * 2 * (x_t - row * x0 - row * n) / x0.numel())
 
 
+@gpu_variants
 def test_what_it_does_not_do_the_reference_does():
     prediction, n = random((2, 3, 4)), random((2, 3, 4))
     with fastdiff.use_backend("triton"), launches() as launched:
@@ -612,6 +704,7 @@ def test_what_it_does_not_do_the_reference_does():
     assert launched == []
 
 
+@gpu_variants
 def test_an_objective_from_end_to_end():
     objective = fastdiff.Objective(
         fastdiff.VariancePreserving(), "v_prediction", weighting=fastdiff.MinSNR(5.0), noise_offset=0.1, loss="huber"

@@ -1,0 +1,82 @@
+"""The Triton tests that a GPU runs: few variants of the kernels, and all their branches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import conftest
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+TESTS = Path(__file__).parent
+MOST = 150  # of 0.7 seconds each, on as many cores as there are
+
+
+@pytest.fixture(scope="module")
+def tests(tmp_path_factory):
+    """In another process, which has no assertions and launches nothing."""
+    out = tmp_path_factory.mktemp("variants") / "variants.json"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS)))}
+    done = subprocess.run(
+        [sys.executable, "-O", TESTS / "variants.py", out], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+def variants(tests):
+    """What a test draws at random is not promised to any."""
+    return {json.dumps(v): v for test in tests if not test["drawn"] for v in test["variants"]}.values()
+
+
+def branches(variant):
+    """What a variant reaches: each of its values, and the pairs that have a branch of their own."""
+    kernel = variant["kernel"]
+    found = {(kernel, name, value) for name, value in variant.items()}
+    if kernel == "affine":
+        found.add((kernel, "V, XI", variant["V"], variant["XI"]))
+    if kernel == "loss":
+        found.add((kernel, "FUNCTION, mask", variant["FUNCTION"], variant["MASK_DIMS"] >= 0))
+        found.add((kernel, "N, P_KIND", variant["N"], variant["P_KIND"]))
+        if variant["result"] != "None":
+            sums = [variant[name] for name in ("NORMALIZATION", "REDUCTION", "SPLIT")]
+            found.add((kernel, "NORMALIZATION, REDUCTION, SPLIT", *sums))
+    return found
+
+
+def test_a_gpu_reaches_every_branch_in_few_variants(tests):
+    whole, chosen = variants(tests), variants(test for test in tests if test["chosen"])
+    assert {v["kernel"] for v in whole} == {"affine", "loss", "rational", "step", "uniforms"}
+    assert len(chosen) <= MOST < len(whole)
+    missed = set().union(*map(branches, whole)) - set().union(*map(branches, chosen))
+    assert not missed, sorted(missed, key=str)
+
+
+def test_what_draws_its_cases_compiles_nothing_on_a_gpu(tests):
+    assert any(test["drawn"] for test in tests)
+    assert not any(test["drawn"] and test["chosen"] for test in tests)
+
+
+@pytest.mark.parametrize(("markers", "skipped"), [("", ["unmarked"]), ("gpu_variants or not gpu_variants", [])])
+def test_the_others_are_skipped_on_a_gpu(markers, skipped, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    marks = []
+    items = [
+        SimpleNamespace(
+            path=TESTS / file, keywords={name},
+            add_marker=lambda mark, name=name: marks.append((name, mark)),
+        )
+        for file, name in [
+            ("test_triton_operations.py", "unmarked"),
+            ("test_triton_operations.py", "gpu_variants"),
+            ("test_loss.py", "another"),
+        ]
+    ]  # fmt: skip
+    conftest.pytest_collection_modifyitems(SimpleNamespace(option=SimpleNamespace(markexpr=markers)), items)
+    assert [name for name, mark in marks if mark.name == "skip"] == skipped
+    assert all("variants" in mark.kwargs["reason"] for _, mark in marks)
