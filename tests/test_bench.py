@@ -356,6 +356,102 @@ class TestMeasuring:
         assert running.block_ratios([{"a": 1.0}], "a", "b") == []
 
 
+class FakeGpu:
+    """A host and a device with a clock each, in seconds: a launch costs the host 5 us, and waits where 1000 are queued.
+    It stands in for torch.cuda and for the module ``time``."""
+
+    LAUNCH, DEPTH, CYCLES = 5e-6, 1000, 1.5e9
+
+    def __init__(self, monkeypatch):
+        self.host = self.device = 0.0
+        self.ends = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                pass
+
+            def record(self):
+                self.time = max(gpu.host, gpu.device)
+
+            def query(self):
+                return self.time <= gpu.host
+
+            def synchronize(self):
+                gpu.host = max(gpu.host, self.time)
+
+            def elapsed_time(self, other):
+                return (other.time - self.time) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.launch(cycles / gpu.CYCLES))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.wait())
+        for module in (measuring, running):
+            monkeypatch.setattr(module, "time", self)
+
+    def perf_counter(self):
+        return self.host
+
+    def launch(self, seconds):
+        self.host += self.LAUNCH
+        self.ends = [end for end in self.ends if end > self.host]
+        if len(self.ends) >= self.DEPTH:
+            self.host = self.ends[-self.DEPTH]
+        self.device = max(self.host, self.device) + seconds
+        self.ends.append(self.device)
+
+    def wait(self):
+        self.host = max(self.host, self.device)
+
+    def call(self, launches, seconds):
+        """A call of so many kernels, which take so long each."""
+        return lambda *_: [self.launch(seconds) for _ in range(launches)]
+
+
+CUDA = torch.device("cuda", 0)
+
+
+class TestTimesOfAGpu:
+    @pytest.mark.parametrize("guess", [1.0, 0.2])  # of what a call costs the host
+    @pytest.mark.parametrize(("launches", "seconds"), [(1, 2e-6), (20, 2e-6), (3, 1e-3)])
+    def test_are_its_own(self, launches, seconds, guess, monkeypatch):
+        """Also where launching takes longer than the work."""
+        gpu = FakeGpu(monkeypatch)
+        timer, calls = Timer(CUDA), [gpu.call(launches, seconds)] * 25
+        host = guess * launches * gpu.LAUNCH
+        assert timer.seconds(calls, host) == pytest.approx(launches * seconds) and timer.queued
+        assert timer.seconds(calls) == pytest.approx(launches * max(seconds, gpu.LAUNCH), rel=0.05)
+        assert timer.host_seconds(calls[0]) == pytest.approx(launches * gpu.LAUNCH)
+
+    def test_are_not_where_a_call_waits_for_the_device(self, monkeypatch):
+        gpu = FakeGpu(monkeypatch)
+        timer = Timer(CUDA)
+        assert timer.seconds([lambda: (gpu.launch(2e-6), gpu.wait())] * 5, gpu.LAUNCH) >= gpu.LAUNCH
+        assert not timer.queued
+        timer.seconds([gpu.call(1, 2e-6)], gpu.LAUNCH)
+        assert timer.queued
+
+    def test_in_a_run(self, monkeypatch):
+        """In bursts that the queue takes; what could not be launched ahead is noted."""
+        gpu = FakeGpu(monkeypatch)
+        monkeypatch.setattr(running, "Copy", lambda timer: None)
+        made = running.Run(TINY[:1], ("fastdiff", "eager", "diffusers"), CUDA, 1e-3, 0.0)
+        measured = {name: running.Measurement() for name in made.names}
+        made.results[TINY[0]] = measured
+        calls = {"fastdiff": gpu.call(3, 1e-6), "eager": gpu.call(40, 2e-6)}
+        calls["diffusers"] = lambda *_: (gpu.launch(2e-6), gpu.wait())
+        for name, launches in (("fastdiff", 3), ("eager", 40), ("diffusers", None)):
+            measured[name].count = counting.Count(0, launches, "test")
+            measured[name].host_seconds = made.timer.host_seconds(calls[name])
+        made._rounds(calls, [None], measured, 0)
+        made._note_missing()
+        assert measured["fastdiff"].seconds == pytest.approx([3e-6] * len(measured["fastdiff"].seconds))
+        assert measured["eager"].spread.median == pytest.approx(80e-6)
+        assert measured["eager"].ratio.median == pytest.approx(80 / 3)
+        (note,) = made.notes
+        assert note.startswith("diffusers: not all calls could be launched ahead of the device")
+
+
 # ---- a run
 
 TINY = [

@@ -14,6 +14,7 @@ import torch
 MIN_ROUNDS = 5  # fewer make no ratio
 WIDEST = 0.5  # (p80 - p20) / median of the ratios beyond which no ratio is printed
 DEFAULT_CACHE = 64 * 2**20
+CALIBRATION = 10**7  # cycles: some milliseconds
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,43 @@ def _quantile(ordered: list[float], q: float) -> float:
 
 
 class Timer:
-    """Times calls on a device: by the clock on a CPU, by events on a GPU."""
+    """Times calls on a device: by the clock on a CPU, by events on a GPU.
+
+    Attributes:
+        queued: whether the calls timed last by ``seconds`` with ``host`` were all launched before the device began
+            them. Not so where one waits for the device, or where they are more launches than its queue takes.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.queued = True
         self._cuda = device.type == "cuda"
+        self._cycles = 0.0  # a second, of the device's clock; 0 until it is measured
         if self._cuda:
             self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def seconds(self, calls: Sequence[Callable[[], Any]]) -> float:
-        """Seconds a call, of calls made one after the other."""
+    def seconds(self, calls: Sequence[Callable[[], Any]], host: float | None = None) -> float:
+        """Seconds a call, of calls made one after the other.
+
+        With ``host``, about what a call costs the host, a GPU pauses until all are launched, so the time is its own.
+        Without, small calls show the pace of the host.
+        """
         if self._cuda:
-            self._start.record()
-            for call in calls:
-                call()
-            self._stop.record()
-            self._stop.synchronize()
+            pause = 0.0 if host is None else 2 * host * len(calls)
+            for _ in range(3):
+                if pause:
+                    self._pause(pause)
+                began = time.perf_counter()
+                self._start.record()
+                for call in calls:
+                    call()
+                self.queued = not self._start.query()
+                self._stop.record()
+                launching = time.perf_counter() - began
+                self._stop.synchronize()
+                if self.queued or not pause:
+                    break
+                pause = 2 * launching
             return self._start.elapsed_time(self._stop) / 1e3 / len(calls)
         start = time.perf_counter()
         for call in calls:
@@ -94,6 +116,17 @@ class Timer:
             found.append(time.perf_counter() - start)
             spent += found[-1]
         return summary(found).median
+
+    def _pause(self, seconds: float) -> None:
+        """Keep the device from what is launched next."""
+        if not self._cycles:
+            for _ in range(2):  # the first wakes it up
+                self._start.record()
+                torch.cuda._sleep(CALIBRATION)
+                self._stop.record()
+                self._stop.synchronize()
+            self._cycles = CALIBRATION / (self._start.elapsed_time(self._stop) / 1e3)
+        torch.cuda._sleep(int(seconds * self._cycles) + 1)
 
     def synchronize(self) -> None:
         if self._cuda:

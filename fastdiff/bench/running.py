@@ -21,6 +21,8 @@ from .progress import Progress
 
 SWEEPS = 2  # so that the spread takes in what drifts within minutes
 BURST_SECONDS = 1e-3  # a sample is the mean of as many calls in a row as take so long
+MAX_BURST = 50  # calls
+MAX_QUEUED = 500  # launches of a burst on a GPU; its queue takes about a thousand
 SETTLE_SECONDS = 4e-3  # a shorter call is made once untimed before, so that its threads are awake
 MAX_SETS = 32  # sets of operands to rotate through; a case that would need more stays in the cache
 MAX_ROUNDS = 60
@@ -39,6 +41,7 @@ class Measurement:
     host_seconds: float | None = None
     count: counting.Count | None = None
     peak_bytes: int | None = None
+    queued: bool = True  # on a GPU, its calls were launched ahead, so that ``seconds`` is the device's time alone
     missing: str | None = None
 
     @property
@@ -269,7 +272,7 @@ class Run:
         rotation, clock = _Rotation(sets), _Clock()
         once = {name: self._timed(calls, name, 1, rotation, measured) for name in list(calls)}
         once = {name: seconds for name, seconds in once.items() if seconds is not None}
-        repeats = {name: max(1, min(50, math.ceil(BURST_SECONDS / seconds))) for name, seconds in once.items()}
+        repeats = {name: self._repeats(seconds, measured[name].count) for name, seconds in once.items()}
         slow = {name for name, seconds in once.items() if seconds > SLOW * self._case_seconds}
         if once.get("reference", 0.0) > HOPELESS * self._case_seconds:
             measured["reference"].seconds.append(once.pop("reference"))
@@ -300,6 +303,14 @@ class Run:
                 if name != "fastdiff":
                     measured[name].ratios += block_ratios(rounds, name, "fastdiff")
 
+    def _repeats(self, seconds: float, count: counting.Count | None) -> int:
+        """Calls in a burst, of a call that takes ``seconds``."""
+        most = MAX_BURST
+        if self.device.type == "cuda":
+            launches = count.launches if count is not None and count.launches else 20
+            most = min(most, MAX_QUEUED // launches)
+        return max(1, min(most, math.ceil(BURST_SECONDS / seconds)))
+
     def _timed(
         self,
         calls: dict[str, peers.Call],
@@ -313,7 +324,10 @@ class Run:
         try:
             if settle:
                 call(rotation.next())
-            return self.timer.seconds([_bound(call, rotation.next()) for _ in range(repeats)])
+            found = measured[name]
+            seconds = self.timer.seconds([_bound(call, rotation.next()) for _ in range(repeats)], found.host_seconds)
+            found.queued = found.queued and self.timer.queued
+            return seconds
         except Exception as error:
             measured[name].missing = _failure(error)
             self._release()
@@ -331,8 +345,11 @@ class Run:
         reasons: dict[tuple[str, str], int] = {}
         for measured in self.results.values():
             for name, found in measured.items():
-                if found.missing is not None:
-                    reasons[name, found.missing] = reasons.get((name, found.missing), 0) + 1
+                reason = found.missing
+                if reason is None and not found.queued:
+                    reason = "not all calls could be launched ahead of the device: the time has the host's in it"
+                if reason is not None:
+                    reasons[name, reason] = reasons.get((name, reason), 0) + 1
         for (name, reason), number in sorted(reasons.items()):
             self.notes.append(f"{name}: {reason} ({number} of {len(self.cases)} cases)")
 
