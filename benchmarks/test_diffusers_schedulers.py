@@ -5,6 +5,7 @@ steps with its ``set_timesteps``, and ``add_noise``. The draw of the noise, the 
     python benchmarks/test_diffusers_schedulers.py results.json        # the table
 """
 
+import importlib.util
 import inspect
 import json
 import sys
@@ -30,7 +31,10 @@ CLASSES = {
     "FlowMatchHeunDiscreteScheduler": {},
 }
 STEPS, AT = 20, 8
-pytestmark = pytest.mark.benchmark(max_time=0.15, min_rounds=30, warmup=True, warmup_iterations=20)
+pytestmark = [
+    pytest.mark.benchmark(max_time=0.15, min_rounds=30, warmup=True, warmup_iterations=20),
+    pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers"),
+]
 
 
 def scheduler_of(name, implementation):

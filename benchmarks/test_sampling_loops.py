@@ -19,8 +19,6 @@ from torch import nn
 
 import fastdiff
 
-diffusers = pytest.importorskip("diffusers")
-
 VP = fastdiff.VariancePreserving()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOOPS = {  # name: (scheduler, shape, steps)
@@ -38,11 +36,11 @@ LOOPS = {  # name: (scheduler, shape, steps)
     "ddpm actions": ("ddpm", (1, 16, 7), 100),
 }
 SCHEDULERS = {
-    "ddpm": diffusers.DDPMScheduler,
-    "ddim": diffusers.DDIMScheduler,
-    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
 }
 
 
@@ -79,10 +77,10 @@ class ActionUNet(nn.Module):
 
 
 def upstream(kind, shape, steps, model):
-    x0 = torch.randn(shape, device=DEVICE)
+    x0, diffusers = torch.randn(shape, device=DEVICE), pytest.importorskip("diffusers")
 
     def loop():
-        scheduler = SCHEDULERS[kind]()
+        scheduler = getattr(diffusers, SCHEDULERS[kind])()
         scheduler.set_timesteps(steps, device=DEVICE)
         x = x0
         for t in scheduler.timesteps:
