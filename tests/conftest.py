@@ -45,9 +45,19 @@ def clean_state():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "native", "native, no whole calls"])
+BACKENDS = ["reference", "native", "native, no whole calls"]
+# For a test that takes a ``device`` too: on a GPU, once, with what is chosen there.
+on_every_device = pytest.mark.parametrize(
+    "backend", [*BACKENDS, pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """Runs the test once with each backend of the CPU; the native one also without its calls for the plain case."""
+    if request.param == "cuda":
+        yield request.param
+        return
     name = request.param.split(",")[0]
     found = {status.name: status for status in fastdiff.backends.status()}[name]
     if not found.available:
@@ -58,6 +68,7 @@ def backend(request, monkeypatch):
         yield name
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    return torch.device(request.param)
+@pytest.fixture
+def device(backend):
+    """Where the test's tensors are: see ``on_every_device``."""
+    return torch.device("cuda" if backend == "cuda" else "cpu")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_rounded, to_numpy
+from conftest import on_every_device
 
 from fastdiff import ops
 
@@ -18,9 +19,9 @@ def row(**columns):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_convert_values(dtype, device):
-    m, x_t = (torch.randn(4, 3, 5, device=device).to(dtype) for _ in range(2))
-    k_x, k_m = torch.randn(2, 4, dtype=torch.float64, device=device)
+def test_convert_values(dtype):
+    m, x_t = (torch.randn(4, 3, 5).to(dtype) for _ in range(2))
+    k_x, k_m = torch.randn(2, 4, dtype=torch.float64)
     got = ops.convert(m, x_t, k_x, k_m)
     assert got.dtype == dtype
     a, b = (to_numpy(k)[:, None, None] for k in (k_x, k_m))
@@ -34,6 +35,7 @@ def test_convert_gradcheck():
     assert torch.autograd.gradcheck(ops.convert, (m, x_t, k_x, k_m))
 
 
+@on_every_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("clip", [None, 0.5])

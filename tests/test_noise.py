@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_rounded, to_numpy
+from conftest import on_every_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,9 +17,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_given_noise_equals_float64_up_to_one_rounding(dtype, device):
-    x0, n = (torch.randn(5, 3, 7, 9, device=device).to(dtype) for _ in range(2))
-    alpha, sigma = torch.rand(2, 5, dtype=torch.float64, device=device)
+def test_given_noise_equals_float64_up_to_one_rounding(dtype):
+    x0, n = (torch.randn(5, 3, 7, 9).to(dtype) for _ in range(2))
+    alpha, sigma = torch.rand(2, 5, dtype=torch.float64)
     x_t, kept = ops.noise(x0, alpha, sigma, n)
     assert x_t.dtype == dtype and kept is n
     # Coefficients reach the arithmetic rounded once to the compute dtype: 2 terms x (coefficient, product) + 1 sum.
@@ -50,6 +51,7 @@ def test_rows_of_frames_behind_the_channels():
         assert torch.equal(x_t[:, :, frame], expected)
 
 
+@on_every_device
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "expanded", "sliced"])
 def test_any_strides(layout, device):
     x0, n = torch.randn(2, 4, 3, 6, 6, device=device)
@@ -69,6 +71,7 @@ def test_any_strides(layout, device):
     )
 
 
+@on_every_device
 def test_batch_of_8_is_4_and_4(device):
     """Noise and t of a sample depend on the seed and its index alone."""
     objective = fastdiff.Objective(

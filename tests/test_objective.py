@@ -28,6 +28,7 @@ PAIRS = [
 IDS = [f"{type(process).__name__}-{prediction}" for process, prediction in PAIRS]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("process", "prediction"), PAIRS, ids=IDS)
 def test_perfect_prediction(process, prediction, device):
     """The loss of the target is 0, its x0 estimate is x0, and its conversions are the other targets."""
