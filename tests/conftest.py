@@ -10,6 +10,8 @@ if not torch.cuda.is_available():
     # backend then (use_backend("triton")); nothing else changes. What is compiled is compiled in another process.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from devices import BACKENDS, why_skipped
+
 import fastdiff
 
 
@@ -19,19 +21,11 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(config, items):
-    if "large" not in config.option.markexpr:
-        for item in items:
-            if "large" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs 14 GiB: run with -m large"))
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    elif "gpu_variants" not in config.option.markexpr:
-        for item in items:
-            if item.path.name == "test_triton_operations.py" and "gpu_variants" not in item.keywords:
-                reason = "a GPU would compile its kernel variants, minutes of them: the interpreter runs it"
-                item.add_marker(pytest.mark.skip(reason=reason))
+    gpu = torch.cuda.is_available()
+    for item in items:
+        reason = why_skipped(item.path.name, item.keywords, config.option.markexpr, gpu)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +37,6 @@ def clean_state():
     yield
     fastdiff.use_backend(None)
     torch.use_deterministic_algorithms(False)
-
-
-BACKENDS = ["reference", "native", "native, no whole calls"]
-# For a test that takes a ``device`` too: on a GPU, once, with what is chosen there.
-on_every_device = pytest.mark.parametrize(
-    "backend", [*BACKENDS, pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
-)
 
 
 @pytest.fixture(params=BACKENDS)

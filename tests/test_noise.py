@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_rounded, to_numpy
-from conftest import on_every_device
+from devices import on_every_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

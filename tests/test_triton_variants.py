@@ -5,11 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import conftest
 import pytest
-import torch
+from devices import why_skipped
 
 pytest.importorskip("triton")
 
@@ -62,21 +60,10 @@ def test_what_draws_its_cases_compiles_nothing_on_a_gpu(tests):
     assert not any(test["drawn"] and test["chosen"] for test in tests)
 
 
-@pytest.mark.parametrize(("markers", "skipped"), [("", ["unmarked"]), ("gpu_variants or not gpu_variants", [])])
-def test_the_others_are_skipped_on_a_gpu(markers, skipped, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    marks = []
-    items = [
-        SimpleNamespace(
-            path=TESTS / file, keywords={name},
-            add_marker=lambda mark, name=name: marks.append((name, mark)),
-        )
-        for file, name in [
-            ("test_triton_operations.py", "unmarked"),
-            ("test_triton_operations.py", "gpu_variants"),
-            ("test_loss.py", "another"),
-        ]
-    ]  # fmt: skip
-    conftest.pytest_collection_modifyitems(SimpleNamespace(option=SimpleNamespace(markexpr=markers)), items)
-    assert [name for name, mark in marks if mark.name == "skip"] == skipped
-    assert all("variants" in mark.kwargs["reason"] for _, mark in marks)
+def test_the_others_are_skipped_on_a_gpu():
+    def skipped(*keywords, file="test_triton_operations.py", chosen="", gpu=True):
+        return why_skipped(file, keywords, chosen, gpu) is not None
+
+    assert skipped() and not skipped("gpu_variants") and not skipped(chosen="not gpu_variants")
+    assert not skipped(file="test_triton_gpu.py") and not skipped(gpu=False)
+    assert skipped("gpu", gpu=False) and skipped("large", file="test_large.py")
