@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
     # backend then (use_backend("triton")); nothing else changes. What is compiled is compiled in another process.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Looked at when CUDA starts: matrix products that are the same each time.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 from devices import BACKENDS, why_skipped
 
 import fastdiff
@@ -18,6 +21,7 @@ import fastdiff
 def pytest_configure():
     # One thread: the tests run in parallel processes, and the tensors are small.
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # on a GPU, float32 convolutions round to 10 bits by default
 
 
 def pytest_collection_modifyitems(config, items):

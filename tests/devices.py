@@ -15,6 +15,8 @@ def why_skipped(file, keywords, chosen, gpu):
         return "needs 14 GiB: run with -m large"
     if not gpu:
         return "needs a CUDA device" if "gpu" in keywords else None
+    if "compiles" in keywords and "compiles" not in chosen:
+        return "compiles for minutes, and needs no GPU: run with -m compiles"
     if file == "test_triton_operations.py" and "gpu_variants" not in keywords and "gpu_variants" not in chosen:
         return "a GPU would compile its kernel variants, minutes of them all: the interpreter runs it"
     return None

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton")
 import triton
 
+pytestmark = pytest.mark.compiles
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TARGETS = ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"]
 # Instructions per element on sm_90. The losses are those of the forward pass, which writes the gradient too.

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
-from fastdiff import ops
-from fastdiff.backends import reference
+from fastdiff import backends, ops
 from fastdiff.backends.reference import philox
 from fastdiff.backends.rows import Gathered
 
@@ -69,6 +68,22 @@ def diagonal(chosen=None, **lists):
         marks = gpu_variants if places in marked else ()
         cases.append(pytest.param(*case, marks=marks, id="-".join(named)))
     return pytest.mark.parametrize(list(lists), cases)
+
+
+class Reference:
+    """The reference; also for the noise that it makes, which is the chosen backend's otherwise."""
+
+    def __getattr__(self, name):
+        function = getattr(backends.reference, name)
+
+        def call(*arguments, **keywords):
+            with fastdiff.use_backend("reference"):
+                return function(*arguments, **keywords)
+
+        return call
+
+
+reference = Reference()
 
 
 def random(shape, dtype=torch.float32):

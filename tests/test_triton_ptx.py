@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 
+pytestmark = pytest.mark.compiles
 TESTS = Path(__file__).parent
 
 

@@ -65,5 +65,9 @@ def test_the_others_are_skipped_on_a_gpu():
         return why_skipped(file, keywords, chosen, gpu) is not None
 
     assert skipped() and not skipped("gpu_variants") and not skipped(chosen="not gpu_variants")
-    assert not skipped(file="test_triton_gpu.py") and not skipped(gpu=False)
-    assert skipped("gpu", gpu=False) and skipped("large", file="test_large.py")
+    assert not skipped(gpu=False) and not skipped(file="test_triton_gpu.py")
+    ptx = "test_triton_ptx.py"
+    assert skipped("compiles", file=ptx) and not skipped("compiles", file=ptx, gpu=False)
+    assert not skipped("compiles", file=ptx, chosen="compiles")
+    assert skipped("gpu", gpu=False) and not skipped("gpu", file="test_cuda_step.py")
+    assert skipped("large", gpu=False) and skipped("large") and not skipped("large", chosen="large", gpu=False)
