@@ -436,6 +436,16 @@ class TestTimesOfAGpu:
         timer.seconds([gpu.call(1, 2e-6)], gpu.LAUNCH)
         assert timer.queued
 
+    def test_are_the_ceilings_too(self, monkeypatch):
+        """A copy's launch, 5 us, is not in it."""
+        gpu = FakeGpu(monkeypatch)
+        timer = Timer(CUDA)
+        timer.device = CPU  # where its buffers are
+        copy = measuring.Copy(timer, megabytes=1)
+        monkeypatch.setattr(torch.Tensor, "copy_", lambda target, source: gpu.launch(1e-4))
+        copy.measure()
+        assert copy.rates == pytest.approx([2 * 2**20 / 1e-4] * 10)
+
     def test_in_a_run(self, monkeypatch):
         """In bursts that the queue takes; what could not be launched ahead is noted."""
         gpu = FakeGpu(monkeypatch)

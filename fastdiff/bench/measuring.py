@@ -15,6 +15,7 @@ MIN_ROUNDS = 5  # fewer make no ratio
 WIDEST = 0.5  # (p80 - p20) / median of the ratios beyond which no ratio is printed
 DEFAULT_CACHE = 64 * 2**20
 CALIBRATION = 10**7  # cycles: some milliseconds
+LAUNCH = 1e-4  # seconds; more than one operation costs the host
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Copy:
         for _ in range(2):
             target.copy_(source)
         copies = [lambda: target.copy_(source)]
-        self.rates += [2 * self.buffer_bytes / self._timer.seconds(copies) for _ in range(rounds)]
+        self.rates += [2 * self.buffer_bytes / self._timer.seconds(copies, LAUNCH) for _ in range(rounds)]
 
     def values(self) -> dict[str, Any] | None:
         """The ceiling as it stands in a report, or None where it was not measured."""
