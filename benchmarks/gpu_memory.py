@@ -93,7 +93,7 @@ def _noising() -> Iterator[Case]:
         [(EVEN, (2, 1, 1, 1)), (ODD, (3, 1, 1)), (TILES, (2, 1)), (FRAMES, (2, 1, 4, 1)), (ODD, (1, 1, 1))],
         [BF16, FP32, FP16, FP32, BF16],
     ):
-        x0, given, (alpha, sigma, p, q) = data(shape, dtype), data(shape, dtype), data((4, *rows), FP32)
+        x0, given, (alpha, sigma, p, q) = data(shape, dtype), data(shape, dtype), _rows(4, rows)
         offset = 0.1 if len(shape) > 2 else 0.0
         exact, fast = (ops.Philox(7, 2**33, offset=offset, rng=rng) for rng in ("exact", "fast"))
         other = ops.Philox(torch.tensor([7]), 1, 2)
@@ -109,7 +109,7 @@ def _noising() -> Iterator[Case]:
     yield Case("noising, gathered", noise, (x0, n, alpha, sigma, 0.0, None, False))
     one = torch.tensor(3).view(1, 1, 1)
     yield Case("noising, one gathered", noise, (x0, n, *(Gathered(c, one) for c in table.t()[:2]), 0.0, None, False))
-    alpha, sigma = data((2, 3, 1, 1), FP32)
+    alpha, sigma = _rows(2, (3, 1, 1))
     unaligned = data((199,), FP32)[1:].view(3, 2, 33)
     yield Case("noising, not aligned", noise, (unaligned, n, alpha, sigma, 0.0, None, False))
     yield Case("noising, backward", backward, (x0, n, alpha, sigma, 0.0, None, False))
@@ -129,7 +129,7 @@ def _losses() -> Iterator[Case]:
         return found
 
     def case(name, shape, rows, dtype, *, x0=True, n=None, mask=None, how=("mse", "none", "mean"), upstreams=(1.0,)):
-        p, q, scale, weight, c = data((5, *rows), FP32).abs() + 0.1
+        p, q, scale, weight, c = (row.abs() + 0.1 for row in _rows(5, rows))
         n = data(shape, dtype) if n is None else n
         where = data(shape, dtype) if x0 else None
         scale = None if how[0] == "mse" else scale
@@ -186,6 +186,10 @@ def _steps() -> Iterator[Case]:
 
 def data(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.randn(shape).to(dtype)
+
+
+def _rows(number: int, shape: tuple[int, ...]) -> list[Tensor]:
+    return [data(shape, FP32) for _ in range(number)]
 
 
 def on(device: torch.device, value: Any, memory: dict[int, Tensor]) -> Any:
@@ -255,7 +259,10 @@ def compile_all(chosen: list[Case], architecture: int) -> int:
 def run(chosen: list[Case], device: torch.device) -> int:
     failed = 0
     for case in chosen:
-        because = wrong(case, device)
+        try:
+            because = wrong(case, device)
+        except Exception as error:
+            because = f"{type(error).__name__}: {error}"
         failed += bool(because)
         print(f"FAILED  {case.name}: {because}" if because else f"ok      {case.name}", flush=True)
     print(f"{len(chosen)} cases, {failed} failed")

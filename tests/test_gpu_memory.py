@@ -68,6 +68,17 @@ def test_a_spoilt_result_is_found(kernel, result, case, script, monkeypatch, cap
     assert f"FAILED  {case}" in capsys.readouterr().out
 
 
+@needs_interpreter
+def test_a_launch_that_fails_is_told(script, monkeypatch, capsys):
+    def failing(*_):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(launch.Kernel, "__call__", failing)
+    assert script.main(["--device", "cpu", "--only", "rows of a flow"]) == 1
+    output = capsys.readouterr().out
+    assert output.count("RuntimeError: an illegal memory access") == 2 and "2 cases, 2 failed" in output
+
+
 def test_kernels_are_compiled_without_a_gpu(tmp_path):
     environment = os.environ | {
         "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SCRIPT.parent.parent),
