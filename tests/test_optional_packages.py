@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("pytest_benchmark")
 ROOT = Path(__file__).parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("without the benchmarks", allow_module_level=True)
 WITHOUT = """
 import importlib.metadata, sys
 
@@ -39,7 +42,6 @@ def without(*arguments):
 
 
 def test_everything_is_collected():
-    pytest.importorskip("pytest_benchmark")
     output, code = without("tests", "benchmarks", "--collect-only")
     assert code == 0, output[-3000:]
     for file in (
@@ -51,7 +53,6 @@ def test_everything_is_collected():
 
 
 def test_what_compares_with_them_is_skipped():
-    pytest.importorskip("pytest_benchmark")
     cases = "tests/test_bench.py::TestPeers", "tests/test_bench.py::TestRun::test_page"
     output, code = without(*cases, "benchmarks/test_diffusers_schedulers.py", "--benchmark-disable")
     assert code == 0 and "skipped" in output, output[-3000:]
