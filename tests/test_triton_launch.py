@@ -53,13 +53,15 @@ def test_the_source_of_a_variant(monkeypatch):
 def test_contraction_only_where_no_bits_are_promised(monkeypatch):
     from fastdiff import ops
 
-    def options(n):
+    def options(n, nvidia=False):
+        monkeypatch.setattr(launch, "has_approximate_instructions", lambda device: nvidia)
         one = torch.ones(1, 1)
         how = None, one, None, one, None, None, "mse", "none", "mean"
         ((kernel, _, constants),) = captured(monkeypatch, lambda: operations.loss(X, None, n, *how))
         return kernel.options(constants)["enable_fp_fusion"]
 
     assert options(X) and options(ops.Philox(1, rng="fast")) and not options(ops.Philox(1))
+    assert options(ops.Philox(1), nvidia=True) and not options(ops.Philox(1, offset=0.1), nvidia=True)
 
     for n in (X, ops.Philox(1), ops.Philox(1, rng="fast")):
         _, _, constants, _ = noising(monkeypatch, n=n)

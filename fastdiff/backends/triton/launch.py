@@ -39,12 +39,12 @@ _INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_
 _FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance"}
 # Sizes, counts and strides; with the two above, what is never a tensor.
 _NUMBERS = {"steps", "stride", "units", "runs", "blocks", "per", "frames", "shared", "sample_runs", "channel_runs"} | {
-    *("m1", "m2", "m3", "s0", "s1", "s2", "s3", "rows", "parts", "number", "width", "total", "samples"),
+    *("m1", "m2", "m3", "s0", "s1", "s2", "s3", "s4", "rows", "parts", "number", "width", "total", "samples"),
 }  # fmt: skip
 _SEEDS = {"seed", "xi_seed"}  # a tensor, or a number
 # Full-size data, which is loaded by vectors where it is aligned to 16 bytes.
 _DATA = {"out", "kept", "u", "v", "xi", "prediction", "x0", "n", "gradient", "x", "m", "y", "entry", "log_variance"} | {
-    "target", "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen",
+    "target", "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen", "mask",
 }  # fmt: skip
 
 _records: list[str] | None = None
@@ -78,7 +78,6 @@ class Kernel:
         self._vectors = [k for k in others if k in self.data]
         self._scalars = [k for k in others if k not in self.data]
         self.wide = self.constants.index("WIDE") if "WIDE" in self.constants else None
-        self.source_of_noise = next((self.constants.index(k) for k in ("N", "V") if k in self.constants), None)
         self._variants: dict[tuple, Any] = {}
 
     def key(self, arguments: tuple, constants: tuple, device: Any) -> tuple:
@@ -107,9 +106,12 @@ class Kernel:
 
     def options(self, constants: tuple) -> dict[str, Any]:
         """How a variant is compiled. Only where no bits are promised may products and sums be contracted: where noise
-        is made with the fast transform, and in a loss whose noise is not made with the exact one."""
-        noise = None if self.source_of_noise is None else constants[self.source_of_noise]
-        contracted = noise == "fast" or (self.name == "loss" and noise != "exact")
+        is made with the fast transform, and in a loss. There the exact noise keeps its bits all the same: its only
+        product that a sum takes in is an instruction of NVIDIA's that is not contracted."""
+        named = dict(zip(self.constants, constants))
+        noise = named.get("N", named.get("V"))
+        kept = noise != "exact" or (named["ASM"] and not named["OFFSET"])
+        contracted = noise == "fast" or (self.name == "loss" and kept)
         return {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": contracted}
 
     def compile(self, key: tuple, target: GPUTarget) -> Any:

@@ -15,7 +15,7 @@ from ..rows import Gathered, as_tensor, in_two_passes
 from . import launch
 from .coefficients import arrange, is_one, shape_of
 from .launch import launches
-from .plan import plan, strided, tile_of
+from .plan import mask_of, plan, strided, tile_of
 from .workspace import workspace
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
 _TYPES = (Tensor, torch.nn.Parameter)
 _DATA = (torch.float32, torch.bfloat16, torch.float16)
 _UNIFORMS = _ROWS = 128  # a program
+_NO_STRIDES = (1,) * 3 + (0,) * 4
 
 
 def _runs_on(device: torch.device) -> bool:
@@ -445,8 +446,7 @@ class _Laid(NamedTuple):
     data: list
     coefficients: list
     mask: Tensor | None
-    mask_dims: int
-    mask_numbers: tuple[int, ...]
+    mask_strides: tuple[int, tuple[int, ...]]  # see ``plan.strided``; -1 dimensions where there is no mask
 
 
 def _lay(prediction, weight, x0, n, p, q, scale, c, mask) -> _Laid:
@@ -457,7 +457,7 @@ def _lay(prediction, weight, x0, n, p, q, scale, c, mask) -> _Laid:
         data, placed, back = [t if t is None else t.contiguous() for t in (prediction, x0, n)], list(coefficients), None
     if back is not None:
         shape, own = tuple(data[0].shape), shape_of(placed[0])
-    dims, numbers = -1, (1,) * 3 + (0,) * 4
+    strides = -1, _NO_STRIDES
     if mask is not None:
         if mask.dtype == torch.float64:
             mask = mask.float()
@@ -466,11 +466,10 @@ def _lay(prediction, weight, x0, n, p, q, scale, c, mask) -> _Laid:
         mask = mask.expand(prediction.shape)
         if back is not None:
             mask = mask.permute(sorted(range(len(back)), key=back.__getitem__))
-        found = strided(shape, mask.stride())
-        if found is None:
-            mask, found = mask.contiguous(), (0, numbers)
-        dims, numbers = found
-    return _Laid(back, shape, own, data, placed, mask, dims, numbers)
+        strides = strided(shape, mask.stride())
+        if strides is None:
+            mask, strides = mask.contiguous(), (0, _NO_STRIDES)
+    return _Laid(back, shape, own, data, placed, mask, strides)
 
 
 def _loss(
@@ -528,6 +527,8 @@ def _launch_loss(
     elements = prediction.numel()
     tile = tile_of(elements, prediction.element_size())
     how = plan(shape, laid.rows_shape, tile, kind in ("exact", "fast"), offset, True)
+    columns, unit = how.constants[2:4]
+    mask = mask_of(*laid.mask_strides, unit if columns % unit == 0 else 1)
     number = how.rows if how.parts > 1 else how.grid[0]
     space = workspace(device, 1 + how.rows, 4 * (how.rows * how.parts + number) + 2 * how.rows)
     size = 1.0 if reduction == "sum" else elements / how.rows
@@ -542,11 +543,11 @@ def _launch_loss(
             *(up, used, space.assumed if used is not None else None, result, means, divisor),
             *((None, None) if result is None else (space.counters, space.partials)),
             *(*source[1:], high := _float32(size), size - high, mean, mean / size),
-            *(*laid.mask_numbers, how.rows, how.parts, number),
+            *(*mask.numbers, how.rows, how.parts, number),
             *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs),
         ),
         (
-            *(*rows.kinds, rows.index_kind, kind, seed_kind, offset, laid.mask_dims),
+            *(*rows.kinds, rows.index_kind, kind, seed_kind, offset, mask.dims, mask.together),
             *(function, normalization, reduction, 8 if launch.INTERPRETED else 128, how.parts > 1),
             *(*how.constants, launch.has_approximate_instructions(device), launch.INTERPRETED),
         ),
