@@ -9,10 +9,12 @@
 # The exit status is 0 if no stage failed; 1 if one did; 2 if asked for wrongly; 143 if it was stopped.
 set -uo pipefail
 mode=${1:-}
+case $mode in numbers | tests) ;; *) sed -n '2,4p' "$0" && exit 2 ;; esac
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 BENCHMARKS=$ROOT/benchmarks TESTS=$ROOT/tests
-PYTHON=${PYTHON:-python3}
-OUT=${OUT:-$(mktemp -d)}
+# The programs run in another folder.
+PYTHON=$(command -v "${PYTHON:-python3}") && PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
+OUT=${OUT:-$(mktemp -d)} && mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
 WORK=$(mktemp -d)
 SCALE=${CAP_SCALE:-1}
 GRACE=5   # seconds to a stage that is told to end, before it is killed
@@ -36,14 +38,15 @@ numbers() {
 tests() {
     stage install 20 "${install[@]}"
     from_source_unless_installed
-    stage operations 115 "${pytest[@]}" $(processes 16) -m gpu_variants "$TESTS/test_triton_operations.py"
+    stage doctor 10 "$PYTHON" "$BENCHMARKS/gpu_numbers.py" doctor
+    stage operations 110 "${pytest[@]}" $(processes 16) -m gpu_variants "$TESTS/test_triton_operations.py"
     stage reduction 15 "${pytest[@]}" -k reduction "$TESTS/test_triton_gpu.py"
     if needs compute-sanitizer; then
         stage compile 25 "$PYTHON" "$BENCHMARKS/gpu_memory.py" --compile-only
         stage memcheck 20 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" "$BENCHMARKS/gpu_memory.py"
         stage initcheck 20 compute-sanitizer --tool initcheck --error-exitcode 9 "$PYTHON" "$BENCHMARKS/gpu_memory.py"
     fi
-    stage bench 65 "$PYTHON" -m fastdiff bench --device cuda --preset quick --model unet-small --out "$WORK/bench"
+    stage bench 60 "$PYTHON" -m fastdiff bench --device cuda --preset quick --model unet-small --out "$WORK/bench"
 }
 
 # stage NAME CAP COMMAND...: run it for at most CAP seconds, or what is left. A status of 77 means that it cannot be done
@@ -60,7 +63,7 @@ stage() {
     echo "== $mode: $name, at most $cap s"
     start=$(now)
     running_name=$name running_cap=$cap
-    timeout -k "$(calculate "print $GRACE * $SCALE")" "$cap" "$@" >"$OUT/running.log" 2>&1 &
+    FASTDIFF_STAGE=$name timeout -k "$(calculate "print $GRACE * $SCALE")" "$cap" "$@" >"$OUT/running.log" 2>&1 &
     running=$!
     wait "$running"
     status=$?
@@ -115,17 +118,17 @@ stopped() {
     exit 143
 }
 
-case $mode in numbers | tests) ;; *) sed -n '2,4p' "$0" && exit 2 ;; esac
 trap stopped TERM INT HUP
 trap 'rm -rf "$WORK"' EXIT
 END=$(calculate "printf \"%.3f\", $(now) + $TOTAL * $SCALE")
-mkdir -p "$OUT" "$WORK/logs"
+mkdir -p "$WORK/logs"
 export FASTDIFF_RECORDS=$OUT/records.jsonl PYTHONUNBUFFERED=1
+: >"$FASTDIFF_RECORDS"
 # For gpu_records.py, which pytest takes as a plugin. The package is not there.
 export PYTHONPATH=$BENCHMARKS${PYTHONPATH:+:$PYTHONPATH}
 install=("$PYTHON" -m pip install --quiet --no-build-isolation --no-deps "$ROOT")
 [ -n "${WHEEL_DIR:-}" ] && install=("$PYTHON" -m pip install --quiet --no-index --no-deps --force-reinstall
-    "$WHEEL_DIR"/fastdiff-*.whl)
+    "$(cd "$WHEEL_DIR" && pwd)"/fastdiff-*.whl)
 pytest=("$PYTHON" -m pytest -v -rfE -p no:cacheprovider -p gpu_records)
 "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && pytest+=(--timeout 60)
 # From a folder without the sources, so that it is the installed package that runs.

@@ -37,6 +37,7 @@ import gpu_records
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 from triton_compiled import machine_code
 
 import fastdiff
@@ -59,8 +60,8 @@ EXPONENTS = (26, 24, 22, 20)
 SKIPPED = 77  # the exit status of what cannot be done here
 BATCH, CHANNELS = 64, 4
 ROWS = BATCH, 1, 1, 1
-BURSTS = 7
-BURST_SECONDS = 2e-3
+BURSTS = 5
+BURST_SECONDS, WARM_UP_SECONDS = 2e-3, 0.3
 MOST_SETS = 64
 Call = Callable[[], Any]
 
@@ -182,10 +183,10 @@ def launched(run: bool = True) -> Iterator[list[tuple[launch.Kernel, tuple]]]:
     found: list[tuple[launch.Kernel, tuple]] = []
     before = launch.Kernel.__call__
 
-    def call(self, device, grid, arguments, constants):
+    def call(self, device, grid, arguments, constants, *more, **options):
         found.append((self, self.key(arguments, constants, None)))
         if run:
-            before(self, device, grid, arguments, constants)
+            before(self, device, grid, arguments, constants, *more, **options)
         elif self is launch.uniforms:
             arguments[0].zero_()  # times are made of them, and looked up
 
@@ -228,7 +229,7 @@ def _compiled(task: tuple[str, tuple[str, tuple], GPUTarget]) -> dict[str, Any]:
     kernel, start = getattr(launch, kernel_name), time.perf_counter()
     try:
         compiled = kernel.compile(key, target)
-        triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
+        CudaLauncher(compiled.src, compiled.metadata)
     except Exception as error:
         return {"name": name, "error": _line(error)}
     found = {"name": name, "seconds": time.perf_counter() - start}
@@ -257,7 +258,7 @@ def compile_all(exponents: Sequence[int], processes: int) -> bool:
 
 
 @contextlib.contextmanager
-def compilations(stage: str) -> Iterator[None]:
+def compilations(command: str) -> Iterator[None]:
     """Records how many kernels and launchers had to be compiled in the block: 0 where ``compile`` was there before."""
     counts = {"kernels": 0, "launchers": 0}
     build, knobs = triton.runtime.build._build, triton.knobs.compilation
@@ -275,7 +276,7 @@ def compilations(stage: str) -> Iterator[None]:
         yield
     finally:
         knobs.listener, triton.runtime.build._build = before, build
-        gpu_records.append("compilations", stage=stage, **counts)
+        gpu_records.append("compilations", command=command, **counts)
 
 
 # ---- smoke: right numbers
@@ -334,14 +335,14 @@ def _check_graph() -> None:
     """Replayed it gives the numbers of the same step taken eagerly, and others the next time."""
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", weighting=fastdiff.MinSNR(5.0))
     x0 = torch.randn(8, 4, 32, 32, device=DEVICE)
-    model = torch.nn.Conv2d(4, 4, 1).to(DEVICE)
+    network = torch.rand(4, 1, 1, device=DEVICE).requires_grad_()
 
     def step() -> tuple[torch.Tensor, ...]:
-        model.zero_grad(set_to_none=True)
+        network.grad = None
         noised = objective.noise(x0, keep_noise=False)
-        loss = objective.loss(model(noised.x_t), noised)
+        loss = objective.loss(network * noised.x_t, noised)
         loss.backward()
-        return loss.detach(), noised.x_t, model.weight.grad
+        return loss.detach(), noised.x_t, network.grad
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -414,8 +415,12 @@ class Bursts:
         # In kHz; where it is not told, more than any GPU has: then it sleeps for longer.
         self._cycles = 1e3 * getattr(torch.cuda.get_device_properties(DEVICE), "clock_rate", 2.5e6)
         self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun, x = time.perf_counter(), torch.empty(2**24, dtype=torch.uint8, device=DEVICE)
+        while time.perf_counter() - begun < WARM_UP_SECONDS:  # until the clocks are up
+            x.copy_(x.flip(0))
+            self.timer.synchronize()
 
-    def measure(self, made: Sequence[Call], expected: float, bursts: int = BURSTS, most: int = 100) -> dict[str, Any]:
+    def measure(self, made: Sequence[Call], expected: float, bursts: int = BURSTS, most: int = 50) -> dict[str, Any]:
         """``expected``: seconds of a call on the GPU, about; ``most``: calls in a burst, of which all launches must fit
         in the queue of a stream, which has about a thousand. What the calls return is kept for a round, so that results
         do not go to the same memory each time."""
@@ -423,7 +428,7 @@ class Bursts:
         kept[0] = made[0]()
         host = self.timer.host_seconds(made[0])
         count = int(min(most, max(5, BURST_SECONDS / max(expected, 1e-6))))
-        sleep, found, late = max(1e-3, 2 * count * host), [], 0
+        sleep, found, late = 1e-3 + 1.5 * count * host, [], 0
         gc.disable()
         try:
             while len(found) < bursts and late < 4:
@@ -479,6 +484,7 @@ def kernels(exponents: Sequence[int]) -> bool:
                 values["error"], passed = _line(error), False
             gpu_records.append("kernel", **values)
             print(json.dumps(values))
+    gpu_records.append("clocks", after="kernels", nvidia_smi=_nvidia_smi())
     return passed
 
 
@@ -524,7 +530,7 @@ def steps(exponents: Sequence[int], compile_seconds: float) -> bool:
         values = {"peer": peer, "kind": case.kind, "dtype": case.dtype, "shape": case.shape, "elements": case.elements}
         try:
             ready = _step(peer, case, min(8, sets_for(5 * case.tensor_bytes)))
-            values |= bursts.measure(ready, 5 * case.tensor_bytes / 1e12, bursts=5, most=10)
+            values |= bursts.measure(ready, 5 * case.tensor_bytes / 1e12, most=10)
             made[case, peer] = ready[0]
         except Exception as error:
             values["error"] = _line(error)
@@ -640,14 +646,21 @@ def machine() -> bool:
         names = ("name", "multi_processor_count", "L2_cache_size", "total_memory", "clock_rate", "memory_clock_rate")
         values["device"] = {name: getattr(properties, name, None) for name in names}
         values["triton"] = triton.__version__
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-            command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
-            values["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+        values["nvidia_smi"] = _nvidia_smi()
     else:
         print("there is no CUDA device")
     gpu_records.append("machine", **values)
     return available
+
+
+def _nvidia_smi() -> str | None:
+    """Driver, clocks, power and temperature as they are now, with the names of the columns."""
+    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 def append(kind: str, /, **values: Any) -> None:
     """Add a record to the file that FASTDIFF_RECORDS names, or print it where there is none."""
-    line = json.dumps({"record": kind, **values}) + "\n"
+    line = json.dumps({"record": kind, "stage": os.environ.get("FASTDIFF_STAGE"), **values}) + "\n"
     name = os.environ.get("FASTDIFF_RECORDS")
     if name is None:
         print(line, end="")

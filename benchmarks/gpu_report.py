@@ -78,7 +78,8 @@ def machine(records: list[dict[str, Any]]) -> str:
     if not found or "device" not in found[-1]:
         return ""
     device, versions = found[-1]["device"], found[-1]["doctor"]["versions"]
-    clocks = (found[-1].get("nvidia-smi") or "").splitlines()[-1:]
+    after = [*found[-1:], *of_kind(records, "clocks")][-1]  # those after the kernels, where there are such
+    clocks = (after.get("nvidia_smi") or "").splitlines()
     return "\n".join([
         f"{device['name']}, {device['multi_processor_count']} multiprocessors, L2 {device['L2_cache_size']} bytes",
         f"torch {versions['torch']}, Triton {found[-1]['triton']}, Python {versions['python']}", *clocks,
@@ -92,19 +93,19 @@ def smoke(records: list[dict[str, Any]]) -> str:
 
 
 def tests(records: list[dict[str, Any]], most: int = 20) -> str:
-    found = of_kind(records, "test")
-    if not found:
-        return ""
-    # A test can have more than one: its call's, and that of a set-up or tear-down that failed.
-    worst: dict[str, dict[str, Any]] = {}
+    """How many tests of each stage ran, and the first line of what went wrong."""
     order = ("passed", "skipped", "failed")
-    for test in found:
-        before = worst.get(test["name"])
-        if before is None or order.index(test["outcome"]) >= order.index(before["outcome"]):
-            worst[test["name"]] = test
-    counts = Counter(test["outcome"] for test in worst.values())
+    # A test can have more than one: its call's, and that of a set-up or tear-down that failed.
+    worst: dict[tuple, dict[str, Any]] = {}
+    for test in of_kind(records, "test"):
+        before = worst.setdefault((test["stage"], test["name"]), test)
+        if order.index(test["outcome"]) > order.index(before["outcome"]):
+            worst[test["stage"], test["name"]] = test
+    lines = []
+    for stage in dict.fromkeys(test["stage"] for test in worst.values()):
+        counts = Counter(test["outcome"] for test in worst.values() if test["stage"] == stage)
+        lines.append(f"{stage}: {', '.join(f'{counts[word]} {word}' for word in order if counts[word])}")
     failed = [test for test in worst.values() if test["outcome"] == "failed"]
-    lines = [f"tests: {', '.join(f'{counts[word]} {word}' for word in order if counts[word])}"]
     lines += [f"FAILED {test['name']}: {test['line']}"[:200] for test in failed[:most]]
     if len(failed) > most:
         lines.append(f"and {len(failed) - most} more")
@@ -216,7 +217,7 @@ def short(records: list[dict[str, Any]]) -> str:
     if last and last[0]["name"] == "steps":
         lines.append("\n".join(steps(records).splitlines()[:8]))
     if last and last[0]["name"] in ("gpu-tests", "operations", "reduction"):
-        lines.append(tests(records, 3))
+        lines.append(tests([r for r in records if r.get("stage") == last[0]["name"]], 3))
     return "\n".join(lines)
 
 

@@ -85,7 +85,7 @@ def put_in_place(device: Device) -> None:
             return 1e3 * (other.time - self.time)
 
     properties = types.SimpleNamespace(
-        name="NVIDIA H100, stood in for", major=9, minor=0, multi_processor_count=132, L2_cache_size=2**20,
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, L2_cache_size=2**20,
         total_memory=80 * 2**30, clock_rate=1_000_000,
     )  # fmt: skip
     stands_in = {
