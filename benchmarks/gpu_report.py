@@ -60,9 +60,8 @@ def stages(records: list[dict[str, Any]], work: Path, out: Path) -> str:
             lines += [f"        {line[:160]}" for line in log.splitlines()[-3:] if line.strip()]
     for record in of_kind(records, "compilations"):
         if record["kernels"] + record["launchers"]:
-            lines.append(
-                f"{record['kernels']} kernels and {record['launchers']} launchers compiled in {record['stage']}"
-            )
+            counts = f"{record['kernels']} kernels and {record['launchers']} launchers"
+            lines.append(f"compiled while {record['command']} ran: {counts}")
     failed = [record for record in of_kind(records, "compiled") if "error" in record]
     lines += [f"not compiled: {record['name']}: {record['error']}" for record in failed[:5]]
     return "\n".join([*lines, *(note["text"] for note in of_kind(records, "note"))])
@@ -166,8 +165,9 @@ def steps(records: list[dict[str, Any]]) -> str:
         "Training steps, bf16 (gpu: queued; row: calls in a row; host: until a call returns; x: time over fastdiff's)",
         f"{'':24} {'':9} {'gpu us':>9} {'x':>6} {'row us':>9} {'x':>6} {'host us':>9} launches",
     ]
-    for (kind, shape, peer), record in by.items():
-        ours, size = by.get((kind, shape, "fastdiff"), {}), "x".join(map(str, shape))
+    cases = list(dict.fromkeys((kind, shape) for kind, shape, _ in by))
+    for kind, shape, peer in sorted(by, key=lambda key: cases.index(key[:2])):
+        record, ours, size = by[kind, shape, peer], by.get((kind, shape, "fastdiff"), {}), "x".join(map(str, shape))
         line = f"{kind[:7]:7} {size:16} {peer:9} "
         for field in ("gpu_us", "wall_us"):
             line += f"{_number(record.get(field))} {_ratio(record.get(field), ours.get(field))} "
