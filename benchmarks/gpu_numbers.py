@@ -570,6 +570,10 @@ def _launches(call: Call) -> int | None:
 # ---- hardware counters
 
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "InstructionStats")
+METRICS = (
+    *("gpu__time_duration.sum", "smsp__inst_executed.sum", "dram__bytes_read.sum", "dram__bytes_write.sum"),
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+)
 REFUSED = ("ERR_NVGPUCTRPERM", "LibraryNotLoaded", "Failed to initialize the profiler", "not supported")
 
 
@@ -603,6 +607,7 @@ def counters(exponents: Sequence[int]) -> int:
             str(log),
         ]
         command += [word for section in SECTIONS for word in ("--section", section)]
+        command += ["--metrics", ",".join(METRICS)]
         command += ["--kernel-name", "regex:^(affine|loss)$", sys.executable, str(Path(__file__).resolve()), "once"]
         done = subprocess.run([*command, "--exponents", *map(str, exponents)], capture_output=True, text=True)
         said = log.read_text(errors="replace") if log.exists() else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import tarfile
 from collections import Counter
@@ -23,16 +24,18 @@ import gpu_records
 MOST_BYTES = 15 * 2**20  # a file
 LOG_BYTES = 2**20  # of the beginning and of the end of a log
 TABLE_CHARACTERS = 9000
-# Of each kernel that was counted: a heading and ncu's name.
+# Of each kernel that was counted: a heading and ncu's name; and of which the largest are shown.
 COUNTERS = (
     ("time", "gpu__time_duration.sum"),
     ("instructions", "smsp__inst_executed.sum"),
     ("read", "dram__bytes_read.sum"),
     ("written", "dram__bytes_write.sum"),
-    ("issue active %", "smsp__issue_active.avg.pct_of_peak_sustained_active"),
+    ("issuing", "smsp__issue_active.avg.pct_of_peak_sustained_active"),
 )
-PIPES = "sm__inst_executed_pipe_"
-STALLS = "smsp__average_warps_issue_stalled_"
+LARGEST = {
+    "pipes, % of their peak": r"sm__inst_executed_pipe_(\w+)\.avg\.pct_of_peak_sustained_active",
+    "stalls, warps an issue": r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio",
+}
 
 
 def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -114,8 +117,7 @@ def tests(records: list[dict[str, Any]], most: int = 20) -> str:
 def kernels(records: list[dict[str, Any]]) -> str:
     """A line a kernel: for each size its time, and the share of a copy's rate that it reaches, counting the bytes that
     must move; for the largest also that rate, and the share that was predicted."""
-    found = of_kind(records, "kernel")
-    copy = ceiling(records)
+    found, copy = of_kind(records, "kernel"), ceiling(records)
     sizes = sorted({record["elements"] for record in found}, reverse=True)
     names = list(dict.fromkeys(record["name"] for record in found))
     if not names:
@@ -131,20 +133,22 @@ def kernels(records: list[dict[str, Any]]) -> str:
         rows = [by.get((name, size)) for size in sizes]
         per_element = next((row["instructions"] for row in rows if row and row.get("instructions")), None)
         line = f"{name:28} {per_element:5.1f} " if per_element else f"{name:28} {'':5} "
-        lines.append(line + "".join(f"| {_cell(row, copy, whole=not k)} " for k, row in enumerate(rows)))
+        lines.append(line + "".join(f"| {_cell(row, whole=not k)} " for k, row in enumerate(rows)))
     errors = [
         f"not measured: {r['name']} 2^{r['elements'].bit_length() - 1}: {r['error']}" for r in found if "error" in r
     ]
     return "\n".join([*lines, *errors[:5]])
 
 
-def _cell(record: dict[str, Any] | None, copy: float | None, whole: bool) -> str:
+def _cell(record: dict[str, Any] | None, whole: bool) -> str:
     if not record or not record.get("gpu_us"):
         return f"{'-':>7} {' ' * 11 * whole} {'':4}"
-    rate = record["bytes"] / record["gpu_us"] * 1e6
-    share = f"{100 * rate / copy:3.0f}%" if copy else ""
-    predicted = f"{100 * record['predicted']:3.0f}%" if record.get("predicted") else ""
-    return f"{record['gpu_us']:7.2f} {f' {rate / 1e9:5.0f} {predicted:4}' if whole else ''} {share:4}"
+    rate = f" {record['bytes_per_second'] / 1e9:5.0f} {_percent(record.get('predicted'))}" if whole else ""
+    return f"{record['gpu_us']:7.2f} {rate} {_percent(record['of_copy'])}"
+
+
+def _percent(share: float | None) -> str:
+    return f"{100 * share:3.0f}%" if share else " " * 4
 
 
 def ceiling(records: list[dict[str, Any]]) -> float | None:
@@ -154,56 +158,70 @@ def ceiling(records: list[dict[str, Any]]) -> float | None:
     return max((r["bytes"] / r["gpu_us"] * 1e6 for r in copies if r["elements"] == largest), default=None)
 
 
+def compared(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, with what only several of them tell: of a kernel its rate and the share of the copy's, of a training
+    step its times over those of fastdiff's."""
+    copy, found = ceiling(records), []
+    ours = {_case(record): record for record in of_kind(records, "step") if record["peer"] == "fastdiff"}
+    for record in records:
+        if record["record"] == "kernel" and record.get("gpu_us"):
+            rate = record["bytes"] / record["gpu_us"] * 1e6
+            record = record | {"bytes_per_second": rate, "of_copy": rate / copy if copy else None}
+        elif record["record"] == "step":
+            own = ours.get(_case(record), {})
+            record = record | {
+                f"{name}_ratio": record[name] / own[name] if record.get(name) and own.get(name) else None
+                for name in ("gpu_us", "wall_us", "host_us")
+            }
+        found.append(record)
+    return found
+
+
+def _case(record: dict[str, Any]) -> tuple:
+    return record["kind"], tuple(record["shape"])
+
+
 def steps(records: list[dict[str, Any]]) -> str:
     """Whole training steps: the GPU's time, a call's in a row, the host's; times of the others over ours."""
     found = of_kind(records, "step")
     if not found:
         return ""
-    by = {(r["kind"], tuple(r["shape"]), r["peer"]): r for r in found}
-    launches = {(r["kind"], tuple(r["shape"]), r["peer"]): r["launches"] for r in of_kind(records, "launches")}
+    launches = {(*_case(r), r["peer"]): r["launches"] for r in of_kind(records, "launches")}
     lines = [
         "Training steps, bf16 (gpu: queued; row: calls in a row; host: until a call returns; x: time over fastdiff's)",
-        f"{'':24} {'':9} {'gpu us':>9} {'x':>6} {'row us':>9} {'x':>6} {'host us':>9} launches",
+        f"{'':24} {'':9} {'gpu us':>9} {'x':>6} {'row us':>9} {'x':>6} {'host us':>9} {'x':>6} launches",
     ]
-    cases = list(dict.fromkeys((kind, shape) for kind, shape, _ in by))
-    for kind, shape, peer in sorted(by, key=lambda key: cases.index(key[:2])):
-        record, ours, size = by[kind, shape, peer], by.get((kind, shape, "fastdiff"), {}), "x".join(map(str, shape))
-        line = f"{kind[:7]:7} {size:16} {peer:9} "
-        for field in ("gpu_us", "wall_us"):
-            line += f"{_number(record.get(field))} {_ratio(record.get(field), ours.get(field))} "
-        line += f"{_number(record.get('host_us'))} {launches.get((kind, shape, peer)) or ''}"
+    cases = list(dict.fromkeys(_case(record) for record in found))
+    for record in sorted(found, key=lambda record: cases.index(_case(record))):
+        kind, shape = _case(record)
+        line = f"{kind[:7]:7} {'x'.join(map(str, shape)):16} {record['peer']:9} "
+        for field in ("gpu_us", "wall_us", "host_us"):
+            line += f"{_number(record.get(field), 9, 1)} {_number(record[f'{field}_ratio'], 6, 2)} "
+        line += str(launches.get((kind, shape, record["peer"])) or "")
         lines.append(line + (f" {record['error'][:80]}" if "error" in record else ""))
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _number(value: float | None) -> str:
-    return f"{value:9.1f}" if value is not None else f"{'-':>9}"
-
-
-def _ratio(value: float | None, ours: float | None) -> str:
-    return f"{value / ours:6.2f}" if value and ours else " " * 6
+def _number(value: float | None, width: int, digits: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
 def counters(records: list[dict[str, Any]]) -> str:
     lines = []
     for record in of_kind(records, "counters"):
         metrics = record["metrics"]
-        texts = [f"{head} {_metric(metrics, name)}" for head, name in COUNTERS if name in metrics]
+        texts = [f"{head} {metrics[name][0]:g} {metrics[name][1]}" for head, name in COUNTERS if name in metrics]
         instructions = metrics.get("smsp__inst_executed.sum")
         if instructions:
             texts.append(f"instructions an element {32 * instructions[0] / record['elements']:.1f}")
         lines.append(f"ncu, {record['name']}, 2^{record['elements'].bit_length() - 1}: {', '.join(texts)}")
-        for head, prefix in (("pipes %", PIPES), ("stalls", STALLS)):
-            largest = sorted(((v[0], n) for n, v in metrics.items() if n.startswith(prefix)), reverse=True)[:5]
-            if largest:
-                short = (f"{name.removeprefix(prefix).split('.')[0]} {value:.1f}" for value, name in largest)
-                lines.append(f"    {head}: {', '.join(short)}")
+        for head, pattern in LARGEST.items():
+            named = (
+                (value, match[1]) for name, (value, _) in metrics.items() if (match := re.fullmatch(pattern, name))
+            )
+            texts = [f"{name} {value:.1f}" for value, name in sorted(named, reverse=True)[:5]]
+            lines += [f"    {head}: {', '.join(texts)}"] if texts else []
     return "\n".join(lines)
-
-
-def _metric(metrics: dict[str, list], name: str) -> str:
-    value, unit = metrics[name]
-    return f"{value:g} {unit}".strip()
 
 
 def short(records: list[dict[str, Any]]) -> str:
@@ -280,7 +298,7 @@ def cut(path: Path) -> None:
 def main() -> None:
     mode, out, work = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     cut(out / "records.jsonl")
-    records = gpu_records.load(out / "records.jsonl")
+    records = compared(gpu_records.load(out / "records.jsonl"))
     text = summary(mode, records, work, out)
     write(out / "numbers.json", numbers(mode, records, work))
     write(out / "summary.txt", text.encode() + b"\n")
