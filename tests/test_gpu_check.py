@@ -359,6 +359,24 @@ def test_what_is_measured_on_a_stand_in(tmp_path):
     assert all(record["wall_us"] > 0 and record["host_us"] > 0 for record in steps.values())
 
 
+def test_the_smoke_passes_where_the_numbers_are_right():
+    """In Triton's interpreter; the graph aside, which needs a GPU."""
+    pytest.importorskip("triton")
+    code = (
+        "import os, warnings; warnings.simplefilter('ignore'); os.environ['TRITON_INTERPRET'] = '1'\n"
+        "import torch, fastdiff.backends.triton.launch, gpu_numbers\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"  # which has been looked at, and is again
+        "gpu_numbers.DEVICE, gpu_numbers.NORMALS = torch.device('cpu'), (4, 2**10)\n"
+        "checks = gpu_numbers.smoke_checks()[:-1]\n"
+        "with fastdiff.use_backend('triton'), gpu_numbers.poisoned():\n"
+        "    for name, check in checks: check()\n"
+        "print(len(checks))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{BENCHMARKS}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "8\n", done.stderr
+
+
 def test_counters_as_ncu_writes_them():
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
