@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu_records
 import torch
 import triton
+from roofline import GPU, gpu_of, share_of_copy
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton_compiled import machine_code
@@ -48,11 +49,6 @@ from fastdiff.backends.triton import launch, operations
 from fastdiff.bench import peers
 from fastdiff.bench.cases import Case, operands
 from fastdiff.bench.measuring import Timer, cache_bytes, summary
-
-try:
-    from roofline import gpu_of, share_of_copy
-except ImportError:  # no predictions
-    gpu_of = share_of_copy = None
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -466,7 +462,7 @@ def sets_for(call_bytes: int) -> int:
 def kernels(exponents: Sequence[int]) -> bool:
     bursts, passed = Bursts(), True
     known = {record["name"]: record for record in _records("compiled")}
-    gpu = gpu_of(torch.cuda.get_device_name(DEVICE)) if gpu_of is not None else None
+    gpu = gpu_of(torch.cuda.get_device_name(DEVICE))
     with compilations("kernels"):
         for m in measurements(exponents):
             moved = m.elements * m.element_bytes
@@ -479,8 +475,8 @@ def kernels(exponents: Sequence[int]) -> bool:
                 values |= bursts.measure(made, moved / 3e12)
                 values["cache"] = "rotated past it" if sets * moved >= 3 * cache_bytes(DEVICE) else "part of it in L2"
                 values["launches"] = [kernel.name for kernel, _ in found]
-                instructions = known.get(name_of(*found[0]), {}).get("instructions") if len(found) == 1 else None
-                values |= {"instructions": instructions, "predicted": _predicted(instructions, m.element_bytes, gpu)}
+                code = known.get(name_of(*found[0]), {}) if len(found) == 1 else {}
+                values |= {"instructions": code.get("instructions"), "predicted": _predicted(code, m, gpu)}
                 del made
             except Exception as error:
                 values["error"], passed = _line(error), False
@@ -490,11 +486,11 @@ def kernels(exponents: Sequence[int]) -> bool:
     return passed
 
 
-def _predicted(instructions: float | None, element_bytes: int, gpu: Any) -> float | None:
-    """The share of the copy ceiling that the roofline gives."""
-    if instructions is None or gpu is None or share_of_copy is None:
+def _predicted(code: dict[str, Any], m: Measurement, gpu: GPU | None) -> float | None:
+    """The share of the copy ceiling that the roofline gives; None without the kernel's code or for another GPU."""
+    if gpu is None or "instructions" not in code:
         return None
-    return share_of_copy(instructions, element_bytes, gpu)
+    return share_of_copy(code["instructions"], m.element_bytes, gpu, code["registers"])
 
 
 def _records(kind: str) -> list[dict[str, Any]]:

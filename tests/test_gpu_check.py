@@ -346,7 +346,7 @@ def test_what_is_measured_on_a_stand_in(tmp_path):
         record = found[name]
         assert record["launches"] == [kernel] and record["gpu_us"] == pytest.approx(2.0)
         assert record["host_us"] > 2.0 and record["instructions"] > 0 and record["cache"] == "rotated past it"
-        assert (record["predicted"] is not None) == (BENCHMARKS / "roofline.py").exists()
+        assert 0 < record["predicted"] <= 1
     assert [record["bytes"] / 2**14 / 2 for record in found.values()] == [2, 2, 3, 4]  # tensors of bf16
     assert counted["refused"] == 0 and counted["launched"] > 3 * 5 * 50
 
