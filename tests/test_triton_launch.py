@@ -147,9 +147,8 @@ def test_workspaces_are_shared_by_a_stream_and_grow(monkeypatch):
     cpu, stream = torch.device("cpu"), 1
     first = workspace.workspace(cpu, 3, 100)
     assert workspace.workspace(cpu, 2, 50) is first and not first.counters.any()
-    first.assumed.fill_(0.25)
     larger = workspace.workspace(cpu, 300, 100)
-    assert larger is not first and larger.counters.numel() >= 300 and float(larger.assumed) == 0.25
+    assert larger is not first and larger.counters.numel() >= 300
     stream = 2
     assert workspace.workspace(cpu, 2, 50) is not larger
     monkeypatch.setattr(workspace, "is_capturing", lambda device: True)
