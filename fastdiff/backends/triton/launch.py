@@ -8,6 +8,7 @@ arguments of a fixed type, never specialised on.
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -196,9 +197,16 @@ def current_stream(device: torch.device) -> int:
     return torch.xpu.current_stream(device).stream_id if device.type == "xpu" else 0
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether launches are being recorded in a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def try_on(device: torch.device) -> None:
+    """Compile, load and launch a small kernel on ``device``; raises where that cannot be."""
+    global _records
+    recorded, _records = _records, None
+    out, seed = torch.empty(1, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints what it could not assemble
+            uniforms(device, (1, 1), (out, seed, 0, 0, 1), ("tensor", 128))
+    finally:
+        _records = recorded
 
 
 affine = Kernel(kernels.affine)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..layout import layout_of
 from ..rows import Gathered, as_tensor, in_two_passes
-from . import launch
+from . import launch, unfit_because
 from .coefficients import arrange, is_one, shape_of
 from .launch import launches
 from .plan import plan, strided, tile_of
@@ -38,7 +38,9 @@ _UNIFORMS = _ROWS = 128  # a program
 
 
 def _runs_on(device: torch.device) -> bool:
-    return device.type in ("cuda", "xpu") or (launch.INTERPRETED and device.type == "cpu")
+    if device.type == "cuda" or device.type == "xpu":
+        return not unfit_because(device)
+    return launch.INTERPRETED and device.type == "cpu"
 
 
 def _plain() -> bool:

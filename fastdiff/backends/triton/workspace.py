@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .launch import current_stream, is_capturing
+from ..devices import is_capturing
+from .launch import current_stream
 
 _CELLS = 64  # a stream
 _RESERVED = 1024  # a device, for launches that are captured
