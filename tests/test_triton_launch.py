@@ -141,6 +141,61 @@ def test_one_compilation_a_variant(direct):
     assert len(keys) == made and all(len(kernel.calls) % 2 == 0 for kernel in kernels)
 
 
+def jit_key(kernel, arguments, constants):
+    """What ``triton.jit`` tells variants apart by: its own binder, for an AMD GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    function = kernel.function
+    if not isinstance(function, JITFunction):  # the interpreter's
+        function = JITFunction(function.fn, do_not_specialize=function.kwargs["do_not_specialize"])
+    backend = make_backend(GPUTarget("hip", "gfx942", 64))
+    binder = create_function_from_signature(function.signature, function.params, backend)
+    _, specialization, options = binder(*arguments, *constants, **kernel.options(constants))
+    return tuple(specialization), tuple(options.items())
+
+
+def test_triton_jit_makes_no_more_variants(monkeypatch):
+    """Sizes, counts, strides, streams, offsets and rows that lie anywhere: where ours is one variant, its is one."""
+    from fastdiff import ops
+    from fastdiff.backends.rows import Gathered
+
+    table, how = torch.ones(1000, 5), ("mse", "none", "mean")
+    launched = []
+
+    def calls(samples, width, stream, offset, seed, column):
+        x = torch.zeros(samples, width)
+        t = torch.zeros(samples, 1, dtype=torch.int64)
+        first, second = (Gathered(table[:, k % 5], t) for k in (column, column + 1))
+        row, coefficients = torch.ones(samples + 1, 1)[column % 2 :][:samples], torch.ones(19)[column % 2 :][:18]
+        for n in (x, ops.Philox(torch.tensor([seed]), offset, stream), ops.Philox(seed, offset, stream)):
+            operations.noise(x, n, first, second, 0.0, None, False)
+            operations.noise(x, n, row, row, 0.0, None, False)
+            operations.loss(x, x, n, first, second, None, row, None, None, *how)
+            operations.step(x, x, None, 1.0, coefficients, None, (), n, None, x.dtype, (True, False))
+        operations.uniform(torch.tensor([seed]), samples, stream, offset, x.device)
+        operations.rational(torch.ones(3, 2, dtype=torch.float64), torch.ones(samples))
+
+    def record(kernel, device, grid, arguments, constants):
+        launched.append((kernel, arguments, constants))
+
+    monkeypatch.setattr(launch.Kernel, "__call__", record)
+    monkeypatch.setattr(operations, "_runs_on", lambda device: True)
+    for k, (samples, width) in enumerate([(1, 4096), (2, 8192), (3, 4096 * 3), (16, 4096 * 5), (17, 4096), (4, 65536)]):
+        for stream, offset, seed in ((0, 0, 2**40), (1, 1, -(2**62)), (16, 2**33 + 1, 2**63 - 1)):
+            calls(samples, width, stream, offset, seed, k)
+    ours, theirs = {}, {}
+    for kernel, arguments, constants in launched:
+        key = kernel.name, kernel.key(arguments, constants, 0)
+        ours.setdefault(key, set()).add(jit_key(kernel, arguments, constants))
+        theirs.setdefault((kernel.name, jit_key(kernel, arguments, constants)), set()).add(key)
+    assert {name for name, _ in ours} == {"affine", "loss", "step", "uniforms", "rational"}
+    assert len(launched) > 10 * len(ours)
+    assert all(len(keys) == 1 for keys in ours.values())
+    assert len(theirs) == len(ours)
+
+
 def test_workspaces_are_shared_by_a_stream_and_grow(monkeypatch):
     monkeypatch.setattr(workspace, "_workspaces", {})
     monkeypatch.setattr(workspace, "current_stream", lambda device: stream)

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import kernels, philox
+from .traffic import Launch
 
 INTERPRETED = not isinstance(kernels.affine, triton.runtime.JITFunction)
 # The versions whose compiled kernels are known to be called as ``_Direct`` does; others go through triton.jit.
@@ -48,12 +49,12 @@ _DATA = {"out", "kept", "u", "v", "xi", "prediction", "x0", "n", "gradient", "x"
     "target", "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen",
 }  # fmt: skip
 
-_records: list[str] | None = None
+_records: list[Launch] | None = None
 
 
 @contextlib.contextmanager
-def launches() -> Iterator[list[str]]:
-    """Collects the names of the kernels that are launched in the block, in order."""
+def launches() -> Iterator[list[Launch]]:
+    """Collects the kernels that are launched in the block, in order: their names, and what they move."""
     global _records
     before, _records = _records, []
     try:
@@ -66,11 +67,13 @@ class Kernel:
     """A kernel function and its variants."""
 
     def __init__(self, function: Any):
-        self.function = function
-        self.name: str = function.fn.__name__
-        names = list(function.arg_names)
-        constant = {name for name, kind in function.fn.__annotations__.items() if "constexpr" in str(kind)}
+        written, names = function.fn, list(function.arg_names)
+        constant = {name for name, kind in written.__annotations__.items() if "constexpr" in str(kind)}
+        # ``triton.jit`` too is to tell variants apart by the alignment of full-size data, but not by numbers.
+        written.__annotations__ |= {name: "int64" for name in names if name in _INT64 - _SEEDS}
         self.runtime = [name for name in names if name not in constant]
+        self.function = triton.jit(written, do_not_specialize=[name for name in self.runtime if name not in _DATA])
+        self.name: str = written.__name__
         self.constants = [name for name in names if name in constant]
         assert names == self.runtime + self.constants, "constants come last"
         self.data = [k for k, name in enumerate(self.runtime) if name in _DATA]
@@ -120,7 +123,8 @@ class Kernel:
     def __call__(self, device: torch.device, grid: tuple[int, int], arguments: tuple, constants: tuple) -> None:
         """Launch on the current stream of ``device``."""
         if _records is not None:
-            _records.append(self.name)
+            names = *self.runtime, *self.constants
+            _records.append(Launch.of(self.name, dict(zip(names, (*arguments, *constants)))))
         if not _direct(device):
             with _on(device):
                 self.function[grid](*arguments, *constants, **self.options(constants))
