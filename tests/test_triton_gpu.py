@@ -166,19 +166,3 @@ def test_more_than_2_to_the_31_elements():
     assert torch.equal(x_t[-1:], last)
     loss = triton.loss(x_t, None, x0, None, rows * 0, None, rows * 0 + 1, None, None, "mse", "none", "none")
     torch.testing.assert_close(loss[-1], (last.float() ** 2).mean(1, keepdim=True)[0], rtol=1e-6, atol=0)
-
-
-def test_the_launcher_costs_microseconds():
-    """Host time of a noising in the steady state. (60 microseconds is the aim for a whole step.)"""
-    import time
-
-    x0, rows = batch((1, 4, 8, 8)), torch.rand(2, 1, 1, 1, 1, device=CUDA)
-    seed = torch.tensor([3], device=CUDA)
-    best = 1.0
-    for _ in range(20):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(50):
-            triton.noise(x0, ops.Philox(seed), *rows, 0.0, None, False)
-        best = min(best, (time.perf_counter() - start) / 50)
-    assert best < 60e-6, best

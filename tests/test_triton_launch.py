@@ -1,7 +1,10 @@
 """The cached launcher, without a GPU: what makes two variants, what is compiled for them, and how they are called."""
 
+import sys
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from fastdiff.backends.triton import launch, operations, workspace
@@ -139,6 +142,68 @@ def test_one_compilation_a_variant(direct):
     made = len(keys)
     calls()
     assert len(keys) == made and all(len(kernel.calls) % 2 == 0 for kernel in kernels)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts tensors of new memory, and names what else is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.others = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "empty" in function.name():
+            self.made += 1
+        elif not function.is_view and "detach" not in function.name():
+            self.others.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def python_calls(call):
+    """How many functions of Python a call enters."""
+    entered = 0
+
+    def count(frame, event, argument):
+        nonlocal entered
+        entered += event == "call"
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+def test_what_a_launch_costs_the_host(direct):
+    """Once its variant is there: no compilation, no allocation but of results, and few calls of Python. (The time that
+    this takes is for the benchmarks to say.)"""
+    from fastdiff import ops
+
+    keys, kernels = direct
+    x0, rows, seed = torch.zeros(1, 4, 8, 8), torch.rand(2, 1, 1, 1, 1), torch.tensor([3])
+    prediction, one = torch.zeros(1, 4, 8, 8).requires_grad_(), torch.tensor(1.0)
+    how = None, rows[0], None, rows[1], None, None, "mse", "none", "mean"
+    calls = {
+        "noising": (lambda: operations.noise(x0, ops.Philox(seed), *rows, 0.0, None, False), 1, 1),
+        # The loss, its gradient, and the upstream gradient that it is for.
+        "loss": (lambda: operations.loss(prediction, None, x0, *how).backward(one), 2, 3),
+    }
+    most = {"noising": 55, "loss": 180}  # 44 and 150, and room for another PyTorch
+    torch.use_deterministic_algorithms(False)  # which fills what is empty
+    for name, (call, launched, made) in calls.items():
+        for _ in range(2):
+            prediction.grad = None
+            call()
+        compiled, before = len(keys), sum(len(kernel.calls) for kernel in kernels)
+        prediction.grad = None
+        with Allocations() as allocations:
+            call()
+        assert len(keys) == compiled and sum(len(kernel.calls) for kernel in kernels) == before + launched
+        assert allocations.made == made and not allocations.others, name
+        prediction.grad = None
+        entered = python_calls(call)
+        assert entered <= most[name], f"{name}: {entered}"
 
 
 def jit_key(kernel, arguments, constants):
