@@ -77,8 +77,22 @@ class _Cells:
     waiting: weakref.WeakValueDictionary[tuple, Cell] = field(default_factory=weakref.WeakValueDictionary)
 
 
+@dataclass
+class _Reserved:
+    """Those of a device for launches that are captured. All are held, as graphs go on using those that are taken."""
+
+    cells: list[Tensor]
+    taken: int = 0
+
+    def take(self) -> Tensor | None:
+        if self.taken == len(self.cells):
+            return None
+        self.taken += 1
+        return self.cells[self.taken - 1]
+
+
 _cells: dict[tuple[torch.device, int], _Cells] = {}
-_reserved: dict[torch.device, list[Tensor]] = {}
+_reserved: dict[torch.device, _Reserved] = {}
 _lock = threading.Lock()  # backward runs in a thread of its own
 
 
@@ -93,10 +107,10 @@ def cell(device: torch.device, kind: Hashable) -> Cell:
     owner = _owner(device)
     with _lock:
         if owner[0]:
-            reserved = _reserved.get(device)
-            return Cell(reserved.pop() if reserved else _zeros(device, 1)[0], owner)
+            value = _reserved[device].take() if device in _reserved else None
+            return Cell(_zeros(device, 1)[0] if value is None else value, owner)
         if device not in _reserved:
-            _reserved[device] = _zeros(device, _RESERVED)
+            _reserved[device] = _Reserved(_zeros(device, _RESERVED))
         found = _cells.get(owner[1:])
         if found is None:
             found = _cells[owner[1:]] = _Cells(_zeros(device, _CELLS))
