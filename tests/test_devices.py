@@ -174,6 +174,25 @@ def test_fake_tensors_are_not_what_is_tried(machine, monkeypatch):
     assert kinds == [torch.Tensor]
 
 
+def test_nothing_is_tried_while_a_program_is_traced(monkeypatch):
+    """An objective asks, when it is traced, whether the noise is to be kept."""
+    tries = []
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setitem(backends._CHOICE, "cuda", "triton")
+    for trial in backends._TRIED.values():
+        monkeypatch.setattr(trial, "found", {})
+        monkeypatch.setattr(trial, "_attempt", tries.append)
+    torch._dynamo.reset()
+
+    def add(x):
+        return x + 1 if backends.remakes_noise(torch.device("cuda", 0)) else x
+
+    compiled = torch.compile(add, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+    assert tries == []
+    assert add(1) == 2 and set(tries) == {torch.device("cuda", 0)}
+
+
 def test_doctor_and_status_say_so(machine, capsys):
     machine.unfit["cuda"] = {1: RuntimeError(NO_CODE)}
     machine.unfit["triton"] = {k: RuntimeError("Failed to find C compiler") for k in range(3)}

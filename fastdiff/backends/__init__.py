@@ -65,7 +65,7 @@ def choose(device: torch.device | str) -> str:
 
 
 def _name(device: torch.device) -> str:
-    if device.type == "cuda" or device.type == "xpu":
+    if (device.type == "cuda" or device.type == "xpu") and not torch.compiler.is_compiling():
         return _chosen.get((_forced, device)) or _try_on(device)
     return _forced or _CHOICE.get(device.type, "reference")
 
@@ -103,9 +103,11 @@ def get(device: torch.device) -> ModuleType:
 
 def remakes_noise(device: torch.device | str) -> bool:
     """Whether noise on ``device`` is made again faster than it is read: then a training step need not keep it."""
-    name = choose(device)
-    if name == "cuda" and torch.device(device).type == "cuda" and _unfit_because("triton", torch.device(device)):
-        return False  # "cuda" has Triton's noise
+    device = torch.device(device)
+    name = _name(device)
+    if name == "cuda" and device.type == "cuda" and not torch.compiler.is_compiling():
+        if _unfit_because("triton", device):
+            return False  # "cuda" has Triton's noise
     return getattr(_MODULES[name], "remakes_noise", False)
 
 
