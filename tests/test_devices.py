@@ -285,3 +285,14 @@ def test_gpu_fits():
     if cuda.built:
         assert cuda.unfit_because(gpu) == ""
     assert silently(backends.choose, gpu) == ("cuda" if cuda.built else "triton")
+
+
+@pytest.mark.gpu
+def test_gpu_capture_is_seen():
+    gpu, graph = torch.device("cuda", torch.cuda.current_device()), torch.cuda.CUDAGraph()
+    x = torch.ones(8, device=gpu)
+    assert not devices.is_capturing(gpu)
+    with torch.cuda.graph(graph):
+        seen = devices.is_capturing(gpu)
+        x.add_(1)
+    assert seen and not devices.is_capturing(gpu)

@@ -261,6 +261,25 @@ def test_triton_jit_makes_no_more_variants(monkeypatch):
     assert len(theirs) == len(ours)
 
 
+def test_a_kernel_that_is_first_needed_in_a_capture(direct, monkeypatch):
+    """CUDA may refuse to load it there. Then the error says what to do, and nothing is kept of the attempt."""
+
+    def refused(kernel, key, target):
+        raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+
+    rows = torch.ones(2, 1, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.Kernel, "compile", refused)
+        with pytest.raises(RuntimeError, match="operation not permitted"):
+            operations.noise(X, X, *rows, 0.0, None, False)
+        patch.setattr(launch, "is_capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="'affine' could not be loaded .* once before") as found:
+            operations.noise(X, X, *rows, 0.0, None, False)
+        assert "operation not permitted" in str(found.value.__cause__)
+    operations.noise(X, X, *rows, 0.0, None, False)
+    assert len(direct[0]) == 1
+
+
 def test_workspaces_are_shared_by_a_stream_and_grow(monkeypatch):
     monkeypatch.setattr(workspace, "_workspaces", {})
     monkeypatch.setattr(workspace, "current_stream", lambda device: stream)

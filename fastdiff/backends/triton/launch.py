@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..devices import is_capturing
 from . import kernels, philox
 from .traffic import Launch
 
@@ -151,10 +152,21 @@ class Kernel:
         variant = self._variants.get(short)
         with _on(device):
             if variant is None:
-                target = triton.runtime.driver.active.get_current_target()
-                key = self.key(arguments, constants, index)
-                variant = self._variants[short] = _Direct(self.compile(key, target))
+                variant = self._variants[short] = self._loaded(device, self.key(arguments, constants, index))
             variant(grid, _stream(device), values, constants)
+
+    def _loaded(self, device: torch.device, key: tuple) -> _Direct:
+        """The kernel of a key, compiled and loaded on ``device``, which is current."""
+        capturing = is_capturing(device)
+        try:
+            return _Direct(self.compile(key, triton.runtime.driver.active.get_current_target()))
+        except Exception as error:
+            if not capturing:
+                raise
+            raise RuntimeError(
+                f"the kernel {self.name!r} could not be loaded while a CUDA graph is captured: run what is captured "
+                "once before, with tensors of the same shapes and dtypes."
+            ) from error
 
 
 class _Direct:
