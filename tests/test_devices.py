@@ -147,8 +147,9 @@ def test_a_forced_backend_says_why(machine, name):
             with pytest.raises(RuntimeError, match=f"'{name}' cannot run on cuda:1: no code for it"):
                 backends.get(GPUS[1])
     machine.current = 1
-    with fastdiff.use_backend(name):
-        pass  # it runs on one that was tried
+    with fastdiff.use_backend(name):  # it runs on one that was tried
+        assert backends.choose("meta") == name, "whose operations go to the reference there"
+        assert name != "cuda" or backends.choose(torch.device("xpu", 0)) == name
     backends._TRIED[name].found.clear()
     with pytest.raises(RuntimeError, match=f"'{name}' is not available: not on cuda:1: no code for it"):
         fastdiff.use_backend(name)

@@ -76,22 +76,28 @@ def _try_on(device: torch.device) -> str:
     if device.index is None:
         current = devices.current()
         return _name(current) if current is not None and current.type == device.type else _forced or "reference"
-    capturing = devices.is_capturing(device)
-    names = [backend.name for backend in _STATUS if backend.available and device.type in backend.devices]
-    name = _forced or next((name for name in names if not _unfit_because(name, device)), "reference")
-    if _forced and (because := _unfit_because(_forced, device)):
-        raise RuntimeError(f"the backend {_forced!r} cannot run on {device}: {because}.")
-    if not capturing:
+    failed: dict[str, str] = {}
+    name = _forced or "reference"
+    for candidate in [_forced] if _forced else [b.name for b in _STATUS if b.available and device.type in b.devices]:
+        because = _unfit_because(candidate, device)
+        if not because:
+            name = candidate
+            break
+        failed[candidate] = because
+    if name in failed:
+        raise RuntimeError(f"the backend {name!r} cannot run on {device}: {failed[name]}.")
+    if not devices.is_capturing(device):
         _chosen[_forced, device] = name
-        for unfit in names[: names.index(name)] if not _forced and devices.current() is not None else ():
-            because = _unfit_because(unfit, device)
-            warnings.warn(f"the backend {unfit!r} cannot run on {device}: {because}. {name!r} does.", stacklevel=4)
+        if devices.current() is not None:
+            for unfit, because in failed.items():
+                warnings.warn(f"the backend {unfit!r} cannot run on {device}: {because}. {name!r} does.", stacklevel=4)
     return name
 
 
 def _unfit_because(name: str, device: torch.device) -> str:
-    """Why a backend that is for this type of device cannot run on it; empty where it can."""
-    return _TRIED[name](device) if name in _TRIED else ""
+    """Why a backend cannot run on a device of the types that it is for; empty where it can."""
+    for_it = any(device.type in backend.devices for backend in _STATUS if backend.name == name)
+    return _TRIED[name](device) if name in _TRIED and for_it else ""
 
 
 def get(device: torch.device) -> ModuleType:
