@@ -138,6 +138,39 @@ def test_a_capture_is_asked_about_on_the_device_it_is_about(machine):
     assert devices.is_capturing(torch.device("cuda")) and not devices.is_capturing(torch.device("cpu"))
 
 
+def test_a_run_is_captured_on_a_stream_of_its_device(machine, monkeypatch):
+    """PyTorch's own choice of a stream is of the device that was captured on first."""
+
+    class Stream:
+        def __init__(self):
+            self.device = machine.current
+
+        def wait_stream(self, other):
+            assert self.device == other.device
+
+    @contextlib.contextmanager
+    def graph(graph, pool=None, stream=None):
+        stream = stream or first
+        captured.append(stream.device)
+        with machine.on(GPUS[stream.device]):
+            yield
+
+    first, captured = Stream(), []
+    current = {}
+    for gpu in GPUS:
+        with machine.on(gpu):
+            current[gpu.index] = Stream()
+    for name, value in {"Stream": Stream, "graph": graph, "stream": lambda stream: contextlib.nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[machine.current])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": lambda self: None})())
+    ran = []
+    for gpu in GPUS:
+        fastdiff.graph.record(lambda: ran.append(machine.current), lambda: None, gpu)
+        assert ran[-1] == gpu.index
+    assert captured == [0, 1, 2]
+
+
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_a_forced_backend_says_why(machine, name):
     machine.unfit[name][1] = RuntimeError("no code for it")

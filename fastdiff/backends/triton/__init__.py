@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..devices import Trial, current
+from ..devices import Trial
 
 _OPERATIONS = (
     *("uniform", "normal", "gather", "noise", "noise_and_target", "loss", "loss_gradient", "convert", "step"),
@@ -55,7 +55,7 @@ def no_device_because() -> str:
     """Why there is nothing to run on; empty where there is."""
     if not available:
         return unavailable_because
-    if interpreted() or current() is not None:
+    if torch.cuda.is_available() or interpreted() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
         return ""
     return "there is no CUDA, ROCm or XPU device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
 
