@@ -97,12 +97,12 @@ def test_a_device_without_code_for_the_step_has_tritons(machine):
 
 def test_a_device_that_nothing_fits_has_the_reference(machine):
     machine.unfit["cuda"][2] = RuntimeError(NO_CODE)
-    machine.unfit["triton"][2] = RuntimeError("Failed to find C compiler.\nmore of it")
+    machine.unfit["triton"][2] = RuntimeError("ptxas failed\nstderr:\nno such target.\n\n.version 8")
     with pytest.warns(UserWarning) as found:
         assert backends.get(GPUS[2]) is reference
     assert [str(one.message) for one in found] == [
         f"the backend 'cuda' cannot run on cuda:2: {NO_CODE}. 'reference' does.",
-        "the backend 'triton' cannot run on cuda:2: Failed to find C compiler. 'reference' does.",
+        "the backend 'triton' cannot run on cuda:2: ptxas failed stderr: no such target. 'reference' does.",
     ]
     assert silently(backends.choose, GPUS[2]) == "reference" and not backends.remakes_noise(GPUS[2])
 

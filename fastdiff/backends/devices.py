@@ -35,7 +35,9 @@ class Trial:
         except torch.OutOfMemoryError:
             raise  # that says nothing about the kernels
         except Exception as error:
-            return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+            # Of an assembler's error the third line says what was wrong, and listings follow.
+            said = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
+            return said[:300].rstrip(". ") or type(error).__name__
         return ""
 
 
