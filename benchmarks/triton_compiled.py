@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from fastdiff import ops
 from fastdiff.backends.rows import Gathered
 from fastdiff.backends.triton import launch, operations
-from fastdiff.bench.counting import stored_bytes
+from fastdiff.backends.triton.traffic import Launch
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
@@ -58,7 +58,7 @@ def captured(call: Any, approximate: bool) -> list[tuple[launch.Kernel, tuple, f
     found: list[tuple[launch.Kernel, tuple, float]] = []
     before = launch.Kernel.__call__, operations._runs_on, launch.has_approximate_instructions
     launch.Kernel.__call__ = lambda self, device, grid, arguments, constants: found.append(
-        (self, self.key(arguments, constants, None), element_bytes(self, arguments))
+        (self, self.key(arguments, constants, None), element_bytes(self, arguments, constants))
     )
     operations._runs_on = lambda device: True
     launch.has_approximate_instructions = lambda device: approximate
@@ -69,10 +69,10 @@ def captured(call: Any, approximate: bool) -> list[tuple[launch.Kernel, tuple, f
     return found
 
 
-def element_bytes(kernel: launch.Kernel, arguments: tuple) -> float:
-    """Bytes that a launch reads and writes for an element of its data; rows are not counted."""
-    data = [arguments[k] for k in kernel.data if arguments[k] is not None]
-    return sum(map(stored_bytes, data)) / max(t.numel() for t in data) if data else 0.0
+def element_bytes(kernel: launch.Kernel, arguments: tuple, constants: tuple) -> float:
+    """Bytes that a launch moves for an element of its data."""
+    values = dict(zip((*kernel.runtime, *kernel.constants), (*arguments, *constants)))
+    return Launch.of(kernel.name, values).bytes / max(t.numel() for t in arguments if isinstance(t, torch.Tensor))
 
 
 def cases() -> dict[str, Any]:
@@ -247,9 +247,9 @@ def measured(targets: list[str]) -> list[dict[str, Any]]:
 
 def shares(result: dict[str, Any]) -> dict[str, float]:
     """GPU -> the share of the copy ceiling that is predicted, of kernels that fill their threads with full-size data.
-    Not of a backward: it finds its gradient written, and moves nothing."""
+    Not of a backward: it finds its gradient written, and moves next to nothing."""
     names = PREDICTED.get(result["target"], ())
-    if not names or result["elements"] < 16 or not result["bytes"] or "backward" in result["case"]:
+    if not names or result["elements"] < 16 or "backward" in result["case"]:
         return {}
     each = result["instructions"] / result["elements"]
     return {name: share_of_copy(each, result["bytes"], GPUS[name], result["registers"]) for name in names}
