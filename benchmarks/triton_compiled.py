@@ -25,11 +25,13 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
+from roofline import GPUS, share_of_copy, warps
 from triton.backends.compiler import GPUTarget
 
 from fastdiff import ops
 from fastdiff.backends.rows import Gathered
 from fastdiff.backends.triton import launch, operations
+from fastdiff.backends.triton.traffic import Launch
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
@@ -41,6 +43,8 @@ EVERYWHERE = {
     *("loss v, fast, bf16", "loss v, exact, bf16", "loss v, given, bf16", "loss v, given, fp32"),
     *("loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
 }
+# The GPUs whose share of the copy ceiling is predicted, by what they run.
+PREDICTED = {"sm_90": ("H100", "H200"), "sm_100": ("B200",)}
 SHAPE = (64, 4, 128, 128)
 THREADS = 128
 
@@ -49,12 +53,12 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def captured(call: Any, approximate: bool) -> list[tuple[launch.Kernel, tuple]]:
-    """(kernel, key) of every launch of ``call``, none of which happens."""
-    found: list[tuple[launch.Kernel, tuple]] = []
+def captured(call: Any, approximate: bool) -> list[tuple[launch.Kernel, tuple, float]]:
+    """(kernel, key, bytes an element) of every launch of ``call``, none of which happens."""
+    found: list[tuple[launch.Kernel, tuple, float]] = []
     before = launch.Kernel.__call__, operations._runs_on, launch.has_approximate_instructions
     launch.Kernel.__call__ = lambda self, device, grid, arguments, constants: found.append(
-        (self, self.key(arguments, constants, None))
+        (self, self.key(arguments, constants, None), element_bytes(self, arguments, constants))
     )
     operations._runs_on = lambda device: True
     launch.has_approximate_instructions = lambda device: approximate
@@ -63,6 +67,12 @@ def captured(call: Any, approximate: bool) -> list[tuple[launch.Kernel, tuple]]:
     finally:
         launch.Kernel.__call__, operations._runs_on, launch.has_approximate_instructions = before
     return found
+
+
+def element_bytes(kernel: launch.Kernel, arguments: tuple, constants: tuple) -> float:
+    """Bytes that a launch moves for an element of its data."""
+    values = dict(zip((*kernel.runtime, *kernel.constants), (*arguments, *constants)))
+    return Launch.of(kernel.name, values).bytes / max(t.numel() for t in arguments if isinstance(t, torch.Tensor))
 
 
 def cases() -> dict[str, Any]:
@@ -187,8 +197,7 @@ def machine_code(compiled: Any) -> dict[str, Any]:
     return {
         "instructions": first,
         "all": len(code),
-        "loads": sorted({name for name in code if name.startswith("LDG")}),
-        "stores": sorted({name for name in code if name.startswith("STG")}),
+        "prefetches": [k for k, name in enumerate(code) if name.startswith("CCTL") and "PF2" in name],
         "wide_loads": sum(name.startswith("LDG.E.128") for name in code),
         "wide_stores": sum(name.startswith("STG.E.128") for name in code),
         "float64": sorted({name for name in code if re.match(r"(D(ADD|MUL|FMA|SETP|MNMX)|.*F64)", name)}),
@@ -224,16 +233,26 @@ def measured(targets: list[str]) -> list[dict[str, Any]]:
             if target != "sm_90" and name not in EVERYWHERE:
                 continue
             nvidia = TARGETS[target].backend == "cuda"
-            for stage, (kernel, key) in enumerate(captured(call, nvidia)):
+            for stage, (kernel, key, moved) in enumerate(captured(call, nvidia)):
                 compiled = kernel.compile(key, TARGETS[target])
                 constants = dict(zip(kernel.constants, key[2]))
                 found = machine_code(compiled) if nvidia else amd_code(compiled)
                 elements = constants.get("R", 1) * constants.get("C", THREADS) / THREADS
                 results.append({
                     "case": name + (", backward" if stage else ""), "kernel": kernel.name, "target": target,
-                    "elements": elements, **found,
+                    "elements": elements, "bytes": moved, **found,
                 })  # fmt: skip
     return results
+
+
+def shares(result: dict[str, Any]) -> dict[str, float]:
+    """GPU -> the share of the copy ceiling that is predicted, of kernels that fill their threads with full-size data.
+    Not of a backward: it finds its gradient written, and moves next to nothing."""
+    names = PREDICTED.get(result["target"], ())
+    if not names or result["elements"] < 16 or "backward" in result["case"]:
+        return {}
+    each = result["instructions"] / result["elements"]
+    return {name: share_of_copy(each, result["bytes"], GPUS[name], result["registers"]) for name in names}
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -246,7 +265,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "a reduction does comes behind it. 'backward' looks at the upstream gradient, and returns or writes another.",
         "Frames of a video: 1 x 16 x 33 x 60 x 90, a row a frame; 12% of its tiles hang over the ends of frames and",
         "are not in the count. Where a thread has less than 8 elements the data is tiny, there for its layout: what is",
-        "counted is the fixed part of a program, with most of its threads idle.",
+        "counted is the fixed part of a program, with most of its threads idle. Warps: that fit on a multiprocessor.",
+        "Of copy: the share of a copy's bandwidth that `benchmarks/roofline.py` predicts from these numbers.",
         "No GPU was used; nothing here is a time. Made by `python benchmarks/triton_compiled.py`.",
         "",
     ]
@@ -254,15 +274,19 @@ def table(results: list[dict[str, Any]]) -> str:
         rows = [r for r in results if r["target"] == target]
         if not rows:
             continue
-        nvidia = "instructions" in rows[0]
-        counted = "elements a thread | instructions per element | " if nvidia else ""
-        lines += [f"## {target}", "", f"| Kernel | {counted}registers | 128-bit loads, stores | spills |"]
-        lines.append("|---" * (6 if nvidia else 4) + "|")
+        nvidia, gpus = "instructions" in rows[0], PREDICTED.get(target, ())
+        heads = ["Kernel", *(["elements a thread", "instructions per element"] if nvidia else []), "registers"]
+        heads += [*(["warps"] if nvidia else []), "128-bit loads, stores", "spills", *(f"{g}, of copy" for g in gpus)]
+        lines += [f"## {target}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for r in rows:
-            count = f"{r['elements']:g} | {r['instructions'] / r['elements']:.1f} | " if nvidia else ""
-            lines.append(
-                f"| {r['case']} | {count}{r['registers']} | {r['wide_loads']}, {r['wide_stores']} | {r['spills']} |"
-            )
+            cells = [r["case"]]
+            if nvidia:
+                cells += [f"{r['elements']:g}", f"{r['instructions'] / r['elements']:.1f}"]
+            cells += [r["registers"], *([warps(r["registers"])] if nvidia else [])]
+            cells += [f"{r['wide_loads']}, {r['wide_stores']}", r["spills"]]
+            found = shares(r)
+            cells += [f"{100 * found[g]:.0f}%" if g in found else "" for g in gpus]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
     return "\n".join(lines)
 

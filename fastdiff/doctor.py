@@ -20,6 +20,7 @@ OPTIONAL = ("triton", "numpy", "scikit-learn", "matplotlib", "pillow", "tqdm", "
 def report() -> dict[str, Any]:
     """Versions, devices, optional packages and backends, as plain values."""
     devices = _devices()
+    chosen = {device["name"]: backends.choose(torch.device(device["name"])) for device in devices}  # tries them
     return {
         "versions": {
             "fastdiff": __version__,
@@ -42,7 +43,7 @@ def report() -> dict[str, Any]:
             for status in backends.status()
         ],
         "torch_randn": torch_noise.reason(),
-        "chosen": {device["name"]: backends.choose(torch.device(device["name"])) for device in devices},
+        "chosen": chosen,
     }
 
 

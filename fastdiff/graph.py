@@ -165,7 +165,8 @@ def record(body: Callable[[], None], begin: Callable[[], None], device: torch.de
                 body()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Its own choice would be one stream for all devices, of the first that anything was captured on.
+        with torch.cuda.graph(graph, stream=side):
             body()
         begin()
     return graph.replay

@@ -78,6 +78,7 @@ FLOAT: dict[str, Callable] = {
     "neg": np.negative, "abs": np.abs, "fma": fma, "sqrt": lambda x: np.sqrt(x.astype(np.float64)), "lg2": _lg2,
     "sqrt.approx": lambda x: np.sqrt(x.astype(np.float64)) * (1 + _off(2.0**-23)),
     "rsqrt.approx": lambda x: 1 / np.sqrt(x.astype(np.float64)) * (1 + _off(2.0**-22.9)),
+    "rcp": lambda x: 1 / x.astype(np.float64) * (1 + _off(2.0**-23)),
     "ex2": lambda x: np.exp2(x.astype(np.float64)) * (1 + _off(2.0**-22)),
     "sin": lambda x: np.sin(x.astype(np.float64)) + _off(2.0**-20.5),
     "cos": lambda x: np.cos(x.astype(np.float64)) + _off(2.0**-20.5),
@@ -88,8 +89,22 @@ INTEGER: dict[str, Callable] = {
     "mad.lo": lambda a, b, c: a * b + c,
     "shl": lambda a, b: a << b.astype(a.dtype), "shr": lambda a, b: a >> b.astype(a.dtype),
     "div": lambda a, b: np.trunc(a / b).astype(a.dtype), "rem": lambda a, b: np.fmod(a, b),  # of 32 bits
+    "prmt": lambda a, b, picks: _picked(a, b, picks),
     "bfe": lambda a, at, size: a << (32 - at - size) >> (32 - size),  # of 32 bits; a's sign is that of its top bit
 }  # fmt: skip
+
+
+def _picked(a: np.ndarray, b: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    """Four of the eight bytes of a and b, each by a number of four bits."""
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(a)
+    for k in range(4):
+        pick = picks >> np.uint32(4 * k) & np.uint32(15)
+        assert (pick < 8).all(), "a byte's sign"
+        result |= (both >> (8 * pick).astype(np.uint64) & np.uint64(255)).astype(np.uint32) << np.uint32(8 * k)
+    return result
+
+
 COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "neu": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal, "nan": lambda a, b: np.isnan(a) | np.isnan(b),
@@ -176,7 +191,7 @@ class Threads:
             return np.zeros(THREADS, kind)
         if operand.startswith("%rs"):  # of a pair of which only one is there
             return np.full(THREADS, 0x7FC0, kind)
-        value = int(operand[2:], 16) if operand.startswith("0f") else int(operand, 0)
+        value = int(operand[2:], 16) if operand.startswith("0f") else int(operand.rstrip("U"), 0)
         return np.full(THREADS, value % 2 ** (8 * np.dtype(kind).itemsize)).astype(kind)
 
     def run(self, program: Program) -> None:
@@ -203,6 +218,10 @@ class Threads:
 
     def step(self, name: list[str], operands: list[str], active: np.ndarray) -> None:
         kind = WIDTH.get(name[-1])
+        if name[0] == "prefetch":
+            for address in self.addresses(operands[0])[active]:
+                self.memory.at(int(address), 1)
+            return None
         if name[0] in ("ld", "st", "atom"):
             return self.access(name, operands, active)
         if name[0] in ("ldmatrix", "stmatrix"):
@@ -236,6 +255,9 @@ class Threads:
         if name[0] == "setp":
             return self.put(to, COMPARE[name[1]](*values), active)
         if name[-1] == "f32":
+            if "xorsign" in name:  # the smaller one in size, with the product's sign
+                sign = (bits(values[0]) ^ bits(values[1])) & np.uint32(1 << 31)
+                return self.put(to, bits(np.minimum(*map(np.abs, values))) | sign, active)
             approximate = f"{name[0]}.approx"
             function = FLOAT[approximate if "approx" in name and approximate in FLOAT else name[0]]
             return self.put(to, bits(function(*values)), active)
@@ -361,12 +383,30 @@ def findings() -> Iterator[dict[str, Any]]:
                     for name, got, want in zip(("loss", "gradient", "gradient of half"), results, wanted):
                         yield found(case + (", v" if data is not None else ", epsilon"), name, got, want)
 
+    # The noise that a loss makes again: half the gradient of a sum of squares, for a prediction of 0.
+    for shape, rows in layouts:
+        zero, one, n = torch.zeros(shape), torch.ones(rows), ops.Philox(99, 3)
+        with compiled():
+            gradient = _gradients(operations, zero, None, (n, None, one, None, one, None, None, "mse", "none", "sum"))[
+                1
+            ]
+        yield found(
+            f"exact noise, {'x'.join(map(str, shape))}",
+            "noise of a loss",
+            -0.5 * gradient,
+            n.tensor(shape, zero.device),
+        )
+
     # The error functions, masks that are laid out otherwise than the data, and a sampler's step.
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        for shape, rows in (((2, 4, 8, 16), (2, 1, 1, 1)), ((2, 3, 4, 6), (2, 1, 4, 1))):
+        for shape, rows, masked in (
+            ((2, 4, 8, 16), (2, 1, 1, 1), (2, 1, 8, 16)),
+            ((2, 3, 4, 6), (2, 1, 4, 1), (2, 1, 4, 6)),
+            ((3, 5, 24), (3, 1, 1), (3, 5, 1)),
+        ):
             x0, m, n = (torch.randn(shape).to(dtype) for _ in range(3))
             p, q, scale, weight, c = (torch.rand(rows) + 0.1 for _ in range(5))
-            mask = torch.rand(shape[0], 1, *shape[2:]) < 0.7
+            mask = torch.rand(masked) < 0.7
             for function in ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh"):
                 case = f"given noise, {function}, mask, {str(dtype)[6:]}, {'x'.join(map(str, shape))}"
                 how = n, p, q, scale, weight, c, mask, function, "row", "mean"

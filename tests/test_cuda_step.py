@@ -105,7 +105,7 @@ def host(host_module, monkeypatch):
     monkeypatch.setattr(on, "on_device", lambda tensor: tensor.is_cpu)
     monkeypatch.setattr(on, "ordinal", lambda tensor: 0)
     monkeypatch.setattr(on, "queue", lambda device: 0)
-    monkeypatch.setattr(on, "prepare", lambda device: None)
+    monkeypatch.setattr(on, "unfit_because", lambda device: "")
     monkeypatch.setattr(backends, "_forced", "cuda")
     return host_module
 

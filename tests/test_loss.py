@@ -159,6 +159,15 @@ def test_nan_and_inf_reach_loss_and_gradient(function, value, dtype):
     assert bool(prediction.grad[0].isfinite().all())
 
 
+@pytest.mark.parametrize("function", ["l1", "smooth_l1", "pseudo_huber", "log_cosh"])
+def test_an_infinite_difference_has_an_infinite_error_with_a_slope_of_1(function):
+    prediction = torch.tensor([[math.inf, 1.0], [-math.inf, 1.0]], requires_grad=True)
+    rows = ops.loss(prediction, None, None, function=function, c=0.5, reduction="none")
+    assert rows.tolist() == [math.inf, math.inf]
+    (gradient,) = torch.autograd.grad(rows.sum(), prediction)
+    assert gradient[:, 0].tolist() == [0.5, -0.5]  # of a mean of two
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
 def test_zero_size(shape):
     prediction = torch.zeros(shape, requires_grad=True)

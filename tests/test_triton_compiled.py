@@ -19,6 +19,11 @@ BUDGETS = {
     "noising, fast": 25, "noising, exact": 40,
     "loss epsilon, fast": 28, "loss v, fast": 33, "loss flow, fast": 30,
 }  # fmt: skip
+# In bfloat16, with the noise given: error functions and masks cost few instructions more than a square.
+FUNCTIONS = {
+    "loss epsilon, given": 10, "loss smooth_l1, given": 14, "loss pseudo_huber, given": 20, "loss log_cosh, given": 42,
+    "loss, mask, given": 20, "loss, mask's mean, given": 30,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +79,58 @@ def test_frames_of_a_video_are_read_by_vectors(compiled):
         assert (r["wide_loads"], r["wide_stores"]) == (inputs * r["elements"] / 8, r["elements"] / 8), r
 
 
+def of_sm_90(compiled, case):
+    (r,) = [r for r in compiled if r["target"] == "sm_90" and r["case"] == case]
+    return r
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("case", BUDGETS)
 def test_budgets_of_instructions(compiled, case, dtype):
-    (r,) = [r for r in compiled if r["target"] == "sm_90" and r["case"] == f"{case}, {dtype}"]
+    r = of_sm_90(compiled, f"{case}, {dtype}")
     assert r["instructions"] / r["elements"] <= BUDGETS[case]
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_budgets_of_error_functions_and_masks(compiled, case):
+    r = of_sm_90(compiled, f"{case}, bf16")
+    assert r["instructions"] / r["elements"] <= FUNCTIONS[case]
+
+
+@pytest.mark.parametrize("rng", ["fast", "exact"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_data_is_on_its_way_while_noise_is_made(compiled, rng, dtype):
+    """The loads themselves come behind the noise; the prefetches, of 64 bytes each, near the top."""
+    for case, tensors in (("noising", 1), ("loss epsilon", 1), ("loss v", 2)):
+        r = of_sm_90(compiled, f"{case}, {rng}, {dtype}")
+        bytes_a_thread = r["elements"] * {"bf16": 2, "fp32": 4}[dtype]
+        assert len(r["prefetches"]) == tensors * bytes_a_thread / 64 and r["prefetches"][-1] < 40, r
+
+
+def test_predicted_shares_of_the_copy_reach_their_goals(compiled, monkeypatch):
+    """Of noising and of the losses that read x0. epsilon's loss does as much for fewer bytes."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import roofline
+
+    for rng, goals in roofline.GOALS.items():
+        for case in ("noising", "loss v", "loss flow"):
+            r = of_sm_90(compiled, f"{case}, {rng}, bf16")
+            for gpu, least in goals.items():
+                share = roofline.share_of_copy(
+                    r["instructions"] / r["elements"], r["bytes"], roofline.GPUS[gpu], r["registers"]
+                )
+                assert share >= least, (case, rng, gpu, share)
+
+
+def test_the_roofline(monkeypatch):
+    """Against numbers worked out by hand: 132 times 4 x 32 x 0.8 a clock at 1.7 GHz are 2.298e13 a second."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from roofline import GPU, gpu_of, measured, share_of_copy, warps
+
+    gpu = GPU(132, 1.7e9, 4e12)
+    assert share_of_copy(45.96, 4, gpu) == pytest.approx(0.5, rel=1e-3)
+    assert share_of_copy(10, 4, gpu) == 1.0  # by the bytes
+    assert share_of_copy(45.96, 4, gpu, registers=255) == pytest.approx(0.5 * 8 / 12, rel=1e-3)
+    assert share_of_copy(45.96, 4, measured(gpu, clock=0.85e9, copy=2e12)) == pytest.approx(0.5, rel=1e-3)
+    assert [warps(registers) for registers in (16, 64, 72, 80, 255)] == [64, 32, 28, 24, 8]
+    assert gpu_of("NVIDIA H100 80GB HBM3").copy < gpu_of("NVIDIA H200").copy and gpu_of("NVIDIA A100") is None

@@ -31,9 +31,10 @@ def findings(tmp_path_factory):
 
 
 def test_noise_noising_target_and_step_have_the_bits_of_the_reference(findings):
-    found = [f for f in findings if f["name"] in ("x_t", "x_t with its target", "target", "noise", "step")]
+    names = ("x_t", "x_t with its target", "target", "noise", "noise of a loss", "step")
+    found = [f for f in findings if f["name"] in names]
     exact = [f for f in found if not f["case"].startswith("fast")]
-    assert len(exact) == 80 + 18
+    assert len(exact) == 80 + 5 + 27
     for f in exact:
         assert f["same"], f
 
@@ -53,7 +54,7 @@ def test_losses_and_gradients(findings):
     """Sums and products in another order or contracted: a few units of 2^-23 of the largest gradient, and a rounding
     to its dtype. With fast noise, its difference."""
     found = [f for f in findings if f["name"] in ("loss", "gradient", "gradient of half")]
-    assert len(found) == 180 + 90
+    assert len(found) == 180 + 135
     for f in found:
         near = 8 * 2**-23 + (torch.finfo(getattr(torch, f["dtype"][6:])).eps if f["dtype"] != "torch.float32" else 0)
         assert f["relative"] <= near + (1e-3 if f["case"].startswith("fast") else 0), f

@@ -91,7 +91,10 @@ FASTDIFF_INLINE V error(V e, V c) {
     const V size = absolute(e);
     if constexpr (function == Function::l1) return size;
     if constexpr (function == Function::smooth_l1) return size < c ? e / 2 * e / c : size - c / 2;
-    if constexpr (function == Function::pseudo_huber) return size * (size / (hypotenuse(size, c) + c));
+    if constexpr (function == Function::pseudo_huber) {
+      const V root = hypotenuse(size, c);
+      return size * (root == V{} + __builtin_inf() ? V{} + 1 : size / (root + c));
+    }
   }
 }
 
@@ -101,7 +104,10 @@ FASTDIFF_INLINE V derivative(V e, V c) {
   if constexpr (function == Function::mse) return e * 2;
   if constexpr (function == Function::l1) return sign(e);
   if constexpr (function == Function::smooth_l1) return absolute(e) < c ? e / c : sign(e);
-  if constexpr (function == Function::pseudo_huber) return e / hypotenuse(absolute(e), c);
+  if constexpr (function == Function::pseudo_huber) {
+    const V root = hypotenuse(absolute(e), c);
+    return root == V{} + __builtin_inf() ? sign(e) : e / root;
+  }
   if constexpr (function == Function::log_cosh) return hyperbolic_tangent(e);
 }
 

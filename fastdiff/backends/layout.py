@@ -1,8 +1,18 @@
-"""How rows lie in data: runs of elements that share coefficients. No tensors, no autograd."""
+"""How rows lie in data: runs of elements that share coefficients. No autograd."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+
+from torch import Tensor
+
+
+def stored_elements(tensor: Tensor) -> int:
+    """The distinct elements of a tensor: an expanded dimension counts once."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        elements *= size if stride != 0 or size == 0 else 1
+    return elements
 
 
 @lru_cache(maxsize=256)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..backends.layout import stored_elements
 from .cases import DTYPES, Case, Operands
 
 
@@ -105,11 +106,8 @@ def _bound(schema: Any, args: tuple, kwargs: dict) -> Iterator[tuple[Any, Any]]:
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Bytes of the distinct elements of a tensor: an expanded dimension counts once."""
-    elements = 1
-    for size, stride in zip(tensor.shape, tensor.stride()):
-        elements *= size if stride != 0 or size == 0 else 1
-    return elements * tensor.element_size()
+    """Bytes of the distinct elements of a tensor."""
+    return stored_elements(tensor) * tensor.element_size()
 
 
 def trace(call: Callable[[], Any]) -> Count:
@@ -226,7 +224,8 @@ def _kernel_calls(source: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def recorded(call: Callable[[], Any]) -> Count | None:
-    """Count a call with the launch recorder of the Triton backend; None where there is none, or nothing is launched."""
+    """Count a call with the launch recorder of the Triton backend, and PyTorch's operations around those launches by
+    tracing them; None where there is no recorder, or nothing is launched."""
     try:
         launches = getattr(importlib.import_module("fastdiff.backends.triton"), "launches", None)
     except ImportError:
@@ -234,13 +233,11 @@ def recorded(call: Callable[[], Any]) -> Count | None:
     if launches is None:
         return None
     with launches() as records:
-        call()
-    records = list(records)
+        others = trace(call)
     if not records:
         return None
-    sizes = [getattr(record, "bytes", None) for record in records]
-    moved = 0 if None in sizes else sum(sizes)
-    return Count(moved, len(records), "launch recorder") if moved else Count(0, len(records), "launch recorder")
+    moved = others.bytes + sum(record.bytes for record in records)
+    return Count(moved, len(records) + (others.launches or 0), "launch recorder")
 
 
 def known_operands(case: Case, operands: Operands, result: Any) -> Count:

@@ -7,10 +7,18 @@ waits for the device.
 
 from typing import Any
 
-from .operations import built, description, elsewhere, no_device_because, step, unavailable_because
+from .operations import built, description, elsewhere, no_device_because, step, unavailable_because, unfit_because
 from .trajectory import Trajectory
 
-__all__ = ["Trajectory", "built", "description", "no_device_because", "step", "unavailable_because"]
+__all__ = [
+    "Trajectory",
+    "built",
+    "description",
+    "no_device_because",
+    "step",
+    "unavailable_because",
+    "unfit_because",
+]
 
 
 def __getattr__(name: str) -> Any:

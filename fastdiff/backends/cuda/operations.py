@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..devices import Trial
 from ..native.launch import memory
 
 try:
@@ -61,10 +61,15 @@ def queue(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-@cache
-def prepare(device: int) -> None:
-    """Load the kernels: a launch into a graph that is being captured could not."""
-    _C.cuda_load(device)
+def _load(device: torch.device) -> None:
+    if not torch.cuda.is_available():
+        raise RuntimeError(no_device_because())
+    _C.cuda_load(device.index)
+
+
+# Why the kernel cannot run on a device: it has no code for it, or the driver is too old. Where it can, it is loaded, as
+# a launch into a graph that is being captured could not.
+unfit_because = Trial(_load)
 
 
 def plain(*tensors: Any) -> bool:
@@ -175,6 +180,7 @@ def step(
         or not 0 < x.numel() < MOST
         or x.ndim == 0
         or (model_input is not None and not model_input.is_contiguous())
+        or unfit_because(x.device)
     ):
         return elsewhere().step(
             x, m, uncond, guidance, table, clip, history, noise, log_variance, dtype, wanted, threshold=threshold,

@@ -45,11 +45,11 @@ class Trajectory(Any_Trajectory):
             and 0 < x.numel() < on.MOST
             and x.is_contiguous()
             and not differentiable(x, guidance, mask, known, known_noise)
+            and not on.unfit_because(x.device)
         )
         if not self._prepared:
             return
         self._device, self._shape = on.ordinal(x), x.shape
-        on.prepare(self._device)
         # What is pointed at is held here.
         self._rows = placed.contiguous()
         self._scales = guidance.contiguous() if isinstance(guidance, Tensor) else guidance

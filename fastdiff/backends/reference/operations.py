@@ -64,7 +64,8 @@ def error_function(e: Tensor, c: Any, function: str) -> Tensor:
         return torch.where(size < c, 0.5 * e * e / c, size - 0.5 * c)
     if function == "pseudo_huber":
         # sqrt(e^2 + c^2) - c cancels for small e; this is the same number without the subtraction.
-        return size * (size / (torch.hypot(e, c) + c))
+        root = torch.hypot(e, c)
+        return size * torch.where(root.isinf(), 1.0, size / (root + c))
     if function == "log_cosh":
         # ln cosh e = ln(1 + 2 sinh(e / 2)^2) where |e| is small; |e| - ln 2 + ... cancels there.
         small = torch.log1p(2 * torch.sinh(0.5 * size.clamp(max=1)) ** 2)
@@ -82,7 +83,8 @@ def error_derivative(e: Tensor, c: Any, function: str) -> Tensor:
     if function == "smooth_l1":
         return torch.where(e.abs() < c, e / c, torch.where(e.isnan(), e, e.sign()))
     if function == "pseudo_huber":
-        return e / torch.hypot(e, c)
+        root = torch.hypot(e, c)
+        return torch.where(root.isinf(), e.sign(), e / root)
     if function == "log_cosh":
         return torch.tanh(e)
     raise AssertionError(function)

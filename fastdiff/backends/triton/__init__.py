@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..devices import Trial
+
 _OPERATIONS = (
     *("uniform", "normal", "gather", "noise", "noise_and_target", "loss", "loss_gradient", "convert", "step"),
     "rational",
@@ -56,6 +58,19 @@ def no_device_because() -> str:
     if torch.cuda.is_available() or interpreted() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
         return ""
     return "there is no CUDA, ROCm or XPU device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+
+
+def _try(device: torch.device) -> None:
+    if because := no_device_because():
+        raise RuntimeError(because)
+    from . import launch
+
+    launch.try_on(device)
+
+
+# Why the kernels cannot run on a device: Triton does not compile for it, there is no C compiler for its launchers, or
+# the driver is too old for what it makes.
+unfit_because = Trial(_try)
 
 
 def description() -> str:

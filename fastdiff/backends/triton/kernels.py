@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .functions import accurate_exp, derivative, error
+from .functions import accurate_exp, derivative, error, reciprocal
 from .pairs import pair_product, pair_quotient, pair_rest, pair_rounded, pair_sum
 from .philox import narrow, normals, widen
 
@@ -32,7 +32,8 @@ from .philox import narrow, normals, widen
 @triton.jit
 def _place(units, runs, blocks, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr,
            EVEN: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """(run, block, column, offset, whether it exists) of each element; a run that does not exist is the last."""
+    """(run, block, start, place, whether it exists) of each element, which is number ``start`` + ``place`` of the data;
+    a run that does not exist is the last. The place in the tile is apart: it is known when the kernel is compiled."""
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -48,17 +49,17 @@ def _place(units, runs, blocks, R: tl.constexpr, C: tl.constexpr, UNIT: tl.const
     if WIDE:
         first = first.to(tl.int64)
     width = units * UNIT
+    place = tl.arange(0, C)
     if R == 1:
         run = first
         safe = run
-        column = block * C + tl.arange(0, C)
-        inside = column < width
+        inside = block * C + place < width
     else:
         run = (first + tl.arange(0, R))[:, None]
         safe = tl.minimum(run, runs - 1)
-        column = (block * C + tl.arange(0, C))[None, :]
-        inside = (column < width) & (run < runs)
-    return safe, block, column, run * units * UNIT + column, inside
+        place = place[None, :]
+        inside = (block * C + place < width) & (run < runs)
+    return safe, block, run * units * UNIT + block * C, place, inside
 
 
 @triton.jit
@@ -82,8 +83,8 @@ def _entry(index, row, steps, INDEX: tl.constexpr):
             entry = tl.load(index + row * 0)
         else:
             entry = tl.load(index + row)
-        inside = (entry >= 0) & (entry < steps)
-        return tl.where(inside, entry, 0), inside
+        inside = entry.to(tl.uint64) < steps.to(tl.uint64)  # a negative one is large
+        return tl.where(inside, entry, 0).to(tl.int32), inside
 
 
 @triton.jit
@@ -97,20 +98,35 @@ def _coefficient(pointer, row, entry, found, stride, KIND: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, offset, inside, EVEN: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr):
+def _load(pointer, start, place, inside, EVEN: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
+          EMULATE: tl.constexpr):  # fmt: skip
     if EVEN:
-        return widen(tl.load(pointer + offset), ASM and UNIT > 1, EMULATE)
+        return widen(tl.load(pointer + start + place), ASM and UNIT > 1, EMULATE)
     else:
-        return widen(tl.load(pointer + offset, mask=inside, other=0.0), ASM and UNIT > 1, EMULATE)
+        return widen(tl.load(pointer + start + place, mask=inside, other=0.0), ASM and UNIT > 1, EMULATE)
 
 
 @triton.jit
-def _store(pointer, offset, value, inside, EVEN: tl.constexpr, EMULATE: tl.constexpr):
+def _store(pointer, start, place, value, inside, EVEN: tl.constexpr, EMULATE: tl.constexpr):
     stored = narrow(value, pointer.dtype.element_ty, EMULATE)
     if EVEN:
-        tl.store(pointer + offset, stored)
+        tl.store(pointer + start + place, stored)
     else:
-        tl.store(pointer + offset, stored, mask=inside)
+        tl.store(pointer + start + place, stored, mask=inside)
+
+
+@triton.jit
+def _prefetch(pointer, start, block, units, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
+              ASM: tl.constexpr):  # fmt: skip
+    """Has the data of a tile on its way while its noise is made. The loads come first here too, but the last compiler
+    puts them behind the noise, where there are registers for what they bring."""
+    EACH: tl.constexpr = 512 // pointer.dtype.element_ty.primitive_bitwidth  # of 64 bytes
+    if ASM and R == 1 and C >= 32 * EACH:
+        place = tl.arange(0, C // EACH) * EACH
+        if not EVEN:
+            place = tl.minimum(place, units * UNIT - block * C - 1)
+        address = (pointer + start + place).to(tl.uint64)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], tl.int32, False, 1)
 
 
 @triton.jit
@@ -125,9 +141,9 @@ def _laid_out(index, data, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def _made(seed, stream, sample_offset, strength, factor, run, column, units, sample_runs, channel_runs,
-          SEED: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, SAMPLES: tl.constexpr, FAST: tl.constexpr,
-          ASM: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+def _made(seed, stream, sample_offset, strength, factor, run, block, place, units, sample_runs, channel_runs,
+          SEED: tl.constexpr, OFFSET: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SAMPLES: tl.constexpr,
+          FAST: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
     """Noise of a tile: Philox normals, plus ``strength`` times one normal a (sample, channel). FAST: times ``factor``,
     which costs nothing there."""
     if SEED == "tensor":
@@ -139,10 +155,19 @@ def _made(seed, stream, sample_offset, strength, factor, run, column, units, sam
     else:
         sample, inner = run // sample_runs, run % sample_runs
     sample = sample.to(tl.int64) + sample_offset
-    n = normals(key, stream, sample, inner * units * UNIT + column, factor, FAST, ASM, EMULATE)
+    if UNIT >= 4 and C >= 4:
+        # Four neighbours in the tile are four of a counter. With the last of the four for all, the compiler sees that
+        # they are the same.
+        group = inner * units * (UNIT // 4) + block * (C // 4) + ((place | 3) >> 2)
+        n = normals(key, stream, sample, group, place & 3, factor, FAST, ASM, EMULATE)
+    else:
+        index = inner * units * UNIT + block * C + place
+        n = normals(key, stream, sample, index >> 2, index & 3, factor, FAST, ASM, EMULATE)
     if OFFSET:
         # Stream 1 is that of the channel offsets: see ops/noise.py.
-        n = n + strength * normals(key, stream * 0 + 1, sample, inner // channel_runs, factor, FAST, ASM, EMULATE)
+        index = inner // channel_runs
+        shift = normals(key, stream * 0 + 1, sample, index >> 2, index & 3, factor, FAST, ASM, EMULATE)
+        n = n + strength * shift
     return n
 
 
@@ -163,64 +188,78 @@ def affine(
     Products and sums are rounded one by one, as in the reference: the kernel is compiled without contraction, but for
     noise of the fast transform, which has not the reference's bits in any case.
     """
-    run, block, column, offset, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    run, block, start, place, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    if V != "none" and V != "tensor" and (A_KIND != "none" or P_KIND != "none"):
+        _prefetch(u, start, block, units, R, C, UNIT, EVEN, ASM)
     row = _row(run, per, frames, shared, ROWS)
     entry, found = _entry(index, row, steps, INDEX)
     # Fast noise that is not needed itself is made with its factor in it.
     SCALED: tl.constexpr = V == "fast" and (XI == "fast" or XI == "none") and kept is None and target is None
     if out is not None and V != "none":
         scale = _coefficient(b, row, entry, found, stride, B_KIND)
+    made = place
     if A_KIND != "none" or P_KIND != "none":
-        data = _load(u, offset, inside, EVEN, UNIT, ASM, EMULATE)
+        data = _load(u, start, place, inside, EVEN, UNIT, ASM, EMULATE)
         if out is not None and (kept is not None or target is not None):  # the noise is used twice
-            column = _laid_out(column, data, EMULATE)
+            made = _laid_out(place, data, EMULATE)
     if V == "tensor":
-        n = _load(v, offset, inside, EVEN, UNIT, ASM, EMULATE)
+        n = _load(v, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     elif V != "none":
-        n = _made(seed, stream, sample_offset, strength, scale if SCALED else 1.0, run, column, units, sample_runs,
-                  channel_runs, SEED, OFFSET, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
+        n = _made(seed, stream, sample_offset, strength, scale if SCALED else 1.0, run, block, made, units, sample_runs,
+                  channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
     if kept is not None:
-        _store(kept, offset, n, inside, EVEN, EMULATE)
+        _store(kept, start, place, n, inside, EVEN, EMULATE)
     if target is not None:
         if P_KIND != "none":
             second = _coefficient(p, row, entry, found, stride, P_KIND) * data
         if Q_KIND != "none":
             term = _coefficient(q, row, entry, found, stride, Q_KIND) * n
             second = term if P_KIND == "none" else second + term
-        _store(target, offset, second, inside, EVEN, EMULATE)
+        _store(target, start, place, second, inside, EVEN, EMULATE)
     if out is not None:
         if V != "none":
             if XI == "tensor":
-                n = n + gamma * _load(xi, offset, inside, EVEN, UNIT, ASM, EMULATE)
+                n = n + gamma * _load(xi, start, place, inside, EVEN, UNIT, ASM, EMULATE)
             elif XI != "none":
                 n = n + gamma * _made(
-                    xi_seed, xi_stream, xi_sample_offset, xi_strength, scale if SCALED else 1.0, run, column, units,
-                    sample_runs, channel_runs, XI_SEED, XI_OFFSET, UNIT, SAMPLES, XI == "fast", ASM, EMULATE
+                    xi_seed, xi_stream, xi_sample_offset, xi_strength, scale if SCALED else 1.0, run, block, made,
+                    units, sample_runs, channel_runs, XI_SEED, XI_OFFSET, C, UNIT, SAMPLES, XI == "fast", ASM, EMULATE
                 )  # fmt: skip
             value = n if SCALED else scale * n
         if A_KIND != "none":
             first = _coefficient(a, row, entry, found, stride, A_KIND) * data
             value = first if V == "none" else first + value
-        _store(out, offset, value, inside, EVEN, EMULATE)
+        _store(out, start, place, value, inside, EVEN, EMULATE)
 
 
 @triton.jit
-def _mask(mask, offset, inside, sizes, strides, DIMS: tl.constexpr, EVEN: tl.constexpr):
-    """The mask of each element: laid out as the data (DIMS = 0), or strided in up to four dimensions."""
+def _mask(mask, start, place, inside, sizes, strides, DIMS: tl.constexpr, TOGETHER: tl.constexpr, UNIT: tl.constexpr,
+          EVEN: tl.constexpr):  # fmt: skip
+    """The mask of each element: laid out as the data (DIMS = 0), or strided in up to four dimensions. TOGETHER: whether
+    the elements of a unit share their divisions, and are neighbours in memory (see ``plan.Mask``)."""
     if DIMS == 0:
-        place = offset
+        pointer = mask + start + place
     else:
-        rest = offset
-        place = offset * 0
+        offset = start + place
+        # Sizes are below 2^31 but where offsets have 64 bits; the division of unsigned numbers is the shorter one.
+        rest = offset if offset.dtype == tl.int64 else offset.to(tl.uint32)
+        if TOGETHER != "none":
+            rest = rest // UNIT
+        at = rest * 0
         for k in tl.static_range(DIMS - 1):
-            size = sizes[2 - k]
-            place = place + rest % size * strides[3 - k]
+            size = sizes[2 - k].to(rest.dtype)
+            at += rest % size * strides[3 - k].to(rest.dtype)
             rest = rest // size
-        place = place + rest * strides[4 - DIMS]
+        at += rest * strides[4 - DIMS].to(rest.dtype)
+        if TOGETHER == "apart":
+            at = at + place % UNIT * strides[4].to(rest.dtype)
+        pointer = mask + at.to(offset.dtype)
+        if TOGETHER == "neighbours":
+            pointer = mask + at.to(offset.dtype) * UNIT + place % UNIT
     if EVEN:
-        return tl.load(mask + place).to(tl.float32)
+        return tl.load(pointer).to(tl.float32)
     else:
-        return tl.load(mask + place, mask=inside, other=0).to(tl.float32)
+        return tl.load(pointer, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -330,11 +369,12 @@ def loss(
     prediction, x0, n, gradient, mask, p, q, scale, weight, c, index, seed,
     upstream, used, assumed, result, means, divisor, counters, partials,
     stream, sample_offset, strength, size, size_low, mean, both,
-    m1, m2, m3, s0, s1, s2, s3, rows, parts, number,
+    m1, m2, m3, s0, s1, s2, s3, s4, rows, parts, number,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
     P_KIND: tl.constexpr, Q_KIND: tl.constexpr, SCALE_KIND: tl.constexpr, WEIGHT_KIND: tl.constexpr,
     C_KIND: tl.constexpr, UPSTREAM: tl.constexpr, INDEX: tl.constexpr,
     N: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr, MASK_DIMS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     FUNCTION: tl.constexpr, NORMALIZATION: tl.constexpr, REDUCTION: tl.constexpr, LANES: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
@@ -356,22 +396,26 @@ def loss(
             return
         tl.store(assumed, came, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
 
-    run, block, column, offset, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    run, block, start, place, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    if N != "none" and N != "tensor":
+        _prefetch(prediction, start, block, units, R, C, UNIT, EVEN, ASM)
+        if P_KIND != "none":
+            _prefetch(x0, start, block, units, R, C, UNIT, EVEN, ASM)
     row = _row(run, per, frames, shared, ROWS)
     entry, found = _entry(index, row, steps, INDEX)
-    e = _load(prediction, offset, inside, EVEN, UNIT, ASM, EMULATE)
+    e = _load(prediction, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     if N != "none":
         q_row = _coefficient(q, row, entry, found, stride, Q_KIND)
     if N == "tensor":
-        made = _load(n, offset, inside, EVEN, UNIT, ASM, EMULATE)
+        made = _load(n, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     elif N != "none":
-        made = _made(seed, stream, sample_offset, strength, q_row, run, column, units, sample_runs, channel_runs,
-                     SEED, OFFSET, UNIT, SAMPLES, N == "fast", ASM, EMULATE)  # fmt: skip
+        made = _made(seed, stream, sample_offset, strength, q_row, run, block, place, units, sample_runs, channel_runs,
+                     SEED, OFFSET, C, UNIT, SAMPLES, N == "fast", ASM, EMULATE)  # fmt: skip
     if N == "fast":  # the product is in it, and is taken into the difference
         e = e - made
     if P_KIND != "none":
         p_row = _coefficient(p, row, entry, found, stride, P_KIND)
-        data = _load(x0, offset, inside, EVEN, UNIT, ASM, EMULATE)
+        data = _load(x0, start, place, inside, EVEN, UNIT, ASM, EMULATE)
         if N == "tensor" or N == "exact":
             e = e - tl.fma(p_row, data, q_row * made)
         else:
@@ -381,12 +425,12 @@ def loss(
     if SCALE_KIND != "none":
         factor = _coefficient(scale, row, entry, found, stride, SCALE_KIND)
         e = factor * e
+    constant, inverse = 1.0, 1.0
     if C_KIND != "none":
         constant = _coefficient(c, row, entry, found, stride, C_KIND)
-    else:
-        constant = 1.0
+        inverse = reciprocal(constant)
     if MASK_DIMS >= 0:
-        kept = _mask(mask, offset, inside, (m1, m2, m3), (s0, s1, s2, s3), MASK_DIMS, EVEN)
+        kept = _mask(mask, start, place, inside, (m1, m2, m3), (s0, s1, s2, s3, s4), MASK_DIMS, TOGETHER, UNIT, EVEN)
     if WEIGHT_KIND != "none":
         strong = _coefficient(weight, row, entry, found, stride, WEIGHT_KIND)
 
@@ -408,13 +452,13 @@ def loss(
         if FUNCTION == "mse":
             slope = (2.0 * k) * e
         else:
-            slope = k * derivative(e, constant, FUNCTION)
+            slope = k * derivative(e, inverse, FUNCTION, ASM)
         if MASK_DIMS >= 0:
             slope = slope * kept
-        _store(gradient, offset, slope, inside, EVEN, EMULATE)
+        _store(gradient, start, place, slope, inside, EVEN, EMULATE)
 
     if result is not None:
-        value = error(e, constant, FUNCTION)
+        value = error(e, constant, inverse, FUNCTION, ASM)
         if MASK_DIMS >= 0:
             value = value * kept
         if not EVEN:
@@ -435,7 +479,9 @@ def loss(
         if NORMALIZATION != "none":
             if not EVEN:
                 kept = tl.where(inside, kept, 0.0)
-            count, count_low = _tile_sum(kept, True, R, EMULATE)
+            # Of bytes a plain sum is exact: a tile has at most 2^12.
+            BYTES: tl.constexpr = mask.dtype.element_ty.primitive_bitwidth == 8
+            count, count_low = _tile_sum(kept, not BYTES, R, EMULATE)
         place = tl.program_id(0)
         if SPLIT:
             if ROWS == "run":
@@ -475,13 +521,16 @@ def step(
     GUIDED: by the number ``guidance``, or by ``scale``, "one" or one a "row"; width: of the table, 0 for a single row.
     seen: the next model input, written again ``total`` elements on if TWICE.
     """
-    run, block, column, offset, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    run, block, start, place, inside = _place(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
     row = _row(run, per, frames, shared, ROWS)
     at = table + row * width
-    state = _load(x, offset, inside, EVEN, UNIT, ASM, EMULATE)
-    model = _load(m, offset, inside, EVEN, UNIT, ASM, EMULATE)
+    if V != "none" and V != "tensor":
+        _prefetch(x, start, block, units, R, C, UNIT, EVEN, ASM)
+        _prefetch(m, start, block, units, R, C, UNIT, EVEN, ASM)
+    state = _load(x, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+    model = _load(m, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     if GUIDED != "none":
-        free = _load(uncond, offset, inside, EVEN, UNIT, ASM, EMULATE)
+        free = _load(uncond, start, place, inside, EVEN, UNIT, ASM, EMULATE)
         if GUIDED == "number":
             model = free + guidance * (model - free)
         elif GUIDED == "one":
@@ -493,35 +542,35 @@ def step(
         data = tl.where(data > clip, clip, tl.where(data < -clip, -clip, data))  # NaN stays
     value = tl.load(at + 2) * state + tl.load(at + 3) * model + tl.load(at + 4) * data
     if h1 is not None:
-        value = value + tl.load(at + 5) * _load(h1, offset, inside, EVEN, UNIT, ASM, EMULATE)
+        value = value + tl.load(at + 5) * _load(h1, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     if h2 is not None:
-        value = value + tl.load(at + 6) * _load(h2, offset, inside, EVEN, UNIT, ASM, EMULATE)
+        value = value + tl.load(at + 6) * _load(h2, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     if h3 is not None:
-        value = value + tl.load(at + 7) * _load(h3, offset, inside, EVEN, UNIT, ASM, EMULATE)
+        value = value + tl.load(at + 7) * _load(h3, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     if h4 is not None:
-        value = value + tl.load(at + 8) * _load(h4, offset, inside, EVEN, UNIT, ASM, EMULATE)
+        value = value + tl.load(at + 8) * _load(h4, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     if V != "none":
         if V == "tensor":
-            z = _load(v, offset, inside, EVEN, UNIT, ASM, EMULATE)
+            z = _load(v, start, place, inside, EVEN, UNIT, ASM, EMULATE)
         else:
-            z = _made(seed, stream, sample_offset, strength, 1.0, run, column, units, sample_runs, channel_runs,
-                      SEED, OFFSET, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
+            z = _made(seed, stream, sample_offset, strength, 1.0, run, block, place, units, sample_runs, channel_runs,
+                      SEED, OFFSET, C, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
         strong = tl.load(at + 9)
         if log_variance is not None:
-            learned = _load(log_variance, offset, inside, EVEN, UNIT, ASM, EMULATE)
+            learned = _load(log_variance, start, place, inside, EVEN, UNIT, ASM, EMULATE)
             strong = strong * accurate_exp(0.5 * (tl.load(at + 10) + tl.load(at + 11) * learned))
         value = value + strong * z
-    _store(y, offset, value, inside, EVEN, EMULATE)
+    _store(y, start, place, value, inside, EVEN, EMULATE)
     if x0_out is not None:
-        _store(x0_out, offset, data, inside, EVEN, EMULATE)
+        _store(x0_out, start, place, data, inside, EVEN, EMULATE)
     if entry is not None:
         kept = tl.load(at + 12) * state + tl.load(at + 13) * model + tl.load(at + 14) * data
-        _store(entry, offset, kept, inside, EVEN, EMULATE)
+        _store(entry, start, place, kept, inside, EVEN, EMULATE)
     if seen is not None:
         ahead = tl.load(at + 17) * value
-        _store(seen, offset, ahead, inside, EVEN, EMULATE)
+        _store(seen, start, place, ahead, inside, EVEN, EMULATE)
         if TWICE:
-            _store(seen + total, offset, ahead, inside, EVEN, EMULATE)
+            _store(seen + total, start, place, ahead, inside, EVEN, EMULATE)
 
 
 @triton.jit

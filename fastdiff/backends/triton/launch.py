@@ -8,6 +8,7 @@ arguments of a fixed type, never specialised on.
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..devices import is_capturing
 from . import kernels, philox
+from .traffic import Launch
 
 INTERPRETED = not isinstance(kernels.affine, triton.runtime.JITFunction)
 # The versions whose compiled kernels are known to be called as ``_Direct`` does; others go through triton.jit.
@@ -39,20 +42,20 @@ _INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_
 _FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance"}
 # Sizes, counts and strides; with the two above, what is never a tensor.
 _NUMBERS = {"steps", "stride", "units", "runs", "blocks", "per", "frames", "shared", "sample_runs", "channel_runs"} | {
-    *("m1", "m2", "m3", "s0", "s1", "s2", "s3", "rows", "parts", "number", "width", "total", "samples"),
+    *("m1", "m2", "m3", "s0", "s1", "s2", "s3", "s4", "rows", "parts", "number", "width", "total", "samples"),
 }  # fmt: skip
 _SEEDS = {"seed", "xi_seed"}  # a tensor, or a number
 # Full-size data, which is loaded by vectors where it is aligned to 16 bytes.
 _DATA = {"out", "kept", "u", "v", "xi", "prediction", "x0", "n", "gradient", "x", "m", "y", "entry", "log_variance"} | {
-    "target", "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen",
+    "target", "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen", "mask",
 }  # fmt: skip
 
-_records: list[str] | None = None
+_records: list[Launch] | None = None
 
 
 @contextlib.contextmanager
-def launches() -> Iterator[list[str]]:
-    """Collects the names of the kernels that are launched in the block, in order."""
+def launches() -> Iterator[list[Launch]]:
+    """Collects the kernels that are launched in the block, in order: their names, and what they move."""
     global _records
     before, _records = _records, []
     try:
@@ -65,11 +68,13 @@ class Kernel:
     """A kernel function and its variants."""
 
     def __init__(self, function: Any):
-        self.function = function
-        self.name: str = function.fn.__name__
-        names = list(function.arg_names)
-        constant = {name for name, kind in function.fn.__annotations__.items() if "constexpr" in str(kind)}
+        written, names = function.fn, list(function.arg_names)
+        constant = {name for name, kind in written.__annotations__.items() if "constexpr" in str(kind)}
+        # ``triton.jit`` too is to tell variants apart by the alignment of full-size data, but not by numbers.
+        written.__annotations__ |= {name: "int64" for name in names if name in _INT64 - _SEEDS}
         self.runtime = [name for name in names if name not in constant]
+        self.function = triton.jit(written, do_not_specialize=[name for name in self.runtime if name not in _DATA])
+        self.name: str = written.__name__
         self.constants = [name for name in names if name in constant]
         assert names == self.runtime + self.constants, "constants come last"
         self.data = [k for k, name in enumerate(self.runtime) if name in _DATA]
@@ -78,7 +83,6 @@ class Kernel:
         self._vectors = [k for k in others if k in self.data]
         self._scalars = [k for k in others if k not in self.data]
         self.wide = self.constants.index("WIDE") if "WIDE" in self.constants else None
-        self.source_of_noise = next((self.constants.index(k) for k in ("N", "V") if k in self.constants), None)
         self._variants: dict[tuple, Any] = {}
 
     def key(self, arguments: tuple, constants: tuple, device: Any) -> tuple:
@@ -107,9 +111,12 @@ class Kernel:
 
     def options(self, constants: tuple) -> dict[str, Any]:
         """How a variant is compiled. Only where no bits are promised may products and sums be contracted: where noise
-        is made with the fast transform, and in a loss whose noise is not made with the exact one."""
-        noise = None if self.source_of_noise is None else constants[self.source_of_noise]
-        contracted = noise == "fast" or (self.name == "loss" and noise != "exact")
+        is made with the fast transform, and in a loss. There the exact noise keeps its bits all the same: its only
+        product that a sum takes in is an instruction of NVIDIA's that is not contracted."""
+        named = dict(zip(self.constants, constants))
+        noise = named.get("N", named.get("V"))
+        kept = noise != "exact" or (named["ASM"] and not named["OFFSET"])
+        contracted = noise == "fast" or (self.name == "loss" and kept)
         return {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": contracted}
 
     def compile(self, key: tuple, target: GPUTarget) -> Any:
@@ -119,7 +126,8 @@ class Kernel:
     def __call__(self, device: torch.device, grid: tuple[int, int], arguments: tuple, constants: tuple) -> None:
         """Launch on the current stream of ``device``."""
         if _records is not None:
-            _records.append(self.name)
+            names = *self.runtime, *self.constants
+            _records.append(Launch.of(self.name, dict(zip(names, (*arguments, *constants)))))
         if not _direct(device):
             with _on(device):
                 self.function[grid](*arguments, *constants, **self.options(constants))
@@ -146,10 +154,21 @@ class Kernel:
         variant = self._variants.get(short)
         with _on(device):
             if variant is None:
-                target = triton.runtime.driver.active.get_current_target()
-                key = self.key(arguments, constants, index)
-                variant = self._variants[short] = _Direct(self.compile(key, target))
+                variant = self._variants[short] = self._loaded(device, self.key(arguments, constants, index))
             variant(grid, _stream(device), values, constants)
+
+    def _loaded(self, device: torch.device, key: tuple) -> _Direct:
+        """The kernel of a key, compiled and loaded on ``device``, which is current."""
+        capturing = is_capturing(device)
+        try:
+            return _Direct(self.compile(key, triton.runtime.driver.active.get_current_target()))
+        except Exception as error:
+            if not capturing:
+                raise
+            raise RuntimeError(
+                f"the kernel {self.name!r} could not be loaded while a CUDA graph is captured: run what is captured "
+                "once before, with tensors of the same shapes and dtypes."
+            ) from error
 
 
 class _Direct:
@@ -196,9 +215,16 @@ def current_stream(device: torch.device) -> int:
     return torch.xpu.current_stream(device).stream_id if device.type == "xpu" else 0
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether launches are being recorded in a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def try_on(device: torch.device) -> None:
+    """Compile, load and launch a small kernel on ``device``; raises where that cannot be."""
+    global _records
+    recorded, _records = _records, None
+    out, seed = torch.empty(1, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints what it could not assemble
+            uniforms(device, (1, 1), (out, seed, 0, 0, 1), ("tensor", 128))
+    finally:
+        _records = recorded
 
 
 affine = Kernel(kernels.affine)

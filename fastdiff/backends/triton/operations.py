@@ -12,11 +12,11 @@ from torch import Tensor
 from .. import reference
 from ..layout import layout_of
 from ..rows import Gathered, as_tensor, in_two_passes
-from . import launch
+from . import launch, unfit_because
 from .coefficients import arrange, is_one, shape_of
 from .launch import launches
-from .plan import plan, strided, tile_of
-from .workspace import workspace
+from .plan import mask_of, plan, strided, tile_of
+from .workspace import Cell, cell, of_this_stream, workspace
 
 __all__ = [
     "convert",
@@ -35,10 +35,13 @@ __all__ = [
 _TYPES = (Tensor, torch.nn.Parameter)
 _DATA = (torch.float32, torch.bfloat16, torch.float16)
 _UNIFORMS = _ROWS = 128  # a program
+_NO_STRIDES = (1,) * 3 + (0,) * 4
 
 
 def _runs_on(device: torch.device) -> bool:
-    return device.type in ("cuda", "xpu") or (launch.INTERPRETED and device.type == "cpu")
+    if device.type == "cuda" or device.type == "xpu":
+        return not unfit_because(device)
+    return launch.INTERPRETED and device.type == "cpu"
 
 
 def _plain() -> bool:
@@ -296,7 +299,7 @@ def _noise(x0, n, alpha, sigma, perturbation, xi, keep_noise, with_target=False,
 
 class _Loss(torch.autograd.Function):
     """The loss. Its gradient is written in the same pass where it can be: for the upstream gradient that came last time
-    on this stream (1 at first), so that a loss that is divided or scaled alike each time costs nothing more. Backward
+    to this loss (1 at first), so that a loss that is divided or scaled alike each time costs nothing more. Backward
     compares on the device, and computes the gradient again for one that is another."""
 
     @staticmethod
@@ -311,7 +314,7 @@ class _Loss(torch.autograd.Function):
             and normalization == "none"
             and prediction.dtype != torch.float16
         )
-        result, ctx.means, ctx.divisor, ctx.gradient = _loss(
+        result, ctx.means, ctx.divisor, ctx.gradient, ctx.cell = _loss(
             *values, *ctx.how, means=ctx.needs_input_grad[1], gradient=ahead
         )
         return result
@@ -331,8 +334,9 @@ class _Loss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # What was written ahead is given away once; whoever gets it may add to it.
             written, ctx.gradient = ctx.gradient, None
+            last, ctx.cell = ctx.cell, None
             d_prediction = _loss_gradient(
-                prediction, weight, x0, n, p, q, scale, c, mask, *ctx.how, upstream, ctx.divisor, written
+                prediction, weight, x0, n, p, q, scale, c, mask, *ctx.how, upstream, ctx.divisor, written, last
             )
         if ctx.needs_input_grad[1]:
             count = weight.numel() if reduction == "mean" else 1
@@ -418,7 +422,7 @@ def loss_gradient(upstream: Tensor, prediction: Tensor, x0: Any, n: Any, *argume
     how = function, mask_normalization if mask is not None else "none", reduction
     values = (prediction, weight, x0, n, p, q, scale, c, mask)
     divisor = None if how[1] == "none" else _loss(*values, *how)[2]
-    return _loss_gradient(*values, *how, upstream, divisor, None)
+    return _loss_gradient(*values, *how, upstream, divisor)
 
 
 def _own_rows(shape: tuple[int, ...], own: tuple[int, ...], *others: Any) -> bool:
@@ -445,8 +449,7 @@ class _Laid(NamedTuple):
     data: list
     coefficients: list
     mask: Tensor | None
-    mask_dims: int
-    mask_numbers: tuple[int, ...]
+    mask_strides: tuple[int, tuple[int, ...]]  # see ``plan.strided``; -1 dimensions where there is no mask
 
 
 def _lay(prediction, weight, x0, n, p, q, scale, c, mask) -> _Laid:
@@ -457,7 +460,7 @@ def _lay(prediction, weight, x0, n, p, q, scale, c, mask) -> _Laid:
         data, placed, back = [t if t is None else t.contiguous() for t in (prediction, x0, n)], list(coefficients), None
     if back is not None:
         shape, own = tuple(data[0].shape), shape_of(placed[0])
-    dims, numbers = -1, (1,) * 3 + (0,) * 4
+    strides = -1, _NO_STRIDES
     if mask is not None:
         if mask.dtype == torch.float64:
             mask = mask.float()
@@ -466,18 +469,17 @@ def _lay(prediction, weight, x0, n, p, q, scale, c, mask) -> _Laid:
         mask = mask.expand(prediction.shape)
         if back is not None:
             mask = mask.permute(sorted(range(len(back)), key=back.__getitem__))
-        found = strided(shape, mask.stride())
-        if found is None:
-            mask, found = mask.contiguous(), (0, numbers)
-        dims, numbers = found
-    return _Laid(back, shape, own, data, placed, mask, dims, numbers)
+        strides = strided(shape, mask.stride())
+        if strides is None:
+            mask, strides = mask.contiguous(), (0, _NO_STRIDES)
+    return _Laid(back, shape, own, data, placed, mask, strides)
 
 
 def _loss(
     prediction, weight, x0, n, p, q, scale, c, mask, function, normalization, reduction, *, means=False, gradient=False
-) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None, Cell | None]:
     """(result, means of the rows or None, what gradients are multiplied by where the mask's sum divides, (gradient, the
-    upstream one it is for) or None)"""
+    upstream one it is for) or None, the cell which that came from)"""
     laid = _lay(prediction, weight, x0, n, p, q, scale, c, mask)
     device, rows = prediction.device, laid.rows_shape
 
@@ -487,38 +489,56 @@ def _loss(
     result = new(rows if reduction == "none" else ())
     row_means = new((2, *rows)) if means else None  # pairs
     divisor = None if normalization == "none" else new(rows if normalization == "row" else 1)
-    d, used = (new(laid.shape, prediction.dtype), new(1)) if gradient else (None, None)
+    d = used = last = assumed = None
+    if gradient:
+        d, used = new(laid.shape, prediction.dtype), new(1)
+        last = cell(device, _kind(laid, function, reduction))
+        assumed = last.value
     _launch_loss(
-        laid, function, normalization, reduction, d, used=used, result=result, means=row_means, divisor=divisor
-    )
+        laid, function, normalization, reduction, d, used=used, assumed=assumed, result=result, means=row_means,
+        divisor=divisor,
+    )  # fmt: skip
     if laid.back is not None:
         result = result.permute(laid.back).contiguous() if reduction == "none" else result
         row_means = row_means if row_means is None else row_means.permute(0, *(1 + k for k in laid.back))
         d = d if d is None else d.permute(laid.back)
-    return result, row_means, divisor, None if d is None or used is None else (d, used)
+    return result, row_means, divisor, None if d is None or used is None else (d, used), last
+
+
+def _kind(laid: _Laid, function: str, reduction: str) -> tuple:
+    """What tells a loss from others: a hint, see ``workspace.cell``."""
+    types = (t.dtype if isinstance(t, Tensor) else type(t) for t in laid.data)
+    tables = (c.column.data_ptr() for c in laid.coefficients if isinstance(c, Gathered))
+    return (laid.shape, function, reduction, *types, *tables)
 
 
 def _loss_gradient(
-    prediction, weight, x0, n, p, q, scale, c, mask, function, normalization, reduction, upstream, divisor, written
-) -> Tensor:
-    """The gradient of the prediction for ``upstream``; ``written``: (one that is there, for which upstream one)."""
+    prediction, weight, x0, n, p, q, scale, c, mask, function, normalization, reduction, upstream, divisor,
+    written=None, last=None,
+) -> Tensor:  # fmt: skip
+    """The gradient of the prediction for ``upstream``; ``written``: (one that is there, for which upstream one), which
+    came from the cell ``last``."""
     laid = _lay(prediction, weight, x0, n, p, q, scale, c, mask)
     order = None if laid.back is None else sorted(range(len(laid.back)), key=laid.back.__getitem__)
+    used = assumed = None
     if written is None:
-        d, used = torch.empty(laid.shape, dtype=prediction.dtype, device=prediction.device), None
+        d = torch.empty(laid.shape, dtype=prediction.dtype, device=prediction.device)
     else:
         d, used = written
         d = d if order is None else d.permute(order)
+        assumed = of_this_stream(last, prediction.device).value
     if reduction == "none" and order is not None:
         upstream = upstream.permute(order)
     upstream = upstream.to(torch.float32)
-    _launch_loss(laid, function, normalization, reduction, d, used=used, upstream=upstream, divisor=divisor)
+    _launch_loss(
+        laid, function, normalization, reduction, d, used=used, assumed=assumed, upstream=upstream, divisor=divisor
+    )
     return d if laid.back is None else d.permute(laid.back)
 
 
 def _launch_loss(
     laid: _Laid, function, normalization, reduction, gradient, *,
-    used=None, upstream=None, result=None, means=None, divisor=None,
+    used=None, assumed=None, upstream=None, result=None, means=None, divisor=None,
 ) -> None:  # fmt: skip
     prediction, x0, n = laid.data
     weight, p, q, scale, c = laid.coefficients
@@ -528,8 +548,13 @@ def _launch_loss(
     elements = prediction.numel()
     tile = tile_of(elements, prediction.element_size())
     how = plan(shape, laid.rows_shape, tile, kind in ("exact", "fast"), offset, True)
+    columns, unit = how.constants[2:4]
+    mask = mask_of(*laid.mask_strides, unit if columns % unit == 0 else 1)
     number = how.rows if how.parts > 1 else how.grid[0]
-    space = workspace(device, 1 + how.rows, 4 * (how.rows * how.parts + number) + 2 * how.rows)
+    counters = partials = None
+    if result is not None:
+        space = workspace(device, 1 + how.rows, 4 * (how.rows * how.parts + number) + 2 * how.rows)
+        counters, partials = space.counters, space.partials
     size = 1.0 if reduction == "sum" else elements / how.rows
     mean = 1.0 / how.rows if reduction == "mean" else 1.0
     *pointers, up = rows.pointers
@@ -539,14 +564,13 @@ def _launch_loss(
         (
             *(prediction, x0, n if kind == "tensor" else None, gradient, laid.mask),
             *(*pointers, rows.index, source[0]),
-            *(up, used, space.assumed if used is not None else None, result, means, divisor),
-            *((None, None) if result is None else (space.counters, space.partials)),
+            *(up, used, assumed, result, means, divisor, counters, partials),
             *(*source[1:], high := _float32(size), size - high, mean, mean / size),
-            *(*laid.mask_numbers, how.rows, how.parts, number),
+            *(*mask.numbers, how.rows, how.parts, number),
             *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs),
         ),
         (
-            *(*rows.kinds, rows.index_kind, kind, seed_kind, offset, laid.mask_dims),
+            *(*rows.kinds, rows.index_kind, kind, seed_kind, offset, mask.dims, mask.together),
             *(function, normalization, reduction, 8 if launch.INTERPRETED else 128, how.parts > 1),
             *(*how.constants, launch.has_approximate_instructions(device), launch.INTERPRETED),
         ),

@@ -101,9 +101,12 @@ def _sqrt(y, ASM: tl.constexpr):
     """The correctly rounded root of y in [1e-30, 64]."""
     if ASM:
         # What sqrt.rn.f32 itself becomes for numbers of this size, without the test for others and what it branches to.
-        r = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [y], tl.float32, True, 1)
-        s = y * r
-        return tl.fma(tl.fma(-s, s, y), 0.5 * r, s)
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 r, s, t, u;
+            rsqrt.approx.ftz.f32 r, $1; mul.rn.f32 s, $1, r; mul.rn.f32 r, r, 0f3F000000;
+            neg.f32 t, s; fma.rn.f32 u, t, s, $1; fma.rn.f32 $0, u, r, s; }""",
+            "=f,f", [y], tl.float32, True, 1,
+        )  # fmt: skip
     else:
         return tl.sqrt_rn(y)
 
@@ -141,14 +144,23 @@ def _radius_fast(i1, ASM: tl.constexpr):
 
 
 @triton.jit
-def _circle(i2, EMULATE: tl.constexpr):
+def _rounded_product(x, y, ASM: tl.constexpr):
+    """x y, which no later sum takes in, also where a kernel is compiled with contraction."""
+    if ASM:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
+    else:
+        return x * y
+
+
+@triton.jit
+def _circle(i2, ASM: tl.constexpr, EMULATE: tl.constexpr):
     """Cosine and sine of an angle in the first quarter, from the top bits of i2."""
     # Uniform in [-1/2, 1/2): of a quarter turn, from its middle.
     a = ((i2 >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
     z = a * a
     value = fma(z, 0.05512253, -0.45665085882, EMULATE)
     value = fma(z, value, 1.1107191455, EMULATE)
-    s = a * value
+    s = _rounded_product(a, value, ASM)
     c = fma(z, -0.01442851647, 0.1793213209912, EMULATE)
     c = fma(z, c, -0.872355524, EMULATE)
     c = fma(z, c, 0.70710676169, EMULATE)
@@ -158,7 +170,7 @@ def _circle(i2, EMULATE: tl.constexpr):
 @triton.jit
 def _pair(i1, i2, ASM: tl.constexpr, EMULATE: tl.constexpr):
     """Two normals from two uint32: radius from i1, angle and signs from i2."""
-    first, second = _circle(i2, EMULATE)
+    first, second = _circle(i2, ASM, EMULATE)
     radius = _radius_exact(i1, ASM, EMULATE)
     return _flipped(radius * first, i2), _signed(radius * second, i2 << 30)
 
@@ -172,19 +184,19 @@ def _pair_fast(i1, i2, factor, ASM: tl.constexpr, EMULATE: tl.constexpr):
         first = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
         second = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
     else:
-        first, second = _circle(i2, EMULATE)
+        first, second = _circle(i2, ASM, EMULATE)
     radius = _radius_fast(i1, ASM) * (1.1774100225154747 * factor)
     return radius * _flipped(first, i2), radius * _signed(second, i2 << 30)
 
 
 @triton.jit
-def normals(seed, stream, sample, index, factor, FAST: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr):
-    """The normal of each element ``index`` of its ``sample``; FAST: times ``factor``.
+def normals(seed, stream, sample, group, lane, factor, FAST: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr):
+    """The normal of each element 4 ``group`` + ``lane`` of its ``sample``; FAST: times ``factor``.
 
     Written for one element, and four normals are computed for each; but neighbours have the same counter, and the
     compiler finds that the four of a thread are the same work.
     """
-    c0 = (index >> 2).to(tl.uint32)
+    c0 = group.to(tl.uint32)
     zero = c0 * 0
     c1 = zero + stream.to(tl.uint32)
     c2 = zero + sample.to(tl.uint32)
@@ -196,7 +208,6 @@ def normals(seed, stream, sample, index, factor, FAST: tl.constexpr, ASM: tl.con
     else:
         n0, n1 = _pair(o0, o1, ASM, EMULATE)
         n2, n3 = _pair(o2, o3, ASM, EMULATE)
-    lane = index & 3
     return tl.where(lane < 2, tl.where(lane == 0, n0, n1), tl.where(lane == 2, n2, n3))
 
 

@@ -86,7 +86,8 @@ def plan(
 @lru_cache(maxsize=1024)
 def strided(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
     """(dimensions, three sizes and four strides, those of the last dimensions last) of a strided tensor, its dimensions
-    merged where they can be; 0 dimensions if it is contiguous. None if more than four are left."""
+    merged where they can be; 0 dimensions if it is contiguous. None if more than four are left, or it reaches too far
+    for numbers of 32 bits."""
     merged: list[tuple[int, int]] = []
     for size, stride in zip(shape, strides):
         if size == 1:
@@ -95,11 +96,34 @@ def strided(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, tupl
             merged[-1] = (merged[-1][0] * size, stride)
         else:
             merged.append((size, stride))
-    if len(merged) > 4:
+    if len(merged) > 4 or sum((size - 1) * stride for size, stride in merged) >= 2**31:
         return None
     dims = 0 if len(merged) < 2 and (not merged or merged[0][1] == 1) else len(merged)
     padded = [(1, 0)] * (4 - len(merged)) + merged
     return dims, (*(size for size, _ in padded[1:]), *(stride for _, stride in padded))
+
+
+class Mask(NamedTuple):
+    """A strided mask as the loss reads it.
+
+    ``together``: "none", each element is found by divisions of its own; else ``unit`` elements of the last dimension
+    share them, which are "neighbours" in memory, aligned, or lie "apart", by the last of the numbers.
+    numbers: three sizes and four strides, those of the last dimension in such units, and a stride.
+    """
+
+    dims: int
+    together: str
+    numbers: tuple[int, int, int, int, int, int, int, int]
+
+
+def mask_of(dims: int, numbers: tuple[int, ...], unit: int) -> Mask:
+    """From what ``strided`` gives, for tiles that consist of units of ``unit`` elements."""
+    first, second, last, *strides, step = numbers
+    if dims == 0 or unit == 1 or last % unit:
+        return Mask(dims, "none", (*numbers, 0))
+    if step == 1 and not any(stride % unit for stride in strides):
+        return Mask(dims, "neighbours", (first, second, last // unit, *(stride // unit for stride in strides), 1, 0))
+    return Mask(dims, "apart", (first, second, last // unit, *strides, step * unit, step))
 
 
 def _power_of_2(n: int) -> int:
