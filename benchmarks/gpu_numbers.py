@@ -409,44 +409,36 @@ class Bursts:
     """Times of calls that are queued behind a sleeping kernel, so that the GPU has them all before it begins."""
 
     def __init__(self) -> None:
-        self.timer = Timer(DEVICE)
-        # In kHz; where it is not told, more than any GPU has: then it sleeps for longer.
-        self._cycles = 1e3 * getattr(torch.cuda.get_device_properties(DEVICE), "clock_rate", 2.5e6)
-        self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._timer = Timer(DEVICE)
         begun, x = time.perf_counter(), torch.empty(2**24, dtype=torch.uint8, device=DEVICE)
         while time.perf_counter() - begun < WARM_UP_SECONDS:  # until the clocks are up
             x.copy_(x.flip(0))
-            self.timer.synchronize()
+            self._timer.synchronize()
 
     def measure(self, made: Sequence[Call], expected: float, bursts: int = BURSTS, most: int = 50) -> dict[str, Any]:
         """``expected``: seconds of a call on the GPU, about; ``most``: calls in a burst, of which all launches must fit
         in the queue of a stream, which has about a thousand. What the calls return is kept for a round, so that results
         do not go to the same memory each time."""
         kept: list[Any] = [call() for call in made]
-        kept[0] = made[0]()
-        host = self.timer.host_seconds(made[0])
+
+        def call(k: int) -> None:
+            kept[k] = made[k]()
+
+        host = self._timer.host_seconds(partial(call, 0))
         count = int(min(most, max(5, BURST_SECONDS / max(expected, 1e-6))))
-        sleep, found, late = 1e-3 + 1.5 * count * host, [], 0
+        burst, found = [partial(call, k % len(made)) for k in range(count)], []
         gc.disable()
         try:
-            while len(found) < bursts and late < 4:
-                torch.cuda._sleep(int(self._cycles * sleep))
-                self._start.record()
-                for k in range(count):
-                    kept[k % len(made)] = made[k % len(made)]()
-                self._stop.record()
-                queued = not self._start.query()
-                self._stop.synchronize()
-                if queued:
-                    found.append(self._start.elapsed_time(self._stop) / 1e3 / count)
-                else:
-                    late, sleep = late + 1, min(0.1, 2 * sleep)
-            wall = summary([self.timer.seconds([made[k % len(made)] for k in range(count)]) for _ in range(3)])
+            for _ in range(bursts):
+                seconds = self._timer.seconds(burst, host)
+                if self._timer.queued:
+                    found.append(seconds)
+            wall = summary([self._timer.seconds(burst) for _ in range(3)])
         finally:
             gc.enable()
         values = {"calls": count, "sets": len(made), "host_us": 1e6 * host, "wall_us": 1e6 * wall.median}
         if not found:
-            return values | {"gpu_us": None, "how": "not measured: the host is slower than the longest sleep"}
+            return values | {"gpu_us": None, "how": "not measured: it could not be launched ahead of the GPU"}
         spread = summary(found)
         return values | {
             **{"gpu_us": 1e6 * spread.median, "p20_us": 1e6 * spread.p20, "p80_us": 1e6 * spread.p80},

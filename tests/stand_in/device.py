@@ -136,22 +136,13 @@ def main() -> int:
             gpu_numbers.measurements = lambda exponents: [m for m in every(exponents) if m.name in FEW]
             gpu_numbers.step_cases = lambda exponents: steps(exponents)[:1]
         timer = gpu_numbers.Timer
-        timer.seconds = lambda self, calls: _seconds(torch.cuda.Event(), torch.cuda.Event(), calls)
-        timer.synchronize = device.synchronize
+        gpu_numbers.Timer = lambda device: timer(torch.device("cuda", 0))
+        backends._TRIED["triton"].found[torch.device("cuda", 0)] = ""  # it fits
         with backends.use_backend("triton"), contextlib.redirect_stdout(sys.stderr):
             status = gpu_numbers.main(sys.argv[2:] if sys.argv[1].endswith(".py") else sys.argv[1:])
         counts = {name: getattr(library, f"stand_in_{name}")() for name in ("modules", "launched", "refused")}
         print(json.dumps(counts))
         return status
-
-
-def _seconds(start: Any, stop: Any, calls: Any) -> float:
-    start.record()
-    for call in calls:
-        call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3 / len(calls)
 
 
 if __name__ == "__main__":
