@@ -50,7 +50,9 @@ def floor_bytes(case: Case) -> int:
 
 # ---- eager: a trace of the operations that are dispatched
 
-_NO_TRAFFIC = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"}
+_NO_TRAFFIC = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"} | {
+    "_local_scalar_dense"  # one number, for the host
+}
 _WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
 _LIKE = {"randn_like", "rand_like", "randint_like", "zeros_like", "ones_like", "full_like"}  # read only the shape
 _GATHERS = {"index", "index_select", "gather", "embedding"}

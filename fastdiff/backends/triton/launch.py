@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -129,7 +130,7 @@ class Kernel:
             names = *self.runtime, *self.constants
             _records.append(Launch.of(self.name, dict(zip(names, (*arguments, *constants)))))
         if not _direct(device):
-            with _on(device):
+            with _on(device), _unseen():
                 self.function[grid](*arguments, *constants, **self.options(constants))
             return
         # The same distinctions as ``key`` makes, from as few looks as there can be.
@@ -202,6 +203,11 @@ def _on(device: torch.device) -> Any:
     if device.type == "xpu" and device.index != torch.xpu.current_device():
         return torch.xpu.device(device)
     return contextlib.nullcontext()
+
+
+def _unseen() -> Any:
+    """The interpreter works on copies of tensors: no dispatch mode sees those, as none would on a GPU."""
+    return _disable_current_modes() if INTERPRETED else contextlib.nullcontext()
 
 
 def _stream(device: torch.device) -> int:
