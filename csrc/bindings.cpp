@@ -84,7 +84,7 @@ void loss(py::handle layout, py::handle prediction, py::handle x0, py::handle n,
   a.layout = parse_layout(layout);
   const int64_t elements = a.layout.elements;
   RowParser rows{a.layout};
-  call.weight = rows.required("weight", weight);
+  a.weight = rows.required("weight", weight);
   a.prediction = parse_input("prediction", prediction, elements);
   a.p = rows.optional("p", p);
   a.q = rows.optional("q", q);

@@ -210,7 +210,7 @@ py::object loss(PyObject* const* a) {
   if (has_p) kernel.p = rows.column(0);
   if (has_q) kernel.q = rows.column(1);
   if (present & 4) kernel.scale = rows.column(2);
-  call.weight = rows.column(3);
+  kernel.weight = rows.column(3);
   if (present & 16) kernel.c = rows.column(4);
   if ((kernel.function == Function::smooth_l1 || kernel.function == Function::pseudo_huber) && !kernel.c.data)
     throw py::value_error("c: this error function needs its constant");

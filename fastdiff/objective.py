@@ -361,14 +361,15 @@ class Objective:
         Args:
             prediction: the output for ``noised``, shaped as x_t, any floating-point dtype.
             noised: from ``noise``.
-            mask: bool or float, broadcastable to prediction; see ``mask_normalization``.
+            mask: bool or float, broadcastable to prediction; see ``mask_normalization``. What it leaves out with 0, and
+                rows of weight 0, add 0 to the loss and to the gradient, whatever they hold.
             reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t).
             weight: further weights, one a row or a number (prior preservation, learned uncertainty); may require grad.
-            mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"), or all
-                by the mask's sum ("global").
+            mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"; a row with
+                nothing in its mask is left out of the mean), or all by the mask's sum ("global").
 
         Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise and weight.
-        Raises TypeError or ValueError for unfit inputs and for a mask that is zero everywhere (on the CPU).
+        Raises TypeError or ValueError for unfit inputs. Warns, on the CPU, of a mask that is 0 everywhere.
         """
         x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
         if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":

@@ -22,7 +22,7 @@ BUDGETS = {
 # In bfloat16, with the noise given: error functions and masks cost few instructions more than a square.
 FUNCTIONS = {
     "loss epsilon, given": 10, "loss smooth_l1, given": 14, "loss pseudo_huber, given": 20, "loss log_cosh, given": 42,
-    "loss, mask, given": 20, "loss, mask's mean, given": 30,
+    "loss, mask, given": 25, "loss, mask's mean, given": 32,
 }  # fmt: skip
 
 
@@ -58,10 +58,11 @@ def test_loads_and_stores_of_128_bits(compiled, target, dtype):
     for r in compiled:
         if r["target"] == target and r["case"] in (f"noising, given, {dtype}", f"loss v, given, {dtype}"):
             each = r["elements"] / width
-            inputs = 2 if r["kernel"] == "affine" else 3
+            # The gradient of a loss, or the zeros of a row that is left out: each by a predicate.
+            inputs, stores = (2, 1) if r["kernel"] == "affine" else (3, 2)
             if target != "gfx942":  # its warps are of 64
-                assert r["wide_stores"] == each and r["wide_loads"] == inputs * each, r
-            assert r["wide_stores"] > 0 and r["wide_loads"] >= inputs * r["wide_stores"], r
+                assert r["wide_stores"] == stores * each and r["wide_loads"] == inputs * each, r
+            assert r["wide_stores"] > 0 and r["wide_loads"] * stores >= inputs * r["wide_stores"], r
 
 
 def test_noise_that_goes_into_two_results_is_made_once(compiled):
@@ -76,7 +77,7 @@ def test_frames_of_a_video_are_read_by_vectors(compiled):
     """5400 elements a row, no multiple of 16."""
     for operation, inputs in (("noising", 2), ("loss v", 3)):
         (r,) = [r for r in compiled if r["case"] == f"{operation}, given, frames of a video, bf16"]
-        assert (r["wide_loads"], r["wide_stores"]) == (inputs * r["elements"] / 8, r["elements"] / 8), r
+        assert (r["wide_loads"], r["wide_stores"]) == (inputs * r["elements"] / 8, (inputs - 1) * r["elements"] / 8), r
 
 
 def of_sm_90(compiled, case):

@@ -413,7 +413,7 @@ def test_an_empty_mask():
     loss.sum().backward()
     assert bool((prediction.grad[1] == 0).all())
     nothing = triton.loss(prediction, None, n, None, one, None, one, None, mask * 0, "mse", "global", "mean")
-    assert nothing.isnan()
+    assert nothing == 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

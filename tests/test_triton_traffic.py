@@ -92,8 +92,8 @@ def test_masks_count_as_what_they_store():
 
     read = 2 * full + 2 * ROWS + 64
     assert call(mask, "none") == [("loss", read + 4, full + 4 + 4), ("loss", 8, 0)]
-    # What a row is divided by is written with the loss and read in its backward.
-    assert call(mask, "row") == [("loss", read, 4 + ROWS), ("loss", read + ROWS + 4, full)]
+    # What a row is divided by, and how many rows count, is written with the loss and read in its backward.
+    assert call(mask, "row") == [("loss", read, 4 + ROWS + 4), ("loss", read + ROWS + 4 + 4, full)]
     whole = mask.expand(SHAPE).float()
     assert call(whole, "global") == [("loss", read - 64 + 4 * 768, 4 + 4), ("loss", read - 64 + 4 * 768 + 8, full)]
 

@@ -96,10 +96,12 @@ struct LossArguments {
   Input prediction, x0;
   Noise n;
   Rows p, q, scale, c;
+  Rows weight;
   Rows factor;  // of the gradient: upstream * weight / divisor
   Mask mask;
   Function function;
-  double* sums;  // one a unit of work, or null where no value is wanted
+  double* sums;    // one a unit of work, or null where no value is wanted
+  bool every_sum;  // also those of rows of weight 0
   Output gradient;
 };
 

@@ -82,6 +82,9 @@ void error_block(const ErrorBlock<D, N>& block, Sums<D>& total) {
     if constexpr (gradient) slope = strength * derivative<function>(e, c) * b.scale;
     if constexpr (value) rho = error<function>(e, c);
     if constexpr (value && has_mask) rho = mask * rho;
+    // What is masked out adds 0, whatever it holds.
+    if constexpr (gradient && has_mask) slope = mask != 0 ? slope : V{};
+    if constexpr (value && has_mask) rho = mask != 0 ? rho : V{};
     return rho;
   };
   auto two = [&](int k) __attribute__((always_inline)) {
@@ -187,15 +190,22 @@ void loss_blocks(const LossArguments& a, int64_t begin, int64_t end, int most) {
     b.scale = a.scale.data ? at<C>(a.scale, unit.row) : C(1);
     b.c = a.c.data ? at<C>(a.c, unit.row) : C(1);
     b.factor = a.factor.data ? at<C>(a.factor, unit.row) : C(0);
+    // A row of weight 0 adds 0, whatever it holds. Its sum may be asked for all the same: the weight's gradient is made
+    // of it.
+    const bool left_out = at<C>(a.weight, unit.row) == C(0), read = !left_out || a.every_sum;
     for_blocks(unit, most, [&](int64_t start, int count) {
       b.count = count;
-      b.prediction = view(a.prediction, start, count, prediction_buffer);
-      if (a.x0.data) b.x0 = view(a.x0, start, count, x0_buffer);
-      if (a.n.kind != Noise::none) b.n = view(a.n, a.layout, start, count, n_buffer);
-      if (a.mask.tensor.data) b.mask = view(a.mask, start, count, mask_buffer);
       if (a.gradient.data) b.gradient = place(a.gradient, start, count, gradient_buffer);
-      kernel(b, sums);
-      if (a.gradient.data) commit(a.gradient, start, count, b.gradient);
+      if (read) {
+        b.prediction = view(a.prediction, start, count, prediction_buffer);
+        if (a.x0.data) b.x0 = view(a.x0, start, count, x0_buffer);
+        if (a.n.kind != Noise::none) b.n = view(a.n, a.layout, start, count, n_buffer);
+        if (a.mask.tensor.data) b.mask = view(a.mask, start, count, mask_buffer);
+        kernel(b, sums);
+      }
+      if (!a.gradient.data) return;
+      if (left_out) memset(b.gradient, 0, size_t(count) * sizeof(D));
+      commit(a.gradient, start, count, b.gradient);
     });
     if (a.sums) a.sums[unit.slot] = sums.total();
   });

@@ -107,17 +107,17 @@ void sum_rows(const Layout& layout, const double* units, double* rows) {
   }
 }
 
-// What each row's sum is divided by, as in the reference.
-void find_divisors(const LossCall& call, bool wide, int threads, double* units, double* divisors) {
+// What each row's sum is divided by, as in the reference. The result: over how many rows a mean is.
+int64_t find_divisors(const LossCall& call, bool wide, int threads, double* units, double* divisors) {
   const Layout& layout = call.kernel.layout;
   const int64_t rows = layout.rows;
   if (call.reduction == Reduction::sum) {
     for (int64_t row = 0; row < rows; ++row) divisors[row] = 1;
-    return;
+    return rows;
   }
   if (call.normalization == Normalization::none || !call.kernel.mask.tensor.data) {
     for (int64_t row = 0; row < rows; ++row) divisors[row] = double(layout.elements / rows);
-    return;
+    return rows;
   }
   for (int64_t row = 0; row < rows; ++row) divisors[row] = 0;
   if (layout.elements) {
@@ -127,22 +127,27 @@ void find_divisors(const LossCall& call, bool wide, int threads, double* units, 
     sum_rows(layout, units, divisors);
   }
   if (call.normalization == Normalization::row) {
-    // A row with nothing in its mask has no mean: it counts as 0.
-    for (int64_t row = 0; row < rows; ++row) divisors[row] = divisors[row] == 0 ? 1 : divisors[row];
-  } else {
-    double sum = 0;
-    for (int64_t row = 0; row < rows; ++row) sum += divisors[row];
-    for (int64_t row = 0; row < rows; ++row) divisors[row] = sum / double(rows);
+    // A row with nothing in its mask has no mean, and is left out of that of the rows.
+    int64_t kept = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      kept += divisors[row] != 0;
+      if (divisors[row] == 0) divisors[row] = 1;
+    }
+    return kept || !rows ? kept : 1;
   }
+  double sum = 0;
+  for (int64_t row = 0; row < rows; ++row) sum += divisors[row];
+  for (int64_t row = 0; row < rows; ++row) divisors[row] = sum == 0 ? 1 : sum / double(rows);
+  return rows;
 }
 
-// upstream * weight / divisor, and the mean over rows: what multiplies a row's part of the gradient.
-void find_factors(const LossCall& call, bool wide, const double* divisors, double* factors) {
+// upstream * weight / divisor, and the mean over `kept` rows: what multiplies a row's part of the gradient.
+void find_factors(const LossCall& call, bool wide, const double* divisors, int64_t kept, double* factors) {
   const int64_t rows = call.kernel.layout.rows;
   for (int64_t row = 0; row < rows; ++row) {
     double factor = number(call.upstream, wide, row, 1);
-    if (call.reduction == Reduction::mean) factor /= double(rows);
-    factor = factor / divisors[row] * number(call.weight, wide, row, 1);
+    if (call.reduction == Reduction::mean) factor /= double(kept);
+    factor = factor / divisors[row] * number(call.kernel.weight, wide, row, 1);
     if (wide)
       factors[row] = factor;
     else
@@ -150,18 +155,19 @@ void find_factors(const LossCall& call, bool wide, const double* divisors, doubl
   }
 }
 
-void reduce(const LossCall& call, bool wide, const double* sums, const double* divisors) {
+void reduce(const LossCall& call, bool wide, const double* sums, const double* divisors, int64_t kept) {
   const int64_t rows = call.kernel.layout.rows;
   double total = 0;
   for (int64_t row = 0; row < rows; ++row) {
     const double mean = sums[row] / divisors[row];
-    const double weighted = number(call.weight, wide, row, 1) * sums[row] / divisors[row];
+    const double weight = number(call.kernel.weight, wide, row, 1);
+    const double weighted = weight == 0 ? 0 : weight * sums[row] / divisors[row];
     if (call.means) call.means[row] = mean;
     if (call.result.data && call.reduction == Reduction::none) put(call.result, wide, row, weighted);
     total += weighted;
   }
   if (!call.result.data || call.reduction == Reduction::none) return;
-  if (call.reduction == Reduction::mean) total = rows ? total / double(rows) : NAN;
+  if (call.reduction == Reduction::mean) total = rows ? total / double(kept) : NAN;
   put(call.result, wide, 0, total);
 }
 
@@ -214,13 +220,14 @@ void run(LossCall& call, bool wide, int threads) {
   const std::unique_ptr<double[]> memory(new double[size_t(units + 3 * rows + 1)]);
   double *unit_sums = memory.get(), *row_sums = unit_sums + units, *divisors = row_sums + rows,
          *factors = divisors + rows;
-  find_divisors(call, wide, threads, unit_sums, divisors);
+  const int64_t kept = find_divisors(call, wide, threads, unit_sums, divisors);
   if (kernel_arguments.gradient.data) {
-    find_factors(call, wide, divisors, factors);
+    find_factors(call, wide, divisors, kept, factors);
     kernel_arguments.factor = {factors, 1};
   }
   kernel_arguments.gradient = placed(kernel_arguments.gradient, layout, kGradientCache);
   kernel_arguments.sums = value ? unit_sums : nullptr;
+  kernel_arguments.every_sum = call.means;
   if (units && (value || kernel_arguments.gradient.data)) {
     const auto kernel = chosen().table->loss[wide];
     parallel(layout, threads, [&](int64_t begin, int64_t end) { kernel(kernel_arguments, begin, end); });
@@ -230,7 +237,7 @@ void run(LossCall& call, bool wide, int threads) {
     sum_rows(layout, unit_sums, row_sums);
   else
     for (int64_t row = 0; row < rows; ++row) row_sums[row] = 0;
-  reduce(call, wide, row_sums, divisors);
+  reduce(call, wide, row_sums, divisors, kept);
 }
 
 }  // namespace fastdiff

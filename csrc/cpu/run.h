@@ -20,7 +20,7 @@ struct LossCall {
   LossArguments kernel;  // its factor and sums are made here
   Reduction reduction;
   Normalization normalization;
-  Rows weight, upstream;  // upstream: of the result; absent: 1
+  Rows upstream;          // of the result; absent: 1
   Output result;          // one number, or one a row, in the compute dtype
   double* means;          // one a row, before the weight: what the weight's gradient is made of
 };

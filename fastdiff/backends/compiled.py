@@ -214,10 +214,12 @@ def _loss_backward(ctx, upstream):
     if ctx.needs_input_grad[0]:
         d_prediction = torch.ops.fastdiff.loss_gradient(upstream, *arguments)
     if ctx.needs_input_grad[1]:
-        prediction, weight, reduction = *arguments[:2], arguments[-1]
+        prediction, weight, (mask, _, normalization, reduction) = *arguments[:2], arguments[-4:]
         means = torch.ops.fastdiff.loss(prediction, torch.ones_like(weight), *arguments[2:-1], "none")
         count = max(1, weight.numel())
-        factor = {"mean": 1 / count, "sum": prediction.numel() / count, "none": 1.0}[reduction]
+        factor = {"sum": prediction.numel() / count, "none": 1.0, "mean": 1 / count}[reduction]
+        if reduction == "mean" and mask is not None:
+            factor = 1 / reference.rows_of_mean(prediction, weight, mask, normalization)
         d_weight = (upstream * means * factor).to(weight.dtype)
     return d_prediction, d_weight, *(None,) * (len(arguments) - 2)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor
 
 from .. import backends
@@ -38,18 +40,19 @@ def loss(
         x0, n: data and noise, shaped as prediction; one that p or q leaves out (None) is not read. A ``Philox`` makes
             the noise again.
         p, q, weight, scale, c: rows (``fastdiff.ops.checks.place_rows``) or numbers. ``weight`` may require grad.
-        mask: bool or float, broadcastable to prediction.
+        mask: bool or float, broadcastable to prediction. What it leaves out with 0, and rows of weight 0, add 0 to the
+            loss and to the gradient, whatever they hold.
         function: "mse" e^2, "l1" |e|, "smooth_l1" and "pseudo_huber" with constant c, "log_cosh".
         mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"; a row whose
-            mask is empty counts as 0), or all by the mask's sum ("global").
+            mask is empty is 0, and left out of the mean), or all by the mask's sum ("global").
         reduction: "mean" over all; "sum" without any division; "none": one mean a row.
         row_shape: the shape of "none"'s result and of the rows; default: that of ``weight``, or [batch].
 
     Returns a scalar, or ``row_shape``: float32 (float64 with float64 inputs). Sums are taken in float64. Differentiable
     in prediction, x0, n and weight. A batch of size 0 has the sum 0 and, as in PyTorch, the mean NaN.
 
-    Raises TypeError or ValueError for unfit inputs, and (on the CPU, where looking costs nothing) for a mask that is
-    zero everywhere; elsewhere such a mask gives NaN under "global", and else 0.
+    Raises TypeError or ValueError for unfit inputs. Warns, on the CPU, where looking costs nothing, of a mask that is 0
+    everywhere: the loss and its gradient are 0.
     """
     x0, n = (x0 if p is not None else None), (n if q is not None else None)
     check_loss(prediction, x0, n, mask, mask_normalization, reduction)
@@ -110,9 +113,8 @@ def _check_mask(mask: Tensor, normalization: str, reduction: str, prediction: Te
     if reduction == "sum" and normalization != "none":
         raise ValueError("reduction='sum' divides by nothing: use mask_normalization='none' with it.")
     if value_checks_are_free(mask) and prediction.numel() and not bool(mask.any()):
-        raise ValueError(
-            "mask sums to zero: it leaves nothing to learn from. Skip the loss for such a batch, or check the mask."
-        )
+        # No error: one process of many would raise it, and the others wait for it.
+        warnings.warn("mask is 0 everywhere: the loss and its gradient are 0.", stacklevel=4)
 
 
 def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:

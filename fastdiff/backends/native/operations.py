@@ -203,7 +203,8 @@ class _Loss(torch.autograd.Function):
                     prediction, weight, *rest, upstream=upstream, result=False, gradient=True
                 )
         if for_weight:
-            count = weight.numel() if ctx.reduction == "mean" else 1
+            mean = ctx.reduction == "mean"
+            count = reference.rows_of_mean(prediction, weight, rows[-1], ctx.normalization) if mean else 1
             d_weight = (upstream * ctx.means / count).to(weight.dtype)
         return d_prediction, d_weight, None
 

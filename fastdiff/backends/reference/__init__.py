@@ -1,7 +1,7 @@
 """The reference backend: every operation in plain PyTorch, on any device. The others must equal it."""
 
 from ..rows import gather
-from .operations import COLUMNS, convert, loss, loss_gradient, noise, step
+from .operations import COLUMNS, convert, loss, loss_gradient, noise, rows_of_mean, step
 from .philox import normal, uniform
 from .trajectory import Trajectory
 
@@ -14,6 +14,7 @@ __all__ = [
     "loss_gradient",
     "noise",
     "normal",
+    "rows_of_mean",
     "step",
     "uniform",
 ]

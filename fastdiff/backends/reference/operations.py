@@ -106,17 +106,19 @@ def loss(
 ) -> Tensor:
     """weight * mask * rho(scale * (prediction - (p x0 + q n)); c), summed row by row in float64, then reduced.
 
-    ``weight`` is shaped as the rows (size 1 where elements share a row); "none" returns that shape.
+    ``weight`` is shaped as the rows (size 1 where elements share a row); "none" returns that shape. What has a mask or
+    a weight of 0 is left out: it adds 0, whatever it holds.
     """
-    e = _scaled_error(prediction, x0, n, p, q, scale, weight.dtype)
+    e = _scaled_error(prediction, x0, n, p, q, scale, weight.dtype, _kept(weight, mask))
     error = _Error.apply(e, c, function)
     if mask is not None:
         error = mask.to(weight.dtype) * error
     rows = weight * sum_rows(error, weight.shape)
     if reduction == "sum":
         return rows.sum().to(weight.dtype)
-    rows = rows / _divisor(prediction, weight, mask, mask_normalization)
-    return (rows.mean() if reduction == "mean" else rows).to(weight.dtype)
+    divisor, count = _divisor(prediction, weight, mask, mask_normalization)
+    rows = rows / divisor
+    return (rows.sum() / count if reduction == "mean" else rows).to(weight.dtype)
 
 
 def loss_gradient(
@@ -138,36 +140,54 @@ def loss_gradient(
     dtype = weight.dtype
     factor = upstream * sum_rows(weight, weight.shape)
     if reduction != "sum":
-        factor = factor / _divisor(prediction, weight, mask, mask_normalization)
-        factor = factor / max(1, weight.numel()) if reduction == "mean" else factor
-    e = _scaled_error(prediction, x0, n, p, q, scale, dtype)
+        divisor, count = _divisor(prediction, weight, mask, mask_normalization)
+        factor = factor / divisor
+        factor = factor / count if reduction == "mean" and weight.numel() else factor
+    kept = _kept(weight, mask)
+    e = _scaled_error(prediction, x0, n, p, q, scale, dtype, kept)
     gradient = factor.to(dtype) * error_derivative(e, c, function)
     for further in (None if mask is None else mask.to(dtype), scale):
         gradient = gradient if further is None else further * gradient
-    return gradient.to(prediction.dtype)
+    return torch.where(kept, gradient, 0.0).to(prediction.dtype)
+
+
+def _kept(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """What is not left out, broadcast. A weight that is learned leaves nothing out: its gradient is the row's error."""
+    kept = torch.ones_like(weight, dtype=torch.bool) if weight.requires_grad else weight != 0
+    return kept if mask is None else kept & (mask != 0)
 
 
 def _scaled_error(
-    prediction: Tensor, x0: Tensor | None, n: Any, p: Any, q: Any, scale: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+    prediction: Tensor, x0: Tensor | None, n: Any, p: Any, q: Any, scale: Tensor | None, dtype: torch.dtype,
+    kept: Tensor,
+) -> Tensor:  # fmt: skip
     target: Tensor | float = 0.0
     if p is not None and x0 is not None:
         target = p * x0.to(dtype)
     if q is not None and n is not None:
         target = target + q * made(n, prediction).to(dtype)
-    e = prediction.to(dtype) - target
-    return e if scale is None else scale * e
+    # 0 before and after the scale: an infinite one makes NaN of it, forward and backward.
+    e = torch.where(kept, prediction.to(dtype) - target, 0.0)
+    return e if scale is None else torch.where(kept, scale * e, 0.0)
 
 
-def _divisor(prediction: Tensor, weight: Tensor, mask: Tensor | None, normalization: str) -> Tensor | float:
-    """What the sum of a row is divided by."""
+def _divisor(
+    prediction: Tensor, weight: Tensor, mask: Tensor | None, normalization: str
+) -> tuple[Tensor | float, Tensor | int]:
+    """(what the sum of a row is divided by, over how many rows a mean is)"""
     if normalization == "none" or mask is None:
-        return float(math.prod(prediction.shape) // max(1, weight.numel()))
+        return float(math.prod(prediction.shape) // max(1, weight.numel())), weight.numel()
     counts = sum_rows(mask.expand(prediction.shape).to(weight.dtype), weight.shape)
     if normalization == "row":
-        # A row with nothing in its mask has no mean: it counts as 0, and 0 / 1 keeps its gradient 0 too.
-        return torch.where(counts == 0, 1.0, counts)
-    return counts.sum() / max(1, counts.numel())
+        # A row with nothing in its mask has no mean, and is left out of that of the rows.
+        return torch.where(counts == 0, 1.0, counts), (counts != 0).sum().clamp(min=1)
+    total = counts.sum()
+    return torch.where(total == 0, 1.0, total / max(1, counts.numel())), weight.numel()
+
+
+def rows_of_mean(prediction: Tensor, weight: Tensor, mask: Tensor | None, normalization: str) -> Tensor | int:
+    """Over how many rows the mean of a loss is: under "row" those that have something in their mask."""
+    return _divisor(prediction, weight, mask, normalization)[1] if normalization == "row" else weight.numel()
 
 
 def sum_rows(values: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -302,15 +302,18 @@ def _finish(row, inside, total, total_low, count, count_low, weight, result, mea
     """From the sums of whole rows (one, or R) to the results; the last program makes those of all rows. Numbers are
     pairs, so that what is stored is rounded once."""
     if NORMALIZATION == "row":
-        # A row with nothing in its mask has no mean: it counts as 0.
+        # A row with nothing in its mask has no mean, and is left out of that of the rows.
+        counts = tl.where(count == 0, 0.0, 1.0)
         count = tl.where(count == 0, 1.0, count)
-        tl.store(divisor + row, tl.div_rn(mean, count), mask=inside)
+        tl.store(divisor + row, tl.div_rn(1.0, count), mask=inside)
         total, total_low = pair_quotient(total, total_low, count, count_low, EMULATE)
+        count, count_low = counts, counts * 0.0
     elif NORMALIZATION == "none":
         total, total_low = pair_quotient(total, total_low, size, size_low, EMULATE)
     if means is not None:
         _store_pair(means + row, rows, total, pair_rest(total, total_low), inside)
     value, low = pair_product(total, total_low, weight, EMULATE)
+    value, low = tl.where(weight == 0, 0.0, value), tl.where(weight == 0, 0.0, low)  # left out, whatever it holds
     if NORMALIZATION == "global":
         _store_pair(partials + 4 * number + row, rows, value, low, inside)
     elif REDUCTION == "none":
@@ -321,14 +324,20 @@ def _finish(row, inside, total, total_low, count, count_low, weight, result, mea
             value, low = tl.reduce((tl.where(inside, value, 0.0), tl.where(there, low, 0.0)), 0, pair_sum)
             count, count_low = tl.sum(tl.where(inside, count, 0.0)), tl.sum(tl.where(inside, count_low, 0.0))
         _store_pair(partials + place, number, value, low, True)
-        if NORMALIZATION == "global":
+        if NORMALIZATION != "none":
             _store_pair(partials + 2 * number + place, number, count, count_low, True)
         if _last(counter, number):
             value, low = _total(partials, number, number, LANES)
-            if NORMALIZATION == "global":
+            if NORMALIZATION != "none":
                 count, count_low = _total(partials + 2 * number, number, number, LANES)
+            averaged = rows.to(tl.float32)
+            if NORMALIZATION == "row":
+                averaged = tl.where(count == 0, 1.0, count)
+                tl.store(divisor + rows, tl.div_rn(1.0, averaged))
+            if NORMALIZATION == "global":
                 # A row's divisor is the mask's sum over the number of rows.
-                count, count_low = pair_quotient(count, count_low, rows.to(tl.float32), 0.0, EMULATE)
+                count, count_low = pair_quotient(count, count_low, averaged, 0.0, EMULATE)
+                count = tl.where(count == 0, 1.0, count)
                 tl.store(divisor, tl.div_rn(mean, count))
                 if REDUCTION == "none" or means is not None:
                     for start in range(0, rows, LANES):
@@ -345,7 +354,7 @@ def _finish(row, inside, total, total_low, count, count_low, weight, result, mea
                             tl.store(result + k, pair_rounded(first, second), mask=k < rows)
                 value, low = pair_quotient(value, low, count, count_low, EMULATE)
             if REDUCTION == "mean":
-                value, low = pair_quotient(value, low, rows.to(tl.float32), 0.0, EMULATE)
+                value, low = pair_quotient(value, low, averaged, 0.0, EMULATE)
             if REDUCTION != "none":
                 tl.store(result, pair_rounded(value, low))
 
@@ -387,8 +396,12 @@ def loss(
     in ``used``. With both, the gradient is there already, made for ``used``: if that is what has come, nothing is done.
 
     number: of sums in the last stage. size, size_low: the elements of a row, as a pair; mean: 1 over the number of
-    rows; both: over that of all elements (each 1 where there is no such mean). A row is whole in a
-    program, or SPLIT over ``parts`` programs, of which the last adds up, in one order whichever it is.
+    rows; both: over that of all elements (each 1 where there is no such mean). divisor: what gradients are multiplied
+    by where the mask's sum divides: one number ("global"), or one a row, and behind them 1 over the number of rows with
+    something in the mask ("row"). A row is whole in a program, or SPLIT over ``parts`` programs, of which the last adds
+    up, in one order whichever it is.
+
+    What has a mask or a weight of 0 is left out: it adds 0, whatever it holds.
     """
     if UPSTREAM != "none" and used is not None:
         came = tl.load(upstream)
@@ -443,6 +456,8 @@ def loss(
             tl.store(used, outer, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
         if NORMALIZATION == "row":
             k = strong * outer * tl.load(divisor + row)
+            if REDUCTION == "mean":
+                k = k * tl.load(divisor + rows)
         elif NORMALIZATION == "global":
             k = strong * outer * tl.load(divisor)
         else:
@@ -454,13 +469,19 @@ def loss(
         else:
             slope = k * derivative(e, inverse, FUNCTION, ASM)
         if MASK_DIMS >= 0:
-            slope = slope * kept
-        _store(gradient, start, place, slope, inside, EVEN, EMULATE)
+            slope = tl.where(kept == 0, 0.0, slope * kept)
+        # Of a row that is left out zeros are stored in place of the slope: that is a predicate, not one more
+        # instruction an element.
+        learns, left_out = strong != 0, strong == 0
+        if not EVEN:
+            learns, left_out = inside & learns, inside & left_out
+        _store(gradient, start, place, slope, learns, False, EMULATE)
+        _store(gradient, start, place, tl.zeros_like(slope), left_out, False, EMULATE)
 
     if result is not None:
         value = error(e, constant, inverse, FUNCTION, ASM)
         if MASK_DIMS >= 0:
-            value = value * kept
+            value = tl.where(kept == 0, 0.0, value * kept)
         if not EVEN:
             value = tl.where(inside, value, 0.0)
         if R > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -339,7 +340,7 @@ class _Loss(torch.autograd.Function):
                 prediction, weight, x0, n, p, q, scale, c, mask, *ctx.how, upstream, ctx.divisor, written, last
             )
         if ctx.needs_input_grad[1]:
-            count = weight.numel() if reduction == "mean" else 1
+            count = reference.rows_of_mean(prediction, weight, mask, normalization) if reduction == "mean" else 1
             d_weight = (upstream.double() * ctx.means.double().sum(0) / count).to(weight.dtype)
         return (d_prediction, d_weight, *(None,) * 10)
 
@@ -488,7 +489,7 @@ def _loss(
 
     result = new(rows if reduction == "none" else ())
     row_means = new((2, *rows)) if means else None  # pairs
-    divisor = None if normalization == "none" else new(rows if normalization == "row" else 1)
+    divisor = None if normalization == "none" else new(math.prod(rows) + 1 if normalization == "row" else 1)
     d = used = last = assumed = None
     if gradient:
         d, used = new(laid.shape, prediction.dtype), new(1)
