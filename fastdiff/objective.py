@@ -129,6 +129,10 @@ class Noised:
         return kinds.model_input(self.objective.prediction, self.objective.process.levels(self.t))
 
 
+# Of an objective, what its coefficients are made of.
+_FIXED = ("process", "prediction", "weighting", "loss_function", "error_space")
+
+
 class Objective:
     """What a network is trained on: a process, a prediction kind, a weighting and an error function.
 
@@ -143,7 +147,8 @@ class Objective:
         error_space: the prediction kind in which the error is taken; None: the network's own. "sample" is what SD3's
             (preconditioned) and CogVideoX's trainers do. The error is scaled, nothing of full size is converted.
         noise_offset: strength of the offset noise, one normal a (sample, channel), added to noise made here.
-        input_perturbation: the network sees n + input_perturbation xi, the target n (Ning et al. 2023).
+        input_perturbation: the network sees n + input_perturbation xi, the target n (Ning et al. 2023). These two and
+            ``timesteps`` may be set anew between steps; what the coefficients are made of may not.
 
     Raises ValueError or TypeError for unknown names, for combinations that mean nothing, and for a weighting that gives
     NaN or an error scale that is infinite at some timestep; warns where a weight is infinite (see
@@ -164,16 +169,13 @@ class Objective:
     ):
         if not isinstance(process, Process):
             raise TypeError(f"process must be a fastdiff process such as VariancePreserving(); got {process!r}.")
-        for name, value in (("noise_offset", noise_offset), ("input_perturbation", input_perturbation)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be at least 0; got {value!r}.")
         self.process = process
         self.prediction = kinds.get(prediction)
         self.weighting = weightings.get(weighting)
         self.loss_function = losses.get(loss)
         self.timesteps = samplers_of_t.get(timesteps, process)
         self.error_space = self.prediction if error_space is None else kinds.get(error_space)
-        self.noise_offset, self.input_perturbation = float(noise_offset), float(input_perturbation)
+        self.noise_offset, self.input_perturbation = noise_offset, input_perturbation
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
         levels = process.levels(example)
@@ -202,6 +204,15 @@ class Objective:
         if process.discrete:
             self._table = self._checked_table()
             self._table_of(self._used, torch.device("cpu"), torch.float32)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(f"{name} cannot be changed: the coefficients are made of it. Make another Objective.")
+        if name in ("noise_offset", "input_perturbation"):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0; got {value!r}.")
+            value = float(value)
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its own calls: they point into memory
         return self.__dict__ | {"_plain_calls": {}}
@@ -294,8 +305,10 @@ class Objective:
             keep_noise = not backends.remakes_noise(x0.device)
         calls = self._plain(backend)
         if calls is not None and not with_target:
-            times = calls.times(seed, len(x0), sample_offset) if t is None else t
-            done = calls.noise(x0, times, noise, seed, sample_offset, keep_noise)
+            times = calls.times(self.timesteps, seed, len(x0), sample_offset) if t is None else t
+            done = None
+            if not self.input_perturbation:
+                done = calls.noise(x0, times, noise, seed, sample_offset, self.noise_offset, keep_noise)
             if done is not None:
                 x_t, n = done[0], noise if noise is not None else done[1]
                 if n is None:

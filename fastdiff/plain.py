@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _LOSS = ("p", "q", "scale", "loss_weight", "c")
+_UNIFORM = Uniform()
 
 
 class PlainCalls:
@@ -32,8 +33,6 @@ class PlainCalls:
     def __init__(self, objective: Objective, direct: Any):
         self._direct = direct
         process, prediction, loss = objective.process, objective.prediction, objective.loss_function
-        self._offset = objective.noise_offset
-        self._perturbed = objective.input_perturbation != 0
         self._function = loss.function
         own_space = objective.error_space is prediction
         self._x0, self._n = prediction.uses_x0, prediction.uses_noise
@@ -53,31 +52,31 @@ class PlainCalls:
             if own_space and not loss.uses_c and {"p", "q", "loss_weight"} <= known.keys():
                 row = [known.get(name, 0.0) for name in _LOSS]
                 self._loss_rows = direct.constant(row, process.t_min, process.t_max)
-        # floor(steps u) of a uniform u; 0: u itself; None: something else.
+        # Uniform times are floor(steps u) of a uniform u; 0: u itself; None: something else.
         self._steps: int | None = None
-        if objective.timesteps == Uniform():
-            if process.discrete and type(process).time is VariancePreserving.time:
-                self._steps = process.steps
-            elif type(process).time is Process.time:
-                self._steps = 0
+        if process.discrete and type(process).time is VariancePreserving.time:
+            self._steps = process.steps
+        elif type(process).time is Process.time:
+            self._steps = 0
 
-    def times(self, seed: int | Tensor, samples: int, sample_offset: int) -> Tensor | None:
+    def times(self, timesteps: Any, seed: int | Tensor, samples: int, sample_offset: int) -> Tensor | None:
         """The times of a batch, or None."""
-        if self._steps is None or not _is_plain(seed):
+        if self._steps is None or timesteps != _UNIFORM or not _is_plain(seed):
             return None
         return self._direct.times(self._steps, seed, samples, Stream.TIMESTEP, sample_offset)
 
     def noise(
-        self, x0: Tensor, t: Tensor, n: Tensor | None, seed: Any, sample_offset: int, keep: bool
+        self, x0: Tensor, t: Tensor, n: Tensor | None, seed: Any, sample_offset: int, offset: float, keep: bool
     ) -> tuple[Tensor, Tensor | None] | None:
-        """(x_t, the noise if it was made and is to be kept), or None. ``n`` None: made from ``seed``."""
-        if self._noise_rows is None or self._perturbed:
+        """(x_t, the noise if it was made and is to be kept), or None. ``n`` None: made from ``seed``, with ``offset``
+        as the strength of the offset noise."""
+        if self._noise_rows is None:
             return None
         if n is not None:
             return self._direct.noise(self._noise_rows, x0, t, n, False)
-        if not _is_plain(seed) or (self._offset and x0.ndim < 3):
+        if not _is_plain(seed) or (offset and x0.ndim < 3):
             return None
-        return self._direct.noise(self._noise_rows, x0, t, (seed, Stream.NOISE, sample_offset, self._offset), keep)
+        return self._direct.noise(self._noise_rows, x0, t, (seed, Stream.NOISE, sample_offset, offset), keep)
 
     def convert(self, kind: Prediction, rows: Callable[[], Tensor], m: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
         """An output as another kind, or None. ``rows``: () -> (k_x, k_m), float64 [steps, 2]."""

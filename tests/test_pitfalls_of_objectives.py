@@ -345,3 +345,32 @@ def test_names_tell_the_min_snr_forms_apart():
     ]
     snr = levels.snr.item()
     assert forms == pytest.approx([min(snr, 5) / (snr + 1), min(snr, 5) / snr + 1, min(snr + 1, 5) / (snr + 1)])
+
+
+@pytest.mark.parametrize("name", ["noise_offset", "input_perturbation"])
+def test_a_strength_that_changes_between_steps(name, backend):
+    """Annealed, or drawn anew for each step: what was set last holds. x_t is linear in it."""
+    process, x0, t = fastdiff.VariancePreserving(), torch.randn(2, 4, 3, 3), torch.tensor([100, 800])
+    none, whole = (fastdiff.Objective(process, **{name: s}).noise(x0, t, seed=7).x_t.double() for s in (0.0, 1.0))
+    assert (whole - none).abs().max() > 0.1
+    objective = fastdiff.Objective(process)
+    for strength in (0.0, 0.3, 1.0, 0.0):
+        setattr(objective, name, strength)
+        x_t = objective.noise(x0, t, seed=7).x_t.double()
+        torch.testing.assert_close(x_t, (1 - strength) * none + strength * whole, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=f"{name} must be at least 0"):
+        setattr(objective, name, -0.1)
+
+
+def test_times_that_change_between_steps(backend):
+    objective, x0 = fastdiff.Objective(fastdiff.VariancePreserving()), torch.zeros(64, 2, 2)
+    objective.noise(x0, seed=1)
+    objective.timesteps = fastdiff.timesteps.Uniform(0.0, 0.1)
+    assert objective.noise(x0, seed=1).t.max() < 100
+
+
+@pytest.mark.parametrize("name", ["process", "prediction", "weighting", "loss_function", "error_space"])
+def test_what_coefficients_are_made_of_is_not_changed(name):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving())
+    with pytest.raises(AttributeError, match=f"{name} cannot be changed.*Make another Objective"):
+        setattr(objective, name, getattr(objective, name))
