@@ -373,7 +373,8 @@ class Objective:
 
         Args:
             prediction: the output for ``noised``, shaped as x_t, any floating-point dtype.
-            noised: from ``noise``.
+            noised: from ``noise``, of this or of another objective with the same process: weights, error and target are
+                this one's.
             mask: bool or float, broadcastable to prediction; see ``mask_normalization``. What it leaves out with 0, and
                 rows of weight 0, add 0 to the loss and to the gradient, whatever they hold.
             reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t).
@@ -385,6 +386,13 @@ class Objective:
         Raises TypeError or ValueError for unfit inputs. Warns, on the CPU, of a mask that is 0 everywhere.
         """
         x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
+        if noised.objective is not self:
+            process = noised.objective.process
+            if not torch.compiler.is_compiling() and not self.process.has_levels_of(process):
+                raise ValueError(
+                    f"noised is of the process {process!r}, this objective of {self.process!r}: noise it anew."
+                )
+            rows = Rows({}, self._later(t, x0, n))
         if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
             result = self._plain_loss(prediction, x0, n, t, lambda: rows)
             if result is not None:

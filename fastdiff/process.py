@@ -99,6 +99,21 @@ class Process:
         None where it does not. Such rows need no tensors of their own."""
         return None
 
+    def has_levels_of(self, other: Process) -> bool:
+        """Whether the noise levels are those of ``other`` at every t (for continuous ones: at 33 times)."""
+        if self is other:
+            return True
+        if self.discrete != other.discrete or (self.t_min, self.t_max) != (other.t_min, other.t_max):
+            return False
+        if self.discrete and self.steps != other.steps:
+            return False
+        if self.discrete:
+            t = torch.arange(self.steps, device="cpu")
+        else:
+            inside = torch.linspace(0.01, 0.99, 33, dtype=torch.float64, device="cpu")
+            t = self.t_min + inside * (min(self.t_max, 100.0) - self.t_min)
+        return all(torch.equal(a, b) for a, b in zip(self.alpha_sigma(t), other.alpha_sigma(t)))
+
     def fraction(self, t: Tensor) -> Tensor:
         """t as a fraction of the process, 0 for clean data and 1 for noise. float64."""
         return as_float64(t)

@@ -374,3 +374,30 @@ def test_what_coefficients_are_made_of_is_not_changed(name):
     objective = fastdiff.Objective(fastdiff.VariancePreserving())
     with pytest.raises(AttributeError, match=f"{name} cannot be changed.*Make another Objective"):
         setattr(objective, name, getattr(objective, name))
+
+
+@pytest.mark.parametrize("how", [{}, {"reduction": "none"}, {"reduction": "sum"}, {"mask": torch.ones(2, 1, 1, 1)}])
+def test_a_noised_batch_in_the_loss_of_another_objective(how, backend):
+    """An unweighted curve beside a weighted loss, another error, another target: each objective's own numbers."""
+    process, x0, t = fastdiff.VariancePreserving(), torch.randn(2, 4, 3, 3), torch.tensor([30, 800])
+    n, m = torch.randn_like(x0), torch.randn_like(x0)
+    noised = fastdiff.Objective(process, "epsilon", fastdiff.MinSNR(5.0)).noise(x0, t, n)
+    alpha, sigma = (row.double().view(2, 1, 1, 1) for row in (noised.alpha, noised.sigma))
+    targets = {"epsilon": n.double(), "sample": x0.double(), "v_prediction": alpha * n - sigma * x0}
+    for kind, target in targets.items():
+        for loss, error in (("mse", (m - target) ** 2), ("l1", (m - target).abs())):
+            again = fastdiff.Objective(fastdiff.VariancePreserving(), kind, loss=loss)
+            want = error.sum() if how.get("reduction") == "sum" else error.mean()
+            torch.testing.assert_close(again.loss(m, noised, **how).double().mean(), want.double(), rtol=1e-6, atol=0)
+    for other in (fastdiff.VariancePreserving("scaled_linear"), fastdiff.RectifiedFlow()):
+        with pytest.raises(ValueError, match="noise it anew"):
+            fastdiff.Objective(other, "epsilon").loss(m, noised)
+
+
+def test_which_processes_have_the_same_levels():
+    flow, shifted = fastdiff.RectifiedFlow(), fastdiff.RectifiedFlow(3.0)
+    assert flow.has_levels_of(fastdiff.RectifiedFlow()) and not flow.has_levels_of(shifted)
+    assert not flow.has_levels_of(fastdiff.VariancePreserving())
+    assert fastdiff.VariancePreserving().has_levels_of(fastdiff.VariancePreserving("linear"))
+    assert not fastdiff.VariancePreserving().has_levels_of(fastdiff.VariancePreserving(steps=500))
+    assert fastdiff.EDM().has_levels_of(fastdiff.EDM()) and not fastdiff.EDM().has_levels_of(fastdiff.VPSDE())
