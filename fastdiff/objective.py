@@ -80,6 +80,14 @@ class Noised:
     rows: Rows
     written_target: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the coefficients, which follow from the times: a worker of a DataLoader may return a noised batch."""
+        return {name: value for name, value in self.__dict__.items() if name != "rows"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.rows = Rows({}, self.objective._later(self.t, self.x0, self.noise_source))
+
     @property
     def noise(self) -> Tensor:
         """The noise as the target sees it: what was given, or float32 (float64 with float64 data)."""

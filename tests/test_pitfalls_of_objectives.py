@@ -1,6 +1,8 @@
 """What goes wrong in trainers people use, one test each: every one of these is a bug that was shipped somewhere."""
 
+import copy
 import math
+import pickle
 import warnings
 
 import numpy as np
@@ -401,3 +403,17 @@ def test_which_processes_have_the_same_levels():
     assert fastdiff.VariancePreserving().has_levels_of(fastdiff.VariancePreserving("linear"))
     assert not fastdiff.VariancePreserving().has_levels_of(fastdiff.VariancePreserving(steps=500))
     assert fastdiff.EDM().has_levels_of(fastdiff.EDM()) and not fastdiff.EDM().has_levels_of(fastdiff.VPSDE())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+@pytest.mark.parametrize("keep_noise", [True, False])
+def test_a_noised_batch_is_pickled_and_copied(kind, keep_noise, backend):
+    """As when a worker of a DataLoader returns it: the numbers are the same, of its own objective and of the first."""
+    process = fastdiff.RectifiedFlow() if kind == "flow" else fastdiff.VariancePreserving()
+    objective = fastdiff.Objective(process, kind, fastdiff.MinSNR(5.0) if kind == "epsilon" else None)
+    noised, m = objective.noise(torch.randn(2, 4, 3, 3), seed=5, keep_noise=keep_noise), torch.randn(2, 4, 3, 3)
+    want = objective.loss(m, noised)
+    for again in (pickle.loads(pickle.dumps(noised)), copy.deepcopy(noised), copy.copy(noised)):
+        for name in ("x_t", "t", "alpha", "sigma", "snr", "weight", "noise", "target", "model_input", "model_time"):
+            assert torch.equal(getattr(again, name), getattr(noised, name)), name
+        assert torch.equal(objective.loss(m, again), want) and torch.equal(again.objective.loss(m, again), want)
