@@ -383,7 +383,8 @@ class Objective:
             prediction: the output for ``noised``, shaped as x_t, any floating-point dtype.
             noised: from ``noise``, of this or of another objective with the same process: weights, error and target are
                 this one's.
-            mask: bool or float, broadcastable to prediction; see ``mask_normalization``. What it leaves out with 0, and
+            mask: bool or float, broadcastable to prediction, with fewer dimensions aligned at the left, as t is:
+                [batch], or [batch, frames]; see ``mask_normalization``. What it leaves out with 0, and
                 rows of weight 0, add 0 to the loss and to the gradient, whatever they hold.
             reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t).
             weight: further weights, one a row or a number (prior preservation, learned uncertainty); may require grad.
@@ -430,7 +431,7 @@ class Objective:
     ) -> Tensor:
         uses_x0, uses_noise, function = self.prediction.uses_x0, self.prediction.uses_noise, self.loss_function
         x0_, n = x0 if uses_x0 else None, noise if uses_noise else None
-        check_loss(prediction, x0_, n, mask, mask_normalization, reduction)
+        mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction)
         dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) else None)
         coefficients = list(self._rows_of_loss(rows))
         if weight is not None:

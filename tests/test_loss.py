@@ -52,7 +52,7 @@ def test_values(function, dtype):
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.uint8, torch.int32, torch.int64])
-@pytest.mark.parametrize("mask_shape", [(4, 1, 5, 6), (4, 3, 5, 6), (5, 6), (4, 1, 1, 1)])
+@pytest.mark.parametrize("mask_shape", [(4, 1, 5, 6), (4, 3, 5, 6), (1, 1, 5, 6), (4, 1, 1, 1)])
 def test_mask_normalizations(mask_shape, mask_dtype):
     prediction, x0, n = batch(torch.float64)
     mask = (torch.rand(mask_shape) < 0.5).to(mask_dtype)
@@ -72,6 +72,19 @@ def test_mask_normalizations(mask_shape, mask_dtype):
     np.testing.assert_allclose(loss(mask_normalization="row", reduction="none"), rows, rtol=1e-13)
     per_row = loss(mask_normalization="global", reduction="none")
     np.testing.assert_allclose(per_row.mean(), error.sum() / counts.sum(), rtol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 4), (4, 1), (1, 4), ()])
+def test_a_mask_of_fewer_dimensions_is_aligned_at_the_left(shape):
+    """As t and weight are: one value a sample, or a step of a sequence, also where other sizes agree."""
+    prediction, n = torch.randn(2, 4, 4, 4, 4)
+    mask = (torch.arange(math.prod(shape)) % 2).float().reshape(shape) if shape else torch.tensor(0.5)
+    wide = mask.reshape(shape + (1,) * (4 - len(shape))).expand(prediction.shape)
+    error = (prediction - n).double() ** 2 * wide
+    for normalization, want in (("none", error.mean()), ("global", error.sum() / wide.sum())):
+        for how in (mask, mask.bool()) if shape else (mask,):
+            got = ops.loss(prediction, None, n, q=1.0, mask=how, mask_normalization=normalization)
+            torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
 
 
 def test_fractional_mask_weighs():

@@ -64,11 +64,13 @@ CASES = {
     "prediction of another shape": (lambda: loss(X[:, :2]), ValueError, "prediction"),
     "prediction with a variance": (lambda: loss(torch.cat([X, X], 1)), ValueError, r"chunk\(2, dim=1\)"),
     "prediction of integers": (lambda: loss(X.long()), TypeError, "prediction must be floating"),
-    "mask that does not broadcast": (lambda: loss(mask=torch.ones(2)), ValueError, r"mask.view\(-1, 1, 1\)"),
+    "mask aligned at the right": (
+        lambda: loss(mask=torch.ones(3, 4)), ValueError, r"\(3, 4\).*\(2, 3, 4\).*at the left.*mask.view\(1, 3, 4\)"),
+    "mask of more dimensions": (lambda: loss(mask=torch.ones(1, 2, 3, 4)), ValueError, "aligned at the left"),
     "mask elsewhere": (lambda: loss(mask=torch.ones(2, 1, 4, device="meta")), ValueError, "mask is on meta"),
     "mask complex": (lambda: loss(mask=torch.ones(4, dtype=torch.complex64)), TypeError, "complex"),
     "normalised sum": (
-        lambda: loss(mask=torch.ones(4), mask_normalization="row", reduction="sum"), ValueError, "divides by nothing"),
+        lambda: loss(mask=torch.ones(2), mask_normalization="row", reduction="sum"), ValueError, "divides by nothing"),
     "unknown reduction": (lambda: loss(reduction="avg"), ValueError, "mean, sum, none; got 'avg'"),
     "unknown mask normalisation": (lambda: loss(mask_normalization="all"), ValueError, "none, row, global"),
     "weights of a wrong length": (lambda: loss(weight=torch.ones(3)), ValueError, r"weight has shape \(3,\)"),

@@ -40,7 +40,8 @@ def loss(
         x0, n: data and noise, shaped as prediction; one that p or q leaves out (None) is not read. A ``Philox`` makes
             the noise again.
         p, q, weight, scale, c: rows (``fastdiff.ops.checks.place_rows``) or numbers. ``weight`` may require grad.
-        mask: bool or float, broadcastable to prediction. What it leaves out with 0, and rows of weight 0, add 0 to the
+        mask: bool or float, broadcastable to prediction; with fewer dimensions aligned at the left: [batch], or [batch,
+            frames]. What it leaves out with 0, and rows of weight 0, add 0 to the
             loss and to the gradient, whatever they hold.
         function: "mse" e^2, "l1" |e|, "smooth_l1" and "pseudo_huber" with constant c, "log_cosh".
         mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"; a row whose
@@ -55,7 +56,7 @@ def loss(
     everywhere: the loss and its gradient are 0.
     """
     x0, n = (x0 if p is not None else None), (n if q is not None else None)
-    check_loss(prediction, x0, n, mask, mask_normalization, reduction)
+    mask = check_loss(prediction, x0, n, mask, mask_normalization, reduction)
     _one_of("function", function, FUNCTIONS)
     if function in NEED_C and c is None:
         raise ValueError(f"{function} needs its constant c.")
@@ -81,8 +82,8 @@ def check_loss(
     mask: Tensor | None,
     mask_normalization: str,
     reduction: str,
-) -> None:
-    """Raise TypeError or ValueError unless these go together."""
+) -> Tensor | None:
+    """Raise TypeError or ValueError unless these go together. Returns the mask, with all of its dimensions."""
     check_floating(prediction=prediction)
     if x0 is not None:
         check_floating(x0=x0)
@@ -94,27 +95,28 @@ def check_loss(
     _one_of("reduction", reduction, REDUCTIONS)
     _one_of("mask_normalization", mask_normalization, MASK_NORMALIZATIONS)
     if mask is not None:
-        _check_mask(mask, mask_normalization, reduction, prediction)
+        return _placed_mask(mask, mask_normalization, reduction, prediction)
+    return None
 
 
-def _check_mask(mask: Tensor, normalization: str, reduction: str, prediction: Tensor) -> None:
+def _placed_mask(mask: Tensor, normalization: str, reduction: str, prediction: Tensor) -> Tensor:
     if mask.device != prediction.device:
         raise ValueError(f"mask is on {mask.device}, but prediction on {prediction.device}: move it with .to(device).")
     if mask.is_complex():
         raise TypeError("mask must be bool or real; got a complex one.")
-    fits = mask.ndim <= prediction.ndim and all(
-        m in (1, s) for m, s in zip(reversed(mask.shape), reversed(prediction.shape))
-    )
-    if not fits:
+    more = max(0, prediction.ndim - mask.ndim)
+    if mask.ndim > prediction.ndim or any(m not in (1, s) for m, s in zip(mask.shape, prediction.shape)):
+        last = f" A mask of the last dimensions is mask.view({', '.join(map(str, (*[1] * more, *mask.shape)))})."
         raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, which does not broadcast to {tuple(prediction.shape)}. A mask of one "
-            f"value a sample is mask.view(-1, {', '.join('1' * (prediction.ndim - 1))})."
+            f"mask has shape {tuple(mask.shape)}, which does not fit {tuple(prediction.shape)}: it is aligned at the "
+            f"left, as t and weight are.{last if more else ''}"
         )
     if reduction == "sum" and normalization != "none":
         raise ValueError("reduction='sum' divides by nothing: use mask_normalization='none' with it.")
     if value_checks_are_free(mask) and prediction.numel() and not bool(mask.any()):
         # No error: one process of many would raise it, and the others wait for it.
         warnings.warn("mask is 0 everywhere: the loss and its gradient are 0.", stacklevel=4)
+    return mask.reshape(*mask.shape, *(1,) * more) if more else mask
 
 
 def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
