@@ -574,7 +574,7 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(plots, "plots", lambda found: {})
 
 
-class TestFinished:
+class TestRun:
     def test_writes_everything(self, finished):
         out, output = finished
         files = {"bench.json", "bench.csv", "bench.md", "bench.html"} | ({"bench.png"} if PLOTS else set())
@@ -1136,7 +1136,7 @@ class TestKnownReport:
 
 
 @pytest.mark.usefixtures("no_pictures")
-class TestRun:
+class TestWhatGoesWrong:
     def test_interrupted(self, tiny, tmp_path, monkeypatch, capsys):
         real, seen = running.Run._sweep_case, []
 

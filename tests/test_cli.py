@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -456,6 +457,9 @@ def test_help_and_version(capsys):
     assert fastdiff.__version__ in capsys.readouterr().out
 
 
-def test_module_runs():
-    done = subprocess.run([sys.executable, "-m", "fastdiff", "--version"], capture_output=True, text=True)
-    assert done.stdout.strip() == f"fastdiff {fastdiff.__version__}"
+def test_module_runs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fastdiff", "--version"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("fastdiff", run_name="__main__")
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.strip() == f"fastdiff {fastdiff.__version__}"
