@@ -153,6 +153,13 @@ class TestPeers:
         z = (step(o) - mean) / scale
         # Of 2^18 normals the mean and the variance are known to 1 / 512 and 1 / 362: five times that.
         assert abs(z.mean().item()) < 5 / 512 and abs(z.var().item() - 1) < 5 / 362
+        if peer == "fastdiff":  # what ``sample`` draws in step 10
+            drawn = fastdiff.ops.Philox(0, stream=26).tensor(o.x0.shape, CPU)
+            # Some ulp of values up to 8, over a scale of 0.2.
+            torch.testing.assert_close(z, drawn, rtol=0, atol=2e-5)
+
+    def test_the_reference_is_the_reference(self):
+        assert peers._with_reference(lambda o: fastdiff.backends.choose("cpu"))(None) == "reference"
 
     def test_missing(self, monkeypatch):
         def gone(name):
@@ -323,6 +330,10 @@ def get_args():
         monkeypatch.setitem(sys.modules, "fastdiff.backends.triton", type("M", (), {"launches": lambda: found}))
         count = counting.recorded(lambda: found.extend([launch(), launch()]))
         assert (count.bytes, count.launches, count.by) == (24, 2, "launch recorder")
+        found.clear()
+        x = torch.ones(3)  # what PyTorch launches around ours counts too
+        count = counting.recorded(lambda: (found.append(launch()), x + 1))
+        assert (count.bytes, count.launches) == (12 + 2 * 12, 2)
 
 
 # ---- times
@@ -645,7 +656,7 @@ class KnownPeers:
     """Peers that take known times on a clock of their own. ``used``: the operands of each call, by peer and case."""
 
     def __init__(self, monkeypatch):
-        self.clock, self.used, self.copies = Clock(), {}, 0
+        self.clock, self.used, self.copies, self.waits, self.limits = Clock(), {}, 0, 0, set()
         known = self
 
         class KnownCopy(measuring.Copy):
@@ -654,6 +665,11 @@ class KnownPeers:
                 self.rates += [1e9, 2e9, 2e9, 2e9, 3e9]
 
         monkeypatch.setattr(running, "Copy", lambda timer: KnownCopy(timer, megabytes=3))
+
+        def wait(group):
+            known.waits += 1
+
+        monkeypatch.setattr(processes.Group, "wait", wait)
         monkeypatch.setattr(peers, "build", self.build)
         monkeypatch.setattr(counting, "peak_memory", lambda call, device: (call(), 5_500_000)[1])
         monkeypatch.setattr(running, "cache_bytes", lambda device: 2**14)
@@ -669,6 +685,7 @@ class KnownPeers:
             self.clock.take(ON_ONE[peer] if one else TAKES[peer] * (1, 4, 8)[KNOWN.index(case)])
             if not one:
                 self.used.setdefault((peer, case), []).append(o)
+                self.limits.add(torch._dynamo.config.recompile_limit)
             if peer != "fastdiff":
                 return o.x0 + o.noise  # one launch, three tensors
             o.prediction.grad = torch.zeros_like(o.prediction)
@@ -690,6 +707,8 @@ class TestKnownRun:
         assert run("--out", tmp_path, "--seconds", 0.2) == 0  # a thirtieth of a second a case and sweep
         found = report.load(tmp_path / "bench.json")
         assert known.copies == 3  # before, and after each sweep
+        assert known.waits == 6  # for other processes, before each case
+        assert known.limits == {256}  # of graphs of a function: PyTorch's own is a few
         assert found["ceiling"] == {
             "buffer_bytes": 3 * 2**20,
             "bytes_per_second": 2e9,
@@ -766,6 +785,42 @@ class TestKnownRun:
         with pytest.raises(MemoryError):
             made._operand_sets(KNOWN[0])
 
+    def test_turns(self, known, monkeypatch):
+        """Who comes first changes; what is short is called once before; too slow a reference is timed once."""
+        made = running.Run(KNOWN[:1], ("fastdiff", "eager", "diffusers", "reference"), CPU, 0.2, 0.0)  # 0.1 a sweep
+        takes, turns = {"fastdiff": 0.003, "eager": 0.01, "diffusers": 0.02, "reference": 0.16}, []
+
+        def timed(calls, name, repeats, rotation, measured, settle=False):
+            known.clock.take(takes[name])
+            turns.append((name, settle))
+            return takes[name]
+
+        monkeypatch.setattr(made, "_timed", timed)
+        measured = {name: running.Measurement() for name in made.names}
+        made._rounds(dict.fromkeys(made.names), [None], measured, 0)
+        assert [name for name, _ in turns[:4]] == list(made.names)
+        short = [("fastdiff", True), ("eager", False), ("diffusers", False)]
+        assert turns[4:] == [*short, *short[1:], short[0], short[2], *short[:2]]
+        assert measured["reference"].seconds == [0.16] and not measured["reference"].ratios
+        assert measured["eager"].ratios == pytest.approx([10 / 3] * 3)
+
+    def test_a_reference_too_slow_is_not_tried(self, known):
+        """What it took for the largest smaller case of its sort, element by element; more than 1.5 times the case's
+        time is too much. Of less than 1e5 elements it says nothing."""
+        cases = [Case("noising", "flow", dtype, (10**n,)) for dtype, n in (("fp32", 4), ("fp32", 6), ("bf16", 6))]
+        larger = Case("noising", "flow", "fp32", (4 * 10**6,))
+        made = running.Run([larger], ("reference",), CPU, 2.0, 0.0)
+        for case, seconds in zip(cases, ([1.0], [0.5, 0.3], [9.0])):
+            made.results[case] = {"reference": running.Measurement(seconds=seconds)}
+        assert made._expected_reference(larger) == pytest.approx(1.2)
+        assert made._expected_reference(cases[1]) == 0.0
+        made.device = CPU
+        made._case_seconds = 0.81
+        made._prepare("reference", KNOWN[0])
+        made._case_seconds = 0.79
+        with pytest.raises(peers.Missing, match="too slow for the time of this run"):
+            made._prepare("reference", larger)
+
     def test_plan(self, known):
         """A case's share of the time, or a thousand passes at the copy's rate; every sweep; the compiler besides."""
         made = running.Run(KNOWN, ("fastdiff",), CPU, 0.6, 7.0)
@@ -811,7 +866,7 @@ class TestOptions:
     @pytest.fixture
     def asked(self, monkeypatch):
         """What a run is asked for: nothing is measured."""
-        found = SimpleNamespace(modelled=None)
+        found = SimpleNamespace(modelled=None, interrupted=False)
 
         class Recorded(running.Run):
             def measure_copy(self):
@@ -820,10 +875,11 @@ class TestOptions:
                 found.threads = torch.get_num_threads()
 
             def measure(self, progress):
-                self.complete = True
+                self.complete = not found.interrupted
 
         def share(name, device, dtype, seconds, progress):
             found.modelled = (name, dtype, seconds)
+            return known_model()
 
         monkeypatch.setattr(command, "Run", Recorded)
         monkeypatch.setattr(running, "Copy", lambda timer: measuring.Copy(timer, megabytes=1))
@@ -838,7 +894,14 @@ class TestOptions:
         for arguments, expected in (((), without), (option.split(), with_it)):
             assert main(["bench", "--out", str(tmp_path), *arguments]) == 0
             assert read(asked) == expected
-        assert (tmp_path / "bench.json").exists()
+        found = report.load(tmp_path / "bench.json")
+        assert found["device"]["threads"] == asked.threads
+        assert found["model"] == (known_model() if asked.modelled else None)
+
+    def test_an_interrupted_run_has_no_model(self, asked, tmp_path):
+        asked.interrupted = True
+        assert main(["bench", "--model", "unet-small", "--out", str(tmp_path)]) == 130
+        assert asked.modelled is None and not report.load(tmp_path / "bench.json")["complete"]
 
     def test_fresh_folder_without_out(self, asked, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -897,6 +960,14 @@ class TestGroup:
         with pytest.raises(BenchError, match="4 processes, but only 2 GPUs"):
             processes.Group(3, 4, local_rank=2).device(torch.device("cuda"))
 
+    def test_waits_for_the_others(self, monkeypatch):
+        waited = []
+        monkeypatch.setattr(torch.distributed, "barrier", lambda: waited.append(1))
+        processes.Group().wait()
+        assert not waited
+        processes.Group(0, 2).wait()
+        assert waited == [1]
+
     def test_gathers_each_case_by_rank(self):
         class Store(dict):
             set, get = dict.__setitem__, dict.__getitem__
@@ -925,6 +996,15 @@ class TestGroup:
                 {"case": "two k d 1", "images_per_second": [2.0, None], "bytes_per_second": [20.0, None]},
             ],
         }
+
+
+def known_model():
+    def part(seconds, objective, share):
+        return {"seconds": known_spread(seconds), "objective_seconds": known_spread(objective), "share": share}
+
+    model = {"name": "net", "parameters": 1_500_000, "shape": [2, 3], "dtype": "fp32"}
+    model |= {"before": part(0.1, 0.02, 0.2), "after": part(0.08, 0.004, 0.05)}
+    return model | {"ratio": known_spread(1.25, 1.2, 1.3, steady=True)}
 
 
 def known_spread(median, p20=None, p80=None, **more):
@@ -1042,12 +1122,7 @@ class TestKnownReport:
         assert heading.split("  ")[0] == "case" and row.split() == "noising 2 of 3 3.00 to 5.00 8.00 6.50".split()
 
     def test_model(self, known_report):
-        def part(seconds, objective, share):
-            return {"seconds": known_spread(seconds), "objective_seconds": known_spread(objective), "share": share}
-
-        model = {"name": "net", "parameters": 1_500_000, "shape": [2, 3], "dtype": "fp32"}
-        model |= {"before": part(0.1, 0.02, 0.2), "after": part(0.08, 0.004, 0.05)}
-        model["ratio"] = known_spread(1.25, 1.2, 1.3, steady=True)
+        model = known_model()
         said = (
             "net (1.5M parameters, 2x3 fp32): noising and loss take 20% of an eager training step (20.0 ms of 100 ms), "
             "5.0% with fastdiff (4.00 ms of 80.0 ms); the whole step takes 1.250 times as long without it (1.200 to "
@@ -1082,6 +1157,7 @@ class TestKnownReport:
         after["cases"][0]["peers"]["eager"]["ratio"] = known_spread(3.25, steady=True)
         after["cases"][0]["peers"]["eager"]["seconds"] = known_spread(20e-3)
         after["cases"][1]["peers"]["fastdiff"]["seconds"] = known_spread(5.2e-3)  # less than a twentieth
+        after["cases"][1]["peers"]["eager"]["seconds"] = known_spread(14e-3, 13e-3, 15e-3)  # within the noise
         after["cases"].append(copy.deepcopy(after["cases"][0]) | {"dtype": "bf16"})
         after["device"] |= {"threads": 3, "backend": "reference", "description": "another"}
         after["versions"] |= {"torch": "0.44"}
@@ -1321,6 +1397,9 @@ def test_progress_estimates_from_how_the_plan_held(capsys, monkeypatch):
     progress.advance(50.0)
     now[0] = 25.0
     assert progress.left() == "about 25 s left"
+    progress.advance(25.0)
+    assert progress.left() == "about 8 s left"  # a quarter, a third of what the others took
+    progress.advance(-25.0)
     progress.say("something")
     assert "50%  something, about 25 s left" in capsys.readouterr().err
     progress.close()

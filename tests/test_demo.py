@@ -1,5 +1,6 @@
 """The demo's parts: files, checkpoints, images, network, settings, and resuming to the same bits."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -461,6 +463,12 @@ class TestTraining:
         for epoch in order[: len(order) // count * count].view(-1, count):
             assert sorted(epoch.tolist()) == list(range(count))
 
+    def test_every_epoch_has_its_own_order(self):
+        first, second, other = (
+            training.batch_indices(100, 100, step, seed).tolist() for step, seed in ((0, 1), (1, 1), (0, 2))
+        )
+        assert first != second and first != other and first == training.batch_indices(100, 100, 0, 1).tolist()
+
     def test_label_dropout(self):
         labels = torch.zeros(100_000, dtype=torch.long)
         dropped = training.drop_labels(labels, 7, step=3, seed=0)
@@ -565,6 +573,33 @@ class TestTraining:
         trainer.train(lambda state: found.append((state.step, len(state.losses), state.seconds)), save_every)
         assert found == [(step, step, 10.0 + 0.5 * step) for step in saved]
 
+    def test_what_the_bar_says(self, monkeypatch):
+        """The steps of the whole run, the last loss, and the speed since this run began: 8 images in half a second."""
+        trainer, clock, said = make_trainer(), Clock(), []
+
+        class Bar(contextlib.nullcontext):
+            def __init__(self, total, initial, **_):
+                super().__init__(self)
+                said.append((total, initial))
+
+            def set_postfix_str(self, text, refresh):
+                said.append(text)
+
+            def update(self):
+                pass
+
+        def step():
+            clock.take(0.5)
+            trainer.step += 1
+            return 1 / trainer.step
+
+        monkeypatch.setattr(training, "time", clock)
+        monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+        monkeypatch.setattr(trainer, "train_step", step)
+        trainer.step = 8
+        trainer.train(lambda state: None, 100)
+        assert said == [(12, 8), *(f"loss {1 / k:.4f}, 16 images/s" for k in (9, 10, 11, 12))]
+
     def test_what_is_sampled_from_is_the_average(self):
         trainer = make_trainer()
         trainer.train_step()
@@ -618,6 +653,13 @@ class TestTraining:
         both = [1, 0, 1] if guidance == 1 else [2, 2, 2, 1, 0, 1]
         assert all(label.tolist() == both for _, _, label in network.calls)
 
+    def test_images_are_in_range(self, monkeypatch):
+        beyond = torch.tensor([-3.0, 0.5, 3.0]).view(3, 1, 1, 1)
+        monkeypatch.setattr(fastdiff, "sample", lambda *_, **__: beyond)
+        recipe = settings.build(settings.resolve({}))
+        images = draw(KnownNetwork([0.0, 0.0]), recipe, torch.tensor([0, 0, 0]), 3, 1.0, 0)
+        assert images.flatten().tolist() == [-1.0, 0.5, 1.0]
+
     def test_trajectory_of_a_known_network(self):
         network, labels = KnownNetwork([-0.4, 0.2, 0.1]), torch.tensor([1, 0])
         recipe = settings.build(settings.resolve({"prediction": "sample", "sampler": "ddim"}))
@@ -649,6 +691,16 @@ def test_classifier_knows_real_digits():
     assert (classifier.recognise(digits.images[:200]) == digits.labels[:200]).float().mean() > 0.98
     # Pixels as scikit-learn has them; what a network draws beyond black and white is cut off.
     assert _features(torch.tensor([[[[-1.0, 1.0, 0.0, 2.0]]]])).tolist() == [[0.0, 16.0, 8.0, 16.0]]
+
+
+def test_threads(monkeypatch):
+    """One for small images, else the cores up to 8; a resumed run has those that it had."""
+    monkeypatch.setattr(run, "_usable_cores", lambda: 6)
+    sizes = [settings.resolve({"data": ".", "size": size}) for size in (16, 17)]
+    assert [run._default_threads(each, None) for each in sizes] == [1, 6]
+    monkeypatch.setattr(run, "_usable_cores", lambda: 60)
+    assert run._default_threads(sizes[1], None) == 8
+    assert run._default_threads(sizes[0], SimpleNamespace(machine={"threads": 3})) == 3
 
 
 class TestReport:
