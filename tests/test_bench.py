@@ -158,6 +158,21 @@ class TestPeers:
             # Some ulp of values up to 8, over a scale of 0.2.
             torch.testing.assert_close(z, drawn, rtol=0, atol=2e-5)
 
+    @pytest.mark.parametrize("kind, more", [("epsilon", 0), ("v_prediction", 1)])
+    def test_weights_are_min_snr_of_5(self, kind, more):
+        """min(S, 5) / S on epsilon, / (S + 1) on v: of a prediction of 0 and a target of known squares."""
+        eager, o, _ = call("eager", "loss", kind)
+        o.t = torch.tensor([20, 300, 900])  # S = 78, 0.65 and 2.7e-4
+        with torch.no_grad():
+            o.prediction.zero_()
+        alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[o.t]
+        ratio = alpha_bar / (1 - alpha_bar)
+        a, s = (row.sqrt().view(3, 1, 1, 1) for row in (alpha_bar, 1 - alpha_bar))
+        target = a * o.noise - s * o.x0 if more else o.noise.double()
+        expected = (ratio.clamp(max=5.0) / (ratio + more) * target.square().mean((1, 2, 3))).mean()
+        # The float32 alpha_bar is known to 6e-8, of 1 - alpha_bar = 0.013.
+        torch.testing.assert_close(eager(o), expected.float(), rtol=1e-5, atol=0)
+
     def test_the_reference_is_the_reference(self):
         assert peers._with_reference(lambda o: fastdiff.backends.choose("cpu"))(None) == "reference"
 

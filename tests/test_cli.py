@@ -407,6 +407,8 @@ class TestDoctor:
             (doctor.os, "cpu_count", lambda: 12),
             (doctor.platform, "python_version", lambda: "3.99"),
             (torch, "get_num_threads", lambda: 3),
+            (torch.version, "cuda", "13.1"),
+            (torch.version, "hip", None),
             (torch.backends.cpu, "get_cpu_capability", lambda: "AVX9"),
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "device_count", lambda: 1),
@@ -421,6 +423,8 @@ class TestDoctor:
         for line in (
             f"fastdiff {fastdiff.__version__}",
             "python 3.99",
+            "cuda_runtime 13.1",
+            "hip -",
             "cuda_driver Module 570.1 of now",
             "triton 3.2.1",
             "tqdm not installed",
