@@ -836,6 +836,13 @@ class TestKnownRun:
         with pytest.raises(peers.Missing, match="too slow for the time of this run"):
             made._prepare("reference", larger)
 
+    @pytest.mark.parametrize(
+        "ratios, steady", [([2.0] * 5, True), ([2.0] * 4, False), ([1.0, 1.0, 2.0, 3.0, 3.0], False)]
+    )
+    def test_a_ratio_says_whether_it_is_steady(self, ratios, steady):
+        found = report._measurement(running.Measurement(seconds=[1.0], ratios=ratios), 1, 1, None)
+        assert found["ratio"]["steady"] is steady and found["ratio"]["rounds"] == len(ratios)
+
     def test_plan(self, known):
         """A case's share of the time, or a thousand passes at the copy's rate; every sweep; the compiler besides."""
         made = running.Run(KNOWN, ("fastdiff",), CPU, 0.6, 7.0)
@@ -1199,6 +1206,7 @@ class TestKnownReport:
         """The points, bars and lines are the report's numbers."""
         from matplotlib.figure import Figure
 
+        known_report["cases"][0]["peers"]["fastdiff"]["host_seconds"] = 4e-4
         drawn = {}
         for name in plots.plots(known_report):
             drawn[name] = Figure().subplots()
@@ -1222,8 +1230,8 @@ class TestKnownReport:
         assert list(ours.get_xdata()) == [2**20, 2**21] and list(ours.get_ydata()) == [2e3, 5e3]
         assert list(theirs.get_ydata()) == [13e3, 13e3]
         assert list(least.get_ydata()) == pytest.approx([n / 38.5e9 * 1e6 for n in floors])
-        host = drawn["sizes"].patches[-1]  # where 4 us are more than the bytes would take
-        assert host.get_x() + host.get_width() == pytest.approx(max(4e-6 * 38.5e9 / 20, 2**19))
+        host = drawn["sizes"].patches[-1]  # where 400 us are more than the 20 bytes of an element would take
+        assert host.get_x() == 2**19 and host.get_x() + host.get_width() == pytest.approx(4e-4 * 38.5e9 / 20)
 
 
 @pytest.mark.usefixtures("no_pictures")
