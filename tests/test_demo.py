@@ -886,6 +886,13 @@ class TestPlots:
             assert pixels.shape == (4, 4, 4) and (pixels[..., :3] == value).all() and (pixels[..., 3] == 1).all()
 
 
+def test_held_out_accuracy_is_of_what_was_not_seen():
+    """Of noise with labels by chance, what was seen is remembered, and a tenth of the rest is guessed."""
+    images, labels = torch.rand(400, 1, 8, 8) * 2 - 1, torch.arange(400) % 10
+    classifier = train_classifier(images, labels)
+    assert (classifier.recognise(images) == labels).float().mean() > 0.7 and classifier.held_out_accuracy < 0.4
+
+
 def test_missing_extra_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "sklearn", None)
