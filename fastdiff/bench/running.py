@@ -28,7 +28,6 @@ MAX_SETS = 32  # sets of operands to rotate through; a case that would need more
 MAX_ROUNDS = 60
 MIN_SWEEP_ROUNDS = 3
 BLOCKS = 6  # of rounds in a sweep: each gives one ratio
-SLOW = 0.25  # of a case's time: what takes more a call is measured in fewer rounds
 HOPELESS = 1.5  # times a case's time: a reference that takes more a call is timed once, or not at all
 
 
@@ -273,7 +272,6 @@ class Run:
         once = {name: self._timed(calls, name, 1, rotation, measured) for name in list(calls)}
         once = {name: seconds for name, seconds in once.items() if seconds is not None}
         repeats = {name: self._repeats(seconds, measured[name].count) for name, seconds in once.items()}
-        slow = {name for name, seconds in once.items() if seconds > SLOW * self._case_seconds}
         if once.get("reference", 0.0) > HOPELESS * self._case_seconds:
             measured["reference"].seconds.append(once.pop("reference"))
         rounds: list[dict[str, float]] = []
@@ -286,8 +284,6 @@ class Run:
                     first = len(rounds) % max(1, len(once))
                     taken = {}
                     for name in [*list(once)[first:], *list(once)[:first]]:
-                        if name in slow and len(rounds) >= MIN_SWEEP_ROUNDS:
-                            continue
                         settle = once[name] < SETTLE_SECONDS
                         seconds = self._timed(calls, name, repeats[name], rotation, measured, settle)
                         if seconds is None:

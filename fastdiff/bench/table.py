@@ -235,10 +235,10 @@ def ratio(measured: dict[str, Any] | None) -> str:
         return "-"
     found = measured["ratio"]
     if found["steady"]:
-        return f"{found['median']:.2f}" if found["median"] < 9.995 else f"{_three(found['median'])}"
+        return _three(found["median"])
     return f"wide {found['p20']:.1f}-{found['p80']:.1f}"
 
 
 def _three(value: float) -> str:
     """About three digits."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"

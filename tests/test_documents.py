@@ -1,0 +1,276 @@
+"""What the documents show works: each block of Python runs, each command and link leads somewhere."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastdiff
+from fastdiff.bench.cases import PRESETS
+from fastdiff.cli import _parser
+from fastdiff.demo.settings import build, resolve
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents are not beside the tests")
+# Large sizes, and what is put in their place.
+SMALL = {"(16, 4, 64, 64)": "(2, 4, 8, 8)", '"ddim", 50': '"ddim", 3', "image_size=128": "image_size=8"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_imported(monkeypatch):
+    """A block that does not import what it uses fails, whatever other tests have imported."""
+    for name in list(sys.modules):
+        package, _, module = name.rpartition(".")
+        if package == "fastdiff.integrations" or name == "fastdiff.integrations":
+            monkeypatch.delattr(sys.modules[package], module, raising=False)
+
+
+def text_of(document):
+    return (ROOT / document).read_text()
+
+
+def blocks(document):
+    """(heading, code) of each block of Python, in order."""
+    heading = ""
+    for found in re.finditer(r"^#+ ([^\n]+)$|^```python\n(.*?)^```$", text_of(document), re.M | re.S):
+        if found[2] is None:
+            heading = found[1]
+        else:
+            yield heading, found[2]
+
+
+def run_blocks(document, fakes):
+    """Run the blocks in one namespace, from the same seed each, with what a trainer has: ``fakes``, by heading. Yields
+    the namespace after each."""
+    namespace = {}
+    known = set()
+    for number, (heading, code) in enumerate(blocks(document)):
+        if heading not in known:
+            namespace |= fakes.get(heading, {})
+            known.add(heading)
+        for large, small in SMALL.items():
+            code = code.replace(large, small)
+        torch.manual_seed(0)
+        exec(compile(code, f"{document}, block {number + 1}: {heading}", "exec"), namespace)
+        yield namespace
+
+
+class Network(nn.Module):
+    """Called as trainers and samplers call theirs; ``calls`` counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.calls = nn.Parameter(torch.tensor(0.5)), 0
+
+    def forward(self, x, t, condition=0.0, **_):
+        self.calls += 1
+        return self.weight * x + condition
+
+
+def latents(batch=4):
+    return torch.randn(batch, 4, 8, 8)
+
+
+def test_readme():
+    network = Network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    trainer = dict(loader=[(latents(), 0.1), (latents(), 0.2)], network=network, optimizer=optimizer)
+    trainer |= dict(conditions=torch.ones(2, 1, 1, 1), process=fastdiff.VariancePreserving(), t=torch.tensor([0, 999]))
+    trainer |= dict(x0=latents(2), noise=latents(2))
+    runs = run_blocks("README.md", {"In your own trainer": trainer})
+    first = next(runs)
+    trainer["prediction"] = first["prediction"] = latents(2)
+    images, loss = first["images"], first["loss"]
+    (second,) = runs
+    assert network.calls == 2 + 3 and images.shape == (2, 4, 8, 8)
+    assert network.weight != 0.5 and loss > 0
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[trainer["t"]].view(
+        2, 1, 1, 1
+    )
+    x_t = alpha_bar**0.5 * trainer["x0"] + (1 - alpha_bar) ** 0.5 * trainer["noise"]
+    torch.testing.assert_close(second["x_t"], x_t.float())
+    weight = (alpha_bar / (1 - alpha_bar)).clamp(max=5.0) * (1 - alpha_bar) / alpha_bar
+    expected = (weight * (trainer["prediction"] - trainer["noise"]) ** 2).mean()
+    torch.testing.assert_close(second["loss"], expected.float())
+
+
+class Pipeline:
+    """A pipeline of three steps of its scheduler."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+    def __call__(self, prompt):
+        self.scheduler.set_timesteps(3)
+        x = latents(1)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(0.5 * x, t, x).prev_sample
+        return SimpleNamespace(images=x)
+
+
+@pytest.fixture
+def schedulers():
+    """diffusers' schedulers, left as they were."""
+    found = pytest.importorskip("diffusers")
+    from fastdiff.integrations.diffusers import unpatch
+
+    before = dict(vars(found.DDIMScheduler))
+    yield found
+    for _ in range(5):
+        unpatch()
+    assert dict(vars(found.DDIMScheduler)) == before
+
+
+def test_diffusers(schedulers):
+    given = dict(pipeline=Pipeline(schedulers.DDIMScheduler()), prompt="a digit")
+    plain = Pipeline(schedulers.DDIMScheduler())
+    torch.manual_seed(0)
+    expected = plain("a digit").images
+    (names,) = run_blocks("docs/diffusers.md", {"diffusers' schedulers, fused": given})
+    torch.testing.assert_close(names["images"], expected)
+    assert sum(names["fused_calls"]().values()) >= 3
+
+
+def test_migrating(schedulers, monkeypatch):
+    # Stands in for the package: the block needs its base class.
+    monkeypatch.setitem(sys.modules, "lightning", SimpleNamespace(LightningModule=nn.Module))
+    utilities = pytest.importorskip("diffusers.training_utils")
+    from test_integrations_denoising_diffusion import GaussianDiffusion, Net
+    from test_integrations_objects import COND_OT, Denoiser, Diffusion, Matcher, Path, Transport
+
+    scheduler = schedulers.DDPMScheduler(prediction_type="v_prediction")
+    written, trained, diffusions, x = [], [], [], latents()
+    fakes = {
+        "diffusers schedulers": dict(pipeline=Pipeline(schedulers.DDIMScheduler()), prompt="a digit"),
+        "Training scripts of diffusers": dict(
+            torch=torch,
+            F=F,
+            scheduler=scheduler,
+            latents=x,
+            unet=lambda x, t, others: SimpleNamespace(sample=torch.sin(x)),
+            compute_snr=utilities.compute_snr,
+            gamma=5.0,
+        ),
+        "denoising-diffusion-pytorch": dict(
+            unet=Net(), GaussianDiffusion=GaussianDiffusion, Trainer=lambda *given: trained.append(given)
+        ),
+        "guided-diffusion, improved-diffusion, DiT": dict(
+            create_gaussian_diffusion=lambda others: (diffusions.append(Diffusion()), diffusions[0])[1]
+        ),
+        "k-diffusion: losses": dict(
+            model=Network(),
+            K=SimpleNamespace(layers=SimpleNamespace(Denoiser=lambda model, sigma_data, weighting: Denoiser())),
+        ),
+        "EDM and EDM2": dict(
+            net=lambda x, sigma, labels, augment_labels=None: x.requires_grad_() + labels,
+            images=torch.randn(4, 3, 8, 8),
+            labels=torch.tensor(0.1),
+            loss_scaling=1.0,
+            batch_gpu_total=4,
+        ),
+        "flow_matching, torchcfm, SiT": dict(
+            path=Path(COND_OT),
+            matcher=Matcher("plain", 0.1),
+            transport=Transport("VELOCITY", "NONE", True),
+            model=Network(),
+            x_1=latents(),
+            x_0=latents(),
+            t=torch.rand(4),
+        ),
+        "Loss by timestep": dict(
+            noised=fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon").noise(x),
+            objective=fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon"),
+            prediction=torch.sin(x),
+            step=100,
+            writer=SimpleNamespace(add_scalar=lambda *given: written.append(given)),
+        ),
+    }
+    losses = {}
+    for (heading, _), names in zip(blocks("docs/migrating.md"), run_blocks("docs/migrating.md", fakes), strict=True):
+        losses.setdefault(heading, []).append(names.get("loss"))
+    # Before and after: the same draws, and the loss to rounding.
+    before, after, _ = losses["Training scripts of diffusers"]
+    torch.testing.assert_close(after, before)
+    for module, made, method in (
+        (names["denoising_diffusion"], trained[0][0], "p_losses"),
+        (names["guided_diffusion"], diffusions[0], "training_losses"),
+        (names["k_denoisers"], names["denoiser"], "loss"),
+        (names["flow"], names["transport"], "training_losses"),
+    ):
+        assert method in module.fused_methods(made)
+    assert written and all(step == 100 for _, _, step in written)
+    assert all(
+        value > 0 for loss in losses.values() for value in loss if value is not None for value in value.flatten()
+    )
+
+
+def test_every_block_is_one_that_runs():
+    """In a document that has a test above, or none."""
+    found = {document: sum(1 for _ in blocks(document)) for document in DOCUMENTS}
+    assert {name: number for name, number in found.items() if number} == {
+        "README.md": 2,
+        "docs/diffusers.md": 1,
+        "docs/migrating.md": 11,
+    }
+
+
+def commands():
+    """(words, whether it is shown to be typed or only named) of every command of fastdiff, make or bash."""
+    found = []
+    for document in DOCUMENTS if (ROOT / "docs").is_dir() else []:
+        text = text_of(document)
+        shown = re.findall(r"^    (?:\S+=\S+ )?((?:\.venv/bin/)?fastdiff .*|(?:make|bash) .*)$", text, re.M)
+        named = re.findall(r"`(fastdiff [^`|]+|make [^`]+|bash [^`]+)`", text.replace("\n", " "))
+        for typed, lines in ((True, shown), (False, named)):
+            for line in lines:
+                words = shlex.split(line, comments=True)
+                found.append(pytest.param(words, typed, id=f"{document}: {' '.join(words)}"))
+    return found
+
+
+@pytest.mark.parametrize("words, typed", commands())
+def test_command(words, typed):
+    program, *arguments = words
+    if program == "bash":
+        assert (ROOT / arguments[0]).is_file()
+        return
+    if program == "make":
+        variables = dict(word.split("=", 1) for word in arguments if "=" in word)
+        targets = re.search(r"^\.PHONY: (.*)$", text_of("Makefile"), re.M)[1].split()
+        (target,) = (word for word in arguments if "=" not in word)
+        assert target in targets
+        if target not in ("demo", "bench"):
+            return
+        arguments = [target, *shlex.split(variables.get("ARGS", ""))]
+    if not typed and arguments[-1] == "--compare":  # it is named, without its files
+        arguments += ["a.json", "b.json"]
+    options = _parser().parse_args(arguments)
+    if arguments[0] == "demo":
+        given = {name: getattr(options, name) for name in ("process", "prediction", "weighting", "loss", "sampler")}
+        build(resolve(given))
+    if arguments[0] == "bench":
+        assert options.preset in PRESETS
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links(document):
+    """To files that are there, and headings that they have."""
+    for target in re.findall(r"\]\(([^)]+)\)", text_of(document)):
+        if target.startswith(("http:", "https:")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / document).parent / name if name else ROOT / document
+        assert path.exists(), target
+        headings = (
+            [heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", path.read_text(), re.M)]
+            if anchor
+            else []
+        )
+        assert not anchor or anchor in headings, target
