@@ -253,6 +253,26 @@ def test_guidance():
     assert torch.equal(run(nested, (2, 5), cond=nest[0], uncond=nest[1], guidance=3.0, x=x), guided)
 
 
+def test_guidance_of_float64_samples_is_not_rounded():
+    """One step of flow matching from noise x: x minus the guided velocity, which is 1 + g (2 - 1)."""
+    guidance = torch.tensor([1 / 3, 2 / 7], dtype=torch.float64)
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    cond = torch.full((2, 1), 2.0, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
+    out = run(
+        lambda x, t, c: c.expand(x.shape), (2, 3), fastdiff.RectifiedFlow(), "flow_euler", 1, "flow",
+        x=x, guidance=guidance, cond=cond[0], uncond=cond[1], dtype=torch.float64,
+    )  # fmt: skip
+    np.testing.assert_allclose(out.numpy(), np.repeat([[-4 / 3], [-9 / 7]], 3, 1), rtol=1e-15)
+
+
+@pytest.mark.parametrize("how", [{}, {"callback": lambda *_: None}, {"return_trajectory": True}])
+def test_x_is_written_over_where_nobody_sees_it(how, monkeypatch):
+    asked, real = [], fastdiff.ops.trajectory
+    monkeypatch.setattr(fastdiff.ops, "trajectory", lambda *a, **k: asked.append(k["reuse"]) or real(*a, **k))
+    run(**how)
+    assert asked == [not how]
+
+
 def test_guidance_with_a_learned_variance():
     """Guidance combines the predictions; the variance is the conditional one."""
     variance = torch.randn(2, 3, 4)

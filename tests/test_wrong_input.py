@@ -1,5 +1,6 @@
 """Wrong input gets an error, before anything runs, that says what was given, what is accepted and what to do."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -109,6 +110,18 @@ CASES = {
     "too many steps": (lambda: sample(steps=1001), ValueError, r"\[1, 1000\]"),
     "no sampling steps": (lambda: sample(steps=0), ValueError, "steps"),
     "timesteps that rise": (lambda: sample(sampler=samplers.DDPM(timesteps=[1, 5]), steps=None), ValueError, "fall"),
+    "times of a flow that rise": (
+        lambda: sample(process=FLOW, prediction="flow", sampler=samplers.Euler(timesteps=[0.5, 0.9]), steps=None),
+        ValueError, "fall strictly"),
+    "sigma_min above sigma_max": (
+        lambda: samplers.Euler(sigmas="karras", sigma_min=2.0, sigma_max=1.0), ValueError, "sigma_min < sigma_max"),
+    "sigma_min of 0": (lambda: samplers.Euler(sigmas="karras", sigma_min=0.0), ValueError, "0 < sigma_min"),
+    "a mask of a step elsewhere": (
+        lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), mask=torch.ones(2, 1, 4, device="meta"), known=X),
+        ValueError, "mask is on meta"),
+    "offset noise of a step without channels": (
+        lambda: ops.step(X[0], X[0], torch.ones(len(ops.COLUMNS)), noise=ops.Philox(1, offset=0.1)),
+        ValueError, "channels"),
     "guidance without uncond": (lambda: sample(guidance=2.0), ValueError, "needs uncond"),
     "uncond without cond": (lambda: sample(uncond=T), ValueError, "without cond"),
     "x of another shape": (lambda: sample(x=X), ValueError, "x has shape"),
@@ -136,6 +149,16 @@ def test_clear_error(case):
     call, error, words = CASES[case]
     with pytest.raises(error, match=words):
         call()
+
+
+def test_settings_can_be_shared_and_are_keys():
+    """Processes keep tables by what they were made with: a setting that is changed later would not reach them."""
+    modules = [weighting, losses, fastdiff.timesteps, samplers]
+    found = {c for module in modules for c in vars(module).values() if dataclasses.is_dataclass(c)}
+    assert len(found) > 30
+    for cls in found:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            object.__new__(cls).anything = 1
 
 
 def test_use_backend_is_undone():

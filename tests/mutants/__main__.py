@@ -51,8 +51,8 @@ class Mutant:
 def main(arguments=None) -> int:
     options = parse(arguments)
     recording = ROOT / "build" / "mutants"
-    if options.record:
-        choosing.record(ROOT, recording, options.jobs)
+    if options.record is not None:
+        choosing.record(ROOT, recording, options.jobs, options.record)
         return 0
     recorded = choosing.Recorded(recording) if (recording / "lines.json").is_file() and not options.table else None
     equivalents = read_equivalents(HERE / "equivalents.txt")
@@ -81,7 +81,7 @@ def parse(arguments):
     )
     parser.add_argument("--limit", type=float, default=30, help="processor seconds of tests a fault (default: 30)")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time (default: %(default)s)")
-    parser.add_argument("--record", action="store_true", help="record which tests run which line, and plant nothing")
+    parser.add_argument("--record", nargs="*", metavar="TESTS", help="record which tests run which line; plant nothing")
     parser.add_argument("--table", action="store_true", help="use the table of test files, whatever is recorded")
     parser.add_argument("--control", action="store_true", help="see that what notices a fault passes without it")
     parser.add_argument("--show", action="store_true", help="say for each fault which test noticed it")

@@ -55,41 +55,39 @@ def files_for(root: Path, file: str) -> dict[str, set[str] | None]:
 
 
 class Recorded:
-    """Which test functions ran which lines, and what they cost."""
+    """Which test functions ran which lines, and what they cost, of the test files that have been recorded."""
 
     def __init__(self, folder: Path):
         self.lines = json.loads((folder / "lines.json").read_text())
         self.costs = json.loads((folder / "costs.json").read_text())
+        self.files = {f"tests/{file.suffix[1:]}.py" for file in folder.glob("data.*")}
 
     def functions_for(self, root: Path, file: str, lines: range) -> dict[str, set[str] | None]:
-        """The functions that ran one of ``lines``, by test file, cheap files first. What is run only when the package
-        is imported is asked of all that ran anything of the file, after those of the table."""
+        """The functions that ran one of ``lines``, by test file, cheap files first. For what is run only when the
+        package is imported, all that ran anything of the file. Then the files of the table that were not recorded."""
         ran = self.lines.get(file, {})
         tests = {test for line in lines for test in ran.get(str(line), ())}
+        tests = tests or {test for each in ran.values() for test in each}
         chosen = defaultdict(set)
-        if not tests:
-            chosen |= files_for(root, file)
-            tests = {test for each in ran.values() for test in each}
         for test in tests:
             name, function = test.split("::", 1)
-            if chosen[name] is not None:
-                chosen[name].add(function)
-        if any(functions is None for functions in chosen.values()):
-            return dict(chosen)
+            chosen[name].add(function)
         cost = {name: sum(self.costs.get(f"{name}::{f}", 0) for f in functions) for name, functions in chosen.items()}
-        return dict(sorted(chosen.items(), key=lambda item: (1 + cost[item[0]]) / len(item[1])))
+        found = dict(sorted(chosen.items(), key=lambda item: (1 + cost[item[0]]) / len(item[1])))
+        return found | {name: None for name in files_for(root, file) if name not in self.files}
 
 
-def record(root: Path, folder: Path, jobs: int):
-    """Runs each test file under coverage, and keeps the test functions of each line."""
+def record(root: Path, folder: Path, jobs: int, only=()):
+    """Runs each test file under coverage (or ``only`` some, again), and keeps the test functions of each line."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("data.*"):
-        old.unlink()
     settings = folder / "coveragerc"
     settings.write_text("[run]\nsource = fastdiff\ndynamic_context = test_function\nrelative_files = true\n")
-    files = [f for f in sorted((root / "tests").glob("test_*.py")) if f.stem not in NEVER]
+    files = [root / file for file in only] or [
+        file for file in (root / "tests").glob("test_*.py") if file.stem not in NEVER
+    ]
     waiting = sorted(files, key=lambda f: f.stat().st_size, reverse=True)
-    running, costs = {}, {}
+    known = folder / "costs.json"
+    running, costs = {}, json.loads(known.read_text()) if known.is_file() else {}
     while waiting or running:
         while waiting and len(running) < jobs:
             file = waiting.pop(0)
@@ -120,12 +118,14 @@ def record(root: Path, folder: Path, jobs: int):
         process.wait()
         file = running.pop(process)
         print(f"recorded {file.name} ({process.returncode})", flush=True)
+        found = {}
         for line in (folder / f"{file.stem}.log").read_text(errors="replace").splitlines():
             words = line.split()
             if len(words) >= 3 and words[1] in ("call", "setup", "teardown") and words[0].endswith("s"):
                 name, _, function = words[2].split("[")[0].partition("::")
                 test = f"{name}::{function.replace('::', '.')}"
-                costs[test] = costs.get(test, 0) + float(words[0][:-1])
+                found[test] = found.get(test, 0) + float(words[0][:-1])
+        costs |= found
     _write(root, folder, costs)
 
 
