@@ -182,7 +182,14 @@ class _Finder(ast.NodeVisitor):
             self.add(node, repr(not node.value))
         elif isinstance(node.value, int | float):
             value = node.value
-            self.add(node, *(f"({new})" if new < 0 else f"{new}" for new in (value + 1, value - 1, value * 2, -value)))
+            self.add(
+                node,
+                *(
+                    f"({new})" if new < 0 else f"{new}"
+                    for new in dict.fromkeys((value + 1, value - 1, value * 2, -value))
+                    if new != value
+                ),
+            )
 
     def visit_Call(self, node):
         for i, (a, b) in enumerate(zip(node.args, node.args[1:])):
