@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff import backends, ops
-from fastdiff.backends import cuda, reference
+from fastdiff.backends import cuda, native, reference
 from fastdiff.backends.cuda import operations as on
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -406,6 +406,8 @@ GRAPHED = {
 @in_turn(option=list(GRAPHED), backend=["cuda", "reference", "native"])
 def test_graphed_runs_equal_plain_ones(host, recorded, backend, option, monkeypatch):
     """All samplers: what a graph replays is the run of separate steps, noise and history and all."""
+    if backend == "native" and not native.available:
+        pytest.skip(native.unavailable_because)
     monkeypatch.setattr(backends, "_forced", backend)
     captured = []
     real = cuda.Trajectory.captured
