@@ -244,6 +244,8 @@ def test_settings_can_be_shared_and_are_keys():
     for cls in found:
         with pytest.raises(dataclasses.FrozenInstanceError):
             object.__new__(cls).anything = 1
+    tables = [weighting.PerTimestep(torch.ones(3)) for _ in range(2)]
+    assert tables[0] != tables[1] and len({*tables, tables[0]}) == 2, "a table is equal to itself alone"
 
 
 def test_use_backend_is_undone():

@@ -17,7 +17,7 @@ TABLE = {
     "fastdiff/losses": "loss objective pitfalls_of_objectives wrong_input",
     "fastdiff/timesteps": "timesteps wrong_input objective pitfalls_of_objectives",
     "fastdiff/plain": "whole_calls objective compile",
-    "fastdiff/samplers/": "samplers wrong_input pitfalls_of_samplers sampling samplers_diffusers k_diffusion",
+    "fastdiff/samplers/": "samplers wrong_input guidance pitfalls_of_samplers sampling samplers_diffusers k_diffusion",
     "fastdiff/sampling": "sampling wrong_input trajectory guidance k_diffusion pitfalls_of_samplers samplers cuda_step",
     "fastdiff/guidance": "guidance sampling",
     "fastdiff/objective": "objective wrong_input noise pitfalls_of_objectives whole_calls compile diffusers loss",
