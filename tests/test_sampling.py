@@ -273,6 +273,19 @@ def test_x_is_written_over_where_nobody_sees_it(how, monkeypatch):
     assert asked == [not how]
 
 
+@pytest.mark.parametrize("sampler", [samplers.Euler, samplers.Heun])
+def test_churn_before_the_first_step(sampler):
+    """Karras et al. 2022, algorithm 2: sigma_hat = sigma (1 + s_churn / n), x + s_noise sqrt(sigma_hat^2 - sigma^2) z."""
+    seen = []
+    run(
+        lambda x, t: seen.append(x.clone()) or 0 * x, process=fastdiff.EDM(), prediction="sample", steps=None,
+        sampler=sampler(sigmas=[10.0, 5.0, 1.0], s_churn=0.9, s_noise=1.003), x=torch.full((2, 3, 4), 7.0),
+        noise=lambda k, shape: torch.full(shape, 0.5), seed=None,
+    )  # fmt: skip
+    expected = 7 + 1.003 * math.sqrt(13**2 - 10**2) * 0.5
+    torch.testing.assert_close(seen[0], torch.full((2, 3, 4), expected), rtol=1e-6, atol=0)
+
+
 def test_guidance_with_a_learned_variance():
     """Guidance combines the predictions; the variance is the conditional one."""
     variance = torch.randn(2, 3, 4)

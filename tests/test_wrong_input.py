@@ -202,6 +202,9 @@ CASES = {
         lambda: ops.noise(X, 1.0, 1.0, X, perturbation=0.1, perturbation_noise=X[:, :2]),
         ValueError, "perturbation_noise has shape"),
     "unknown rng": (lambda: ops.Philox(1, rng="quick"), ValueError, "'exact' or 'fast'; got 'quick'"),
+    "a run of integers": (
+        lambda: ops.trajectory(torch.ones(2, 3).long(), torch.ones(1, len(ops.COLUMNS), dtype=torch.float64)),
+        TypeError, "x must be floating"),
     "known noise without a mask": (
         lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), known_noise=X), ValueError, "goes with mask and known"),
     "known noise of another shape": (
@@ -223,7 +226,7 @@ CASES = {
     "five history tensors": (
         lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), history=[X] * 5), ValueError, "at most 4"),
     "unknown error function": (lambda: ops.loss(X, None, X, q=1.0, function="mae"), ValueError, "mse, l1"),
-    "huber without c": (lambda: ops.loss(X, None, X, q=1.0, function="smooth_l1"), ValueError, "needs its constant"),
+    "huber without c": (lambda: ops.loss(X, None, X, q=1.0, function="smooth_l1"), ValueError, "smooth_l1 needs its"),
     "unknown backend": (lambda: fastdiff.use_backend("cpu"), ValueError, "native, cuda"),
     "backend that is not there": (lambda: fastdiff.use_backend("cuda"), RuntimeError, "not available: "),
 }  # fmt: skip
