@@ -275,7 +275,7 @@ def test_x_is_written_over_where_nobody_sees_it(how, monkeypatch):
 
 @pytest.mark.parametrize("sampler", [samplers.Euler, samplers.Heun])
 def test_churn_before_the_first_step(sampler):
-    """Karras et al. 2022, algorithm 2: sigma_hat = sigma (1 + s_churn / n), x + s_noise sqrt(sigma_hat^2 - sigma^2) z."""
+    """Algorithm 2 of Karras et al.: sigma_hat = (1 + s_churn / n) sigma, x + s_noise sqrt(sigma_hat^2 - sigma^2) z"""
     seen = []
     run(
         lambda x, t: seen.append(x.clone()) or 0 * x, process=fastdiff.EDM(), prediction="sample", steps=None,
