@@ -1,5 +1,8 @@
 # make demo       train a small diffusion model on real digits and draw samples (2 to 3 minutes on 2 CPU cores)
 # make test       run the whole test suite
+# make mutants    plant faults and say which no test notices (ARGS="--count 200 --seed 1"; CONTRIBUTING.md has the rest)
+# make test-pure  the tests without the C++ extension
+# make nightly    everything: all cases, without the extension too, and 200 faults of each group for the day's seed
 # make bench      the operations against eager PyTorch, torch.compile and diffusers (2 minutes; ARGS="--preset full": 5)
 # make sanitize   the native backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make wheel      the sdist and the wheel, and the tests against the wheel in an environment of its own
@@ -9,9 +12,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+TODAY := $(shell date +%Y%m%d)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test bench sanitize wheel lint clean
+.PHONY: demo test mutants test-pure nightly bench sanitize wheel lint clean
 
 demo: $(VENV)/.demo
 	@echo "== fastdiff demo: training on real handwritten digits, then sampling"
@@ -23,6 +27,24 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	@echo "== tests"
 	$(BIN)/python -m pytest -q -n auto $(ARGS)
+
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/mutants $(ARGS)
+
+# In a copy of the tree that has no extension, as FASTDIFF_BUILD=0 installs it.
+test-pure: $(VENV)/.dev
+	rm -rf build/pure
+	mkdir -p build/pure
+	cp -r $(filter-out build dist $(VENV),$(wildcard *)) build/pure
+	rm -f build/pure/fastdiff/_C.*
+	cd build/pure && FASTDIFF_BUILD=0 PYTHONPATH=$(CURDIR)/build/pure \
+	  $(abspath $(BIN))/python -m pytest -q -n auto -p no:cacheprovider $(ARGS)
+
+nightly: export FASTDIFF_NIGHTLY = 1
+nightly: test test-pure
+	@echo "== planted faults: the seed is $(TODAY)"
+	$(BIN)/python tests/mutants --record
+	$(BIN)/python tests/mutants --count 200 --seed $(TODAY) --control
 
 bench: $(VENV)/.dev
 	@echo "== the cases under pytest-benchmark"
@@ -37,6 +59,7 @@ wheel: $(VENV)/.dev
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/pip install --quiet -c constraints.txt torch
 	build/wheel/bin/pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[test]"
+	build/wheel/bin/pip install --quiet --no-deps -c constraints.txt -r tests/upstream.txt
 	cp -r tests build/wheel/tests
 	cd build/wheel && bin/python -m pytest -q -n auto -p no:cacheprovider tests
 
@@ -79,9 +102,10 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES) tests/upstream.txt
 	@echo "== setting up $(VENV): fastdiff and what development needs"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt -r tests/upstream.txt
 	touch $@
 
 clean:

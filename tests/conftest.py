@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 # Looked at when CUDA starts: matrix products that are the same each time.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from devices import BACKENDS, why_skipped
+from devices import BACKENDS, NIGHTLY, why_skipped
 
 import fastdiff
 
@@ -25,6 +25,10 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(config, items):
+    if not NIGHTLY and "nightly" not in config.option.markexpr:
+        late = [item for item in items if "nightly" in item.keywords]
+        config.hook.pytest_deselected(items=late)
+        items[:] = [item for item in items if "nightly" not in item.keywords]
     gpu = torch.cuda.is_available()
     for item in items:
         reason = why_skipped(item.path.name, item.keywords, config.option.markexpr, gpu)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import in_turn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiff
@@ -120,6 +121,7 @@ def step_arguments(
     )
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"], indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case, backend):
     operator, arguments = CASES[case]
@@ -180,9 +182,13 @@ def _reference(operator, *arguments):
     return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *arguments[14:]),)
 
 
-@pytest.mark.parametrize("inductor", [False, True], ids=["aot_eager", "inductor"])
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-def test_a_training_step_compiles_whole_and_once(kind, inductor, backend):
+# While a program is traced no whole call is made: the two kinds of the native backend are one.
+both_backends = pytest.mark.parametrize("backend", ["reference", "native"], indirect=True)
+
+
+@both_backends
+@in_turn(kind=["epsilon", "v_prediction", "flow"], compiler=["aot_eager", "inductor"])
+def test_a_training_step_compiles_whole_and_once(kind, compiler, backend):
     """fullgraph=True, no recompilation across t, seeds and scales, and the eager bits, gradient included."""
     process = fastdiff.RectifiedFlow() if kind == "flow" else fastdiff.VariancePreserving()
     objective = fastdiff.Objective(process, kind, None if kind == "flow" else fastdiff.MinSNR(5.0))
@@ -199,7 +205,7 @@ def test_a_training_step_compiles_whole_and_once(kind, inductor, backend):
         return loss.detach(), layer.weight.grad
 
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor" if inductor else "aot_eager")
+    counter = CompileCounterWithBackend(compiler)
     whole = torch.compile(step, fullgraph=True, backend=counter)
     for k in range(3):
         t = torch.rand(4, dtype=torch.float64) if kind == "flow" else torch.randint(0, 1000, (4,))

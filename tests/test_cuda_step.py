@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import examples, in_turn, nightly
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff import backends, ops
-from fastdiff.backends import cuda, reference
+from fastdiff.backends import cuda, native, reference
 from fastdiff.backends.cuda import operations as on
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +40,9 @@ def compiled():
     return module
 
 
-@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize(
+    "architecture", [80, 90, 100, *(pytest.param(other, marks=nightly) for other in (86, 89, 120))]
+)
 def test_compiles_without_spills_and_with_wide_accesses(architecture, tmp_path):
     tool = compiled()
     assert tool.architectures() == [80, 86, 89, 90, 100, 120]
@@ -199,8 +202,7 @@ def assert_as_reference(got, want, option):
             assert_same(a.cpu(), b.cpu())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("option", OPTIONS)
+@in_turn(option=list(OPTIONS), dtype=DTYPES)
 def test_the_arithmetic_is_the_references_to_the_bit(host, dtype, option):
     options = OPTIONS[option]
     variants = set()
@@ -279,8 +281,9 @@ def network(x, t, cond=None):
     return 0.1 * x + 0.01 if cond is None else 0.1 * x + 0.01 * cond.view(-1, *(1,) * (x.ndim - 1))
 
 
-@pytest.mark.parametrize("sampler", [name for name in fastdiff.samplers.NAMES if name not in ("edm",)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@in_turn(
+    sampler=[name for name in fastdiff.samplers.NAMES if name not in ("edm",)], dtype=[torch.float32, torch.bfloat16]
+)
 def test_whole_runs(host, sampler, dtype, monkeypatch):
     flow = sampler.startswith("flow")
     process = fastdiff.RectifiedFlow() if flow else fastdiff.VariancePreserving()
@@ -400,10 +403,11 @@ GRAPHED = {
 }
 
 
-@pytest.mark.parametrize("backend", ["cuda", "reference", "native"])
-@pytest.mark.parametrize("option", GRAPHED)
+@in_turn(option=list(GRAPHED), backend=["cuda", "reference", "native"])
 def test_graphed_runs_equal_plain_ones(host, recorded, backend, option, monkeypatch):
     """All samplers: what a graph replays is the run of separate steps, noise and history and all."""
+    if backend == "native" and not native.available:
+        pytest.skip(native.unavailable_because)
     monkeypatch.setattr(backends, "_forced", backend)
     captured = []
     real = cuda.Trajectory.captured
@@ -479,7 +483,7 @@ class TestBinding:
     def good(self):
         return call(self.GOOD, self.GOOD, 4, table=(self.P, 0, K))
 
-    @settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(3000), deadline=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
     def test_fuzz(self, host_module, data):
         """Anything at all in the place of any argument: run on memory that is there, or refused, never a crash."""

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from devices import nightly
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 gpu_records = pytest.importorskip("gpu_records", reason="needs the sources")
@@ -359,6 +360,7 @@ def test_what_is_measured_on_a_stand_in(tmp_path):
     assert all(record["wall_us"] > 0 and record["host_us"] > 0 for record in steps.values())
 
 
+@nightly
 def test_the_smoke_passes_where_the_numbers_are_right():
     """In Triton's interpreter; the graph aside, which needs a GPU."""
     pytest.importorskip("triton")

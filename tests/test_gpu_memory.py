@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from devices import nightly
 
 pytest.importorskip("triton")
 from fastdiff.backends.triton import interpreted, launch
@@ -28,6 +29,7 @@ def script(monkeypatch):
     return found
 
 
+@nightly
 @needs_interpreter
 def test_every_case_equals_the_reference(script, capsys):
     assert script.main(["--device", "cpu"]) == 0

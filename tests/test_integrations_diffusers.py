@@ -19,6 +19,7 @@ from functools import cache
 
 import pytest
 import torch
+from devices import pairwise
 
 diffusers = pytest.importorskip("diffusers")
 from fastdiff.integrations import diffusers as fused  # noqa: E402
@@ -421,9 +422,11 @@ NOISING = {name: configs[:: max(1, len(configs) // 6)][:6] for name, configs in 
 WITH_NOISE = [(name, config) for name, configs in NOISING.items() for config in configs]
 
 
-@pytest.mark.parametrize("begun", ["training", "set", "begun", "running"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", range(len(WITH_NOISE)), ids=lambda i: f"{i}-{WITH_NOISE[i][0]}")
+@pairwise(
+    case=range(len(WITH_NOISE)),
+    dtype=[torch.float32, torch.float64, torch.float16, torch.bfloat16],
+    begun=["training", "set", "begun", "running"],
+)
 def test_add_noise(case, dtype, begun):
     name, config = WITH_NOISE[case]
     original, ours = make(name, config), fused.fuse(make(name, config))
@@ -907,11 +910,7 @@ def test_the_quick_way_is_taken(monkeypatch):
                 noised(x, x, scheduler.timesteps[4:5])
 
 
-@pytest.mark.parametrize("backend_name", ["reference", "native"])
-def test_backends(backend_name):
-    import fastdiff
-
-    with fastdiff.use_backend(backend_name):
-        for name in ("DDPMScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"):
-            expected, got = run(make(name, {}), 6), run(fused.fuse(make(name, {})), 6)
-            torch.testing.assert_close(got[-1].prev_sample, expected[-1].prev_sample, rtol=1e-5, atol=1e-5)
+def test_backends(backend):
+    for name in ("DDPMScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"):
+        expected, got = run(make(name, {}), 6), run(fused.fuse(make(name, {})), 6)
+        torch.testing.assert_close(got[-1].prev_sample, expected[-1].prev_sample, rtol=1e-5, atol=1e-5)

@@ -14,7 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+import fastdiff
 from fastdiff.integrations import edm, flow, guided_diffusion, k_denoisers
+from fastdiff.integrations.losses_per_timestep import TimestepLosses
+from fastdiff.integrations.tables import TabulatedVP
 
 
 def spread(rows, x):
@@ -632,3 +635,29 @@ def test_nothing_is_imported():
             "weakref",
         }
         assert {n for n in imported if not n.startswith(".")} <= allowed, name
+
+
+REFUSED = {
+    "a share above 1": (
+        lambda: guided_diffusion.LossSecondMomentResampler(10, uniform_prob=1.5),
+        ValueError, r"uniform_prob must lie in \[0, 1\]"),
+    "no buckets": (lambda: TimestepLosses(0), ValueError, "positive integer; got 0"),
+    "half a bucket": (lambda: TimestepLosses(1.5), ValueError, "positive integer; got 1.5"),
+    "losses that are a mean": (
+        lambda: TimestepLosses().update(
+            fastdiff.Objective(fastdiff.RectifiedFlow(), "flow").noise(torch.ones(2, 3)), torch.tensor(1.0)),
+        ValueError, "reduction='none'"),
+    "a logger of no kind": (lambda: TimestepLosses().log_to(object(), 1), TypeError, "no add_scalar"),
+    "a schedule of two dimensions": (lambda: TabulatedVP(torch.ones(2, 2), [0.0]), ValueError, "must be 1-D"),
+    "an empty schedule": (lambda: TabulatedVP([], []), ValueError, "at least one value"),
+    "alpha and sigma of two lengths": (lambda: TabulatedVP([0.9, 0.8], [0.1]), ValueError, "equally long; got 2 and 1"),
+    "an alpha that rises": (lambda: TabulatedVP([0.8, 0.9], [0.6, 0.4]), ValueError, "must not rise"),
+    "a sigma above 1": (lambda: TabulatedVP([0.9, 0.8], [0.4, 1.2]), ValueError, r"must lie in \[0, 1\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    call, error, words = REFUSED[case]
+    with pytest.raises(error, match=words):
+        call()

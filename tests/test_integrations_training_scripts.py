@@ -527,6 +527,14 @@ def test_wrong_use():
         scripts.text_to_image(ddpm()).noise(torch.randn(2, 4, 8, 8), torch.tensor([5, 1000]))
     with pytest.raises(TypeError, match="floating point"):
         scripts.text_to_image(ddpm()).noise(torch.zeros(2, 4, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="prior_loss_weight must be at least 0"):
+        scripts.dreambooth(ddpm(), prior_loss_weight=-1.0)
+    with pytest.raises(ValueError, match=r"latents must be \[batch, ...\]"):
+        scripts.text_to_image(ddpm()).noise(torch.zeros(4))
+    with pytest.raises(ValueError, match="epsilon or v_prediction; got 'sample'"):
+        scripts.dreambooth_sdxl(diffusers.EulerDiscreteScheduler(prediction_type="sample"), edm_style=True)
+    with pytest.raises(ValueError, match="mode needs mode_scale"):
+        scripts.compute_density_for_timestep_sampling("mode", 4)
     with pytest.raises(ValueError, match="logit_mean"):
         scripts.compute_density_for_timestep_sampling("logit_normal", 4)
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from devices import examples, pairwise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -140,10 +141,9 @@ def loss_arguments(shape, rows, dtype, mask, made=False, wide=torch.float32):
     return [random(shape, dtype), random(shape, dtype), n, p, q, scale, weight, c, mask]
 
 
-@pytest.mark.parametrize("function", ["mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
-def test_loss_and_gradients(shape, rows, dtype, function):
+@pairwise(layout=LAYOUTS, dtype=DTYPES, function=["mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh"])
+def test_loss_and_gradients(layout, dtype, function):
+    shape, rows = layout
     masks = [None]
     if math.prod(shape):
         masks += [(torch.rand(shape[-1]) < 0.7), torch.rand((shape[0],) + (1,) * (len(shape) - 1))]
@@ -313,7 +313,7 @@ class TestBinding:
     R = torch.ones(4)  # held: the pointer must stay good
     ROWS = (R.data_ptr(), 0, 4)
 
-    @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(10_000), deadline=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
     def test_fuzz(self, data):
         """Anything at all in the place of any argument: a ValueError, TypeError or OverflowError, never a crash."""

@@ -14,7 +14,8 @@ if not (ROOT / "benchmarks").is_dir():
 WITHOUT = """
 import importlib.metadata, sys
 
-names = ["accelerate", "denoising_diffusion_pytorch", "diffusers", "k_diffusion", "matplotlib", "ruff"]
+names = "accelerate denoising_diffusion_pytorch diffusers einops ema_pytorch flow_matching k_diffusion".split()
+names += "lightning matplotlib ot ruff torchcfm transformers".split()
 sys.modules |= dict.fromkeys(names)
 distribution = importlib.metadata.distribution
 

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from accuracy import to_numpy
+from devices import in_turn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiff
@@ -274,8 +275,10 @@ def test_prior_preservation_weights_follow_their_samples():
     torch.testing.assert_close(objective.loss(m, noised, weight=weight), expected)
 
 
-@pytest.mark.parametrize("loss", ["mse", "huber", "pseudo_huber"])
-@pytest.mark.parametrize("process", [fastdiff.VariancePreserving(), fastdiff.RectifiedFlow(3.0), fastdiff.EDM()])
+@in_turn(
+    loss=["mse", "huber", "pseudo_huber"],
+    process=[fastdiff.VariancePreserving(), fastdiff.RectifiedFlow(3.0), fastdiff.EDM()],
+)
 def test_nothing_reads_a_value_back_to_the_host(process, loss):
     """On the meta device a tensor has no values: reading one raises."""
     prediction = {"RectifiedFlow": "flow", "EDM": "edm"}.get(type(process).__name__, "v_prediction")

@@ -287,6 +287,8 @@ def test_beta_quantiles_against_scipy():
             assert schedules.beta_quantile(float(u), a, b) == pytest.approx(float(stats.beta.ppf(u, a, b)), rel=1e-11)
     sigmas = schedules.beta(20, 0.03, 15.0)
     assert float(sigmas[0]) == 15.0 and float(sigmas[-1]) == pytest.approx(0.03)
+    uneven = schedules.beta(20, 0.03, 15.0, 0.3, 2.0)
+    assert_close(uneven.numpy(), 0.03 + 14.97 * stats.beta.ppf(np.linspace(1, 0, 20), 0.3, 2.0), rel=1e-10)
 
 
 def test_multistep_spacings():

@@ -253,6 +253,39 @@ def test_guidance():
     assert torch.equal(run(nested, (2, 5), cond=nest[0], uncond=nest[1], guidance=3.0, x=x), guided)
 
 
+def test_guidance_of_float64_samples_is_not_rounded():
+    """One step of flow matching from noise x: x minus the guided velocity, which is 1 + g (2 - 1)."""
+    guidance = torch.tensor([1 / 3, 2 / 7], dtype=torch.float64)
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    cond = torch.full((2, 1), 2.0, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
+    out = run(
+        lambda x, t, c: c.expand(x.shape), (2, 3), fastdiff.RectifiedFlow(), "flow_euler", 1, "flow",
+        x=x, guidance=guidance, cond=cond[0], uncond=cond[1], dtype=torch.float64,
+    )  # fmt: skip
+    np.testing.assert_allclose(out.numpy(), np.repeat([[-4 / 3], [-9 / 7]], 3, 1), rtol=1e-15)
+
+
+@pytest.mark.parametrize("how", [{}, {"callback": lambda *_: None}, {"return_trajectory": True}])
+def test_x_is_written_over_where_nobody_sees_it(how, monkeypatch):
+    asked, real = [], fastdiff.ops.trajectory
+    monkeypatch.setattr(fastdiff.ops, "trajectory", lambda *a, **k: asked.append(k["reuse"]) or real(*a, **k))
+    run(**how)
+    assert asked == [not how]
+
+
+@pytest.mark.parametrize("sampler", [samplers.Euler, samplers.Heun])
+def test_churn_before_the_first_step(sampler):
+    """Algorithm 2 of Karras et al.: sigma_hat = (1 + s_churn / n) sigma, x + s_noise sqrt(sigma_hat^2 - sigma^2) z"""
+    seen = []
+    run(
+        lambda x, t: seen.append(x.clone()) or 0 * x, process=fastdiff.EDM(), prediction="sample", steps=None,
+        sampler=sampler(sigmas=[10.0, 5.0, 1.0], s_churn=0.9, s_noise=1.003), x=torch.full((2, 3, 4), 7.0),
+        noise=lambda k, shape: torch.full(shape, 0.5), seed=None,
+    )  # fmt: skip
+    expected = 7 + 1.003 * math.sqrt(13**2 - 10**2) * 0.5
+    torch.testing.assert_close(seen[0], torch.full((2, 3, 4), expected), rtol=1e-6, atol=0)
+
+
 def test_guidance_with_a_learned_variance():
     """Guidance combines the predictions; the variance is the conditional one."""
     variance = torch.randn(2, 3, 4)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import in_turn
 
 import fastdiff
 from fastdiff import backends, ops
@@ -171,8 +172,7 @@ def test_an_input_that_the_network_keeps_is_left_to_it(guided, scaled):
         assert_same_bits(now, then)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reuse", [True, False])
+@in_turn(dtype=[torch.float32, torch.bfloat16], reuse=[True, False])
 def test_tensors_larger_than_the_cache(dtype, reuse, simd):
     """Written past the caches where they are written elsewhere than they were read."""
     rows = table(2, False, False)[:4]

@@ -13,6 +13,7 @@ from collections import Counter
 
 import pytest
 import torch
+from devices import every_pair, nightly
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,14 +59,16 @@ gpu_variants = pytest.mark.gpu_variants
 def diagonal(chosen=None, **lists):
     """Parametrizes by every combination of the lists. Marked for a GPU are ``chosen`` of them (as many as the longest
     list is long) that go through all lists at once, each from its start again at its end: together they have every
-    value, and every pair of two lists whose lengths share no factor, if there are enough."""
+    value, and every pair of two lists whose lengths share no factor, if there are enough. Those, and few more that
+    have every pair, run each time; the others at night."""
     number = max(map(len, lists.values())) if chosen is None else chosen
     marked = {tuple(k % len(values) for values in lists.values()) for k in range(number)}
     cases = []
-    for places in itertools.product(*(range(len(values)) for values in lists.values())):
+    paired = every_pair(list(itertools.product(*lists.values())))
+    for i, places in enumerate(itertools.product(*(range(len(values)) for values in lists.values()))):
         case = [values[place] for values, place in zip(lists.values(), places)]
         named = (v if isinstance(v, str) else f"{name}{k}" for name, v, k in zip(lists, case, places))
-        marks = gpu_variants if places in marked else ()
+        marks = gpu_variants if places in marked else () if i in paired else nightly
         cases.append(pytest.param(*case, marks=marks, id="-".join(named)))
     return pytest.mark.parametrize(list(lists), cases)
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from devices import why_skipped
+from devices import nightly, why_skipped
 
 pytest.importorskip("triton")
 
@@ -47,6 +47,7 @@ def branches(variant):
     return found
 
 
+@nightly
 def test_a_gpu_reaches_every_branch_in_few_variants(tests):
     whole, chosen = variants(tests), variants(test for test in tests if test["chosen"])
     assert {v["kernel"] for v in whole} == {"affine", "loss", "rational", "step", "uniforms"}
@@ -55,6 +56,7 @@ def test_a_gpu_reaches_every_branch_in_few_variants(tests):
     assert not missed, sorted(missed, key=str)
 
 
+@nightly
 def test_what_draws_its_cases_compiles_nothing_on_a_gpu(tests):
     assert any(test["drawn"] for test in tests)
     assert not any(test["drawn"] and test["chosen"] for test in tests)

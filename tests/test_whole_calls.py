@@ -441,3 +441,12 @@ def test_rows_of_a_wrong_size_are_refused(bad):
     table = torch.zeros(2, dtype=torch.float64)
     with pytest.raises(ValueError):
         _C.row_source(kind, height, width, (table.data_ptr(), 1, 2), 0.0, 1.0)
+
+
+def test_a_step_whose_noise_has_an_offset_is_a_whole_call(only_whole_calls):
+    x, m, _ = batch()
+    row = torch.rand(len(ops.COLUMNS))
+    noise = ops.Philox(7, 3, 20, offset=0.1)
+    y, _, _ = ops.step(x, m, row, noise=noise, return_entry=False)
+    with fastdiff.use_backend("reference"):
+        same(y, ops.step(x, m, row, noise=noise, return_entry=False)[0])

@@ -1,5 +1,6 @@
 """Wrong input gets an error, before anything runs, that says what was given, what is accepted and what to do."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import losses, ops, samplers, weighting
+from fastdiff import losses, ops, samplers, timesteps, weighting
 
 X = torch.randn(2, 3, 4)
 T = torch.tensor([1, 2])
@@ -31,6 +32,15 @@ def never(*_):
 
 def sample(model=never, shape=(2, 3), process=VP, sampler="ddpm", steps=5, prediction="epsilon", **how):
     return fastdiff.sample(model, shape, process, sampler, steps, prediction, **({"progress": False} | how))
+
+
+class Unknown(fastdiff.process.Process):
+    """A process of one's own that says nothing but alpha and sigma."""
+
+    discrete = False
+
+    def alpha_sigma(self, t):
+        return 1 - t.double(), t.double()
 
 
 CASES = {
@@ -90,7 +100,7 @@ CASES = {
         lambda: objective(fastdiff.EDM(), "edm", timesteps="uniform"), ValueError, "LogNormal"),
     "shift twice": (
         lambda: objective(fastdiff.RectifiedFlow(3.0), "flow",
-                          timesteps=fastdiff.timesteps.Shifted(fastdiff.timesteps.Uniform(), 3.0)),
+                          timesteps=timesteps.Shifted(timesteps.Uniform(), 3.0)),
         ValueError, "twice"),
     "v of a flow": (lambda: objective(FLOW, "v_prediction"), ValueError, "prediction='flow'"),
     "previous sample of a flow": (lambda: objective(FLOW, "previous_sample"), ValueError, "discrete steps"),
@@ -110,6 +120,97 @@ CASES = {
     "too many steps": (lambda: sample(steps=1001), ValueError, r"\[1, 1000\]"),
     "no sampling steps": (lambda: sample(steps=0), ValueError, "steps"),
     "timesteps that rise": (lambda: sample(sampler=samplers.DDPM(timesteps=[1, 5]), steps=None), ValueError, "fall"),
+    "times of a flow that rise": (
+        lambda: sample(process=FLOW, prediction="flow", sampler=samplers.Euler(timesteps=[0.5, 0.9]), steps=None),
+        ValueError, "fall strictly"),
+    "sigma_min above sigma_max": (
+        lambda: samplers.Euler(sigmas="karras", sigma_min=2.0, sigma_max=1.0), ValueError, "sigma_min < sigma_max"),
+    "sigma_min of 0": (lambda: samplers.Euler(sigmas="karras", sigma_min=0.0), ValueError, "0 < sigma_min"),
+    "a mask of a step elsewhere": (
+        lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), mask=torch.ones(2, 1, 4, device="meta"), known=X),
+        ValueError, "mask is on meta"),
+    "offset noise of a step without channels": (
+        lambda: ops.step(X[0], X[0], torch.ones(len(ops.COLUMNS)), noise=ops.Philox(1, offset=0.1)),
+        ValueError, "channels"),
+    "seed and generator of samples": (lambda: sample(seed=1, generator=torch.Generator()), ValueError, "not both"),
+    "a generator too many": (
+        lambda: sample(generator=[torch.Generator() for _ in range(3)]), ValueError, "3 generators for 2 samples"),
+    "cond a number": (lambda: sample(cond=1.0, uncond=0.0, guidance=2.0), TypeError, "cond must be a tensor.*float"),
+    "cond_fn of another shape": (
+        lambda: sample(lambda x, t: x, cond_fn=lambda x, t: x[:, :2]), ValueError, "cond_fn must return"),
+    "model of another shape, rescaled": (
+        lambda: sample(lambda x, t, c: x[:, :2], cond=T, uncond=T, guidance=2.0, guidance_rescale=0.7),
+        ValueError, "returned shape"),
+    "eta above 1": (lambda: samplers.DDIM(eta=1.5), ValueError, r"eta must lie in \[0, 1\]; got 1.5"),
+    "eta below 0": (lambda: samplers.DDIM(eta=-0.1), ValueError, "eta"),
+    "unknown previous": (lambda: samplers.DDIM(previous="last"), ValueError, "'next' or 'stride'; got 'last'"),
+    "unknown variance": (lambda: samplers.DDPM("fixed"), ValueError, "variance must be one of .*got 'fixed'"),
+    "rho 0": (lambda: samplers.Euler(sigmas="karras", rho=0.0), ValueError, "rho must be positive; got 0.0"),
+    "no steps of a schedule": (lambda: sample(sampler="euler", steps=0), ValueError, "at least 1; got 0"),
+    "no steps of a flow": (
+        lambda: sample(process=FLOW, prediction="flow", sampler="ddim", steps=0), ValueError, "at least 1; got 0"),
+    "steps beside timesteps": (
+        lambda: sample(sampler=samplers.DDPM(timesteps=[5, 1]), steps=3), ValueError, "2 timesteps.*steps=3"),
+    "steps beside LCM's timesteps": (
+        lambda: sample(sampler=samplers.LCM(timesteps=[5, 1]), steps=3), ValueError, "2 timesteps.*steps=3"),
+    "LCM of more steps than there are": (
+        lambda: sample(sampler=samplers.LCM(original_steps=2000)), ValueError, "2000 exceeds the 1000"),
+    "a timestep for each sigma": (
+        lambda: sample(sampler=samplers.Euler(sigmas=[2.0, 1.0], timesteps=[500]), steps=None),
+        ValueError, "2 sigmas and 1 timesteps"),
+    "unknown spacing": (
+        lambda: sample(sampler=samplers.DDPM(spacing="even")), ValueError, "spacing must be one of.*got 'even'"),
+    "alpha 0 at Heun's first level": (
+        lambda: sample(process=FLOW, prediction="flow", sampler=samplers.Heun(timesteps=[1.0, 0.5]), steps=None),
+        ValueError, "alpha is 0 at the first level"),
+    "no grid of a process of one's own": (
+        lambda: sample(process=Unknown(), sampler="ddim"), ValueError, "no time grid is known"),
+    "a sigma of a process of one's own": (lambda: Unknown().levels_at([1.0]), ValueError, "knows no t for a sigma"),
+    "an infinite sigma": (lambda: VP.levels_at([float("inf")]), ValueError, "finite and at least 0; got inf"),
+    "beta_start beside betas": (
+        lambda: fastdiff.VariancePreserving([0.1, 0.2], beta_start=0.1), ValueError, "go with a named schedule"),
+    "beta_end of the cosine": (
+        lambda: fastdiff.VariancePreserving("cosine", beta_end=0.1), ValueError, "takes no beta_start"),
+    "zero terminal SNR of one step": (
+        lambda: fastdiff.VariancePreserving(steps=1, zero_terminal_snr=True), ValueError, "at least 2 steps"),
+    "x0 where nothing says": (
+        lambda: objective(fastdiff.VariancePreserving(zero_terminal_snr=True)).predict_x0(
+            X, objective(fastdiff.VariancePreserving(zero_terminal_snr=True)).noise(X, torch.tensor([5, 999]))),
+        ValueError, "does not determine 'sample' at t = 999"),
+    "a fraction of EDM's t": (lambda: fastdiff.EDM().fraction(torch.ones(2)), ValueError, "no fraction"),
+    "form of the pseudo-Huber": (lambda: losses.PseudoHuber(form="normal"), ValueError, "form must be.*'normal'"),
+    "schedule of the pseudo-Huber": (
+        lambda: losses.PseudoHuber(schedule="linear"), ValueError, "schedule must be.*'linear'"),
+    "stratified within a shift": (
+        lambda: objective(FLOW, "flow", timesteps=timesteps.Shifted(timesteps.Stratified(), 2.0)).noise(X),
+        ValueError, "Stratified outside"),
+    "timesteps a number": (lambda: objective(timesteps=5), TypeError, "timesteps must be None.*got 5"),
+    "P2's k below 0": (lambda: weighting.P2(k=-1.0), ValueError, "k must be at least 0"),
+    "weights of two dimensions": (
+        lambda: weighting.PerTimestep(torch.ones(2, 3)), ValueError, r"1-D table.*\(2, 3\)"),
+    "weights of too few timesteps": (
+        lambda: objective(weighting=weighting.PerTimestep(torch.ones(5))), ValueError, "5 weights.*1000 steps"),
+    "weights of timesteps for a flow": (
+        lambda: objective(FLOW, "flow", weighting=weighting.Bell()).noise(X, torch.rand(2)).weight,
+        ValueError, "Bell needs a discrete process"),
+    "likelihood of no SDE": (
+        lambda: objective(weighting=weighting.Likelihood()), ValueError, "VPSDE, VESDE, SubVPSDE"),
+    "a scalar prediction": (
+        lambda: ops.loss(torch.tensor(1.0), None, torch.tensor(1.0), q=1.0), ValueError, "batch dimension"),
+    "perturbation without noise": (
+        lambda: ops.noise(X, 1.0, 1.0, X, perturbation=0.1), ValueError, "needs perturbation_noise"),
+    "perturbation of another shape": (
+        lambda: ops.noise(X, 1.0, 1.0, X, perturbation=0.1, perturbation_noise=X[:, :2]),
+        ValueError, "perturbation_noise has shape"),
+    "unknown rng": (lambda: ops.Philox(1, rng="quick"), ValueError, "'exact' or 'fast'; got 'quick'"),
+    "a run of integers": (
+        lambda: ops.trajectory(torch.ones(2, 3).long(), torch.ones(1, len(ops.COLUMNS), dtype=torch.float64)),
+        TypeError, "x must be floating"),
+    "known noise without a mask": (
+        lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), known_noise=X), ValueError, "goes with mask and known"),
+    "known noise of another shape": (
+        lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), mask=X > 0, known=X, known_noise=X[:, :2]),
+        ValueError, "known_noise has shape"),
     "guidance without uncond": (lambda: sample(guidance=2.0), ValueError, "needs uncond"),
     "uncond without cond": (lambda: sample(uncond=T), ValueError, "without cond"),
     "x of another shape": (lambda: sample(x=X), ValueError, "x has shape"),
@@ -126,7 +227,7 @@ CASES = {
     "five history tensors": (
         lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), history=[X] * 5), ValueError, "at most 4"),
     "unknown error function": (lambda: ops.loss(X, None, X, q=1.0, function="mae"), ValueError, "mse, l1"),
-    "huber without c": (lambda: ops.loss(X, None, X, q=1.0, function="smooth_l1"), ValueError, "needs its constant"),
+    "huber without c": (lambda: ops.loss(X, None, X, q=1.0, function="smooth_l1"), ValueError, "smooth_l1 needs its"),
     "unknown backend": (lambda: fastdiff.use_backend("cpu"), ValueError, "native, cuda"),
     "backend that is not there": (lambda: fastdiff.use_backend("cuda"), RuntimeError, "not available: "),
 }  # fmt: skip
@@ -137,6 +238,18 @@ def test_clear_error(case):
     call, error, words = CASES[case]
     with pytest.raises(error, match=words):
         call()
+
+
+def test_settings_can_be_shared_and_are_keys():
+    """Processes keep tables by what they were made with: a setting that is changed later would not reach them."""
+    modules = [weighting, losses, timesteps, samplers]
+    found = {c for module in modules for c in vars(module).values() if dataclasses.is_dataclass(c)}
+    assert len(found) > 30
+    for cls in found:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            object.__new__(cls).anything = 1
+    tables = [weighting.PerTimestep(torch.ones(3)) for _ in range(2)]
+    assert tables[0] != tables[1] and len({*tables, tables[0]}) == 2, "a table is equal to itself alone"
 
 
 def test_use_backend_is_undone():

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "FASTDIFF_NIGHTLY": "1"}
 
 import pytest
 import torch

@@ -1,0 +1,163 @@
+"""Which tests are asked about a source file: the table below, or, where it has been recorded, who runs the line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+# For the beginning of a source file's path, the test files to ask (tests/test_*.py), the likeliest first.
+TABLE = {
+    "fastdiff/process": "process wrong_input pitfalls_of_objectives pitfalls_of_samplers objective samplers diffusers",
+    "fastdiff/prediction": "prediction objective pitfalls_of_objectives samplers",
+    "fastdiff/weighting": "weighting wrong_input pitfalls_of_objectives objective",
+    "fastdiff/losses": "loss objective pitfalls_of_objectives wrong_input",
+    "fastdiff/timesteps": "timesteps wrong_input objective pitfalls_of_objectives",
+    "fastdiff/plain": "whole_calls objective compile",
+    "fastdiff/samplers/": "samplers wrong_input guidance pitfalls_of_samplers sampling samplers_diffusers k_diffusion",
+    "fastdiff/sampling": "sampling wrong_input trajectory guidance k_diffusion pitfalls_of_samplers samplers cuda_step",
+    "fastdiff/guidance": "guidance sampling",
+    "fastdiff/objective": "objective wrong_input noise pitfalls_of_objectives whole_calls compile diffusers loss",
+    "fastdiff/ops/loss": "loss wrong_input whole_calls objective native",
+    "fastdiff/ops/noise": "noise wrong_input whole_calls objective philox native",
+    "fastdiff/ops/prepared": "prepared wrong_input",
+    "fastdiff/ops/": "convert_and_step wrong_input whole_calls trajectory noise loss prepared objective native",
+    "fastdiff/integrations/diffusers/": "integrations_diffusers integrations_diffusers_patching",
+    "fastdiff/integrations/denoising": "integrations_denoising_diffusion",
+    "fastdiff/integrations/fusing": "integrations_denoising_diffusion integrations_objects",
+    "fastdiff/integrations/guided": "integrations_objects",
+    "fastdiff/integrations/schedulers": "diffusers samplers_diffusers",
+    "fastdiff/integrations/k_": "k_diffusion integrations_objects",
+    "fastdiff/integrations/lightning": "integrations_trainers",
+    "fastdiff/integrations/losses": "integrations_trainers",
+    "fastdiff/integrations/training": "integrations_training_scripts",
+    "fastdiff/integrations/": "integrations_objects integrations_training_scripts k_diffusion diffusers",
+    "fastdiff/demo/": "demo cli",
+    "fastdiff/bench/": "bench",
+    "fastdiff/doctor": "cli devices",
+    "fastdiff/files": "demo cli bench",
+    "fastdiff/": "cli demo bench",
+}  # fmt: skip
+# Asked besides, whatever the file: who asks for names, options and what a user types wrongly.
+EVERYWHERE = ["names", "options"]
+# Not asked: they run no source of the package, or take minutes.
+NEVER = {"test_large", "test_packaging", "test_optional_packages", "test_gpu_memory", "test_triton_ptx"}
+
+
+def files_for(root: Path, file: str) -> dict[str, set[str] | None]:
+    """The test files of the table, and None: each of their functions."""
+    names = next(names for start, names in TABLE.items() if file.startswith(start)).split()
+    found = [f"tests/test_{name}.py" for name in [*names, *EVERYWHERE]]
+    return {name: None for name in found if (root / name).is_file()}
+
+
+class Recorded:
+    """Which test functions ran which lines, and what they cost, of the test files that have been recorded."""
+
+    def __init__(self, folder: Path):
+        self.lines = json.loads((folder / "lines.json").read_text())
+        self.costs = json.loads((folder / "costs.json").read_text())
+        self.files = {f"tests/{file.suffix[1:]}.py" for file in folder.glob("data.*")}
+
+    def functions_for(self, root: Path, file: str, lines: range) -> dict[str, set[str] | None]:
+        """The functions that ran one of ``lines``, by test file, cheap files first. For what is run only when the
+        package is imported, all that ran anything of the file. Then the files of the table that were not recorded."""
+        ran = self.lines.get(file, {})
+        tests = {test for line in lines for test in ran.get(str(line), ())}
+        tests = tests or {test for each in ran.values() for test in each}
+        chosen = defaultdict(set)
+        for test in tests:
+            name, function = test.split("::", 1)
+            chosen[name].add(function)
+        cost = {name: sum(self.costs.get(f"{name}::{f}", 0) for f in functions) for name, functions in chosen.items()}
+        found = dict(sorted(chosen.items(), key=lambda item: (1 + cost[item[0]]) / len(item[1])))
+        return found | {name: None for name in files_for(root, file) if name not in self.files}
+
+
+def record(root: Path, folder: Path, jobs: int, only=()):
+    """Runs each test file under coverage (or ``only`` some, again), and keeps the test functions of each line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder / "coveragerc"
+    settings.write_text("[run]\nsource = fastdiff\ndynamic_context = test_function\nrelative_files = true\n")
+    files = [root / file for file in only] or [
+        file for file in (root / "tests").glob("test_*.py") if file.stem not in NEVER
+    ]
+    waiting = sorted(files, key=lambda f: f.stat().st_size, reverse=True)
+    known = folder / "costs.json"
+    running, costs = {}, json.loads(known.read_text()) if known.is_file() else {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            file = waiting.pop(0)
+            run = [
+                sys.executable,
+                "-m",
+                "coverage",
+                "run",
+                f"--rcfile={settings}",
+                f"--data-file={folder}/data.{file.stem}",
+            ]
+            tests = [
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:benchmark",
+                "--durations=0",
+                "-vv",
+                str(file),
+            ]
+            output = open(folder / f"{file.stem}.log", "w")
+            done = subprocess.Popen([*run, *tests], cwd=root, stdout=output, stderr=output, env=_environment(root))
+            running[done] = file
+        process = next(iter(running)) if len(running) == 1 else _any(running)
+        process.wait()
+        file = running.pop(process)
+        print(f"recorded {file.name} ({process.returncode})", flush=True)
+        found = {}
+        for line in (folder / f"{file.stem}.log").read_text(errors="replace").splitlines():
+            words = line.split()
+            if len(words) >= 3 and words[1] in ("call", "setup", "teardown") and words[0].endswith("s"):
+                name, _, function = words[2].split("[")[0].partition("::")
+                test = f"{name}::{function.replace('::', '.')}"
+                found[test] = found.get(test, 0) + float(words[0][:-1])
+        costs |= found
+    _write(root, folder, costs)
+
+
+def _any(running):
+    while True:
+        for process in running:
+            try:
+                process.wait(0.2)
+                return process
+            except subprocess.TimeoutExpired:
+                pass
+
+
+def _environment(root: Path):
+    return os.environ | {"PYTHONPATH": str(root)}
+
+
+def _write(root: Path, folder: Path, costs):
+    import coverage
+
+    lines = defaultdict(lambda: defaultdict(set))
+    for file in folder.glob("data.*"):
+        data = coverage.CoverageData(basename=str(file))
+        data.read()
+        for source in data.measured_files():
+            name = os.path.relpath(root / source, root)
+            for line, contexts in data.contexts_by_lineno(source).items():
+                for context in contexts:
+                    module, _, function = context.partition(".")
+                    # "test_x.test_y", "test_x.TestZ.test_y"; a helper's context is its test's.
+                    if module == file.suffix[1:] and function:
+                        lines[name][str(line)].add(f"tests/{module}.py::{function}")
+    plain = {name: {line: sorted(tests) for line, tests in each.items()} for name, each in lines.items()}
+    (folder / "lines.json").write_text(json.dumps(plain))
+    (folder / "costs.json").write_text(json.dumps(costs))
