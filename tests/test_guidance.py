@@ -384,23 +384,30 @@ def test_wrong_options(case):
 
 
 @pytest.mark.parametrize(
-    "make",
+    "make, options, words",
     [
-        lambda: samplers.Euler(sigmas="cosine"),
-        lambda: samplers.Euler(spacing="even"),
-        lambda: samplers.Euler(clip=-1.0),
-        lambda: samplers.Euler(sigma_min=1.0),
-        lambda: samplers.Euler(sigmas="karras", sigma_min=2.0, sigma_max=1.0),
-        lambda: samplers.Euler(sigmas="karras", timesteps=[5, 1]),
-        lambda: samplers.Euler(s_churn=-1.0),
-        lambda: samplers.EulerAncestral(eta=2.0),
-        lambda: samplers.DPMSolverPP(order=4),
-        lambda: samplers.DPMSolverPP(solver_type="bh1"),
-        lambda: samplers.DPMSolverPP(eta=-1.0),
-        lambda: samplers.UniPC(solver_type="midpoint"),
-        lambda: samplers.LCM(original_steps=0),
+        ("Euler", {"sigmas": "cosine"}, "one of karras, exponential, beta, linear, or numbers; got 'cosine'"),
+        ("Euler", {"spacing": "even"}, "spacing must be one of trailing, leading, linspace; got 'even'"),
+        ("Euler", {"clip": -1.0}, "clip must be positive, or None for no clamping; got -1.0"),
+        ("Euler", {"sigma_min": 1.0}, "sigma_min and sigma_max go with a named schedule"),
+        ("Euler", {"sigmas": "karras", "sigma_min": 2.0, "sigma_max": 1.0}, "got sigma_min=2.0, sigma_max=1.0"),
+        ("Euler", {"sigmas": "karras", "sigma_min": 0.0}, "0 < sigma_min < sigma_max is needed; got sigma_min=0.0"),
+        ("Euler", {"sigmas": "karras", "timesteps": [5, 1]}, "sigmas='karras' both say .*: leave one out"),
+        ("Euler", {"sigmas": "karras", "rho": 0.0}, "rho must be positive; got 0.0"),
+        ("Euler", {"s_churn": -1.0}, "s_churn must be at least 0; got -1.0"),
+        ("EulerAncestral", {"eta": 2.0}, r"eta must lie in \[0, 1\]; got 2.0"),
+        ("DPMSolverPP", {"order": 4}, "order must be 1, 2 or 3; got 4"),
+        ("DPMSolverPP", {"solver_type": "bh1"}, "solver_type must be 'midpoint' or 'heun'; got 'bh1'"),
+        ("DPMSolverPP", {"eta": -1.0}, r"eta must lie in \[0, 1\]; got -1.0"),
+        ("UniPC", {"solver_type": "midpoint"}, "solver_type must be 'bh1' or 'bh2'; got 'midpoint'"),
+        ("LCM", {"original_steps": 0}, "original_steps must be at least 1; got 0"),
+        ("DDPM", {"variance": "fixed"}, "one of fixed_small, fixed_large, learned, learned_range; got 'fixed'"),
+        ("DDPM", {"clip": -1.0}, "clip must be positive, or None for no clamping; got -1.0"),
+        ("DDIM", {"eta": -0.1}, r"eta must lie in \[0, 1\]; got -0.1"),
+        ("DDIM", {"eta": 1.1}, r"eta must lie in \[0, 1\]; got 1.1"),
+        ("DDIM", {"previous": "last"}, "previous must be 'next' or 'stride'; got 'last'"),
     ],
 )
-def test_wrong_samplers(make):
-    with pytest.raises(ValueError, match=".{15,}"):
-        make()
+def test_wrong_samplers(make, options, words):
+    with pytest.raises(ValueError, match=words):
+        getattr(samplers, make)(**options)
