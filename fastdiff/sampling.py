@@ -103,7 +103,7 @@ def sample(
     plan = _planned(sampler, process, steps, prediction)
     shape = tuple(shape)
     if uncond is not None and cond is None:
-        raise ValueError("uncond was given without cond.")
+        raise ValueError("uncond was given without cond: guidance needs the condition of both halves.")
     if isinstance(guidance, (int, float)) and guidance == 1.0:
         uncond = None
     elif uncond is None:

@@ -227,19 +227,20 @@ def test_a_seed_has_64_bits():
         assert {seed >> bit & 1 for seed in drawn} == {0, 1}, bit
 
 
-@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+@pytest.mark.parametrize("kind, process", [("epsilon", VP), ("flow", FLOW)], ids=["table", "formula"])
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_a_conversion_has_the_dtype_of_the_output(narrow, wide, kind):
+def test_a_conversion_has_the_dtype_of_the_output(narrow, wide, kind, process):
     """Shaped and typed as the network's output, whatever x_t is; half an ulp of it at the store."""
-    noised = fastdiff.Objective(VP).noise(x0.to(wide), torch.tensor([10, 100, 500, 700]), n.to(wide))
-    got = noised.objective.convert(m.to(narrow), noised, kind)
-    alpha, sigma = (row[:, None, None] for row in oracle.vp_alpha_sigma(ABAR, [10, 100, 500, 700]))
+    times = [10, 100, 500, 700] if process is VP else [0.1, 0.3, 0.5, 0.7]
+    levels = oracle.vp_alpha_sigma(ABAR, times) if process is VP else oracle.flow_alpha_sigma(times)
+    alpha, sigma = (rows(row) for row in levels)
+    times = torch.tensor(times, dtype=torch.int64 if process is VP else torch.float64)
+    noised = fastdiff.Objective(process, kind).noise(x0.to(wide), times, n.to(wide))
+    got = noised.objective.predict_x0(m.to(narrow), noised)
     x_t, output = (oracle.ld(v.double().numpy()) for v in (noised.x_t, m.to(narrow)))
-    expected = oracle.to_x0("epsilon", x_t, output, alpha, sigma)
-    if kind == "v_prediction":
-        expected = alpha * output - sigma * expected
     assert got.dtype == narrow
+    expected = oracle.to_x0(kind, x_t, output, alpha, sigma)
     compute = torch.finfo(torch.float64 if torch.float64 in (narrow, wide) else torch.float32).eps
     size = np.abs(x_t / alpha) + np.abs(sigma / alpha * output)
     assert_close(got.double(), expected, rel=torch.finfo(narrow).eps / 2 * 1.01, absolute=4 * compute * size)
