@@ -1,10 +1,11 @@
 """Options of fastdiff.sample that look at the network's output: interval and rescaled guidance, dynamic thresholding,
 classifier guidance, inpainting; and those of the loop: trajectories, compile, CUDA graphs, launches and syncs."""
 
-import math
-
+import numpy as np
+import oracle
 import pytest
 import torch
+from tiny_run import ABAR, LEVELS, SIGMAS, TIMES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
@@ -105,7 +106,7 @@ def test_dynamic_thresholding(sampler, most, guided):
 
     expected = run(thresholded, sampler, prediction="sample")
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    assert all(float(x0.abs().max()) <= 1 + 1e-6 for x0 in seen) or most is not None
+    assert all(float(x0.abs().max()) <= 1 + 1e-6 for x0 in seen)
 
 
 def test_quantiles_are_torchs():
@@ -124,34 +125,25 @@ def gradient(x, t):
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "unipc", "euler"])
 def test_classifier_guidance_of_the_noise_estimate(sampler, process, prediction):
     """Algorithm 2: epsilon - sqrt(1 - abar) gradient, whatever the network predicts."""
-    plan = samplers.get(sampler).plan(process, 6, prediction)
-    levels = process.levels(plan.times)
-    step = iter(range(100))
+    if process is VP:
+        alphas, sigmas = (row.astype(np.float64) for row in oracle.vp_alpha_sigma(ABAR, TIMES))
+    else:
+        alphas, sigmas = 1 - np.array(SIGMAS[:-1]), np.array(SIGMAS[:-1])
+    step = iter(range(6))
     scale = 0.1  # x0 at the noisiest level is sigma / alpha = 157 times as sensitive
 
-    def model(x, t, c):
-        return network(x, t, c)
-
     def changed(x, t, c):
+        """The output moves by its own derivative along the noise, x held; where alpha is 0 the noise says nothing."""
         k = next(step)
-        alpha, sigma = levels.alpha[k], levels.sigma[k]
-        m = network(x, t, c).double()
-        to_eps = fastdiff.prediction.conversion(prediction, "epsilon", process.levels(plan.times[k]))
-        eps = to_eps[0] * x + to_eps[1] * m - sigma * scale * (0.5 - x.double())
-        if k == 0 and process is FLOW:  # alpha = 0: epsilon alone says nothing of x0
-            back = fastdiff.prediction.conversion("epsilon", prediction, process.levels(plan.times[k]))
-            return (
-                (m - sigma * scale * (0.5 - x.double()) / to_eps[1]).to(x.dtype)
-                if back[0].isfinite()
-                else m.to(x.dtype)
-            )
-        x0 = (x - sigma * eps) / alpha
-        k_x, k_m = fastdiff.prediction.conversion("sample", prediction, process.levels(plan.times[k]))
-        return (k_x * x + k_m * x0).to(x.dtype)
+        alpha, sigma = alphas[k], sigmas[k]
+        slope = 1.0 if prediction == "epsilon" else -sigma / alpha if prediction == "sample" else 0.0
+        if prediction in ("v_prediction", "flow") and alpha:
+            slope = 1 / alpha
+        return network(x, t, c) - slope * sigma * scale * (0.5 - x)
 
     how = {"dtype": torch.float64, "cond": COND.double()}
-    got = run(model, sampler, process, 6, prediction, cond_fn=lambda x, t: scale * gradient(x, t), **how)
-    torch.testing.assert_close(got, run(changed, sampler, process, 6, prediction, **how), rtol=1e-6, atol=1e-6)
+    got = run(network, sampler, process, 6, prediction, cond_fn=lambda x, t: scale * gradient(x, t), **how)
+    torch.testing.assert_close(got, run(changed, sampler, process, 6, prediction, **how), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
@@ -187,16 +179,11 @@ def test_inpainting(sampler):
     kept = mask.bool().expand(SHAPE)
     assert torch.equal(x[kept], known[kept])
     assert not torch.allclose(x, run(sampler=sampler, cond=COND))
-    plan = samplers.get(sampler).plan(VP, 6, "epsilon")
-    steps = range(len(plan.times)) if plan.steps is None else plan.steps
-    ends = [k for k in range(len(steps)) if k + 1 == len(steps) or steps[k + 1] != steps[k]]
-    n = path[0]
-    for k, y in zip(ends, path[1:]):
-        row = dict(zip(ops.COLUMNS, plan.table[k].tolist()))
-        expected = row["k_x0"] * known + row["k_n"] * n
-        torch.testing.assert_close(y[kept], expected[kept], rtol=1e-6, atol=1e-6)
-        if row["k_n"]:
-            assert math.hypot(row["k_x0"], row["k_n"]) == pytest.approx(1)
+    n = path[0]  # of the seed's initial noise, whose deviation is 1
+    np.testing.assert_array_equal(n.numpy(), oracle.normal(1, SHAPE, stream=4))
+    for y, (alpha, sigma) in zip(path[1:], LEVELS[1:], strict=True):
+        expected = float(alpha) * known.double() + float(sigma) * n.double()
+        torch.testing.assert_close(y.double()[kept], expected[kept], rtol=1e-6, atol=1e-6)
     as_bool = run(sampler=sampler, cond=COND, known=known, mask=mask.bool())
     assert torch.equal(as_bool, x)
 
@@ -379,7 +366,7 @@ def test_wrong_options(case):
         raise AssertionError("the model was called")
 
     how, words = WRONG[case]
-    with pytest.raises((ValueError, RuntimeError), match=words):
+    with pytest.raises(ValueError, match=words):
         run(never, **how)
 
 
