@@ -17,8 +17,8 @@ from fastdiff.integrations.lightning import DiffusionTraining, stepped_seed
 from fastdiff.integrations.losses_per_timestep import TimestepLosses
 
 # Some processes abort while they leave a gloo group, after all work is done: 4 of 24 runs of plain PyTorch 2.13 without
-# fastdiff did on a busy machine.
-ABORTED = "terminate called without an active exception"
+# fastdiff did on a busy machine. These leave without tidying up, so that one that does not end with 0 has failed.
+LEAVE = "import os, sys; sys.stdout.flush(); sys.stderr.flush(); os._exit(0)"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -85,12 +85,17 @@ def test_accelerate_compiled(accelerate_train):
 def test_accelerate_in_two_processes(accelerate_train, tmp_path):
     """DDP over gloo: two processes with half of the batch each learn what one learns from all of it."""
     alone = accelerate_train("--steps", 3)
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import accelerate, accelerate_train\n"
+        "accelerate.Accelerator.end_training = lambda self: None  # which leaves the group\n"
+        f"accelerate_train.main()\n{LEAVE}\n"
+    )
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        *(str(EXAMPLES / "accelerate_train.py"), "--cpu", "--batch", "32", "--steps", "3"),
-        *("--losses", str(tmp_path / "losses.json")),
+        *(str(script), "--cpu", "--batch", "32", "--steps", "3", "--losses", str(tmp_path / "losses.json")),
     ]
-    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
@@ -98,7 +103,7 @@ def test_accelerate_in_two_processes(accelerate_train, tmp_path):
         text=True,
         timeout=200,
     )
-    assert done.returncode == 0 or ABORTED in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     np.testing.assert_allclose(json.loads((tmp_path / "losses.json").read_text()), alone, rtol=1e-5)
 
 
@@ -261,7 +266,7 @@ def two_ranks(rank, folder):
     assert values == {"loss/t_0.00-0.50": 1.5, "loss/t_0.50-1.00": 1.5}, values
     Path(folder, f"done{rank}").touch()
     torch.distributed.barrier()
-    os._exit(0)  # see ABORTED
+    os._exit(0)  # see LEAVE
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
@@ -291,10 +296,8 @@ def test_timestep_losses_are_means_of_intervals():
 
 def test_timestep_losses_go_to_each_kind_of_logger():
     class TensorBoard:
-        seen = []
-
         def add_scalar(self, name, value, step):
-            self.seen.append((name, value, step))
+            self.seen = name, value, step
 
     class Wandb:
         def log(self, values, step=None):
@@ -311,10 +314,13 @@ def test_timestep_losses_go_to_each_kind_of_logger():
         noised = objective.noise(torch.zeros(2, 3), torch.tensor([0.1, 1.0]), seed=0)
         per_timestep.update(noised, torch.tensor([1.0, float("nan")]))
 
-    for logger in (TensorBoard(), Wandb(), Lightning()):
+    together = {"loss/t_0.00-0.50": 1.0}, 7
+    for logger, seen in (
+        (TensorBoard(), ("loss/t_0.00-0.50", 1.0, 7)), (Wandb(), together), (Lightning(), together),
+    ):  # fmt: skip
         fill()
         assert per_timestep.log_to(logger, 7) == {"loss/t_0.00-0.50": 1.0}, "NaN is not counted"
-        assert logger.seen in ([("loss/t_0.00-0.50", 1.0, 7)], ({"loss/t_0.00-0.50": 1.0}, 7))
+        assert logger.seen == seen
     with pytest.raises(TypeError, match="add_scalar"):
         per_timestep.log_to(object(), 1)
 
