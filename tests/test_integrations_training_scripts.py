@@ -7,6 +7,7 @@ numbers of half-ulps of what is added up (``accuracy.assert_rounded``): fastdiff
 """
 
 import math
+import types
 import warnings
 
 import numpy as np
@@ -530,6 +531,22 @@ def test_wrong_use():
         scripts.text_to_image(ddpm()).noise(torch.zeros(2, 4, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match="logit_mean"):
         scripts.compute_density_for_timestep_sampling("logit_normal", 4)
+    with pytest.raises(ValueError, match="mode needs mode_scale, 1.29 for example"):
+        scripts.compute_density_for_timestep_sampling("mode", 4)
+    with pytest.raises(ValueError, match="prior_loss_weight must be at least 0, or None; got -1.0"):
+        scripts.sd3(flow, prior_loss_weight=-1.0)
+    with pytest.raises(ValueError, match=r"latents must be \[batch, ...\]; got shape \(4,\)"):
+        scripts.text_to_image(ddpm()).noise(torch.randn(4))
+    with pytest.raises(ValueError, match="prediction_type epsilon or v_prediction; got 'sample'"):
+        scripts.dreambooth_sdxl(diffusers.EulerDiscreteScheduler(prediction_type="sample"), edm_style=True)
+    with pytest.raises(ValueError, match="prediction_type epsilon or v_prediction; got 'sample'"):
+        fastdiff.Objective.from_scheduler(diffusers.EDMEulerScheduler(), prediction_type="sample")
+    with pytest.raises(TypeError, match="DDPMScheduler has no sigmas and timesteps"):
+        scripts.dreambooth_sdxl(ddpm(), edm_style=True)
+    with pytest.raises(TypeError, match="no alphas_cumprod: a scheduler such as DDPMScheduler is needed"):
+        scripts.compute_snr(flow, torch.tensor([1]))
+    with pytest.raises(TypeError, match="SimpleNamespace has neither alphas_cumprod, .* for example fastdiff.Variance"):
+        fastdiff.Objective.from_scheduler(types.SimpleNamespace(config={}))
 
 
 def test_a_scheduler_set_for_inference_is_refused():
