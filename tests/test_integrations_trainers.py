@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from torch import nn
@@ -167,6 +169,59 @@ def test_mixin_without_lightning():
     assert a == b != c, "validation has one seed a batch"
     with pytest.raises(TypeError, match="self.objective"):
         Bare().training_step(x0, 0)
+
+
+def splitmix(*values):
+    """Steele et al. 2014: the finalizer of a state that grows by the golden ratio, and here by a value, each time."""
+    state = 0
+    for value in values:
+        state = (state + value + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state
+
+
+def rows_of(seed, samples=64):
+    """(t, loss) of x0 = 0 and an output of half of x_t: (sigma / 2 - 1)^2 of the mean square of the noise."""
+    n = oracle.normal(seed, (samples, 3)).astype(np.float64)
+    t = np.floor(1000 * oracle.uniform(seed, samples, stream=3)).astype(int)
+    sigma = np.sqrt(1 - oracle.alpha_bar(oracle.betas_linear(1000))[t]).astype(np.float64)
+    return t, (sigma / 2 - 1) ** 2 * (n**2).mean(1)
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_noise_seed_of_the_mixin(seed):
+    """The k-th batch has the noise of (seed, k); the batches of a validation that of (seed, -1 - index)."""
+    model = Bare(fastdiff.Objective(fastdiff.VariancePreserving()))
+    model.noise_seed = seed
+    x0 = torch.zeros(64, 3)
+    for k in range(3):
+        expected = rows_of(splitmix(seed, k))[1].mean()
+        assert model.training_step(x0, 17).item() == pytest.approx(expected, rel=1e-6)
+    assert model.validation_step(x0, 2).item() == pytest.approx(rows_of(splitmix(seed, -3))[1].mean(), rel=1e-6)
+    checkpoint = {}
+    model.on_save_checkpoint(checkpoint)
+    assert checkpoint == {"fastdiff_batches_seen": 3}
+
+
+@pytest.mark.parametrize("buckets", [2, 4])
+def test_per_timestep_of_the_mixin(buckets):
+    """Every second step, the means of all that was seen since in equal intervals of t."""
+    model, logged = Bare(fastdiff.Objective(fastdiff.VariancePreserving())), []
+    model.noise_seed, model.per_timestep = 5, buckets
+    logger = types.SimpleNamespace(log_metrics=lambda values, step: logged.append((step, values)))
+    model.trainer = types.SimpleNamespace(log_every_n_steps=2, logger=logger)
+    for step in range(3):
+        model.global_step = step
+        model.training_step(torch.zeros(64, 3), step)
+    t, losses = (np.concatenate(pair) for pair in zip(*(rows_of(splitmix(5, k)) for k in range(2))))
+    edges = np.arange(buckets + 1) / buckets
+    expected = {
+        f"train/loss/t_{low:.2f}-{high:.2f}": losses[(t >= 1000 * low) & (t < 1000 * high)].mean()
+        for low, high in zip(edges, edges[1:])
+    }
+    assert logged == [(1, pytest.approx(expected, rel=1e-6))]
 
 
 def test_ranks_share_a_batch():
