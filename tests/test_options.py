@@ -293,6 +293,18 @@ def sigmas(**options):
     return samplers.Euler(**given).plan(EDM, STEPS, "sample").times
 
 
+def ordered(lower, order=3):
+    return truth.multistep_orders(order, STEPS, lower)
+
+
+def dpm(v):
+    return truth.dpmpp(START[0], LEVELS, at, 3, ordered(v))[-1]
+
+
+def unipc(order=2, lower=True, variant="bh2", uncorrected=()):
+    return truth.unipc(START[0], LEVELS, at, ordered(lower, order), variant, uncorrected)[-1]
+
+
 def churn(v, s_churn=10.0, low=0.0, high=math.inf, noise=1.0):
     given = {"s_churn": s_churn, "low": low, "high": high, "noise": noise} | v
     return truth.euler(START[0], LEVELS, scaled, lambda i: Z[i], tuple(given.values()))[-1]
@@ -308,6 +320,17 @@ OF_A_SAMPLER = {
     "DPMSolverPP s_noise": Asked((1.0, 0.8), lambda v: run(samplers.DPMSolverPP(eta=1.0, s_noise=v), VP), sde(2)),
     "DPMSolverPP s_noise, order 3": Asked(
         (1.0, 0.8), lambda v: run(samplers.DPMSolverPP(order=3, eta=1.0, s_noise=v), VP), sde(3)),
+    "DPMSolverPP lower_order_final": Asked(
+        (True, False), lambda v: run(samplers.DPMSolverPP(order=3, lower_order_final=v), VP), dpm),
+    "UniPC lower_order_final": Asked(
+        (True, False), lambda v: run(samplers.UniPC(order=3, lower_order_final=v), VP), lambda v: unipc(3, v)),
+    "UniPC order": Asked((2, 3), lambda v: run(samplers.UniPC(order=v), VP), unipc),
+    "UniPC solver_type": Asked(
+        ("bh1", "bh2"), lambda v: run(samplers.UniPC(solver_type=v), VP), lambda v: unipc(variant=v)),
+    "UniPC disable_corrector": Asked(
+        ((), (1, 3)), lambda v: run(samplers.UniPC(disable_corrector=v), VP), lambda v: unipc(uncorrected=v)),
+    "UniPC disable_corrector, each": Asked(
+        ((0,), (2,)), lambda v: run(samplers.UniPC(disable_corrector=v), VP), lambda v: unipc(uncorrected=v)),
     "s_churn": Asked(({"s_churn": 1.0}, {"s_churn": 2.0}), churned, churn),
     "s_tmin": Asked(({"low": 0.5}, {"low": 5.0}), churned, churn),
     "s_tmax": Asked(({"high": 0.5}, {"high": 5.0}), churned, churn),
