@@ -21,11 +21,17 @@ def check_capture(device: torch.device, plan: Plan, how: Guidance) -> None:
     if device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA device; got {device}. Leave it out, or use compile=True.")
     if not how.plain:
-        raise ValueError("cuda_graph=True excludes guidance_rescale, dynamic_thresholding and cond_fn.")
+        raise ValueError(
+            "cuda_graph=True excludes guidance_rescale, dynamic_thresholding and cond_fn: leave it out, or use "
+            "compile=True."
+        )
     if len(set(how.guided)) > 1:
-        raise ValueError("cuda_graph=True excludes a guidance_interval: the batch that the network sees would change.")
+        raise ValueError(
+            "cuda_graph=True excludes a guidance_interval, by which the batch that the network sees changes: leave one "
+            "out."
+        )
     if plan.learned_variance:
-        raise ValueError("cuda_graph=True excludes a learned variance.")
+        raise ValueError("cuda_graph=True excludes a learned variance: leave it out, or use compile=True.")
 
 
 class Graphed:

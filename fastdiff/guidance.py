@@ -44,7 +44,7 @@ class Guidance:
         if not 0 <= rescale <= 1:
             raise ValueError(f"guidance_rescale must lie in [0, 1]; got {rescale!r}.")
         if rescale and not has_uncond:
-            raise ValueError("guidance_rescale needs guidance with uncond.")
+            raise ValueError(f"guidance_rescale needs guidance other than 1 with uncond; got {rescale!r} without.")
         if quantile is not None and not 0 < quantile <= 1:
             raise ValueError(f"dynamic_thresholding is a quantile in (0, 1]; got {quantile!r}.")
         if quantile is not None and plan.clip is not None:

@@ -20,7 +20,7 @@ from .backends.rows import as_tensor, cached, in_two_passes, value_checks_are_fr
 from .losses import Loss
 from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
 from .ops.loss import check_loss
-from .ops.noise import Stream, check_noise
+from .ops.noise import Stream, check_noise, check_rng
 from .plain import PlainCalls
 from .prediction import Prediction
 from .process import Levels, Process, as_times
@@ -304,6 +304,7 @@ class Objective:
             raise ValueError("x0 must have a batch dimension; got a scalar.")
         if generator is not None and seed is not None:
             raise ValueError("pass a generator or a seed, not both.")
+        check_rng(rng)
         backend = backends.get(x0.device)
         if seed is not None:
             check_seed(seed)

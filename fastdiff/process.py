@@ -210,7 +210,10 @@ class VariancePreserving(Process):
             self.schedule = "given"
             beta = as_float64(betas).detach().to("cpu", torch.float64)
             if beta_start is not None or beta_end is not None:
-                raise ValueError("beta_start and beta_end go with a named schedule; the betas were given themselves.")
+                raise ValueError(
+                    f"beta_start and beta_end go with a named schedule, but the betas were given themselves; got "
+                    f"{beta_start!r} and {beta_end!r}: leave them out."
+                )
         if beta.ndim != 1 or len(beta) < 1:
             raise ValueError(f"betas must be a 1-D sequence of at least one value; got shape {tuple(beta.shape)}.")
         if not bool(((beta > 0) & (beta <= 1)).all()):
@@ -223,7 +226,7 @@ class VariancePreserving(Process):
         alpha, variance = (0.5 * log_alpha_bar).exp(), -torch.expm1(log_alpha_bar)
         if zero_terminal_snr:
             if self.steps < 2:
-                raise ValueError("zero_terminal_snr needs at least 2 steps.")
+                raise ValueError(f"zero_terminal_snr needs at least 2 steps; got {self.steps}.")
             alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
             variance = torch.cat([variance[:1], ((1 - alpha) * (1 + alpha))[1:]])
             beta = torch.cat([beta[:1], 1 - (alpha[1:] / alpha[:-1]) ** 2])
@@ -460,7 +463,9 @@ def _beta_schedule(name: str, steps: int, start: float | None, end: float | None
         raise ValueError(f"steps must be a positive integer; got {steps!r}.")
     if name == "cosine":
         if start is not None or end is not None:
-            raise ValueError("the cosine schedule takes no beta_start or beta_end.")
+            raise ValueError(
+                f"the cosine schedule takes no beta_start or beta_end; got {start!r} and {end!r}: leave them out."
+            )
         i = torch.arange(steps + 1, dtype=torch.float64, device="cpu")
         alpha_bar = torch.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)

@@ -103,7 +103,7 @@ def sample(
     plan = _planned(sampler, process, steps, prediction)
     shape = tuple(shape)
     if uncond is not None and cond is None:
-        raise ValueError("uncond was given without cond.")
+        raise ValueError("uncond was given without cond: guidance needs the condition of both halves.")
     if isinstance(guidance, (int, float)) and guidance == 1.0:
         uncond = None
     elif uncond is None:
@@ -122,15 +122,17 @@ def sample(
     if cuda_graph:
         check_capture(device, plan, how)
     z = source.initial if x is None or mask is not None else None
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     if x is None:
         assert z is not None
-        x = plan.initial_std * (z if isinstance(z, Tensor) else z.tensor(shape, device))
+        x = plan.initial_std * (z if isinstance(z, Tensor) else z.tensor(shape, device)).to(wide)
     x = x.to(device, dtype)
     if plan.start is not None:
         factor, strength = plan.start
-        x = factor * x
+        x = factor * x.to(wide)
         if strength:
-            x = (x + strength * source.churn()).to(dtype)
+            x = x + strength * source.churn().to(wide)
+        x = x.to(dtype)
     step_options = {
         "guidance": guidance,
         "clip": plan.clip,

@@ -790,3 +790,10 @@ def normal(seed: int, shape, stream: int = 0, sample_offset: int = 0) -> np.ndar
     n2, n3 = box_muller(words[..., 2], words[..., 3])
     lanes = np.stack([n0, n1, n2, n3], axis=-1).reshape(samples, -1)
     return lanes[:, :elements].reshape(shape)
+
+
+def uniform(seed: int, samples: int, stream: int, sample_offset: int = 0) -> np.ndarray:
+    """float64 [samples] in (0, 1): 52 bits, of the first two words of group 0, and a half more."""
+    words = philox_words(seed, samples, 1, stream, sample_offset)[:, 0].astype(np.uint64)
+    bits = (words[:, 0] << np.uint64(20)) | (words[:, 1] >> np.uint64(12))
+    return (bits.astype(np.float64) + 0.5) * 2.0**-52

@@ -151,14 +151,15 @@ def dpmpp(x, levels, x0, order, orders, eta=0.0, solver_type="midpoint", z=None)
     return out
 
 
-def unipc(x, levels, x0, orders, variant="bh2"):
-    """UniPC algorithms 5 (UniC) and 6 (UniP), data prediction; the corrected x is what the next step starts from."""
+def unipc(x, levels, x0, orders, variant="bh2", uncorrected=()):
+    """UniPC algorithms 5 (UniC) and 6 (UniP), data prediction; the corrected x is what the next step starts from.
+    ``uncorrected``: the steps, from 0, whose result stays UniP's."""
     x, out = ld(x), []
     corrected, past = None, []  # past: (lambda, x0), the latest first
     for i in range(len(levels) - 1):
         (a0, b0), (a, b) = levels[i], levels[i + 1]
         now = ld(x0(x, i))
-        if corrected is not None:
+        if corrected is not None and i - 1 not in uncorrected:
             x = _unipc_step(corrected, past, (*levels[i - 1], *levels[i]), orders[i - 1], variant, now)
         corrected, past = x, [(_log(a0, b0), now), *past[:2]]
         x = now if b == 0 else _unipc_step(x, past, (a0, b0, a, b), orders[i], variant, None)

@@ -640,29 +640,7 @@ def test_leading_with_offset_beyond_the_last_step():
         )
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: fastdiff.samplers.DDPM(variance="fixed"),
-        lambda: fastdiff.samplers.DDPM(spacing="karras"),
-        lambda: fastdiff.samplers.DDPM(clip=-1.0),
-        lambda: fastdiff.samplers.DDIM(eta=-0.1),
-        lambda: fastdiff.samplers.DDIM(eta=1.1),
-        lambda: fastdiff.samplers.DDIM(previous="last"),
-    ],
-    ids=["variance", "spacing", "clip", "eta < 0", "eta > 1", "previous"],
-)
-def test_bad_sampler_options(make):
-    """Refused when made, or at the latest before the first model call, with a reason."""
-
-    def never(x, t):
-        raise AssertionError("the model was called")
-
-    with pytest.raises(ValueError, match=".{15,}"):
-        fastdiff.sample(never, SHAPE, process_of("linear"), sampler=make(), steps=5, progress=False, seed=0)
-
-
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_bad_number_of_steps(steps):
-    with pytest.raises(ValueError, match="step"):
+    with pytest.raises(ValueError, match=rf"steps must lie in \[1, 1000\].*got {steps}"):
         fastdiff.sample(model, SHAPE, process_of("linear"), steps=steps, progress=False, seed=0)

@@ -335,9 +335,10 @@ def test_gaussian_loss(package, objective, options):
     for seed in range(4):  # both sides of the coin of self-conditioning
         assert_same_loss(plain, fused, images, seed=seed)
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 7, 100, 199])
-    rows_a, rows_b = (seeded(d.p_losses, x, t, loss_reduction="none")[0] for d in (plain, fused))
-    assert rows_a.shape == rows_b.shape == (4,)
-    torch.testing.assert_close(rows_b, rows_a, rtol=1e-5, atol=1e-7)
+    for how in ({}, {"offset_noise_strength": 0.4}):
+        rows_a, rows_b = (seeded(d.p_losses, x, t, loss_reduction="none", **how)[0] for d in (plain, fused))
+        assert rows_a.shape == rows_b.shape == (4,)
+        torch.testing.assert_close(rows_b, rows_a, rtol=1e-5, atol=1e-7)
 
 
 def test_q_sample_has_the_same_bits(package):

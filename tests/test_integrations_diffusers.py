@@ -763,6 +763,8 @@ def test_configs_that_raise_raise_the_same(name, config):
             {},
             "thresholding with algorithm_type='dpmsolver'",
         ),
+        ("DDPMScheduler", {"clip_sample_range": 0.0}, {}, "clip_sample_range=0.0"),
+        ("UniPCMultistepScheduler", {"solver_p": diffusers.DDIMScheduler()}, {}, "solver_p"),
     ],
 )
 def test_what_is_left_to_diffusers_is_counted_and_equal(name, config, given, reason):
@@ -770,6 +772,38 @@ def test_what_is_left_to_diffusers_is_counted_and_equal(name, config, given, rea
     for one, other in zip(expected, got):
         torch.testing.assert_close(one.prev_sample, other.prev_sample, rtol=0, atol=0, equal_nan=True)
     assert fused_share(name) == (0, {reason: len(got)})
+
+
+@pytest.mark.parametrize(
+    "name, config, held, reason",
+    [
+        ("DDPMScheduler", {}, {"variance_type": "fixed_large"}, "variance_type differs from the config's"),
+        ("DDPMScheduler", {}, {"timesteps": torch.tensor([1500, 5])}, "timesteps beyond the schedule"),
+        ("LCMScheduler", {}, {"timesteps": torch.tensor([1500, 5])}, "timesteps beyond the schedule"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver", "solver_order": 3, "final_sigmas_type": "sigma_min"},
+            {},
+            "sde-dpmsolver has no third order",
+        ),
+    ],
+)
+def test_what_no_table_can_be_made_of_is_left_to_diffusers(name, config, held, reason):
+    """Also where diffusers then fails: with its own error, which says it."""
+    found = []
+    for scheduler in (make(name, config), fused.fuse(make(name, config))):
+        scheduler.set_timesteps(6)
+        for key, value in held.items():
+            setattr(scheduler, key, value)
+        x = torch.ones(SHAPE)
+        try:
+            for t in scheduler.timesteps:
+                x = scheduler.step(0.3 * x, t, x, generator=torch.Generator().manual_seed(0)).prev_sample
+            found.append(x.tolist())
+        except (IndexError, UnboundLocalError) as error:
+            found.append(repr(error))
+    assert found[0] == found[1]
+    assert list(fused.fallbacks()[f"{name}.step"]) == [reason] and f"{name}.step" not in fused.fused_calls()
 
 
 def test_scale_model_input_not_called_is_left_to_diffusers_to_warn():

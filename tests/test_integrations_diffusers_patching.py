@@ -93,6 +93,12 @@ def test_fuse_refuses_what_it_does_not_know():
             fused.fuse(other)
 
 
+def test_patch_needs_diffusers(monkeypatch):
+    monkeypatch.setattr(patching, "resolve", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs the diffusers library: install fastdiff\[diffusers\]"):
+        fused.patch()
+
+
 def test_patch_is_of_all_and_undone():
     original, early = DDPM.step, DDPM()
     with fused.patch():

@@ -196,9 +196,10 @@ def test_guided_diffusion(cls, kinds):
         found = {f"loss {k}": v.detach() for k, v in out.items()} | {"gradient": network.conv.weight.grad.clone()}
         with torch.no_grad():
             for clip in (True, False):
-                found |= {f"p {clip} {k}": v for k, v in d.p_sample(network, x, t, clip).items()}
-                found |= {f"moments {clip} {k}": v for k, v in d.p_mean_variance(network, x, t, clip).items()}
-                found |= {f"ddim {clip} {k}": v for k, v in d.ddim_sample(network, x, t, clip, eta=0.7).items()}
+                how = {"clip_denoised": clip, "model_kwargs": {"shift": 0.1} if clip else None}
+                found |= {f"p {clip} {k}": v for k, v in d.p_sample(network, x, t, **how).items()}
+                found |= {f"moments {clip} {k}": v for k, v in d.p_mean_variance(network, x, t, **how).items()}
+                found |= {f"ddim {clip} {k}": v for k, v in d.ddim_sample(network, x, t, eta=0.7, **how).items()}
             found["ddim 0"] = d.ddim_sample(network, x, t)["sample"]
             found["q"] = d.q_sample(x, t)
         results.append(found | {"draws": torch.rand(3)})
@@ -260,7 +261,11 @@ def test_resampler_is_the_published_one():
         expected = expected / expected.sum() * 0.99 + 0.01 / 6
         np.testing.assert_allclose(resampler.weights(), expected, rtol=1e-12)
     p = expected / expected.sum()
+    before = torch.random.get_rng_state()
     t, weights = resampler.sample(200_000, "cpu", generator=torch.Generator().manual_seed(0))
+    u = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_array_equal(t.numpy(), np.searchsorted(np.cumsum(p), u, side="right").clip(max=5))
+    assert torch.equal(torch.random.get_rng_state(), before)
     counts = np.bincount(t.numpy(), minlength=6) / len(t)
     assert (abs(counts - p) < 5 * np.sqrt(p / len(t))).all()
     np.testing.assert_allclose(weights, 1 / (6 * p[t.numpy()]), rtol=1e-6)

@@ -7,6 +7,7 @@ numbers of half-ulps of what is added up (``accuracy.assert_rounded``): fastdiff
 """
 
 import math
+import types
 import warnings
 
 import numpy as np
@@ -321,10 +322,11 @@ def test_half_precision(name, dtype):
 
     for which in (0, 2):
         for mine, other in zip(errors(ours[which], exact[which]), errors(theirs[which], exact[which])):
+            assert math.isfinite(mine), which
             assert mine <= other * (1 + 1e-6) or not math.isfinite(other), (which, mine, other)
     slack = OURS * 2.0**-24 * 2 * np.mean(weight * size**2)
     mine, other = abs(float(ours[1]) - exact[1]), abs(float(theirs[1]) - exact[1])
-    assert mine <= other + slack or not math.isfinite(other)
+    assert math.isfinite(mine) and (mine <= other + slack or not math.isfinite(other))
     assert ours[0].dtype == ours[2].dtype == dtype and ours[1].dtype == torch.float32
 
 
@@ -537,6 +539,22 @@ def test_wrong_use():
         scripts.compute_density_for_timestep_sampling("mode", 4)
     with pytest.raises(ValueError, match="logit_mean"):
         scripts.compute_density_for_timestep_sampling("logit_normal", 4)
+    with pytest.raises(ValueError, match="mode needs mode_scale, 1.29 for example"):
+        scripts.compute_density_for_timestep_sampling("mode", 4)
+    with pytest.raises(ValueError, match="prior_loss_weight must be at least 0, or None; got -1.0"):
+        scripts.sd3(flow, prior_loss_weight=-1.0)
+    with pytest.raises(ValueError, match=r"latents must be \[batch, ...\]; got shape \(4,\)"):
+        scripts.text_to_image(ddpm()).noise(torch.randn(4))
+    with pytest.raises(ValueError, match="prediction_type epsilon or v_prediction; got 'sample'"):
+        scripts.dreambooth_sdxl(diffusers.EulerDiscreteScheduler(prediction_type="sample"), edm_style=True)
+    with pytest.raises(ValueError, match="prediction_type epsilon or v_prediction; got 'sample'"):
+        fastdiff.Objective.from_scheduler(diffusers.EDMEulerScheduler(), prediction_type="sample")
+    with pytest.raises(TypeError, match="DDPMScheduler has no sigmas and timesteps"):
+        scripts.dreambooth_sdxl(ddpm(), edm_style=True)
+    with pytest.raises(TypeError, match="no alphas_cumprod: a scheduler such as DDPMScheduler is needed"):
+        scripts.compute_snr(flow, torch.tensor([1]))
+    with pytest.raises(TypeError, match="SimpleNamespace has neither alphas_cumprod, .* for example fastdiff.Variance"):
+        fastdiff.Objective.from_scheduler(types.SimpleNamespace(config={}))
 
 
 def test_a_scheduler_set_for_inference_is_refused():

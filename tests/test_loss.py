@@ -67,9 +67,10 @@ def test_mask_normalizations(mask_shape, mask_dtype):
 
     np.testing.assert_allclose(loss(), error.mean(), rtol=1e-13)
     np.testing.assert_allclose(loss(mask_normalization="global"), error.sum() / counts.sum(), rtol=1e-13)
-    rows = error.sum((1, 2, 3)) / np.maximum(counts.sum((1, 2, 3)), 1)
-    kept = (counts.sum((1, 2, 3)) > 0).sum()  # an empty row is left out of the mean
-    np.testing.assert_allclose(loss(mask_normalization="row"), rows.sum() / kept, rtol=1e-13)
+    count = counts.sum((1, 2, 3))
+    rows = np.where(count > 0, error.sum((1, 2, 3)) / np.where(count > 0, count, 1), 0)
+    # An empty row is left out of the mean.
+    np.testing.assert_allclose(loss(mask_normalization="row"), rows.sum() / (count > 0).sum(), rtol=1e-13)
     np.testing.assert_allclose(loss(mask_normalization="row", reduction="none"), rows, rtol=1e-13)
     per_row = loss(mask_normalization="global", reduction="none")
     np.testing.assert_allclose(per_row.mean(), error.sum() / counts.sum(), rtol=1e-13)
@@ -94,6 +95,12 @@ def test_fractional_mask_weighs():
     expected = ((prediction - n) ** 2 * mask).sum() / mask.expand(4, 3, 5, 6).sum()
     got = ops.loss(prediction, None, n, q=1.0, mask=mask, mask_normalization="global")
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
+    mask = mask * torch.tensor([1e-3, 1e-6, 0.0, 1.0], dtype=torch.float64).view(4, 1, 1, 1)  # sums below 1, and 0
+    error = ((prediction - n) ** 2 * mask).sum((1, 2, 3))
+    expected = torch.where(error > 0, error / mask.expand(4, 3, 5, 6).sum((1, 2, 3)), 0.0)
+    for reduction, want in (("none", expected), ("mean", expected.sum() / 3)):
+        got = ops.loss(prediction, None, n, q=1.0, mask=mask, mask_normalization="row", reduction=reduction)
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("rows", [(2,), (2, 4), (2, 4, 3), (2, 1, 3, 1), ()])

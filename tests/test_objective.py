@@ -44,21 +44,32 @@ def test_perfect_prediction(process, prediction, device):
 
 
 @pytest.mark.parametrize(("process", "prediction"), PAIRS, ids=IDS)
-def test_functions_equal_the_object(process, prediction):
-    weighting = fastdiff.MinSNR(5.0)
+def test_functions_and_the_object_are_the_formulas(process, prediction):
+    """x_t and the loss of all kinds, at the levels of the process (taken as exact; tests/test_process.py has them)."""
+    weighting = None if prediction == "previous_sample" else fastdiff.MinSNR(3.0)
     objective = fastdiff.Objective(process, prediction, weighting, "huber")
-    x0, n, m = torch.randn(3, 4, 2, 5)
+    x0, n, m = torch.randn(3, 4, 2, 5, dtype=torch.float64)
     t = objective.noise(x0).t
     noised = objective.noise(x0, t, n)
-    assert torch.equal(fastdiff.q_sample(x0, t, process, n), noised.x_t)
-    mask = (torch.rand(4, 1, 5) < 0.7).float()
-    for reduction in ("mean", "sum", "none"):
-        expected = objective.loss(m, noised, mask, reduction)
-        got = fastdiff.diffusion_loss(
+    alpha, sigma = (row.numpy().reshape(4, 1, 1) for row in process.alpha_sigma(t))
+    how = {"sigma_min": getattr(process, "sigma_min", 0.0) if prediction == "flow" else 0.0}
+    if prediction == "previous_sample":
+        how["posterior_coefficients"] = [row.numpy().reshape(4, 1, 1) for row in process.posterior(t)[:2]]
+    x_t, target = alpha * to_numpy(x0) + sigma * to_numpy(n), oracle.target(prediction, x0, n, alpha, sigma, **how)
+    for got in (noised.x_t, fastdiff.q_sample(x0, t, process, n)):
+        oracle.assert_close(got, x_t, absolute=1e-14 * (abs(alpha) + abs(sigma)))
+    mask = (torch.rand(4, 1, 5) < 0.7).double()
+    error = oracle.loss_huber(to_numpy(m) - target) * mask.numpy()
+    if weighting is not None:
+        error = error * oracle.weight_min_snr(prediction, alpha, sigma, gamma=3.0)
+    for reduction, expected in (("mean", error.mean()), ("sum", error.sum()), ("none", error.mean((1, 2)))):
+        got = objective.loss(m, noised, mask, reduction)
+        oracle.assert_close(got, expected, rel=1e-10, absolute=1e-12)
+        function = fastdiff.diffusion_loss(
             m, x0, n, t, process, prediction_type=prediction, weighting=weighting, loss="huber", mask=mask,
             reduction=reduction,
         )  # fmt: skip
-        assert torch.equal(got, expected)
+        assert torch.equal(got, function), "to the bit: one way is the other"
 
 
 def test_noised_has_what_a_trainer_logs():

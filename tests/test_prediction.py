@@ -175,15 +175,10 @@ def test_round_trip(log_sigma, m, x, pair):
 
 @pytest.mark.parametrize("kind", ["epsilon", "score"])
 def test_zero_snr_hides_x0(kind):
-    """Where alpha = 0, noise says nothing of x0: an error or a coefficient that is not finite, never a made-up one."""
+    """Where alpha = 0, noise says nothing of x0: a coefficient that is not finite, never a made-up one."""
     process = fastdiff.VariancePreserving(zero_terminal_snr=True)
-    levels = make_levels(process, [999])
-    try:
-        k_x, k_m = prediction.conversion(kind, "sample", levels)
-    except ValueError as error:
-        assert len(str(error)) > 20
-    else:
-        assert not (np.isfinite(k_x.numpy()).all() and np.isfinite(k_m.numpy()).all())
+    for coefficient in prediction.conversion(kind, "sample", make_levels(process, [999])):
+        assert not np.isfinite(coefficient.numpy()).any()
 
 
 def test_v_at_zero_snr_is_minus_x0():

@@ -416,43 +416,42 @@ def test_continuous_rejects_masks_and_complex(name):
 
 
 @pytest.mark.parametrize(
-    "betas",
+    "betas, words",
     [
-        "quadratic",
-        [],
-        [0.1, -0.1],
-        [0.1, 1.5],
-        [0.1, math.nan],
-        [0.1, math.inf],
-        torch.zeros(2, 2) + 0.1,
+        ("quadratic", "unknown beta schedule 'quadratic': use 'linear', 'scaled_linear', 'cosine'"),
+        ([], r"at least one value; got shape \(0,\)"),
+        ([0.1, -0.1], r"in \(0, 1\]; got -0.1"),
+        ([0.1, 1.5], r"in \(0, 1\]; got 1.5"),
+        ([0.1, math.nan], r"in \(0, 1\]; got nan"),
+        ([0.1, math.inf], r"in \(0, 1\]; got inf"),
+        (torch.zeros(2, 2) + 0.1, r"1-D sequence of at least one value; got shape \(2, 2\)"),
     ],
     ids=["name", "empty", "negative", "above 1", "nan", "inf", "2-d"],
 )
-def test_bad_betas(betas):
-    with pytest.raises(ValueError, match=".{15,}"):
+def test_bad_betas(betas, words):
+    with pytest.raises(ValueError, match=words):
         fastdiff.VariancePreserving(betas)
 
 
 @pytest.mark.parametrize(
-    "make",
+    "process, parameters, words",
     [
-        lambda: fastdiff.VariancePreserving(steps=0),
-        lambda: fastdiff.VariancePreserving(steps=-5),
-        lambda: fastdiff.RectifiedFlow(shift=0.0),
-        lambda: fastdiff.RectifiedFlow(shift=-1.0),
-        lambda: fastdiff.RectifiedFlow(shift=math.nan),
-        lambda: fastdiff.RectifiedFlow(sigma_min=-0.1),
-        lambda: fastdiff.RectifiedFlow(sigma_min=1.0),
-        lambda: fastdiff.EDM(sigma_data=0.0),
-        lambda: fastdiff.EDM(sigma_data=-1.0),
-        lambda: fastdiff.VESDE(sigma_min=0.0),
-        lambda: fastdiff.VESDE(sigma_min=2.0, sigma_max=1.0),
-        lambda: fastdiff.VPSDE(beta_min=-1.0),
-        lambda: fastdiff.SubVPSDE(beta_min=5.0, beta_max=1.0),
+        ("VariancePreserving", {"steps": 0}, "steps must be a positive integer; got 0"),
+        ("VariancePreserving", {"steps": -5}, "steps must be a positive integer; got -5"),
+        ("RectifiedFlow", {"shift": 0.0}, "shift must be a positive number; got 0.0"),
+        ("RectifiedFlow", {"shift": -1.0}, "shift must be a positive number; got -1.0"),
+        ("RectifiedFlow", {"shift": math.nan}, "shift must be a positive number; got nan"),
+        ("RectifiedFlow", {"sigma_min": -0.1}, r"sigma_min must lie in \[0, 1\); got -0.1"),
+        ("RectifiedFlow", {"sigma_min": 1.0}, r"sigma_min must lie in \[0, 1\); got 1.0"),
+        ("EDM", {"sigma_data": 0.0}, "sigma_data must be positive; got 0.0"),
+        ("EDM", {"sigma_data": -1.0}, "sigma_data must be positive; got -1.0"),
+        ("VESDE", {"sigma_min": 0.0}, "0 < sigma_min < sigma_max is needed; got 0.0 and 50.0"),
+        ("VESDE", {"sigma_min": 2.0, "sigma_max": 1.0}, "got 2.0 and 1.0"),
+        ("VPSDE", {"beta_min": -1.0}, "0 < beta_min <= beta_max is needed; got -1.0 and 20.0"),
+        ("SubVPSDE", {"beta_min": 5.0, "beta_max": 1.0}, "got 5.0 and 1.0"),
     ],
-    ids=lambda f: str(f.__code__.co_firstlineno),
 )
-def test_bad_parameters(make):
+def test_bad_parameters(process, parameters, words):
     """A parameter that would give NaN, a negative SNR or an SNR that does not fall with t is refused with a reason."""
-    with pytest.raises(ValueError, match=".{15,}"):
-        make()
+    with pytest.raises(ValueError, match=words):
+        getattr(fastdiff, process)(**parameters)

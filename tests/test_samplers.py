@@ -442,12 +442,12 @@ class Gaussian:
 
 @pytest.mark.parametrize("kind", ["ddpm", "ddim", "ddim eta", "euler_ancestral", "dpmpp_2m_sde", "flow_lcm"])
 def test_final_mean_and_covariance_match_the_closed_form(kind):
-    """With Gaussian data the whole run is linear, so x at the end is Gaussian and its moments follow from the rows by
-    hand. The rows are the papers' (checked above); here 40000 samples have these moments."""
+    """With Gaussian data the whole run is linear, so x at the end is Gaussian and its moments follow from the papers'
+    loops; here 40000 samples have these moments."""
     data = Gaussian()
     process = fastdiff.RectifiedFlow() if kind == "flow_lcm" else fastdiff.VariancePreserving()
     sampler = samplers.DDIM(eta=0.5) if kind == "ddim eta" else samplers.get(kind)
-    mean, covariance = linear_run(sampler.plan(process, 25, "sample"), process, data)
+    mean, covariance = moments_of_a_loop(kind, data)
     n = 40000
     x = fastdiff.sample(exact_gaussian(process, data), (n, 2), process, sampler, 25, "sample", seed=3, **D64)
     # Six standard errors of a mean and of a covariance of n samples.
@@ -459,6 +459,49 @@ def test_final_mean_and_covariance_match_the_closed_form(kind):
         mean, covariance = linear_run(sampler.plan(process, 1000, "sample"), process, data)
         assert bool(((covariance - data.covariance).abs() < 0.01).all())
         assert bool(((mean - data.mean).abs() < 0.01).all())
+
+
+def moments_of_a_loop(kind, data, steps=25):
+    """(mean, covariance) at the end of the paper's loop from a standard normal. It is affine in where it starts and in
+    the noise of each step: run from 0, and once from each unit of the one and of the other."""
+    runs = 3 + 2 * steps
+    first, zs = np.zeros((runs, 2)), np.zeros((steps, runs, 2))
+    first[1:3] = np.eye(2)
+    for i in range(steps):
+        zs[i, 3 + 2 * i : 5 + 2 * i] = np.eye(2)
+    times = [round(1000 - k * 1000 / steps) - 1 for k in range(steps)]
+    levels = [*((np.sqrt(ABAR[t]), np.sqrt(1 - ABAR[t])) for t in times), (1.0, 0.0)]
+    mean, covariance = data.mean.numpy(), data.covariance.numpy()
+
+    def x0(x, alpha, sigma):
+        total = float(alpha) ** 2 * covariance + float(sigma) ** 2 * np.eye(2)
+        return mean + (x - alpha * mean) @ (float(alpha) * np.linalg.solve(total, covariance))
+
+    def scaled(u, level):
+        alpha = 1 / np.sqrt(1 + level**2)
+        return x0(u * alpha, alpha, level * alpha)
+
+    def stepped(step):
+        x = first
+        for i, ((a, s), (b, _)) in enumerate(zip(levels, levels[1:])):
+            x = step(x, x0(x, a, s), (x - a * x0(x, a, s)) / s, a**2, b**2, zs[i])
+        return x
+
+    ends = {
+        "ddpm": lambda: stepped(lambda x, x0, _, a, b, z: oracle.ddpm_step(x, x0, a, b, z) if b < 1 else x0),
+        "ddim": lambda: stepped(lambda x, x0, n, a, b, z: oracle.ddim_step(x, x0, n, a, b)),
+        "ddim eta": lambda: stepped(lambda x, x0, n, a, b, z: oracle.ddim_step(x, x0, n, a, b, 0.5, z)),
+        "euler_ancestral": lambda: truth.euler_ancestral(first, levels, scaled, lambda i: zs[i])[-1],
+        "dpmpp_2m_sde": lambda: truth.dpmpp(
+            first, levels, lambda x, i: x0(x, *levels[i]), 2, truth.multistep_orders(2, steps, lower=False), 1.0,
+            "midpoint", lambda i: zs[i],
+        )[-1],
+        "flow_lcm": lambda: truth.flow_stochastic(
+            first, np.linspace(1, 0, steps + 1), lambda x, s: x0(x, 1 - s, s), lambda i: zs[i]
+        )[-1],
+    }[kind]()  # fmt: skip
+    slopes = (ends[1:] - ends[0]).astype(np.float64)
+    return torch.from_numpy(ends[0].astype(np.float64)), torch.from_numpy(slopes.T @ slopes)
 
 
 def linear_run(plan, process, data):

@@ -435,11 +435,21 @@ def test_no_arguments_reach_a_kernel_unchecked(data):
         pass
 
 
-@pytest.mark.parametrize("bad", [(3, 1, 1), (0, -1, 1), (0, 1, 17), (1, 1, 2), (2, 2, 1), (0, 3, 2)])
-def test_rows_of_a_wrong_size_are_refused(bad):
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ((3, 1, 1), "kind: must be from 0 to 2"),
+        ((0, -1, 1), "height: does not go with the kind"),
+        ((0, 1, 17), "width: must be from 1 to 16"),
+        ((1, 1, 2), "height: does not go with the kind"),
+        ((2, 2, 1), "height: does not go with the kind"),
+        ((0, 3, 2), "table: has 2 elements, but 6 are needed"),
+    ],
+)
+def test_rows_of_a_wrong_size_are_refused(bad, words):
     kind, height, width = bad
     table = torch.zeros(2, dtype=torch.float64)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=words):
         _C.row_source(kind, height, width, (table.data_ptr(), 1, 2), 0.0, 1.0)
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import losses, ops, samplers, timesteps, weighting
+from fastdiff import graph, losses, ops, samplers, timesteps, weighting
+from fastdiff.guidance import Guidance
+from fastdiff.integrations import guided_diffusion, tables
 
 X = torch.randn(2, 3, 4)
 T = torch.tensor([1, 2])
@@ -34,13 +36,23 @@ def sample(model=never, shape=(2, 3), process=VP, sampler="ddpm", steps=5, predi
     return fastdiff.sample(model, shape, process, sampler, steps, prediction, **({"progress": False} | how))
 
 
-class Unknown(fastdiff.process.Process):
-    """A process of one's own that says nothing but alpha and sigma."""
-
-    discrete = False
+class Unknown(fastdiff.Process):
+    """A process of one's own, of which nothing is known but its levels."""
 
     def alpha_sigma(self, t):
         return 1 - t.double(), t.double()
+
+
+def captured(sampler="ddim", **how):
+    """What a run asks before it is captured in a CUDA graph, on a CPU."""
+    sampler = samplers.get(sampler)
+    options = {"interval": None, "rescale": 0.0, "quantile": None, "most": None, "cond_fn": None} | how
+    plan = sampler.plan(VP, 5, "epsilon")
+    graph.check_capture(torch.device("cuda"), plan, Guidance(plan, sampler, 2.0, True, **options))
+
+
+def inpainted(**how):
+    return ops.step(X, X, torch.ones(len(ops.COLUMNS)), **how)
 
 
 CASES = {
@@ -120,9 +132,6 @@ CASES = {
     "too many steps": (lambda: sample(steps=1001), ValueError, r"\[1, 1000\]"),
     "no sampling steps": (lambda: sample(steps=0), ValueError, "steps"),
     "timesteps that rise": (lambda: sample(sampler=samplers.DDPM(timesteps=[1, 5]), steps=None), ValueError, "fall"),
-    "times of a flow that rise": (
-        lambda: sample(process=FLOW, prediction="flow", sampler=samplers.Euler(timesteps=[0.5, 0.9]), steps=None),
-        ValueError, "fall strictly"),
     "sigma_min above sigma_max": (
         lambda: samplers.Euler(sigmas="karras", sigma_min=2.0, sigma_max=1.0), ValueError, "sigma_min < sigma_max"),
     "sigma_min of 0": (lambda: samplers.Euler(sigmas="karras", sigma_min=0.0), ValueError, "0 < sigma_min"),
@@ -147,8 +156,6 @@ CASES = {
     "unknown variance": (lambda: samplers.DDPM("fixed"), ValueError, "variance must be one of .*got 'fixed'"),
     "rho 0": (lambda: samplers.Euler(sigmas="karras", rho=0.0), ValueError, "rho must be positive; got 0.0"),
     "no steps of a schedule": (lambda: sample(sampler="euler", steps=0), ValueError, "at least 1; got 0"),
-    "no steps of a flow": (
-        lambda: sample(process=FLOW, prediction="flow", sampler="ddim", steps=0), ValueError, "at least 1; got 0"),
     "steps beside timesteps": (
         lambda: sample(sampler=samplers.DDPM(timesteps=[5, 1]), steps=3), ValueError, "2 timesteps.*steps=3"),
     "steps beside LCM's timesteps": (
@@ -158,8 +165,6 @@ CASES = {
     "a timestep for each sigma": (
         lambda: sample(sampler=samplers.Euler(sigmas=[2.0, 1.0], timesteps=[500]), steps=None),
         ValueError, "2 sigmas and 1 timesteps"),
-    "unknown spacing": (
-        lambda: sample(sampler=samplers.DDPM(spacing="even")), ValueError, "spacing must be one of.*got 'even'"),
     "alpha 0 at Heun's first level": (
         lambda: sample(process=FLOW, prediction="flow", sampler=samplers.Heun(timesteps=[1.0, 0.5]), steps=None),
         ValueError, "alpha is 0 at the first level"),
@@ -184,7 +189,6 @@ CASES = {
     "stratified within a shift": (
         lambda: objective(FLOW, "flow", timesteps=timesteps.Shifted(timesteps.Stratified(), 2.0)).noise(X),
         ValueError, "Stratified outside"),
-    "timesteps a number": (lambda: objective(timesteps=5), TypeError, "timesteps must be None.*got 5"),
     "P2's k below 0": (lambda: weighting.P2(k=-1.0), ValueError, "k must be at least 0"),
     "weights of two dimensions": (
         lambda: weighting.PerTimestep(torch.ones(2, 3)), ValueError, r"1-D table.*\(2, 3\)"),
@@ -197,17 +201,12 @@ CASES = {
         lambda: objective(weighting=weighting.Likelihood()), ValueError, "VPSDE, VESDE, SubVPSDE"),
     "a scalar prediction": (
         lambda: ops.loss(torch.tensor(1.0), None, torch.tensor(1.0), q=1.0), ValueError, "batch dimension"),
-    "perturbation without noise": (
-        lambda: ops.noise(X, 1.0, 1.0, X, perturbation=0.1), ValueError, "needs perturbation_noise"),
     "perturbation of another shape": (
         lambda: ops.noise(X, 1.0, 1.0, X, perturbation=0.1, perturbation_noise=X[:, :2]),
         ValueError, "perturbation_noise has shape"),
-    "unknown rng": (lambda: ops.Philox(1, rng="quick"), ValueError, "'exact' or 'fast'; got 'quick'"),
     "a run of integers": (
         lambda: ops.trajectory(torch.ones(2, 3).long(), torch.ones(1, len(ops.COLUMNS), dtype=torch.float64)),
         TypeError, "x must be floating"),
-    "known noise without a mask": (
-        lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), known_noise=X), ValueError, "goes with mask and known"),
     "known noise of another shape": (
         lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), mask=X > 0, known=X, known_noise=X[:, :2]),
         ValueError, "known_noise has shape"),
@@ -227,7 +226,107 @@ CASES = {
     "five history tensors": (
         lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), history=[X] * 5), ValueError, "at most 4"),
     "unknown error function": (lambda: ops.loss(X, None, X, q=1.0, function="mae"), ValueError, "mse, l1"),
-    "huber without c": (lambda: ops.loss(X, None, X, q=1.0, function="smooth_l1"), ValueError, "smooth_l1 needs its"),
+    "huber without c": (lambda: ops.loss(X, None, X, q=1.0, function="smooth_l1"), ValueError, "needs its constant"),
+    "seed of two numbers": (
+        lambda: objective().noise(X, seed=torch.tensor([1, 2])), TypeError,
+        r"one int64; got a tensor \(2,\) of torch.int64"),
+    "seed of 32 bits": (
+        lambda: objective().noise(X, seed=torch.tensor(1, dtype=torch.int32)), TypeError, "one int64; got .*int32"),
+    "unknown rng": (
+        lambda: objective().noise(X, T, rng="quick"), ValueError,
+        "rng must be 'exact' or 'fast'; got 'quick'"),
+    "perturbation without noise": (
+        lambda: ops.noise(X, 1.0, 1.0, X, perturbation=0.1), ValueError, "perturbation=0.1 needs perturbation_noise"),
+    "q_sample of a name": (lambda: fastdiff.q_sample(X, T, "ddpm"), TypeError, r"VariancePreserving\(\); got 'ddpm'"),
+    "prediction scalar": (
+        lambda: ops.loss(torch.tensor(1.0), None, torch.tensor(1.0), q=1.0), ValueError,
+        "batch dimension; got a scalar"),
+    "a coefficient that is none": (lambda: objective().noise(X, T, X).rows.gamma, AttributeError, "gamma"),
+    "form of a loss": (
+        lambda: losses.PseudoHuber(form="sqrt"), ValueError, "one of plain, scaled, normalized; got 'sqrt'"),
+    "schedule of a loss": (
+        lambda: losses.PseudoHuber(schedule="cosine"), ValueError, "one of constant, exponential, snr; got 'cosine'"),
+    "timesteps a number": (lambda: objective(timesteps=5), TypeError, "a name or a fastdiff.timesteps object; got 5"),
+    "timesteps a class": (
+        lambda: objective(timesteps=fastdiff.timesteps.Mode), TypeError, "a name or a fastdiff.timesteps object; got"),
+    "stratified inside": (
+        lambda: objective(timesteps=fastdiff.timesteps.Shifted(fastdiff.timesteps.Stratified(), 3.0)),
+        ValueError, r"Stratified\(Shifted\(inner, shift\)\)"),
+    "ends of a cosine": (
+        lambda: fastdiff.VariancePreserving("cosine", beta_end=0.02), ValueError, "got None and 0.02: leave them out"),
+    "ends of betas": (
+        lambda: fastdiff.VariancePreserving([0.1, 0.2], beta_start=0.1), ValueError,
+        "got 0.1 and None: leave them out"),
+    "zero SNR of one step": (
+        lambda: fastdiff.VariancePreserving([0.1], zero_terminal_snr=True), ValueError, "at least 2 steps; got 1"),
+    "table of two dimensions": (
+        lambda: tables.TabulatedVP([[1.0]], [0.0]), ValueError, r"1-D with at least one value; got shape \(1, 1\)"),
+    "tables of two lengths": (
+        lambda: tables.TabulatedVP([1.0, 0.5], [0.1]), ValueError, "must be equally long; got 2 and 1"),
+    "table that rises": (
+        lambda: tables.TabulatedVP([0.5, 0.6], [0.1, 0.1]), ValueError, r"alpha must not rise; got alpha \[0.5, 0.6\]"),
+    "table beyond 1": (lambda: tables.TabulatedVP([1.5], [0.1]), ValueError, r"lie in \[0, 1\].*got alpha \[1.5\]"),
+    "sigmas without times": (
+        lambda: tables.TabulatedFlow([1.0, 0.5], [1.0]), ValueError, "2 sigmas, but 1 times: they must be as many"),
+    "uniform_prob of 150%": (
+        lambda: guided_diffusion.LossSecondMomentResampler(5, uniform_prob=1.5), ValueError,
+        r"lie in \[0, 1\]; got 1.5"),
+    "no losses to remember": (
+        lambda: guided_diffusion.LossSecondMomentResampler(5, history_per_term=0), ValueError,
+        "positive integers; got 5, 0"),
+    "unknown spacing": (
+        lambda: sample(sampler=samplers.DDPM(spacing="karras")), ValueError,
+        "trailing, leading, linspace; got 'karras'"),
+    "steps and timesteps": (
+        lambda: sample(sampler=samplers.DDIM(timesteps=[5, 1])), ValueError, "2 timesteps .* steps=5: leave steps out"),
+    "steps and timesteps of LCM": (
+        lambda: sample(sampler=samplers.LCM(timesteps=[5, 1])), ValueError, "2 timesteps .* steps=5: leave steps out"),
+    "times of a flow that rise": (
+        lambda: sample(process=FLOW, sampler=samplers.DDIM(timesteps=[0.1, 0.5]), steps=None, prediction="flow"),
+        ValueError, "the noisiest first; got 0.1, 0.5"),
+    "no times of a flow": (
+        lambda: sample(process=FLOW, sampler=samplers.DDIM(timesteps=[]), steps=None, prediction="flow"),
+        ValueError, "the noisiest first; got none"),
+    "no timesteps": (lambda: sample(sampler=samplers.DDPM(timesteps=[]), steps=None), ValueError, "got none"),
+    "no steps of a flow": (
+        lambda: sample(process=FLOW, sampler="ddim", steps=0, prediction="flow"), ValueError, "at least 1; got 0"),
+    "no steps of Euler": (lambda: sample(sampler="euler", steps=0), ValueError, "steps must be at least 1; got 0"),
+    "grid of an unknown process": (
+        lambda: sample(process=Unknown(), sampler="ddim"), ValueError,
+        "no time grid .*: give the sampler its timesteps"),
+    "sigmas of an unknown process": (
+        lambda: sample(process=Unknown(), sampler=samplers.Euler(sigmas=[2.0, 1.0]), steps=None),
+        ValueError, "knows no t for a sigma: give the times themselves"),
+    "sigmas and times of two lengths": (
+        lambda: sample(sampler=samplers.Euler(sigmas=[3.0, 1.0], timesteps=[5]), steps=None),
+        ValueError, "2 sigmas and 1 timesteps: one each is needed|leave steps out"),
+    "distillation longer than the process": (
+        lambda: sample(process=fastdiff.VariancePreserving(steps=40), sampler="lcm"), ValueError, "50 exceeds the 40"),
+    "sampling with a seed and a generator": (
+        lambda: sample(seed=1, generator=torch.Generator()), ValueError, "a seed or a generator, not both"),
+    "two generators for three samples": (
+        lambda: sample(shape=(3, 3), generator=[torch.Generator()] * 2), ValueError,
+        "2 generators for 3 samples: one each"),
+    "condition of a kind": (
+        lambda: sample(cond="cat", uncond="", guidance=2.0), TypeError, "tensor, or a tuple, list or dict .*; got str"),
+    "a model of another shape, watched": (
+        lambda: sample(lambda x, t: x[:, :2], cond_fn=lambda x, t: x), ValueError,
+        r"\(2, 2\) for an input of \(2, 3\)"),
+    "a gradient of another shape": (
+        lambda: sample(lambda x, t: x, cond_fn=lambda x, t: x[:1]), ValueError, r"shaped as x, \(2, 3\); got \(1, 3\)"),
+    "a graph and a rescale": (
+        lambda: captured(rescale=0.5), ValueError,
+        "excludes guidance_rescale, .* use compile=True"),
+    "a graph and an interval": (
+        lambda: captured(interval=(0, 500)), ValueError,
+        "excludes a guidance_interval.* leave one out"),
+    "a graph and a learned variance": (
+        lambda: captured(samplers.DDPM("learned")), ValueError, "excludes a learned variance: leave it out"),
+    "known noise alone": (lambda: inpainted(known_noise=X), ValueError, "without mask and known: it goes with both"),
+    "known alone": (lambda: inpainted(known=X), ValueError, "both mask and known; got known alone"),
+    "mask of inpainting elsewhere": (
+        lambda: inpainted(known=X, mask=torch.ones(2, 3, 4, device="meta")), ValueError,
+        r"mask is on meta.*\.to\(device\)"),
     "unknown backend": (lambda: fastdiff.use_backend("cpu"), ValueError, "native, cuda"),
     "backend that is not there": (lambda: fastdiff.use_backend("cuda"), RuntimeError, "not available: "),
 }  # fmt: skip
@@ -252,9 +351,17 @@ def test_settings_can_be_shared_and_are_keys():
     assert tables[0] != tables[1] and len({*tables, tables[0]}) == 2, "a table is equal to itself alone"
 
 
+def test_a_captured_model_of_another_shape(monkeypatch):
+    """The first run of what is to be captured, here without a graph, says it."""
+    monkeypatch.setattr("fastdiff.sampling.check_capture", lambda *_: None)
+    monkeypatch.setattr(graph, "record", lambda body, begin, device: body())
+    with pytest.raises(ValueError, match=r"returned shape \(2, 2\) for an input of \(2, 3\)"):
+        sample(lambda x, t: x[:, :2], cuda_graph=True)
+
+
 def test_use_backend_is_undone():
     with fastdiff.use_backend("reference"):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="not available: "):
             fastdiff.use_backend("cuda")
         assert fastdiff.backends.choose("cpu") == "reference"
     fastdiff.use_backend("reference")

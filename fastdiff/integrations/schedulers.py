@@ -81,7 +81,9 @@ def training_table(scheduler: Any) -> tuple[Tensor, Tensor]:
     """
     sigmas, timesteps = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)
     if not isinstance(sigmas, Tensor) or not isinstance(timesteps, Tensor):
-        raise TypeError(f"{type(scheduler).__name__} has no sigmas and timesteps.")
+        raise TypeError(
+            f"{type(scheduler).__name__} has no sigmas and timesteps: an EDM, Euler or flow-matching one is needed."
+        )
     steps = config_value(scheduler, "num_train_timesteps")
     if len(timesteps) < steps or getattr(scheduler, "num_inference_steps", None) is not None:
         raise ValueError(

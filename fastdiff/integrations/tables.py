@@ -31,7 +31,10 @@ class TabulatedVP(VariancePreserving):
         if a.shape != s.shape:
             raise ValueError(f"alpha and sigma must be equally long; got {len(a)} and {len(s)}.")
         if not bool(((a >= 0) & (a <= 1) & (s >= 0) & (s <= 1)).all()) or not bool((a.diff() <= 0).all()):
-            raise ValueError("alpha and sigma must lie in [0, 1], and alpha must not rise.")
+            raise ValueError(
+                f"alpha and sigma must lie in [0, 1], and alpha must not rise; got alpha {a[:5].tolist()}... and sigma "
+                f"{s[:5].tolist()}..."
+            )
         self.schedule, self.steps = "given", len(a)
         self.zero_terminal_snr = float(a[-1]) == 0.0
         self._betas = 1 - (a / torch.cat([a.new_ones(1), a[:-1]])) ** 2

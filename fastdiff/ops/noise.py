@@ -47,8 +47,7 @@ class Philox:
 
     def __post_init__(self):
         check_seed(self.seed)
-        if self.rng not in ("exact", "fast"):
-            raise ValueError(f"rng must be 'exact' or 'fast'; got {self.rng!r}.")
+        check_rng(self.rng)
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError unless this noise can be made for ``shape``."""
@@ -109,11 +108,19 @@ def noise(
     xi = None
     if perturbation:
         if perturbation_noise is None:
-            raise ValueError("perturbation needs perturbation_noise: a tensor like x0, or a Philox.")
+            raise ValueError(
+                f"perturbation={perturbation} needs perturbation_noise: a tensor like x0, or a Philox; got none."
+            )
         check_noise(x0=x0, perturbation_noise=perturbation_noise)
         xi = perturbation_noise
     alpha, sigma = place_all(x0.shape, compute_dtype(x0, given), x0.device, alpha=alpha, sigma=sigma)
     return backends.get(x0.device).noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
+
+
+def check_rng(rng: str) -> None:
+    """Raise ValueError unless ``rng`` is a way to make normals."""
+    if rng not in ("exact", "fast"):
+        raise ValueError(f"rng must be 'exact' or 'fast'; got {rng!r}.")
 
 
 def check_noise(**tensors: Tensor | Philox | None) -> Tensor | None:

@@ -104,10 +104,10 @@ def step(
 def check_inpainting(x: Tensor, mask: Tensor | None, known: Tensor | None, known_noise: Tensor | Philox | None) -> None:
     """Raise TypeError or ValueError unless the three go together and with x."""
     if (mask is None) != (known is None):
-        raise ValueError("inpainting needs both mask and known; got one of the two.")
+        raise ValueError(f"inpainting needs both mask and known; got {'mask' if known is None else 'known'} alone.")
     if mask is None or known is None:
         if known_noise is not None:
-            raise ValueError("known_noise goes with mask and known.")
+            raise ValueError("known_noise was given without mask and known: it goes with both.")
         return
     check_floating(known=known)
     check_alike(x=x, known=known)

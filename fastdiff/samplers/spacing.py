@@ -40,7 +40,9 @@ def checked_timesteps(times: Sequence[float], total: int) -> list[int]:
     fall = all(a > b for a, b in pairwise(indices))
     if not indices or indices[0] >= total or indices[-1] < 0 or not fall or indices != list(times):
         shown = ", ".join(str(t) for t in list(times)[:5])
-        raise ValueError(f"timesteps must be integers that fall from at most {total - 1} to at least 0; got {shown}...")
+        raise ValueError(
+            f"timesteps must be integers that fall from at most {total - 1} to at least 0; got {shown or 'none'}."
+        )
     return indices
 
 
@@ -82,7 +84,8 @@ def times(
         given = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
         process.check_t(given)
         if not len(given) or not bool((given.diff() < 0).all()):
-            raise ValueError("timesteps must fall strictly, the noisiest first.")
+            shown = ", ".join(f"{t:g}" for t in given[:5].tolist())
+            raise ValueError(f"timesteps must fall strictly, the noisiest first; got {shown or 'none'}.")
         return given
     if isinstance(process, VariancePreserving):
         steps = process.steps if steps is None else steps
