@@ -472,7 +472,8 @@ def loss(
             slope = tl.where(kept == 0, 0.0, slope * kept)
         # Of a row that is left out zeros are stored in place of the slope: that is a predicate, not one more
         # instruction an element.
-        learns, left_out = strong != 0, strong == 0
+        weights = tl.broadcast_to(strong, slope.shape)
+        learns, left_out = weights != 0, weights == 0
         if not EVEN:
             learns, left_out = inside & learns, inside & left_out
         _store(gradient, start, place, slope, learns, False, EMULATE)
