@@ -399,3 +399,15 @@ def test_wrong_options(case):
 def test_wrong_samplers(make, options, words):
     with pytest.raises(ValueError, match=words):
         getattr(samplers, make)(**options)
+
+
+def test_both_ends_of_the_interval_are_guided():
+    batches = []
+
+    def counted(x, t, c):
+        batches.append(len(x))
+        return network(x, t, c)
+
+    how = {"cond": COND, "uncond": UNCOND, "guidance": 3.0, "guidance_interval": (300, 700)}
+    run(counted, samplers.DDIM(timesteps=[701, 700, 300, 299]), steps=None, **how)
+    assert batches == [2, 4, 4, 2]

@@ -455,3 +455,16 @@ def test_bad_parameters(process, parameters, words):
     """A parameter that would give NaN, a negative SNR or an SNR that does not fall with t is refused with a reason."""
     with pytest.raises(ValueError, match=words):
         getattr(fastdiff, process)(**parameters)
+
+
+def test_the_time_of_a_given_sigma_of_vesde():
+    """sigma grows geometrically with t: in the middle it is the geometric mean of the ends."""
+    process = fastdiff.VESDE(sigma_min=0.02, sigma_max=50.0)
+    t = process.levels_at(torch.tensor([0.02, 1.0, 50.0], dtype=torch.float64)).t
+    torch.testing.assert_close(t, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("wrong", "shown"), [(3, r"1000, 1001, 1002(?! and)"), (4, r"1000, 1001, 1002 and 1 more")])
+def test_three_of_the_times_out_of_range_are_named(wrong, shown):
+    with pytest.raises(ValueError, match=shown):
+        fastdiff.VariancePreserving().levels(torch.arange(1000, 1000 + wrong))

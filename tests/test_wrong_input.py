@@ -225,6 +225,14 @@ CASES = {
     "clip 0": (lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), clip=0.0), ValueError, "clip"),
     "five history tensors": (
         lambda: ops.step(X, X, torch.ones(len(ops.COLUMNS)), history=[X] * 5), ValueError, "at most 4"),
+    "data elsewhere": (
+        lambda: ops.loss(X, X.to("meta"), X, p=1.0, q=1.0), ValueError, r"x0 is on meta.*move one with .to\(device\)|"
+        r"prediction is on cpu.*move one with .to\(device\)"),
+    "rescale below 0": (
+        lambda: sample(cond=T, uncond=T, guidance=2.0, guidance_rescale=-0.5), ValueError,
+        r"guidance_rescale must lie in \[0, 1\]; got -0.5"),
+    "a timestep twice": (
+        lambda: sample(sampler=samplers.DDPM(timesteps=[5, 5]), steps=None), ValueError, "integers that fall"),
     "unknown error function": (lambda: ops.loss(X, None, X, q=1.0, function="mae"), ValueError, "mse, l1"),
     "huber without c": (lambda: ops.loss(X, None, X, q=1.0, function="smooth_l1"), ValueError, "needs its constant"),
     "seed of two numbers": (
