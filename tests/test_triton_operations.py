@@ -475,6 +475,17 @@ def test_a_gradient_that_is_right_is_not_written_again():
 
 
 @gpu_variants
+@pytest.mark.parametrize("function", ["smooth_l1", "pseudo_huber"])
+def test_a_constant_of_nan_reaches_the_output(function):
+    """As of a t out of range, where the weight is a number of its own."""
+    prediction, n, one = random((2, 64)).requires_grad_(), random((2, 64)), torch.ones(2, 1, device=DEVICE)
+    c = torch.tensor([[0.5], [math.nan]], device=DEVICE)
+    loss = triton.loss(prediction, None, n, None, one, None, one, c, None, function, "none", "none")
+    loss.sum().backward()
+    assert loss[0].isfinite() and loss[1].isnan()
+    assert prediction.grad[0].isfinite().all() and prediction.grad[1].isnan().all()
+
+
 def test_double_backward():
     prediction, n, one = random((2, 8)).requires_grad_(), ops.Philox(5), torch.ones(2, 1, device=DEVICE)
     loss = triton.loss(prediction, None, n, None, one, None, one, None, None, "mse", "none", "mean")

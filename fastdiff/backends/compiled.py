@@ -217,7 +217,7 @@ def _loss_backward(ctx, upstream):
         prediction, weight, (mask, _, normalization, reduction) = *arguments[:2], arguments[-4:]
         means = torch.ops.fastdiff.loss(prediction, torch.ones_like(weight), *arguments[2:-1], "none")
         count = max(1, weight.numel())
-        factor = {"sum": prediction.numel() / count, "none": 1.0, "mean": 1 / count}[reduction]
+        factor = {"mean": 1 / count, "sum": prediction.numel() / count, "none": 1.0}[reduction]
         if reduction == "mean" and mask is not None:
             factor = 1 / reference.rows_of_mean(prediction, weight, mask, normalization)
         d_weight = (upstream * means * factor).to(weight.dtype)

@@ -58,8 +58,9 @@ def accurate_exp(x):
 
 @triton.jit
 def reciprocal(c):
-    """1 / c, at most the largest float32, so that 0 times it is 0: what the functions with a c take, once a row."""
-    return tl.minimum(tl.div_rn(1.0, c), 3.4028234663852886e38)
+    """1 / c, at most the largest float32, so that 0 times it is 0: what the functions with a c take, once a row.
+    NaN, as of a t out of range, stays."""
+    return tl.minimum(tl.div_rn(1.0, c), 3.4028234663852886e38, tl.PropagateNan.ALL)
 
 
 @triton.jit
