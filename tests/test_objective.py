@@ -45,7 +45,7 @@ def test_perfect_prediction(process, prediction, device):
 
 @pytest.mark.parametrize(("process", "prediction"), PAIRS, ids=IDS)
 def test_functions_and_the_object_are_the_formulas(process, prediction):
-    """x_t and the loss of all kinds, at the levels of the process (taken as exact; tests/test_process.py has them)."""
+    """x_t and the loss of all kinds, at the levels of the process (taken as exact; test_process.py has them)."""
     weighting = None if prediction == "previous_sample" else fastdiff.MinSNR(3.0)
     objective = fastdiff.Objective(process, prediction, weighting, "huber")
     x0, n, m = torch.randn(3, 4, 2, 5, dtype=torch.float64)

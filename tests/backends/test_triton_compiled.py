@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import triton
 
 pytestmark = pytest.mark.compiles
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TARGETS = ["sm_80", "sm_90", "gfx942", *(pytest.param(target, marks=nightly) for target in ("sm_89", "sm_100"))]
 # Instructions per element on sm_90. The losses are those of the forward pass, which writes the gradient too.
 BUDGETS = {

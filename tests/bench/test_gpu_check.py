@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from devices import nightly
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 gpu_records = pytest.importorskip("gpu_records", reason="needs the sources")
 gpu_report = pytest.importorskip("gpu_report")
 
-ROOT = Path(__file__).parent.parent
-BENCHMARKS, STAND_IN = ROOT / "benchmarks", ROOT / "tests" / "stand_in"
+ROOT = Path(__file__).parents[2]
+BENCHMARKS, STAND_IN = ROOT / "benchmarks", Path(__file__).parent / "stand_in"
 SCRIPT = BENCHMARKS / "gpu_check.sh"
 STAGES = {
     "numbers": ["install", "doctor", "compile", "smoke", "kernels", "steps", "counters", "gpu-tests"],

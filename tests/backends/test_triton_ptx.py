@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import triton
 
 pytestmark = pytest.mark.compiles
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def findings(tmp_path_factory):
         pytest.skip(f"the instructions are those that Triton 3.6 makes; this is {triton.__version__}")
     out = tmp_path_factory.mktemp("ptx") / "findings.json"
     done = subprocess.run(
-        [sys.executable, TESTS / "ptx.py", out],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
+        [sys.executable, HERE / "ptx.py", out],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())

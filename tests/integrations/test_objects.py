@@ -6,22 +6,33 @@ the largest value is about 170 float32 roundings.
 
 import enum
 import importlib.util
-import math
-import types
 
 import numpy as np
 import pytest
 import torch
+from libraries import (
+    COND_OT,
+    COSINE,
+    Denoiser,
+    Diffusion,
+    EpsDenoiser,
+    Matcher,
+    MeanType,
+    ModelType,
+    Network,
+    Path,
+    Respaced,
+    Transport,
+    VarType,
+    WeightType,
+    spread,
+)
 from torch import nn
 
 import fastdiff
 from fastdiff.integrations import edm, flow, guided_diffusion, k_denoisers
 from fastdiff.integrations.losses_per_timestep import TimestepLosses
 from fastdiff.integrations.tables import TabulatedVP
-
-
-def spread(rows, x):
-    return rows.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -31,150 +42,6 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 
 # --------------------------------------------------------------------------------------------------- guided-diffusion
-
-MeanType = enum.Enum("ModelMeanType", ["PREVIOUS_X", "START_X", "EPSILON"])
-VarType = enum.Enum("ModelVarType", ["LEARNED", "FIXED_SMALL", "FIXED_LARGE", "LEARNED_RANGE"])
-LossType = enum.Enum("LossType", ["MSE", "RESCALED_MSE", "KL"])
-
-
-class Diffusion:
-    """An object with guided-diffusion's interface."""
-
-    def __init__(self, mean="EPSILON", var="FIXED_SMALL", loss="MSE", steps=100):
-        self.model_mean_type, self.model_var_type, self.loss_type = MeanType[mean], VarType[var], LossType[loss]
-        self.betas = beta = np.linspace(1e-3, 0.1, steps)
-        self.num_timesteps = steps
-        self.alphas_cumprod = abar = np.cumprod(1 - beta)
-        self.alphas_cumprod_prev = before = np.append(1.0, abar[:-1])
-        self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod = np.sqrt(abar), np.sqrt(1 - abar)
-        self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod = abar**-0.5, np.sqrt(1 / abar - 1)
-        self.posterior_variance = variance = beta * (1 - before) / (1 - abar)
-        self.posterior_log_variance_clipped = np.log(np.append(variance[1], variance[1:]))
-        self.posterior_mean_coef1 = beta * np.sqrt(before) / (1 - abar)
-        self.posterior_mean_coef2 = (1 - before) * np.sqrt(1 - beta) / (1 - abar)
-
-    def at(self, table, t, x):
-        return spread(torch.from_numpy(np.asarray(table))[t].float(), x)
-
-    def _scale_timesteps(self, t):
-        return t.float() * (1000 / self.num_timesteps)
-
-    def q_sample(self, x_start, t, noise=None):
-        noise = torch.randn_like(x_start) if noise is None else noise
-        a, s = self.at(self.sqrt_alphas_cumprod, t, noise), self.at(self.sqrt_one_minus_alphas_cumprod, t, noise)
-        return a * x_start + s * noise
-
-    def mean_of(self, x0, x, t):
-        return self.at(self.posterior_mean_coef1, t, x) * x0 + self.at(self.posterior_mean_coef2, t, x) * x
-
-    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
-        m = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        small, kind = self.posterior_log_variance_clipped, self.model_var_type.name
-        if kind.startswith("LEARNED"):
-            m, v = m.chunk(2, 1)
-            if kind == "LEARNED":
-                log = v
-            else:
-                fraction = (v + 1) / 2
-                log = fraction * self.at(np.log(self.betas), t, x) + (1 - fraction) * self.at(small, t, x)
-            variance = log.exp()
-        elif kind == "FIXED_SMALL":
-            log, variance = (self.at(v, t, x).expand(x.shape) for v in (small, self.posterior_variance))
-        else:
-            large = np.append(self.posterior_variance[1], self.betas[1:])
-            log, variance = (self.at(v, t, x).expand(x.shape) for v in (np.log(large), large))
-        name = self.model_mean_type.name
-        if name == "EPSILON":
-            x0 = self.at(self.sqrt_recip_alphas_cumprod, t, x) * x - self.at(self.sqrt_recipm1_alphas_cumprod, t, x) * m
-        elif name == "START_X":
-            x0 = m
-        else:
-            c1, c2 = self.posterior_mean_coef1, self.posterior_mean_coef2
-            x0 = self.at(1 / c1, t, x) * m - self.at(c2 / c1, t, x) * x
-        x0 = denoised_fn(x0) if denoised_fn else x0
-        x0 = x0.clamp(-1, 1) if clip_denoised else x0
-        mean = m if name == "PREVIOUS_X" else self.mean_of(x0, x, t)
-        return {"mean": mean, "variance": variance, "log_variance": log, "pred_xstart": x0}
-
-    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None):
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        noise = torch.randn_like(x)
-        mean = out["mean"] if cond_fn is None else out["mean"] + out["variance"] * cond_fn(x, t)
-        sample = mean + spread((t != 0).float(), x) * (0.5 * out["log_variance"]).exp() * noise
-        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
-
-    def ddim_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0):
-        x0 = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)["pred_xstart"]
-        eps = (self.at(self.sqrt_recip_alphas_cumprod, t, x) * x - x0) / self.at(self.sqrt_recipm1_alphas_cumprod, t, x)
-        abar, before = self.alphas_cumprod, self.alphas_cumprod_prev
-        sigma = eta * np.sqrt((1 - before) / (1 - abar) * (1 - abar / before))
-        mean = self.at(np.sqrt(before), t, x) * x0 + self.at(np.sqrt(1 - before - sigma**2), t, x) * eps
-        noise = torch.randn_like(x)
-        return {"sample": mean + spread((t != 0).float(), x) * self.at(sigma, t, x) * noise, "pred_xstart": x0}
-
-    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
-        out = self.p_mean_variance(model, x_t, t, clip_denoised)
-        true, log = self.mean_of(x_start, x_t, t), self.at(self.posterior_log_variance_clipped, t, x_t)
-        other = out["log_variance"]
-        kl = -1 + other - log + torch.exp(log - other) + (true - out["mean"]) ** 2 * torch.exp(-other)
-        return {"output": 0.5 * kl.flatten(1).mean(1) / math.log(2.0)}
-
-    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
-        noise = torch.randn_like(x_start) if noise is None else noise
-        x_t = self.q_sample(x_start, t, noise)
-        if self.loss_type.name == "KL":
-            return {"loss": self._vb_terms_bpd(model, x_start, x_t, t, False)["output"]}
-        m = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
-        terms = {}
-        if self.model_var_type.name.startswith("LEARNED"):
-            m, v = m.chunk(2, 1)
-            frozen = torch.cat([m.detach(), v], 1)
-            terms["vb"] = self._vb_terms_bpd(lambda *a, r=frozen: r, x_start, x_t, t, False)["output"]
-            if self.loss_type.name == "RESCALED_MSE":
-                terms["vb"] = terms["vb"] * (self.num_timesteps / 1000)
-        target = {"EPSILON": noise, "START_X": x_start, "PREVIOUS_X": self.mean_of(x_start, x_t, t)}
-        terms["mse"] = ((target[self.model_mean_type.name] - m) ** 2).flatten(1).mean(1)
-        terms["loss"] = terms["mse"] + terms.get("vb", 0)
-        return terms
-
-
-class Respaced(Diffusion):
-    """Every fifth step of 100; the network is told the original timesteps."""
-
-    def __init__(self, *kinds):
-        super().__init__(*kinds, steps=20)
-
-    def _wrap_model(self, model):
-        return model if getattr(model, "wrapped", False) else Wrapped(model)
-
-    def _scale_timesteps(self, t):
-        return t
-
-    def p_mean_variance(self, model, *args, **kwargs):
-        return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
-
-    def training_losses(self, model, *args, **kwargs):
-        return super().training_losses(self._wrap_model(model), *args, **kwargs)
-
-
-class Wrapped:
-    wrapped = True
-
-    def __init__(self, model):
-        self.model = model
-
-    def __call__(self, x, t, **kwargs):
-        return self.model(x, 5 * t.float(), **kwargs)
-
-
-class Network(nn.Module):
-    def __init__(self, learned):
-        super().__init__()
-        torch.manual_seed(2)
-        self.conv = nn.Conv2d(2, 4 if learned else 2, 3, padding=1)
-
-    def forward(self, x, t, shift=0.0):
-        return torch.tanh(self.conv(x)) + 1e-4 * spread(t.float(), x) + shift
 
 
 GUIDED = [(m, v, loss) for m in MeanType.__members__ for v in VarType.__members__ for loss in ("MSE", "RESCALED_MSE")]
@@ -281,47 +148,6 @@ def test_resampler_is_the_published_one():
 # ----------------------------------------------------------------------------------------------- k-diffusion's losses
 
 
-class Inner(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.8))
-
-    def forward(self, x, t, **kwargs):
-        return torch.sin(self.scale * x) + 0.01 * spread(t.float(), x)
-
-
-class Denoiser(nn.Module):
-    """k-diffusion's, of one kind: "edm", "v" or "eps"."""
-
-    def __init__(self, kind="edm", sigma_data=0.5, scales=1):
-        super().__init__()
-        self.inner_model, self.kind, self.sigma_data, self.scales = Inner(), kind, sigma_data, scales
-        if kind == "edm":
-            self.weighting = lambda s: (s * self.sigma_data) ** 2 / (s**2 + self.sigma_data**2) ** 2
-        else:
-            self.sigma_data, self.sigma_to_t = 1.0, lambda s: s.atan() / math.pi * 2
-
-    def get_scalings(self, sigma):
-        d = self.sigma_data
-        c_in = 1 / (sigma**2 + d**2) ** 0.5
-        if self.kind == "eps":
-            return -sigma, c_in
-        return d**2 / (sigma**2 + d**2), (-1 if self.kind == "v" else 1) * sigma * d * c_in, c_in
-
-    def loss(self, input, noise, sigma, **kwargs):
-        scalings = [spread(row, input) for row in self.get_scalings(sigma)]
-        x = input + noise * spread(sigma, input)
-        m = self.inner_model(x * scalings[-1], sigma if self.kind == "edm" else self.sigma_to_t(sigma), **kwargs)
-        target = noise if self.kind == "eps" else (input - scalings[0] * x) / scalings[1]
-        loss = ((m - target) ** 2).flatten(1).mean(1)
-        return loss * self.weighting(sigma) if self.kind == "edm" else loss
-
-
-class EpsDenoiser(Denoiser):
-    def get_eps(self, *args, **kwargs):
-        return self.inner_model(*args, **kwargs)
-
-
 @pytest.mark.parametrize(("cls", "kind"), [(Denoiser, "edm"), (Denoiser, "v"), (EpsDenoiser, "eps")])
 def test_k_diffusion_losses(cls, kind):
     plain, fused = cls(kind), k_denoisers.fuse(cls(kind))
@@ -416,28 +242,6 @@ def test_edm_augmentation_and_wrong_use():
 # ---------------------------------------------------------------------------------------------- flow-matching libraries
 
 
-class Path:
-    """flow_matching's AffineProbPath, by its interface."""
-
-    def __init__(self, scheduler):
-        self.scheduler = scheduler
-
-
-def scheduler(alpha, sigma, d_alpha, d_sigma):
-    def at(t):
-        return types.SimpleNamespace(alpha_t=alpha(t), sigma_t=sigma(t), d_alpha_t=d_alpha(t), d_sigma_t=d_sigma(t))
-
-    return at
-
-
-half = math.pi / 2
-COND_OT = scheduler(lambda t: t, lambda t: 1 - t, torch.ones_like, lambda t: -torch.ones_like(t))
-COSINE = scheduler(
-    lambda t: (half * t).sin(), lambda t: (half * t).cos(), lambda t: half * (half * t).cos(),
-    lambda t: -half * (half * t).sin(),
-)  # fmt: skip
-
-
 @pytest.mark.parametrize("rows", [COND_OT, COSINE], ids=["CondOT", "cosine"])
 def test_affine_paths(rows):
     x_1, x_0, v = torch.randn(3, 5, 2, 4, 4)
@@ -454,41 +258,6 @@ def test_affine_paths(rows):
     assert_close(loss.detach(), ((v - dx_t) ** 2).mean().float().detach())
     assert_close(v.grad, (2 * (v - dx_t) / v.numel()).float().detach())
     assert flow.loss(v, noised, reduction="none").shape == (5,)
-
-
-class Matcher:
-    """torchcfm's matchers, by their interface: "plain", "target", "bridge" and "vp"."""
-
-    def __init__(self, kind, sigma):
-        self.kind, self.sigma = kind, sigma
-
-    def compute_mu_t(self, x0, x1, t):
-        t = spread(t, x0)
-        if self.kind == "vp":
-            return (half * t).cos() * x0 + (half * t).sin() * x1
-        return t * x1 if self.kind == "target" else t * x1 + (1 - t) * x0
-
-    def compute_sigma_t(self, t):
-        if self.kind == "target":
-            return 1 - (1 - self.sigma) * t
-        return self.sigma * (t * (1 - t)).sqrt() if self.kind == "bridge" else self.sigma
-
-    def compute_conditional_flow(self, x0, x1, t, xt):
-        w = spread(t, x0)
-        if self.kind == "target":
-            return (x1 - (1 - self.sigma) * xt) / (1 - (1 - self.sigma) * w)
-        if self.kind == "bridge":
-            return (1 - 2 * w) / (2 * w * (1 - w) + 1e-8) * (xt - self.compute_mu_t(x0, x1, t)) + x1 - x0
-        if self.kind == "vp":
-            return half * ((half * w).cos() * x1 - (half * w).sin() * x0)
-        return x1 - x0
-
-    def sample_location_and_conditional_flow(self, x0, x1):
-        t = torch.rand(len(x0)).type_as(x0)
-        eps = torch.randn_like(x0)
-        sigma = torch.as_tensor(self.compute_sigma_t(t)).expand(t.shape)
-        xt = self.compute_mu_t(x0, x1, t) + spread(sigma, x0) * eps
-        return t, xt, self.compute_conditional_flow(x0, x1, t, xt)
 
 
 MATCHERS = [("plain", 0.0), ("plain", 0.1), ("target", 0.0), ("target", 0.1), ("bridge", 0.5), ("vp", 0.0), ("vp", 0.1)]
@@ -551,54 +320,6 @@ def test_flow_wrong_use():
 
     with pytest.raises(TypeError, match="not linear"):
         flow.noise(Curved("plain", 0.0), x)
-
-
-ModelType = enum.Enum("ModelType", ["NOISE", "SCORE", "VELOCITY"])
-WeightType = enum.Enum("WeightType", ["NONE", "VELOCITY", "LIKELIHOOD"])
-
-
-class Plan:
-    """SiT's linear or trigonometric path."""
-
-    def __init__(self, linear):
-        self.linear = linear
-
-    def compute_alpha_t(self, t):
-        return (t, 1) if self.linear else ((half * t).sin(), half * (half * t).cos())
-
-    def compute_sigma_t(self, t):
-        return (1 - t, -1) if self.linear else ((half * t).cos(), -half * (half * t).sin())
-
-    def compute_drift(self, x, t):
-        t = spread(t, x)
-        ratio = 1 / t if self.linear else half / (half * t).tan()
-        sigma, d_sigma = self.compute_sigma_t(t)
-        return -ratio * x, ratio * sigma**2 - sigma * d_sigma
-
-
-class Transport:
-    def __init__(self, model, weight, linear):
-        self.model_type, self.loss_type, self.path_sampler = ModelType[model], WeightType[weight], Plan(linear)
-
-    def sample(self, x1):
-        x0 = torch.randn_like(x1)
-        return (torch.rand(len(x1)) * 0.998 + 0.001).to(x1), x0, x1
-
-    def training_losses(self, model, x1, model_kwargs=None):
-        t, x0, x1 = self.sample(x1)
-        (a, da), (s, ds) = (
-            self.path_sampler.compute_alpha_t(spread(t, x1)),
-            self.path_sampler.compute_sigma_t(spread(t, x1)),
-        )
-        x_t = a * x1 + s * x0
-        m = model(x_t, t, **(model_kwargs or {}))
-        if self.model_type.name == "VELOCITY":
-            error = (m - (da * x1 + ds * x0)) ** 2
-        else:
-            drift = self.path_sampler.compute_drift(x_t, t)[1]
-            weight = {"NONE": 1, "VELOCITY": (drift / s) ** 2, "LIKELIHOOD": drift / s**2}[self.loss_type.name]
-            error = weight * (m - x0) ** 2 if self.model_type.name == "NOISE" else weight * (m * s + x0) ** 2
-        return {"pred": m, "loss": error.flatten(1).mean(1)}
 
 
 @pytest.mark.parametrize("linear", [True, False])

@@ -11,7 +11,7 @@ from devices import nightly, why_skipped
 
 pytest.importorskip("triton")
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 MOST = 150  # of 0.7 seconds each, on as many cores as there are
 
 
@@ -19,9 +19,9 @@ MOST = 150  # of 0.7 seconds each, on as many cores as there are
 def tests(tmp_path_factory):
     """In another process, which has no assertions and launches nothing."""
     out = tmp_path_factory.mktemp("variants") / "variants.json"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS)))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE.parents[1], HERE.parent)))}
     done = subprocess.run(
-        [sys.executable, "-O", TESTS / "variants.py", out], capture_output=True, text=True, env=environment
+        [sys.executable, "-O", HERE / "variants.py", out], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())

@@ -1,6 +1,6 @@
 """Runs on the CPU what Triton compiles the kernels to for an NVIDIA GPU: its PTX, all threads of a program in step.
 
-    python tests/ptx.py FILE    runs the kernels against the reference and writes what was found as JSON
+    python tests/backends/ptx.py FILE    runs the kernels against the reference and writes what was found as JSON
 
 It knows the instructions that these kernels consist of, and raises at any other. A branch is taken by all threads or by
 none. Approximate instructions err at random, by as much as NVIDIA documents. What ptxas does after that is not seen,

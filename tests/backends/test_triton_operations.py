@@ -4,7 +4,7 @@ A GPU compiles each variant of a kernel, and all tests together ask for over a t
 ``gpu_variants`` are run, the others skipped: they reach every branch of the kernels in at most 150 variants
 (test_triton_variants.py counts them).
 
-    python -m pytest tests/test_triton_operations.py -m gpu_variants -n 16
+    python -m pytest tests/backends/test_triton_operations.py -m gpu_variants -n 16
 """
 
 import itertools

@@ -1439,8 +1439,9 @@ def test_several_processes(tmp_path, monkeypatch, capfd):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     here, path = os.path.dirname(__file__), os.environ.get("PYTHONPATH")
+    helpers = os.path.dirname(here)
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    group |= {"PYTHONPATH": os.pathsep.join(filter(None, [here, os.getcwd(), path]))}
+    group |= {"PYTHONPATH": os.pathsep.join(filter(None, [here, helpers, os.getcwd(), path]))}
     arguments = ["bench", "--against", "none", "--device", "cpu", "--threads", "1", "--out", str(tmp_path / "out")]
     other = subprocess.Popen([sys.executable, str(script), *arguments], env={**os.environ, **group, "RANK": "1"})
     for name, value in (group | {"RANK": "0"}).items():

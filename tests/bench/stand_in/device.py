@@ -1,6 +1,6 @@
 """Runs ``benchmarks/gpu_numbers.py`` without a GPU: what decides what is measured, compiled, recorded and when.
 
-    python tests/stand_in/device.py ARGUMENTS
+    python tests/bench/stand_in/device.py ARGUMENTS
 
 With STAND_IN_FEW=1 a few kernels stand for all. The last line printed has what the driver counted.
 
@@ -117,7 +117,7 @@ def main() -> int:
         library = driver(Path(folder))
         device = Device(library)
         put_in_place(device)
-        sys.path.insert(0, str(HERE.parent.parent / "benchmarks"))
+        sys.path.insert(0, str(HERE.parents[2] / "benchmarks"))
         import gpu_numbers
         import torch
 

@@ -11,10 +11,11 @@ import random
 import sys
 import types
 
+import libraries
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from libraries import GaussianDiffusion, Net
 from torch import nn
 
 from fastdiff.integrations import denoising_diffusion as dd
@@ -22,249 +23,7 @@ from fastdiff.integrations import denoising_diffusion as dd
 F32 = 2.0**-24
 
 
-class Net(nn.Module):
-    """A small network with the attributes that the package asks for."""
-
-    channels, out_dim, self_condition, random_or_learned_sinusoidal_cond = 1, 1, False, False
-
-    def __init__(self, channels=1, self_condition=False, continuous=False):
-        super().__init__()
-        self.channels = self.out_dim = channels
-        self.self_condition, self.random_or_learned_sinusoidal_cond = self_condition, continuous
-        g = torch.Generator().manual_seed(1)
-        self.first = nn.Parameter(torch.randn(8, channels, 3, 3, generator=g) * 0.3)
-        self.time = nn.Parameter(torch.randn(8, generator=g) * 0.1)
-        self.last = nn.Parameter(torch.randn(channels, 8, 3, 3, generator=g) * 0.1)
-
-    def forward(self, x, t, x_self_cond=None):
-        if x_self_cond is not None:
-            x = x + 0.3 * x_self_cond
-        t = t.to(x.dtype) / 1000 if not t.is_floating_point() else t
-        h = F.conv2d(x, self.first, padding=1) + (t[:, None] * self.time)[:, :, None, None]
-        return F.conv2d(torch.tanh(h), self.last, padding=1)
-
-
 # ----------------------------------------------------------------------------------------------------------- stand-ins
-
-
-def rows(values, x):
-    return values.reshape(-1, *(1,) * (x.ndim - 1))
-
-
-class GaussianDiffusion(nn.Module):
-    """DDPM, DDIM, offset noise, min-SNR and immiscible noise, as plain tensor expressions."""
-
-    def __init__(
-        self, model, *, image_size, timesteps=1000, sampling_timesteps=None, objective="pred_v",
-        ddim_sampling_eta=0.0, offset_noise_strength=0.0, min_snr_loss_weight=False, min_snr_gamma=5, immiscible=False,
-    ):  # fmt: skip
-        super().__init__()
-        self.model, self.channels, self.self_condition = model, model.channels, model.self_condition
-        self.image_size, self.num_timesteps, self.objective = (image_size, image_size), timesteps, objective
-        self.sampling_timesteps = sampling_timesteps or timesteps
-        self.ddim_sampling_eta, self.offset_noise_strength = ddim_sampling_eta, offset_noise_strength
-        self.immiscible = immiscible
-        beta = torch.linspace(0.1 / timesteps, 20 / timesteps, timesteps, dtype=torch.float64)
-        abar = torch.cumprod(1 - beta, 0)
-        before = torch.cat([abar.new_ones(1), abar[:-1]])
-        variance = beta * (1 - before) / (1 - abar)
-        snr = abar / (1 - abar)
-        clipped = snr.clamp(max=min_snr_gamma) if min_snr_loss_weight else snr
-        buffers = {
-            "betas": beta,
-            "alphas_cumprod": abar,
-            "sqrt_alphas_cumprod": abar.sqrt(),
-            "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
-            "sqrt_recip_alphas_cumprod": abar**-0.5,
-            "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
-            "posterior_mean_coef1": beta * before.sqrt() / (1 - abar),
-            "posterior_mean_coef2": (1 - before) * (1 - beta).sqrt() / (1 - abar),
-            "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
-            "loss_weight": {"pred_noise": clipped / snr, "pred_x0": clipped, "pred_v": clipped / (snr + 1)}[objective],
-        }
-        for name, value in buffers.items():
-            self.register_buffer(name, value.float())
-
-    @property
-    def device(self):
-        return self.betas.device
-
-    def normalize(self, x):
-        return 2 * x - 1
-
-    def unnormalize(self, x):
-        return (x + 1) / 2
-
-    def noise_assignment(self, x_start, noise):
-        from scipy.optimize import linear_sum_assignment
-
-        cost = torch.cdist(x_start.flatten(1), noise.flatten(1))
-        return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
-
-    def model_predictions(self, x, t, x_self_cond=None, clip=False):
-        m = self.model(x, t, x_self_cond)
-        a, s = rows(self.sqrt_alphas_cumprod[t], x), rows(self.sqrt_one_minus_alphas_cumprod[t], x)
-        recip, recipm1 = (
-            rows(self.sqrt_recip_alphas_cumprod[t], x),
-            rows(self.sqrt_recipm1_alphas_cumprod[t], x),
-        )
-        x0 = {"pred_noise": recip * x - recipm1 * m, "pred_x0": m, "pred_v": a * x - s * m}[self.objective]
-        x0 = x0.clamp(-1, 1) if clip else x0
-        return types.SimpleNamespace(pred_x_start=x0, pred_noise=(recip * x - x0) / recipm1)
-
-    @torch.inference_mode()
-    def p_sample(self, x, t, x_self_cond=None):
-        index = torch.full((len(x),), t)
-        x0 = self.model_predictions(x, index, x_self_cond).pred_x_start.clamp(-1, 1)
-        mean = rows(self.posterior_mean_coef1[index], x) * x0 + rows(self.posterior_mean_coef2[index], x) * x
-        noise = torch.randn_like(x) if t > 0 else 0.0
-        return mean + rows((0.5 * self.posterior_log_variance_clipped[index]).exp(), x) * noise, x0
-
-    @torch.inference_mode()
-    def ddim_sample(self, shape, return_all_timesteps=False):
-        times = torch.linspace(-1, self.num_timesteps - 1, self.sampling_timesteps + 1).int().tolist()[::-1]
-        x = torch.randn(shape)
-        images, x0 = [x], None
-        for t, following in zip(times[:-1], times[1:]):
-            condition = x0 if self.self_condition else None
-            found = self.model_predictions(x, torch.full((shape[0],), t), condition, clip=True)
-            x0 = found.pred_x_start
-            if following < 0:
-                x = x0
-            else:
-                a, b = self.alphas_cumprod[t], self.alphas_cumprod[following]
-                sigma = self.ddim_sampling_eta * ((1 - a / b) * (1 - b) / (1 - a)).sqrt()
-                noise = torch.randn_like(x)
-                x = x0 * b.sqrt() + (1 - b - sigma**2).sqrt() * found.pred_noise + sigma * noise
-            images.append(x)
-        return self.unnormalize(torch.stack(images, 1) if return_all_timesteps else x)
-
-    def q_sample(self, x_start, t, noise=None):
-        noise = torch.randn_like(x_start) if noise is None else noise
-        if self.immiscible:
-            noise = noise[self.noise_assignment(x_start, noise)]
-        a, s = self.sqrt_alphas_cumprod[t], self.sqrt_one_minus_alphas_cumprod[t]
-        return rows(a, x_start) * x_start + rows(s, x_start) * noise
-
-    def p_losses(self, x_start, t, noise=None, offset_noise_strength=None, loss_reduction="mean"):
-        noise = torch.randn_like(x_start) if noise is None else noise
-        strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
-        if strength > 0:
-            noise += strength * torch.randn(x_start.shape[:2])[:, :, None, None]
-        x = self.q_sample(x_start=x_start, t=t, noise=noise)
-        condition = None
-        if self.self_condition and random.random() < 0.5:
-            with torch.no_grad():
-                condition = self.model_predictions(x, t).pred_x_start
-        m = self.model(x, t, condition)
-        a, s = rows(self.sqrt_alphas_cumprod[t], x), rows(self.sqrt_one_minus_alphas_cumprod[t], x)
-        target = {"pred_noise": noise, "pred_x0": x_start, "pred_v": a * noise - s * x_start}[self.objective]
-        loss = ((m - target) ** 2).flatten(1).mean(1) * self.loss_weight[t]
-        return loss if loss_reduction == "none" else loss.mean()
-
-    def forward(self, images):
-        t = torch.randint(0, self.num_timesteps, (len(images),)).long()
-        return self.p_losses(self.normalize(images), t)
-
-
-class ContinuousTimeGaussianDiffusion(nn.Module):
-    def __init__(self, model, *, image_size, channels=3, noise_schedule="linear", min_snr_loss_weight=False):
-        super().__init__()
-        self.model, self.image_size, self.channels = model, image_size, channels
-        self.min_snr_loss_weight, self.min_snr_gamma = min_snr_loss_weight, 5
-        self.slope = nn.Parameter(torch.tensor(1.0)) if noise_schedule == "learned" else 1.0
-
-    def log_snr(self, t):
-        return -torch.log(torch.expm1(1e-4 + 10 * t**2)) * self.slope
-
-    def q_sample(self, x_start, times, noise=None):
-        noise = torch.randn_like(x_start) if noise is None else noise
-        log_snr = self.log_snr(times)
-        return rows(log_snr.sigmoid().sqrt(), x_start) * x_start + rows(
-            (-log_snr).sigmoid().sqrt(), noise
-        ) * noise, log_snr
-
-    def p_losses(self, x_start, times, noise=None, loss_reduction="mean"):
-        noise = torch.randn_like(x_start) if noise is None else noise
-        x, log_snr = self.q_sample(x_start, times, noise)
-        loss = ((self.model(x, log_snr) - noise) ** 2).flatten(1).mean(1)
-        if self.min_snr_loss_weight:
-            loss = loss * log_snr.exp().clamp(max=self.min_snr_gamma) / log_snr.exp()
-        return loss if loss_reduction == "none" else loss.mean()
-
-    def forward(self, images):
-        return self.p_losses(2 * images - 1, torch.zeros(len(images)).uniform_(0, 1))
-
-
-class VParamContinuousTimeGaussianDiffusion(nn.Module):
-    def __init__(self, model, *, image_size, channels=3):
-        super().__init__()
-        self.model, self.image_size, self.channels = model, image_size, channels
-
-    @staticmethod
-    def log_snr(t):
-        return -torch.log((torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** -2 - 1).clamp(min=1e-5))
-
-    def q_sample(self, x_start, times, noise=None):
-        noise = torch.randn_like(x_start) if noise is None else noise
-        log_snr = self.log_snr(times)
-        a, s = rows(log_snr.sigmoid().sqrt(), x_start), rows((-log_snr).sigmoid().sqrt(), x_start)
-        return a * x_start + s * noise, log_snr, a, s
-
-    def p_losses(self, x_start, times, noise=None, loss_reduction="mean"):
-        noise = torch.randn_like(x_start) if noise is None else noise
-        x, log_snr, a, s = self.q_sample(x_start, times, noise)
-        loss = ((self.model(x, log_snr) - (a * noise - s * x_start)) ** 2).flatten(1).mean(1)
-        return loss if loss_reduction == "none" else loss.mean()
-
-    def forward(self, images):
-        return self.p_losses(2 * images - 1, torch.zeros(len(images)).uniform_(0, 1))
-
-
-class ElucidatedDiffusion(nn.Module):
-    def __init__(self, net, *, image_size, channels=3, sigma_data=0.5):
-        super().__init__()
-        self.net, self.image_size, self.channels, self.sigma_data = net, image_size, channels, sigma_data
-        self.self_condition = net.self_condition
-
-    @property
-    def device(self):
-        return next(self.net.parameters()).device
-
-    def c_skip(self, sigma):
-        return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
-
-    def c_out(self, sigma):
-        return sigma * self.sigma_data * (sigma**2 + self.sigma_data**2) ** -0.5
-
-    def c_in(self, sigma):
-        return (sigma**2 + self.sigma_data**2) ** -0.5
-
-    def c_noise(self, sigma):
-        return sigma.log() / 4
-
-    def loss_weight(self, sigma):
-        return (sigma**2 + self.sigma_data**2) * (sigma * self.sigma_data) ** -2
-
-    def noise_distribution(self, batch_size):
-        return (-1.2 + 1.2 * torch.randn(batch_size)).exp()
-
-    def preconditioned_network_forward(self, noised, sigma, self_cond=None, clamp=False):
-        wide = rows(sigma, noised)
-        out = self.net(self.c_in(wide) * noised, self.c_noise(sigma), self_cond)
-        return self.c_skip(wide) * noised + self.c_out(wide) * out
-
-    def forward(self, images, *args, sigma=None, loss_reduction="mean", **kwargs):
-        x0 = 2 * images - 1
-        sigma = self.noise_distribution(len(x0)) if sigma is None else sigma
-        noised = x0 + rows(sigma, x0) * torch.randn_like(x0)
-        condition = None
-        if self.self_condition and random.random() < 0.5:
-            with torch.no_grad():
-                condition = self.preconditioned_network_forward(noised, sigma)
-        denoised = self.preconditioned_network_forward(noised, sigma, condition)
-        loss = ((denoised - x0) ** 2).flatten(1).mean(1) * self.loss_weight(sigma)
-        return loss if loss_reduction == "none" else loss.mean()
 
 
 def installed_package():
@@ -288,7 +47,7 @@ def installed_package():
 
 @pytest.fixture(params=["stand-in", "package"])
 def package(request):
-    return sys.modules[__name__] if request.param == "stand-in" else installed_package()
+    return libraries if request.param == "stand-in" else installed_package()
 
 
 def twice(make):

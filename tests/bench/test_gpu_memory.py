@@ -12,7 +12,7 @@ from devices import nightly
 pytest.importorskip("triton")
 from fastdiff.backends.triton import interpreted, launch
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_memory.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_memory.py"
 if not SCRIPT.exists():
     pytest.skip("without the benchmarks", allow_module_level=True)
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="compiles nothing: it is for the interpreter")

@@ -1,4 +1,6 @@
-"""The kernel variants that each test of test_triton_operations.py asks for: python -O tests/variants.py FILE (JSON).
+"""The kernel variants that each test of test_triton_operations.py asks for, as JSON:
+
+    python -O tests/backends/variants.py FILE
 
 Nothing is launched, so the results are not looked at: -O takes the assertions out.
 """

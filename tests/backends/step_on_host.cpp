@@ -1,9 +1,9 @@
 // The CUDA step as a Python module whose "device" is the CPU: the binding and the arithmetic of csrc/cuda, with a loop
 // in the place of the launch. Compiled by test_cuda_step.py.
-#include "../csrc/checks.cpp"
-#include "../csrc/cuda/binding.cpp"
-#include "../csrc/cuda/step_group.h"
-#include "../csrc/tensors.cpp"
+#include "../../csrc/checks.cpp"
+#include "../../csrc/cuda/binding.cpp"
+#include "../../csrc/cuda/step_group.h"
+#include "../../csrc/tensors.cpp"
 
 namespace fastdiff {
 namespace cuda {

@@ -18,7 +18,7 @@ from fastdiff import backends, ops
 from fastdiff.backends import cuda, native, reference
 from fastdiff.backends.cuda import operations as on
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMPILED = ROOT / "benchmarks" / "cuda_compiled.py"
 K = len(ops.COLUMNS)
 AT = {name: k for k, name in enumerate(ops.COLUMNS)}
