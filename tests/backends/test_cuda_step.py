@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accuracy import assert_same
 from devices import examples, in_turn, nightly
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -115,11 +116,6 @@ def host(host_module, monkeypatch):
 
 def random(shape, dtype=torch.float32):
     return torch.randn(shape).to(dtype)
-
-
-def assert_same(got, want):
-    assert got.dtype == want.dtype and got.shape == want.shape
-    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(7.5), want.nan_to_num(7.5))
 
 
 SHAPES = [(3, 4, 8, 8), (2, 3, 5, 7), (1, 16, 7), (2, 1), (70, 16), (5,)]

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from accuracy import assert_same
 from devices import examples, pairwise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -54,11 +55,6 @@ def random(shape, dtype):
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
-def assert_same_bits(a, b):
-    assert a.dtype == b.dtype and a.shape == b.shape
-    assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
-
-
 def assert_as_good(got, want, exact):
     """Within twice the reference's own largest relative error, plus one ulp. float64 is its own truth: 8 ulps."""
     assert got.dtype == want.dtype and got.shape == want.shape
@@ -80,10 +76,10 @@ def assert_as_good(got, want, exact):
 @pytest.mark.parametrize("seed", [0, 1, -7, 2**62 + 5])
 def test_normals_have_the_same_bits(shape, seed, simd, threads):
     for stream, offset in ((0, 0), (16, 2**33 + 3), (2**32 - 1, 1)):
-        assert_same_bits(native.normal(seed, shape, stream, offset), reference.normal(seed, shape, stream, offset))
+        assert_same(native.normal(seed, shape, stream, offset), reference.normal(seed, shape, stream, offset))
         if shape[0]:
             u = native.uniform(seed, 50, stream, offset)
-            assert_same_bits(u, reference.uniform(seed, 50, stream, offset))
+            assert_same(u, reference.uniform(seed, 50, stream, offset))
 
 
 @pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
@@ -100,9 +96,9 @@ def test_noise(shape, rows, dtype, simd):
             for keep in (True, False):
                 arguments = (x0, n, alpha, sigma, 0.0 if xi is None else 0.1, xi, keep)
                 (got, kept), (want, wanted) = native.noise(*arguments), reference.noise(*arguments)
-                assert_same_bits(got, want)
+                assert_same(got, want)
                 if isinstance(wanted, torch.Tensor):
-                    assert_same_bits(kept, wanted)
+                    assert_same(kept, wanted)
                 else:
                     assert kept is n
 
@@ -130,7 +126,7 @@ def test_results_larger_than_the_cache_are_those_of_their_rows(size, dtype, simd
 
     pieces = [everything(slice(k, k + 1), k) for k in range(rows)]
     for whole, *parts in zip(everything(slice(None), 0), *pieces):
-        assert_same_bits(whole, torch.cat(parts))
+        assert_same(whole, torch.cat(parts))
 
 
 def loss_arguments(shape, rows, dtype, mask, made=False, wide=torch.float32):
@@ -235,7 +231,7 @@ def test_convert_and_step(dtype, batched, simd):
                     spread = torch.finfo(wide).eps * 4 * (exact.abs().max() if exact.numel() else 0)
                     assert bool(((got.double() - exact).abs() <= bound + ulps + spread).all())
         k_x, k_m = (random((shape[0], *ones[1:]), wide) for _ in range(2))
-        assert_same_bits(native.convert(m, x, k_x, k_m, dtype), reference.convert(m, x, k_x, k_m, dtype))
+        assert_same(native.convert(m, x, k_x, k_m, dtype), reference.convert(m, x, k_x, k_m, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -246,7 +242,7 @@ def test_special_values_survive_storage(dtype, value, simd):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     one, zero = torch.ones(1, dtype=wide), torch.zeros(1, dtype=wide)
     got = native.convert(x, torch.zeros_like(x), zero, one, dtype)
-    assert_same_bits(got, reference.convert(x, torch.zeros_like(x), zero, one, dtype))
+    assert_same(got, reference.convert(x, torch.zeros_like(x), zero, one, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -255,7 +251,7 @@ def test_every_16_bit_pattern_and_rounding(dtype, simd):
     one, half = torch.ones(1), torch.tensor([1 / 3])
     for k in (one, half):
         arguments = (every, torch.zeros_like(every), torch.zeros(1), k, dtype)
-        assert_same_bits(native.convert(*arguments), reference.convert(*arguments))
+        assert_same(native.convert(*arguments), reference.convert(*arguments))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -283,7 +279,7 @@ def test_any_shape_strides_rows_and_mask(data):
     alpha, sigma = random(rows, wide), random(rows, wide)
     x0, n = arguments[:2]
     got, want = (backend.noise(x0, n, alpha, sigma, 0.0, None, True)[0] for backend in (native, reference))
-    assert_same_bits(got, want)
+    assert_same(got, want)
 
 
 def test_channels_last_stays_channels_last():

@@ -13,6 +13,7 @@ from collections import Counter
 
 import pytest
 import torch
+from accuracy import assert_same
 from devices import every_pair, nightly
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -93,11 +94,6 @@ def random(shape, dtype=torch.float32):
     return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
 
 
-def assert_same_bits(a, b):
-    assert a.dtype == b.dtype and a.shape == b.shape
-    assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
-
-
 def assert_as_good(got, want, exact):
     """Within twice the reference's own largest relative error, plus one ulp."""
     assert got.dtype == want.dtype and got.shape == want.shape
@@ -120,9 +116,9 @@ def test_normals_and_uniforms_have_the_same_bits(shape):
         device_seed = philox.seed_tensor(seed, DEVICE)
         want = reference.normal(seed, shape, stream, offset)
         for given_seed in (seed, device_seed):
-            assert_same_bits(triton.normal(given_seed, shape, stream, offset, device=DEVICE).cpu(), want)
+            assert_same(triton.normal(given_seed, shape, stream, offset, device=DEVICE).cpu(), want)
             got = triton.uniform(given_seed, shape[0], stream, offset, DEVICE)
-            assert_same_bits(got.cpu(), reference.uniform(seed, shape[0], stream, offset))
+            assert_same(got.cpu(), reference.uniform(seed, shape[0], stream, offset))
 
 
 @diagonal(
@@ -139,8 +135,8 @@ def test_rows_of_a_continuous_process_are_one_launch(process, dtype):
         noised = objective.noise(x0, t, torch.zeros_like(x0))
     assert launched == ["rational", "affine"]
     levels = process.levels(t)
-    assert_same_bits(noised.alpha, levels.alpha.float())
-    assert_same_bits(noised.sigma, levels.sigma.float())
+    assert_same(noised.alpha, levels.alpha.float())
+    assert_same(noised.sigma, levels.sigma.float())
 
 
 @jit.jit
@@ -167,9 +163,9 @@ def test_fast_normals():
     assert (fast - exact).abs().max() < RNG_TOLERANCE
     source = ops.Philox(3, rng="fast")
     with fastdiff.use_backend("triton"):
-        assert_same_bits(source.tensor((4, 2048), DEVICE), fast)
+        assert_same(source.tensor((4, 2048), DEVICE), fast)
     with fastdiff.use_backend("reference"):
-        assert_same_bits(source.tensor((4, 2048), DEVICE), exact)
+        assert_same(source.tensor((4, 2048), DEVICE), exact)
     x0, one = random((4, 2048)), torch.ones(4, 1, device=DEVICE)
     x_t, _ = triton.noise(x0, source, one, one, 0.0, None, False)
     torch.testing.assert_close(x_t, x0 + fast)
@@ -245,9 +241,9 @@ def test_noise(layout, dtype, kinds):
     n, xi = noise_of(kinds[0], shape, dtype), noise_of(kinds[1], shape, dtype, 2)
     arguments = (x0, n, alpha, sigma, 0.0 if xi is None else 0.1, xi, xi is None)
     (got, kept), (want, wanted) = triton.noise(*arguments), reference.noise(*arguments)
-    assert_same_bits(got, want)
+    assert_same(got, want)
     if isinstance(wanted, torch.Tensor):
-        assert_same_bits(kept, wanted)
+        assert_same(kept, wanted)
     else:
         assert kept is n
 
@@ -270,10 +266,10 @@ def test_noise_and_target_in_one_launch(layout, dtype, kinds, rows_of_target):
         got, noise, target = triton.noise_and_target(*arguments, p, q)
     assert launched == ["affine"]
     want, kept = reference.noise(*arguments)
-    assert_same_bits(got, want)
+    assert_same(got, want)
     assert noise is n if not keep else torch.equal(noise, kept)
     p, q = (torch.zeros_like(alpha) if row is None else row for row in (p, q))
-    assert_same_bits(target, reference.noise(x0, n, p, q, 0.0, None, False)[0])
+    assert_same(target, reference.noise(x0, n, p, q, 0.0, None, False)[0])
 
 
 @diagonal(1, layout=LAYOUTS, dtype=DTYPES)
@@ -292,7 +288,7 @@ def test_target_in_the_memory_format_of_x0_and_with_gradients():
     n, row = torch.randn_like(x0), random((2, 1, 1, 1))
     for source in (n, ops.Philox(3)):
         x_t, _, target = triton.noise_and_target(x0, source, row, row, 0.0, None, False, row, row)
-        assert_same_bits(x_t, target)
+        assert_same(x_t, target)
         assert target.is_contiguous(memory_format=torch.channels_last)
     leaf = x0.clone().requires_grad_()
     x_t, _, target = triton.noise_and_target(leaf, n, row, row, 0.0, None, True, 2 * row, row)
@@ -318,7 +314,7 @@ def test_rows_gathered_in_noising(places, rows, kind):
     alpha, sigma = (columns[place] for place in places)
     n = noise_of(kind, x0.shape, x0.dtype)
     want = reference.noise(x0, n, *triton.tensors(alpha, sigma), 0.0, None, False)[0]
-    assert_same_bits(triton.noise(x0, n, alpha, sigma, 0.0, None, False)[0], want)
+    assert_same(triton.noise(x0, n, alpha, sigma, 0.0, None, False)[0], want)
 
 
 @diagonal(rows=GATHERED, places=["a b", "a _ b", "_ b a"])
@@ -552,7 +548,7 @@ def test_noising_with_its_target_is_one_launch(prediction):
             others.append(set(computed.names))
             prediction.grad = None
         assert others[1] == others[2]
-        assert_same_bits(target, objective.noise(x0, t, seed=seed).target)
+        assert_same(target, objective.noise(x0, t, seed=seed).target)
 
 
 @diagonal(
@@ -590,7 +586,7 @@ def test_an_objective_is_three_launches_and_keeps_no_noise(case, frames):
         again = prediction.detach().clone().requires_grad_()
         want = objective.noise(x0, t, seed=seed)
         objective.loss(again, want).backward()
-    assert_same_bits(noised.x_t, want.x_t)
+    assert_same(noised.x_t, want.x_t)
     torch.testing.assert_close(noised.snr, want.snr, rtol=0, atol=0)
     torch.testing.assert_close(prediction.grad, again.grad)
 
@@ -609,7 +605,7 @@ def test_gradients_of_noising_and_conversion(dtype):
             inputs = [a.clone().requires_grad_(), b.clone().requires_grad_()]
             results.append([(out := call(backend, *inputs)), *torch.autograd.grad(out, inputs, g)])
         for got, want in zip(*results):
-            assert_same_bits(got, want)
+            assert_same(got, want)
 
 
 @diagonal(
@@ -647,7 +643,7 @@ def test_a_step_of_nothing():
     x, row = random((0, 3)), random((len(ops.COLUMNS),))
     arguments = (x, x, x, 2.5, row, 0.5, (x,), ops.Philox(3), x, torch.float32, (True, True))
     for got, want in zip(triton.step(*arguments), reference.step(*arguments)):
-        assert_same_bits(got, want)
+        assert_same(got, want)
 
 
 @diagonal(dtype=DTYPES, copies=[1, 2], shape=[(3, 2, 5), (2, 2, 8, 16)])
@@ -660,7 +656,7 @@ def test_step_writes_the_next_model_input(dtype, copies, shape):
         arguments = (x, m, None, 1.0, row, 1.0, (), ops.Philox(3, 1, 20), None, dtype, (False, False))
         results.append((backend.step(*arguments, model_input=seen)[0], seen))
     for got, want in zip(*results):
-        assert_same_bits(got, want)
+        assert_same(got, want)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
@@ -690,7 +686,7 @@ def test_any_shape_strides_rows_and_mask(data):
     x0, n = arguments[:2] if not made else (arguments[0], ops.Philox(3))
     alpha, sigma = random(rows), random(rows)
     got, want = (backend.noise(x0, n, alpha, sigma, 0.0, None, True)[0] for backend in (triton, reference))
-    assert_same_bits(got, want)
+    assert_same(got, want)
 
 
 @gpu_variants
@@ -742,7 +738,7 @@ def test_an_objective_from_end_to_end():
             noised = objective.noise(x0, seed=5, keep_noise=False)
             loss = objective.loss(model(noised.x_t), noised)
             results.append([noised.x_t, noised.t, loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    assert_same_bits(results[0][0], results[1][0])
+    assert_same(results[0][0], results[1][0])
     for got, want in zip(*results):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 

@@ -8,12 +8,14 @@ sampler also runs against upstream as it comes, with the tolerance that its fp32
 Trajectories are fp32 with a fixed nonlinear model: 1e-5 of the trajectory's largest value, about 170 fp32 roundings.
 """
 
-import math
+from functools import partial
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from known import nonlinear
+from options import generator
 from oracle import assert_close
 
 import fastdiff
@@ -42,24 +44,9 @@ def upstream_of(make, name: str, exact: fastdiff.VariancePreserving | None = Non
     return scheduler
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def noises(steps: int, seed: int = 7) -> list[torch.Tensor]:
     g = generator(seed)
     return [torch.randn(SHAPE, generator=g) for _ in range(steps)]
-
-
-def model(x, t):
-    """Nonlinear in x, different at every t, bounded; no parameters, so both sides call the same function."""
-    time = float(torch.as_tensor(t).reshape(-1)[0]) / 1000
-    return torch.tanh(x * (0.4 + 0.5 * time)) * (0.9 - 0.3 * time) + 0.1 * math.cos(9 * time)
-
-
-def model_with_variance(x, t):
-    """Twice the channels: the second half, in (-1, 1), is learned-range's interpolation."""
-    return torch.cat([model(x, t), torch.sin(3 * x + 0.2)], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------- schedules
@@ -262,7 +249,7 @@ def run_ddpm(
         clip_sample_range=clip or 1.0,
         rescale_betas_zero_snr=zero,
     )
-    network = model_with_variance if variance.startswith("learned") else model
+    network = partial(nonlinear, variance=variance.startswith("learned"))
     zs, at = noises(steps), [0]
 
     def fed(shape, generator=None, device=None, dtype=None):
@@ -353,7 +340,7 @@ def test_ddpm_closed_form(variance, prediction):
 
     def network(x, t):
         second = torch.sin(3 * x) - 3 if variance == "learned" else torch.sin(3 * x)
-        return torch.cat([model(x, t), second], 1) if variance.startswith("learned") else model(x, t)
+        return torch.cat([nonlinear(x, t), second], 1) if variance.startswith("learned") else nonlinear(x, t)
 
     sampler = fastdiff.samplers.DDPM(variance=variance, timesteps=times, clip=2.0)
     xs, _, ts = ours(process, sampler, steps, prediction, network, zs)
@@ -410,7 +397,7 @@ def run_ddim(
     def step(i, output, t, x):
         return upstream.step(output, t, x, eta=eta, use_clipped_model_output=rederive, variance_noise=zs[i])
 
-    b = theirs(upstream, steps, model, step)
+    b = theirs(upstream, steps, nonlinear, step)
     sampler = fastdiff.samplers.DDIM(
         eta=eta,
         clip=clip,
@@ -420,7 +407,7 @@ def run_ddim(
         previous="stride",
         set_alpha_to_one=to_one,
     )
-    assert_same_trajectory(ours(process, sampler, steps, prediction, model, zs), b, process, prediction, tolerance)
+    assert_same_trajectory(ours(process, sampler, steps, prediction, nonlinear, zs), b, process, prediction, tolerance)
 
 
 @pytest.mark.parametrize("clip, rederive", [(None, False), (1.0, False), (1.0, True)])
@@ -464,13 +451,13 @@ def test_ddim_to_the_next_time(prediction, eta, steps):
     """previous="next" (our default) where upstream's stride is not the list's: the paper's eq. 12 on our own list."""
     process, zs = process_of("cosine"), noises(steps)
     sampler = fastdiff.samplers.DDIM(eta=eta, spacing="linspace", clip=3.0)
-    xs, _, ts = ours(process, sampler, steps, prediction, model, zs)
+    xs, _, ts = ours(process, sampler, steps, prediction, nonlinear, zs)
     abar = oracle.alpha_bar(oracle.betas_cosine(1000))
     start = torch.randn(SHAPE, generator=generator(3))
     scale = float(torch.stack([start, *xs]).abs().max())
     for i, t in enumerate(ts):
         x = start if i == 0 else xs[i - 1]
-        output = model(x, torch.tensor([t])).double().numpy()
+        output = nonlinear(x, torch.tensor([t])).double().numpy()
         alpha, sigma = oracle.vp_alpha_sigma(abar, t)
         raw = oracle.to_x0(prediction, x.numpy(), output, alpha, sigma)
         eps = (x.numpy() - alpha * raw) / sigma
@@ -483,8 +470,8 @@ def test_ddim_to_the_next_time(prediction, eta, steps):
 def test_ddim_with_eta_one_is_ddpm():
     """DDIM section 4.1: eta = 1 has DDPM's posterior; the same noise gives the same trajectory."""
     process, zs = process_of("linear"), noises(20)
-    a = ours(process, fastdiff.samplers.DDIM(eta=1.0), 20, "epsilon", model, zs)
-    b = ours(process, fastdiff.samplers.DDPM(variance="fixed_small"), 20, "epsilon", model, zs)
+    a = ours(process, fastdiff.samplers.DDIM(eta=1.0), 20, "epsilon", nonlinear, zs)
+    b = ours(process, fastdiff.samplers.DDPM(variance="fixed_small"), 20, "epsilon", nonlinear, zs)
     assert_same_trajectory(a, b, process, "epsilon")
 
 
@@ -592,7 +579,9 @@ def test_which_steps_draw_noise(sampler, draws):
         asked.append(step)
         return torch.zeros(shape)
 
-    fastdiff.sample(model, SHAPE, process_of("linear"), sampler=sampler, steps=5, noise=noise, seed=0, progress=False)
+    fastdiff.sample(
+        nonlinear, SHAPE, process_of("linear"), sampler=sampler, steps=5, noise=noise, seed=0, progress=False
+    )
     assert asked == draws
 
 
@@ -603,7 +592,7 @@ def test_which_steps_draw_noise(sampler, draws):
 def test_options_of_discrete_steps(options):
     with pytest.raises(ValueError, match="discrete|stride|set_alpha_to_one"):
         fastdiff.sample(
-            model,
+            nonlinear,
             SHAPE,
             fastdiff.RectifiedFlow(),
             sampler=fastdiff.samplers.DDIM(**options),
@@ -630,7 +619,7 @@ def test_leading_with_offset_beyond_the_last_step():
     """1000 leading steps with offset 1 would visit t = 1000 (upstream: an index error in the middle of sampling)."""
     with pytest.raises(ValueError, match="1000|999|offset"):
         fastdiff.sample(
-            model,
+            nonlinear,
             SHAPE,
             process_of("linear"),
             sampler=fastdiff.samplers.DDPM(spacing="leading", steps_offset=1),
@@ -643,4 +632,4 @@ def test_leading_with_offset_beyond_the_last_step():
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_bad_number_of_steps(steps):
     with pytest.raises(ValueError, match=rf"steps must lie in \[1, 1000\].*got {steps}"):
-        fastdiff.sample(model, SHAPE, process_of("linear"), steps=steps, progress=False, seed=0)
+        fastdiff.sample(nonlinear, SHAPE, process_of("linear"), steps=steps, progress=False, seed=0)

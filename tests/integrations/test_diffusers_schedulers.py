@@ -20,6 +20,7 @@ from functools import cache
 import pytest
 import torch
 from devices import pairwise
+from known import nonlinear
 
 diffusers = pytest.importorskip("diffusers")
 from fastdiff.integrations import diffusers as fused  # noqa: E402
@@ -181,13 +182,6 @@ GRID = list(grid())
 NAMES = sorted({case[0] for case in GRID})
 
 
-def network(x, t, double=False):
-    """Nonlinear in x, different at every t, bounded; no parameters, so both sides call the same function."""
-    time = float(torch.as_tensor(t).reshape(-1)[0]) / 1000
-    m = torch.tanh(x * (0.4 + 0.5 * time)) * (0.9 - 0.3 * time) + 0.1 * math.cos(9 * time)
-    return torch.cat([m, torch.sin(3 * x + 0.2)], dim=1) if double else m
-
-
 STATE = [
     *("_step_index", "_begin_index", "lower_order_nums", "this_order", "model_outputs", "last_sample", "timestep_list"),
     *("prev_derivative", "dt", "sample", "num_inference_steps", "is_scale_input_called", "custom_timesteps"),
@@ -272,7 +266,7 @@ def run(scheduler, steps, dtype=torch.float32, generator=None, **given):
     outputs = []
     for t in scheduler.timesteps:
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        outputs.append(scheduler.step(network(seen, t, double), t, x, **given))
+        outputs.append(scheduler.step(nonlinear(seen, t, double), t, x, **given))
         x = outputs[-1].prev_sample
     return outputs
 
@@ -369,7 +363,7 @@ def test_half_precision_is_no_farther_from_the_truth(monkeypatch, case, dtype):
         # All are at the same half-precision x, with the same history.
         for key in ("ours", "truth"):
             copy_history(runs["upstream"], runs[key], float if key == "truth" else lambda tensor: tensor)
-        m = network(x["upstream"].float(), t, double).to(dtype)
+        m = nonlinear(x["upstream"].float(), t, double).to(dtype)
         outputs = {}
         for key, scheduler in runs.items():
             if hasattr(scheduler, "scale_model_input"):
@@ -545,7 +539,7 @@ def test_the_default_generator_and_tuples(name):
         for t in scheduler.timesteps:
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(x, t)
-            result = scheduler.step(network(x, t), t, x, return_dict=False)
+            result = scheduler.step(nonlinear(x, t), t, x, return_dict=False)
             assert type(result) is tuple
             x = result[0]
         outputs.append((*result, torch.randn(3)))
@@ -577,7 +571,7 @@ def test_from_the_middle(name):
         for t in scheduler.timesteps[first:]:
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(x, t)
-            x = scheduler.step(network(x, t), t, x, **g).prev_sample
+            x = scheduler.step(nonlinear(x, t), t, x, **g).prev_sample
         outputs.append(x)
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
     assert not fused_share(name)[1]
@@ -673,7 +667,7 @@ def test_gradients_go_through(name):
         g = g if "generator" in inspect.signature(scheduler.step).parameters else {}
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(x, t)
-        y = scheduler.step(network(x, t), t, x, **g).prev_sample
+        y = scheduler.step(nonlinear(x, t), t, x, **g).prev_sample
         gradients += torch.autograd.grad(y.square().sum(), x)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
     assert fused_share(name) == (1, {})

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_rounded, to_numpy
+from libraries import spread
 
 import fastdiff
 from fastdiff.integrations import training_scripts as scripts
@@ -35,10 +36,6 @@ def cogvideox_scheduler():
     return diffusers.CogVideoXDPMScheduler(
         **STABLE_DIFFUSION, prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.0
     )
-
-
-def spread(rows, like):
-    return rows.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def halves(*tensors):

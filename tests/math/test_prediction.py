@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known import make_levels
 from oracle import assert_close
 
 import fastdiff
@@ -50,10 +51,6 @@ def meaningful(process, kind: str) -> bool:
 
 
 PAIRS = [(name, kind) for name, (process, _) in PROCESSES.items() for kind in ALL_KINDS if meaningful(process, kind)]
-
-
-def make_levels(process, t):
-    return process.levels(torch.tensor(t, dtype=torch.int64 if process.discrete else torch.float64))
 
 
 def truth_arguments(process, levels) -> dict:

@@ -15,6 +15,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from accuracy import float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import UNIT, assert_close
@@ -40,10 +41,6 @@ CONTINUOUS = {
     "vesde other": (fastdiff.VESDE, oracle.vesde_alpha_sigma, {"sigma_min": 0.02, "sigma_max": 1348.0}),
 }
 EDGES = np.array([0.0, 1e-300, 1e-12, 1e-5, 1e-3, 0.25, 0.5, 0.75, 0.999, 1 - 1e-9, 1 - 2.0**-53, 1.0])
-
-
-def float64(values) -> torch.Tensor:
-    return torch.tensor(np.asarray(values, dtype=np.float64))
 
 
 def schedule_bounds(abar: np.ndarray, relative_abar: np.ndarray | float = 0.0) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from accuracy import float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_close
@@ -49,16 +50,12 @@ SAMPLERS = {
 }
 
 
-def tensor(u) -> torch.Tensor:
-    return torch.tensor(np.asarray(u, dtype=np.float64))
-
-
 @pytest.mark.parametrize("process", list(CONTINUOUS))
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_quantiles_continuous(name, process):
     """Absolute 1e-13 beside 1e-12 relative: 1 - x in fractions near 0, and ndtri near 0, cancel to a few u."""
     make, truth = SAMPLERS[name]
-    t = make()(tensor(GRID), CONTINUOUS[process])
+    t = make()(float64(GRID), CONTINUOUS[process])
     assert t.dtype == torch.float64 and t.shape == (N,)
     assert_close(t, truth(GRID), absolute=1e-13, label=name)
 
@@ -68,7 +65,7 @@ def test_quantiles_continuous(name, process):
 def test_quantiles_discrete(name, steps):
     """floor(t steps); where t steps is an integer to 1e-9, rounding decides and either neighbour is right."""
     make, truth = SAMPLERS[name]
-    t = make()(tensor(GRID), DISCRETE[steps])
+    t = make()(float64(GRID), DISCRETE[steps])
     assert t.dtype == torch.int64 and t.shape == (N,)
     expected, place = oracle.to_index(truth(GRID), steps), np.asarray(truth(GRID) * steps, dtype=np.float64)
     sure = np.abs(place - np.round(place)) > 1e-9
@@ -80,10 +77,10 @@ def test_quantiles_discrete(name, steps):
 @PROFILE
 def test_uniform_range(low, width, u):
     high = min(low + width, 1.0)
-    t = float(timesteps.Uniform(low, high)(tensor([u]), fastdiff.RectifiedFlow()))
+    t = float(timesteps.Uniform(low, high)(float64([u]), fastdiff.RectifiedFlow()))
     assert low <= t <= high
     assert_close(t, oracle.quantile_uniform(u, low, high), absolute=4 * oracle.UNIT)
-    index = int(timesteps.Uniform(low, high)(tensor([u]), fastdiff.VariancePreserving()))
+    index = int(timesteps.Uniform(low, high)(float64([u]), fastdiff.VariancePreserving()))
     assert math.floor(low * 1000) <= index <= min(math.ceil(high * 1000), 999)
 
 
@@ -91,9 +88,9 @@ def test_uniform_range(low, width, u):
 @PROFILE
 def test_logit_and_log_normal_parameters(mean, std, u):
     """ndtri to 1e-15 relative enters through an exponential: 1e-12 relative with |std ndtri| below 18."""
-    t = timesteps.LogitNormal(mean, std)(tensor([u]), fastdiff.RectifiedFlow())
+    t = timesteps.LogitNormal(mean, std)(float64([u]), fastdiff.RectifiedFlow())
     assert_close(t, [oracle.quantile_logit_normal(u, mean, std)], absolute=1e-15)
-    sigma = timesteps.LogNormal(mean, std)(tensor([u]), fastdiff.EDM())
+    sigma = timesteps.LogNormal(mean, std)(float64([u]), fastdiff.EDM())
     assert_close(sigma, [oracle.quantile_log_normal(u, mean, std)])
 
 
@@ -102,15 +99,15 @@ def test_logit_and_log_normal_parameters(mean, std, u):
 def test_mode_and_shift_parameters(scale, shift, u):
     """SD3 allows scales from -1 to 2/(pi - 2) = 1.7519, where the map is monotone and stays in [0, 1]."""
     process = fastdiff.RectifiedFlow()
-    t = timesteps.Mode(scale)(tensor([u]), process)
+    t = timesteps.Mode(scale)(float64([u]), process)
     assert_close(t, [np.clip(oracle.quantile_mode(u, scale), 0, 1)], absolute=8 * oracle.UNIT)
-    t = timesteps.Shifted(timesteps.Uniform(), shift)(tensor([u]), process)
+    t = timesteps.Shifted(timesteps.Uniform(), shift)(float64([u]), process)
     assert_close(t, [oracle.flow_shift(u, shift)])
 
 
 def test_log_normal_is_sigma():
     """EDM's training noise levels: ln sigma ~ N(-1.2, 1.2^2)."""
-    t = timesteps.LogNormal()(tensor(GRID), fastdiff.EDM())
+    t = timesteps.LogNormal()(float64(GRID), fastdiff.EDM())
     assert t.dtype == torch.float64
     assert_close(t, oracle.quantile_log_normal(GRID))
 
@@ -121,7 +118,7 @@ def test_stratified(inner, count):
     """VDM: (u_0 + i/B) mod 1 with one shared u_0, so each of the B strata holds exactly one."""
     make, truth = SAMPLERS[inner]
     u = np.random.default_rng(3).uniform(size=count)
-    t = timesteps.Stratified(make())(tensor(u), fastdiff.RectifiedFlow())
+    t = timesteps.Stratified(make())(float64(u), fastdiff.RectifiedFlow())
     assert t.shape == (count,) and t.dtype == torch.float64
     shared = oracle.stratify(u)
     assert_close(t, truth(np.asarray(shared, dtype=np.float64)), absolute=1e-13)
@@ -131,7 +128,7 @@ def test_stratified(inner, count):
 
 def test_stratified_defaults_to_uniform_and_indexes():
     """A thousand strata on a thousand steps: every index once."""
-    u = tensor(np.full(1000, 0.4321 / 1000))
+    u = float64(np.full(1000, 0.4321 / 1000))
     t = timesteps.Stratified()(u, fastdiff.VariancePreserving())
     assert t.dtype == torch.int64
     assert np.array_equal(np.sort(t.numpy()), np.arange(1000))
@@ -140,7 +137,7 @@ def test_stratified_defaults_to_uniform_and_indexes():
 def test_stratified_stays_in_the_open_interval():
     """A stratum that begins at 0 (or rounds to 1) must not ask the normal's quantile for an infinity."""
     for u in ([0.0, 0.3], [0.5, 0.1], [1 - 2.0**-53, 0.2]):
-        sigma = timesteps.Stratified(timesteps.LogNormal())(tensor(u), fastdiff.EDM())
+        sigma = timesteps.Stratified(timesteps.LogNormal())(float64(u), fastdiff.EDM())
         assert bool((sigma > 0).all()) and bool(torch.isfinite(sigma).all())
 
 
@@ -185,12 +182,12 @@ def cosmap_cdf(x: np.ndarray) -> np.ndarray:
     ids=["uniform", "part", "logit normal", "mode", "mode neg", "cosmap", "shifted", "stratified"],
 )
 def test_distribution(sampler, cdf):
-    t = sampler(tensor(GRID), fastdiff.RectifiedFlow()).numpy()
+    t = sampler(float64(GRID), fastdiff.RectifiedFlow()).numpy()
     assert grid_statistic(t, cdf) < 1e-9
 
 
 def test_distribution_of_log_normal():
-    t = timesteps.LogNormal(-0.4, 1.6)(tensor(GRID), fastdiff.EDM()).numpy()
+    t = timesteps.LogNormal(-0.4, 1.6)(float64(GRID), fastdiff.EDM()).numpy()
     assert grid_statistic(t, stats.lognorm(s=1.6, scale=math.exp(-0.4)).cdf) < 1e-9
 
 
@@ -243,22 +240,22 @@ def test_edges_stay_in_range(name):
     """u of 0 and of 1 - 2^-53: `mode` maps u = 0 to t = 1, which is index 999 of 1000, not 1000."""
     sampler = SAMPLERS[name][0]()
     for process in (*DISCRETE.values(), *CONTINUOUS.values()):
-        t = sampler(tensor(EDGE_U), process)
+        t = sampler(float64(EDGE_U), process)
         process.check_t(t)
         assert bool(torch.isfinite(process.levels(t).sigma).all())
     for steps, process in DISCRETE.items():
-        t = sampler(tensor(EDGE_U), process)
+        t = sampler(float64(EDGE_U), process)
         assert 0 <= int(t.min()) and int(t.max()) <= steps - 1
 
 
 def test_mode_at_zero_is_the_last_step():
-    assert int(timesteps.Mode()(tensor([0.0]), fastdiff.VariancePreserving())) == 999
-    assert float(timesteps.Mode()(tensor([0.0]), fastdiff.RectifiedFlow())) == 1.0
+    assert int(timesteps.Mode()(float64([0.0]), fastdiff.VariancePreserving())) == 999
+    assert float(timesteps.Mode()(float64([0.0]), fastdiff.RectifiedFlow())) == 1.0
 
 
 def test_sigmoid_does_not_saturate():
     """In fp32 sigmoid(17) is 1; in float64 it is 1 - 4.1e-8. At mean 40 float64 saturates too, and 1 is in range."""
-    u = tensor([0.25, 0.5, 0.75])
+    u = float64([0.25, 0.5, 0.75])
     t = timesteps.LogitNormal(17.0, 0.5)(u, fastdiff.RectifiedFlow())
     assert bool((t < 1).all()) and bool((t[1:] > t[:-1]).all())
     assert_close(t, oracle.quantile_logit_normal([0.25, 0.5, 0.75], 17.0, 0.5), rel=4 * oracle.UNIT)
@@ -279,8 +276,8 @@ def test_low_precision_uniforms():
 
 def test_empty_batch():
     for make, _ in SAMPLERS.values():
-        assert make()(tensor([]), fastdiff.VariancePreserving()).shape == (0,)
-    assert timesteps.Stratified()(tensor([]), fastdiff.VariancePreserving()).shape == (0,)
+        assert make()(float64([]), fastdiff.VariancePreserving()).shape == (0,)
+    assert timesteps.Stratified()(float64([]), fastdiff.VariancePreserving()).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -307,11 +304,11 @@ def test_bad_parameters(make, parameters, words):
 def test_fractions_mean_nothing_on_edm(make):
     """EDM's t is sigma, from 0 to infinity: a fraction of that range is not a noise level."""
     with pytest.raises(ValueError, match="EDM|LogNormal|sigma"):
-        make()(tensor([0.5]), fastdiff.EDM())
+        make()(float64([0.5]), fastdiff.EDM())
 
 
 @pytest.mark.parametrize("process", [fastdiff.VariancePreserving(), fastdiff.RectifiedFlow()], ids=["vp", "flow"])
 def test_log_normal_wants_edm(process):
     """A sigma of 80 is neither a fraction nor an index."""
     with pytest.raises(ValueError, match="LogNormal|EDM|sigma"):
-        timesteps.LogNormal()(tensor([0.5]), process)
+        timesteps.LogNormal()(float64([0.5]), process)

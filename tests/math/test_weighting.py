@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known import make_levels
 from oracle import assert_close
 
 import fastdiff
@@ -90,10 +91,6 @@ WEIGHTINGS = {
     "sigma_sqrt": (lambda: weighting.SigmaSqrt(), lambda k, a, s, d: oracle.weight_sigma_sqrt(k, a, s)),
     "cosmap": (lambda: weighting.CosMap(), lambda k, a, s, d: oracle.weight_cosmap(k, a, s)),
 }
-
-
-def make_levels(process, t):
-    return process.levels(torch.tensor(t, dtype=torch.int64 if process.discrete else torch.float64))
 
 
 def evaluate(w, levels, kind: str) -> np.ndarray:

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from accuracy import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,11 +72,6 @@ def batch(dtype=torch.float32, shape=(3, 4, 8, 8), seed=0):
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
 
 
-def same(got, want):
-    assert got.dtype == want.dtype and got.shape == want.shape
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_a_training_step_has_the_bits_of_the_general_way(objective, dtype, general):
@@ -89,7 +85,7 @@ def test_a_training_step_has_the_bits_of_the_general_way(objective, dtype, gener
         return noised.x_t, noised.t, noised.noise, loss, m.grad, noised.alpha, noised.sigma, noised.weight
 
     for got, want in zip(step(), general(step)):
-        same(got, want)
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -104,7 +100,7 @@ def test_given_noise_and_times_have_the_bits_of_the_general_way(objective, dtype
         return noised.x_t, objective.loss(prediction, noised)
 
     for got, want in zip(run(), general(run)):
-        same(got, want)
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
@@ -139,8 +135,8 @@ def test_any_upstream_gradient_and_a_second_use(upstream, general):
         return first, second
 
     (first, second), (want, _) = run(), general(run)
-    same(first, want)
-    same(second, want)
+    assert_same(first, want)
+    assert_same(second, want)
 
 
 def test_a_scaled_float16_loss_rounds_its_gradient_once(general):
@@ -152,7 +148,7 @@ def test_a_scaled_float16_loss_rounds_its_gradient_once(general):
         (objective.loss(m, objective.noise(x0, torch.tensor([1, 2, 3]), n)) * 65536.0).backward()
         return m.grad
 
-    same(run(), general(run))
+    assert_same(run(), general(run))
 
 
 def test_the_gradient_of_the_gradient():
@@ -186,7 +182,7 @@ def test_what_is_not_plain_is_done_the_general_way(general):
             return noised.x_t.detach(), objective.loss(m[: len(x)], noised).detach()
 
         for got, want in zip(run(), general(run)):
-            same(got, want)
+            assert_same(got, want)
             assert got.stride() == want.stride()
 
 
@@ -210,9 +206,11 @@ def test_transforms_and_subclasses_are_left_alone(general):
     class Mine(torch.Tensor):
         pass
 
-    same(objective.noise(x0.as_subclass(Mine), t, n).x_t.as_subclass(torch.Tensor), objective.noise(x0, t, n).x_t)
+    assert_same(
+        objective.noise(x0.as_subclass(Mine), t, n).x_t.as_subclass(torch.Tensor), objective.noise(x0, t, n).x_t
+    )
     each = torch.func.vmap(lambda x, n: objective.noise(x, t, n).x_t)(x0[None], n[None])
-    same(each[0], objective.noise(x0, t, n).x_t)
+    assert_same(each[0], objective.noise(x0, t, n).x_t)
     noised = objective.noise(x0, t, n)
     m = m.requires_grad_()
     want = torch.autograd.grad(objective.loss(m, noised), m)[0]
@@ -261,7 +259,7 @@ def test_times_of_frames_have_the_bits_of_the_general_way(general):
         return loss, *torch.autograd.grad(loss, p)
 
     for got, want in zip(run(), general(run)):
-        same(got, want)
+        assert_same(got, want)
 
 
 def test_offset_noise_of_data_without_channels_is_refused():
@@ -289,11 +287,11 @@ def test_copies_make_their_own_calls():
     t = torch.tensor([5, 6, 7])
     want = objective.noise(x0, t, n).x_t
     for other in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
-        same(other.noise(x0, t, n).x_t, want)
+        assert_same(other.noise(x0, t, n).x_t, want)
     other = copy.deepcopy(objective)
     del objective
     gc.collect()
-    same(other.noise(x0, t, n).x_t, want)
+    assert_same(other.noise(x0, t, n).x_t, want)
 
 
 def test_seeds_and_generators():
@@ -302,13 +300,13 @@ def test_seeds_and_generators():
     whole = objective.noise(x0, seed=2**64 - 3)
     halves = [objective.noise(x0[k : k + 2], seed=torch.tensor(-3), sample_offset=k) for k in (0, 2)]
     for name in ("x_t", "t", "noise"):
-        same(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))
+        assert_same(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))
     one, other = (objective.noise(x0, generator=torch.Generator().manual_seed(3)) for _ in range(2))
-    same(one.x_t, other.x_t)
+    assert_same(one.x_t, other.x_t)
     assert not torch.equal(objective.noise(x0).x_t, objective.noise(x0).x_t)
     not_kept = objective.noise(x0, seed=9, keep_noise=False)
     assert isinstance(not_kept.noise_source, ops.Philox)
-    same(not_kept.noise, objective.noise(x0, seed=9).noise)
+    assert_same(not_kept.noise, objective.noise(x0, seed=9).noise)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -324,7 +322,7 @@ def test_a_step_has_the_bits_of_the_general_way(dtype, noise, general):
         return ops.step(x, m, row, clip=0.7, noise=z, return_entry=False)
 
     for got, want in zip(run()[:2], general(run)[:2]):
-        same(got, want)
+        assert_same(got, want)
     assert run()[2] is None
 
 
@@ -334,10 +332,10 @@ def test_a_conversion_has_the_bits_of_the_general_way(dtype, kind, general):
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
     x0, n, m = batch(dtype)
     noised = objective.noise(x0, torch.tensor([0, 500, 999]), n)
-    same(objective.convert(m, noised, kind), general(objective.convert, m, noised, kind))
+    assert_same(objective.convert(m, noised, kind), general(objective.convert, m, noised, kind))
     m.requires_grad_()
     got, want = (run(objective.convert, m, noised, kind) for run in (lambda f, *a: f(*a), general))
-    same(torch.autograd.grad(got.sum(), m)[0], torch.autograd.grad(want.sum(), m)[0])
+    assert_same(torch.autograd.grad(got.sum(), m)[0], torch.autograd.grad(want.sum(), m)[0])
 
 
 def test_a_conversion_that_is_not_determined_is_refused():
@@ -356,8 +354,8 @@ def test_large_results_have_the_bits_of_small_ones():
     (gradient,) = torch.autograd.grad(objective.loss(m, whole), m)
     for k in (0, 8):
         one = objective.noise(x0[k : k + 1], seed=1, sample_offset=k)
-        same(whole.x_t[k], one.x_t[0])
-        same(whole.noise[k], one.noise[0])
+        assert_same(whole.x_t[k], one.x_t[0])
+        assert_same(whole.noise[k], one.noise[0])
         m_k = m[k : k + 1].detach().requires_grad_()
         (small,) = torch.autograd.grad(objective.loss(m_k, one), m_k)
         # Both have the divisor in a factor that is rounded once, and are rounded themselves.
@@ -459,4 +457,4 @@ def test_a_step_whose_noise_has_an_offset_is_a_whole_call(only_whole_calls):
     noise = ops.Philox(7, 3, 20, offset=0.1)
     y, _, _ = ops.step(x, m, row, noise=noise, return_entry=False)
     with fastdiff.use_backend("reference"):
-        same(y, ops.step(x, m, row, noise=noise, return_entry=False)[0])
+        assert_same(y, ops.step(x, m, row, noise=noise, return_entry=False)[0])

@@ -7,11 +7,10 @@ What is compared then is the step: 1e-5 of the trajectory's largest value, about
 Euler, Euler ancestral and Heun keep x_t / alpha upstream and x_t here, so theirs is multiplied by alpha.
 """
 
-import math
-
 import numpy as np
 import pytest
 import torch
+from known import nonlinear
 
 import fastdiff
 from fastdiff import samplers
@@ -37,18 +36,12 @@ def noises(count: int) -> list[torch.Tensor]:
     return [torch.randn(SHAPE, generator=g) for _ in range(count)]
 
 
-def network(x, t):
-    """Nonlinear in x, different at every t, bounded."""
-    time = float(torch.as_tensor(t).reshape(-1)[0]) / 1000
-    return torch.tanh(x * (0.4 + 0.5 * time)) * (0.9 - 0.3 * time) + 0.1 * math.cos(9 * time)
-
-
 def timeless(x, t):
     """The same whatever t: upstream rounds or cuts off the times of some sigma schedules."""
-    return network(x, 300)
+    return nonlinear(x, 300)
 
 
-def ours(sampler, process, steps, prediction, model=network, zs=None, first=None):
+def ours(sampler, process, steps, prediction, model=nonlinear, zs=None, first=None):
     """(x after every step, x0 estimates, t)."""
     seen, first = [], start() if first is None else first
     how = {"noise": lambda k, shape: zs[k], "progress": False, "x": first}
@@ -87,7 +80,7 @@ def assert_trajectory(mine, theirs, tolerance=1e-5):
         assert off <= tolerance * scale, f"step {k}: {off:.2e} of {scale:.2e}"
 
 
-def compare(make, sampler, steps, prediction, *, model=network, zs=None, heun=False, sigma_space=True, **options):
+def compare(make, sampler, steps, prediction, *, model=nonlinear, zs=None, heun=False, sigma_space=True, **options):
     """Run both and compare x (and the times) at every step."""
     upstream = upstream_of(make, prediction_type=prediction, **options)
     upstream.set_timesteps(steps)
@@ -273,7 +266,7 @@ def test_lcm(steps, prediction, clip, monkeypatch):
     upstream.set_timesteps(steps)
     x, theirs = start(), []
     for t in upstream.timesteps:
-        x = upstream.step(network(x, t), t, x).prev_sample
+        x = upstream.step(nonlinear(x, t), t, x).prev_sample
         theirs.append(x)
     mine = ours(samplers.LCM(clip=clip), VP, steps, prediction, zs=zs)
     assert [t for *_, t in mine] == upstream.timesteps.tolist()
@@ -284,7 +277,7 @@ def test_lcm(steps, prediction, clip, monkeypatch):
 
 
 def flow_network(x, t):
-    return network(x, float(t.reshape(-1)[0]) * 1000)
+    return nonlinear(x, float(t.reshape(-1)[0]) * 1000)
 
 
 def flow_times(shift, steps):
@@ -371,7 +364,7 @@ def test_multistep_on_flows(steps, name, shift, order):
 
 
 def edm_network(x, t):
-    return network(x, float(t.reshape(-1)[0]) * 100 + 400)
+    return nonlinear(x, float(t.reshape(-1)[0]) * 100 + 400)
 
 
 @pytest.mark.parametrize("schedule", ["karras", "exponential"])
@@ -415,7 +408,7 @@ def test_upstream_unipc_is_nan_at_clean_data_and_right_here(options):
     exact_sigmas(upstream, sampler.path(VP, 20))
     x, theirs = start(), []
     for t in upstream.timesteps:
-        x = upstream.step(network(x, t), t, x).prev_sample
+        x = upstream.step(nonlinear(x, t), t, x).prev_sample
         theirs.append(x)
     assert not bool(theirs[-1].isfinite().all())
     mine = ours(sampler, VP, 20, "epsilon")
