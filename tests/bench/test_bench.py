@@ -12,15 +12,19 @@ import functools
 import importlib.util
 import io
 import json
+import math
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
 import torch
+from drawn import described
 from known import Clock
 
 import fastdiff
@@ -1232,6 +1236,149 @@ class TestKnownReport:
         assert list(least.get_ydata()) == pytest.approx([n / 38.5e9 * 1e6 for n in floors])
         host = drawn["sizes"].patches[-1]  # where 400 us are more than the 20 bytes of an element would take
         assert host.get_x() == 2**19 and host.get_x() + host.get_width() == pytest.approx(4e-4 * 38.5e9 / 20)
+
+    # Every word, size, colour and limit of the plots of the known report, on a desktop, in the light theme.
+    LOOKS = {
+        "roofline": """
+            8.6 4.2 inches, #ffffff, ConstrainedLayoutEngine
+            axes 'Bandwidth reached, against a copy' 10 bold #1a1a1a 6 above
+             x: log, from 2.026e+07 4.342e+07, label 'least bytes of the operation' 8.5 #1a1a1a, GRID, BOTTOM
+             y: log, from 0.7547 77, label 'GB/s' 8.5 #1a1a1a, GRID, LEFT
+             frame: left #6b7280, bottom #6b7280 on #ffffff
+             line #1a1a1a 1.2 -
+             points 46 #009e738c order 2 edges 0 alpha 0.55
+             points 46 #d55e008c order 2 edges 0 alpha 0.55
+             points 46 #0072b2e6 order 3 edges 0 alpha 0.9
+             box 0 30 1 10 #6b72804c edge 0 order 1 alpha 0.3
+             text at 0.02 38.5 bottom 'copy: 38 GB/s' 8 #1a1a1a
+            legend in 5 columns, no frame, 1.2 0.4
+             #0072b2 None o5 'fastdiff' 7.5 #1a1a1a
+             #d55e00 None o5 'eager' 7.5 #1a1a1a
+             #009e73 None o5 'torch.compile' 7.5 #1a1a1a
+             #cc79a7 None o5 'diffusers' 7.5 #1a1a1a
+             #6b7280 None *5 'training step' 7.5 #1a1a1a""",
+        "peers": """
+            8.6 1.95 inches, #ffffff, ConstrainedLayoutEngine
+            axes 'Against the others, 16x4x128x128' 10 bold #1a1a1a 6 above
+             x: log, from 0.8 9.654, label 'time, fastdiff = 1' 8.5 #1a1a1a, GRID, BOTTOM
+             y: linear, from 0.6 -0.6, label '' 8.5 #1a1a1a, LEFT
+             frame: left #6b7280, bottom #6b7280 on #ffffff
+             line #1a1a1a 0.8 -
+             line #1a1a1a 1.2 -
+             box 1 -0.3867 5.5 0.24 #d55e00 edge 1 order 1
+             text at 7.088 -0.2667 center '6.5' 7 #1a1a1a
+             text at 1.03 0 center 'varies too much' 6.5 #6b7280
+            legend in 3 columns, no frame, 1.2 0.4
+             #d55e00 None s5 'eager' 7.5 #1a1a1a
+             #009e73 None s5 'torch.compile' 7.5 #1a1a1a
+             #cc79a7 None s5 'diffusers' 7.5 #1a1a1a""",
+        "sizes": """
+            8.6 4.2 inches, #ffffff, ConstrainedLayoutEngine
+            axes 'training step, v_prediction, fp32' 10 bold #1a1a1a 6 above
+             x: log, from 5.243e+05 4.194e+06, label 'elements' 8.5 #1a1a1a, GRID, BOTTOM
+             y: log, from 451.7 2.773e+04, label 'time, microseconds' 8.5 #1a1a1a, GRID, LEFT
+             frame: left #6b7280, bottom #6b7280 on #ffffff
+             line 'fastdiff' #0072b2 1.8 - o3.5
+             line 'eager' #d55e00 1.1 - o3.5
+             line 'torch.compile' #009e73 1.1 - o3.5
+             line "least bytes at a copy's rate" #1a1a1a 1.5 :
+             points  #0072b233 order 1 edges 0 alpha 0.2
+             points  #d55e0033 order 1 edges 0 alpha 0.2
+             points  #009e7333 order 1 edges 0 alpha 0.2
+             box 5.243e+05 0 2.457e+05 1 #6b72802e edge 0 order 0 alpha 0.18
+             text at 6.168e+05 0.97 top 'launch-bound' 8 #1a1a1a
+            legend in 3 columns, no frame, 1.2 0.4
+             #0072b2 - o3.5 'fastdiff' 7.5 #1a1a1a
+             #d55e00 - o3.5 'eager' 7.5 #1a1a1a
+             #009e73 - o3.5 'torch.compile' 7.5 #1a1a1a
+             #1a1a1a : "least bytes at a copy's rate" 7.5 #1a1a1a""",
+    }
+    DARK = {"#1a1a1a": "#e6e6e6", "#ffffff": "#16181c", "#6b7280": "#8a8f98", "#0072b2": "#56b4e9"}
+
+    @pytest.mark.skipif(not PLOTS, reason="needs matplotlib")
+    @pytest.mark.parametrize("name", LOOKS)
+    def test_how_plots_look(self, known_report, name):
+        known_report["cases"][0]["peers"]["fastdiff"]["host_seconds"] = 4e-4
+        wide = textwrap.dedent(self.LOOKS[name]).strip()
+        ticks = "8 #1a1a1a long 3.5"
+        for word, meaning in (
+            ("GRID", "grid #6b7280 0.5 0.25"),
+            ("BOTTOM", f"ticks bottom {ticks}"),
+            ("LEFT", f"ticks left {ticks}"),
+        ):
+            wide = wide.replace(word, meaning)
+        narrow = wide.replace("8.6 4.2 inches", "4 4 inches").replace("8.6 1.95", "4 1.95")
+        if name != "peers":
+            narrow = re.sub("legend in . columns", "legend in 2 columns", narrow)
+        for light, dark in self.DARK.items():
+            narrow = narrow.replace(light, dark)
+        for look, expected in ((plots.Look(), wide), (plots.Look(dark=True, narrow=True), narrow)):
+            figure = plots._figure(look.width, plots._height(known_report, name, look), look)
+            plots._draw(known_report, name, figure, look)
+            assert described(figure) == expected.splitlines()
+            axes = figure.axes[0]
+            x, small, y = axes.xaxis.get_major_formatter(), axes.xaxis.get_minor_formatter(), axes.yaxis
+            if name == "roofline":
+                assert [x(value) for value in (1, 1500, 10**6, 2**23)] == ["1 B", "1.50 kB", "1 MB", "8.39 MB"]
+                assert [y.get_major_formatter()(value) for value in (0.5, 20)] == ["0.5", "20"]
+            if name == "peers":
+                assert [x(value) for value in (0.5, 1, 10)] == ["0.5", "1", "10"]
+                assert [small(value) for value in (0.2, 2, 3, 5, 20, 70)] == ["", "2", "", "5", "20", ""]
+                (label,) = axes.get_yticklabels()
+                assert label.get_text() == ("training step\nfp32" if look.narrow else "training step, fp32")
+                assert label.get_fontsize() == 8  # what ``tick_params`` says, last
+            if name == "sizes":
+                bands = [part.get_paths()[0].get_extents().intervaly.tolist() for part in axes.collections]
+                assert bands == [pytest.approx(ends) for ends in ((1.8e3, 5e3), (12e3, 14e3), (23e3, 23e3))]
+
+    @pytest.mark.skipif(not PLOTS, reason="needs matplotlib")
+    def test_files_of_plots(self, known_report):
+        """130 dots an inch; the plots one below the other, with half an inch for the title. SVG: 72 points an inch."""
+        image = pytest.importorskip("PIL.Image").open(io.BytesIO(plots.png(known_report)))
+        assert (image.format, image.size) == ("PNG", (1118, int(130 * (4.2 + 1.95 + 4.2 + 0.5))))
+        drawing = plots.svg(known_report, "roofline", plots.Look())
+        assert b'width="619.2pt" height="302.4pt"' in drawing and b"<dc:date>" not in drawing
+        dark = plots.darkened(drawing)
+        for light, other in self.DARK.items():
+            assert light.encode() in drawing and light.encode() not in dark, light
+            assert dark.count(other.encode()) == drawing.count(light.encode())
+        # The drawing itself is the same.
+        assert re.sub(rb"#[0-9a-f]{6}", b"", dark) == re.sub(rb"#[0-9a-f]{6}", b"", drawing)
+
+    def test_which_cases_are_in_plots(self, known_report):
+        def case(shape, operation="training step", kind="v_prediction", dtype="fp32", ratios=("eager",), timed=True):
+            peers = {name: {"ratio": {"median": 2.0} if name in ratios else None} for name in ("eager", "compile")}
+            peers = {"fastdiff": {"seconds": {"median": 1.0} if timed else None, "ratio": None}} | peers
+            found = {"operation": operation, "kind": kind, "dtype": dtype, "shape": shape, "peers": peers}
+            return found | {"elements": math.prod(shape)}
+
+        tiny, typical, large = [8, 8], [1024, 1024], [4096, 1024]
+        both = ("eager", "compile")
+        # Large enough to be typical comes before more ratios, more ratios before fewer elements.
+        assert plots._bars({"cases": [case(tiny, ratios=both), case(large), case(typical)]}) == [case(typical)]
+        assert plots._bars({"cases": [case(typical), case(large, ratios=both)]}) == [case(large, ratios=both)]
+        assert plots._bars({"cases": [case([512, 1023]), case([512, 1024])]}) == [case([512, 1024])]
+        assert plots._bars({"cases": [case(tiny), case(typical, ratios=())]}) == [case(tiny)]
+        assert plots._bars({"cases": [case(typical, ratios=())]}) == []
+        # One kind, v where there is; with it what is measured for epsilon in its place.
+        mixed = [
+            case(tiny, operation, kind) for operation in ("noising", "loss") for kind in ("epsilon", "v_prediction")
+        ]
+        assert plots._bars({"cases": mixed}) == [mixed[0], mixed[1], mixed[3]]
+        others = [case(tiny, kind=kind) for kind in ("flow", "epsilon", "flow")]
+        assert plots._bars({"cases": others}) == [others[0], others[2]]
+
+        # Time against size: of a training step, then of what has the most sizes, then of v.
+        def sizes(*cases):
+            return plots._sizes({"cases": list(cases)})
+
+        steps, losses = ([case(shape, operation) for shape in (large, tiny)] for operation in ("training step", "loss"))
+        assert sizes(*losses, case(typical, "loss"), *steps) == ("training step, v_prediction, fp32", steps[::-1])
+        halves = [case(shape, "loss", dtype="bf16") for shape in (tiny, typical, large)]
+        assert sizes(*losses, *halves) == ("loss, v_prediction, bf16", halves)
+        flow = [case(shape, "loss", "flow") for shape in (tiny, large)]
+        assert sizes(*flow, *losses) == ("loss, v_prediction, fp32", losses[::-1])
+        assert sizes(case(tiny), case(large, timed=False)) == ("", [])
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -9,12 +9,14 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import described
 from known import Clock, KnownNetwork
 
 np = pytest.importorskip("numpy")
@@ -884,6 +886,115 @@ class TestPlots:
         for each, value in zip(axes, (0.0, 0.5, 1.0)):
             pixels = each.images[0].get_array()
             assert pixels.shape == (4, 4, 4) and (pixels[..., :3] == value).all() and (pixels[..., 3] == 1).all()
+
+    LOOKS = """
+        10 4.2 inches, #ffffff, ConstrainedLayoutEngine
+        title 'title' 11 #000000
+        axes 'Loss during training' 12 #000000 6 above
+         x: linear, from -2.95 83.95, label 'training step' 10 #000000, GRID, ticks bottom 10 #000000 long 3.5
+         y: log, from 0.9466 3.169, label 'loss' 10 #000000, GRID, ticks left 10 #000000 long 3.5
+         frame: left #000000, right #000000, bottom #000000, top #000000 on #ffffff
+         line 'each step' #b9c6d6 0.6 -
+         line 'mean of 2 steps' #0b3c68 1.5 -
+        legend in 1 columns, frame #00000000 0.85, 2 0.8
+         #b9c6d6 - 'each step' 9 #000000
+         #0b3c68 - 'mean of 2 steps' 9 #000000
+        axes 'Loss against time' 12 #000000 6 above
+         x: linear, from 60 940, label 'timestep t: clean to noise' 10 #000000, GRID, ticks bottom 10 #000000 long 3.5
+         y: log, from 0.9466 3.169, label 'mean loss' 10 #000000, GRID, ticks left 10 #000000 long 3.5
+         frame: left #000000, right #000000, bottom #000000, top #000000 on #ffffff
+         line 'first quarter of training' #b9c6d6 1.5 - .6
+         line 'second quarter of training' #84a3c4 1.5 - .6
+         line 'third quarter of training' #3f74a8 1.5 - .6
+         line 'last quarter of training' #0b3c68 1.5 - .6
+        legend in 1 columns, frame #00000000 0.85, 2 0.8
+         #b9c6d6 - .6 'first quarter of training' 9 #000000
+         #84a3c4 - .6 'second quarter of training' 9 #000000
+         #3f74a8 - .6 'third quarter of training' 9 #000000
+         #0b3c68 - .6 'last quarter of training' 9 #000000
+
+        8.5 2.2 inches, #ffffff, ConstrainedLayoutEngine
+        title 'title' 11 #000000
+        axes 'real' 12 #000000 6 above
+         x: linear, from -0.5 17.5, label '' 10 #000000
+         y: linear, from 17.5 -0.5, label 'class' 10 #000000, ticks left 10 #000000 long 0
+         image (18, 18) from 0 1 gray nearest
+        axes 'generated' 12 #000000 6 above
+         x: linear, from -0.5 26.5, label '' 10 #000000
+         y: linear, from 17.5 -0.5, label '' 10 #000000
+         image (18, 27) from 0 1 gray nearest
+
+        8.5 2.875 inches, #ffffff, ConstrainedLayoutEngine
+        title 'title' 11 #000000
+        axes 'x after the step' 12 #000000 30 above
+         x: linear, from -0.5 17.5, label '' 10 #000000, ticks top 7 #000000 long 0
+         y: linear, from 17.5 -0.5, label 'class' 10 #000000, ticks left 10 #000000 long 0
+         image (18, 18) from 0 1 gray nearest
+        axes 'estimate of x0' 12 #000000 30 above
+         x: linear, from -0.5 17.5, label '' 10 #000000, ticks top 7 #000000 long 0
+         y: linear, from 17.5 -0.5, label '' 10 #000000
+         image (18, 18) from 0 1 gray nearest
+
+        5 2.525 inches, #ffffff, ConstrainedLayoutEngine
+        title 'title' 11 #000000
+        axes 'a' 8 #000000 2 above
+         image (4, 4, 4) from 0 1 gray nearest
+        axes 'b' 8 #000000 2 above
+         image (4, 4, 4) from 0 1 gray nearest
+        axes 'c' 8 #000000 2 above
+         image (4, 4, 4) from 0 1 gray nearest
+        axes '' 12 #000000 6 above"""
+
+    def test_how_they_look(self, figures):
+        """Every word, size, colour and limit."""
+        time_loss = torch.zeros(2, 4, 5)
+        for quarter, (bin_, loss) in enumerate(((0, 3.0), (2, 2.0), (3, 1.5), (4, 1.0))):
+            time_loss[:, quarter, bin_] = torch.tensor([2 * loss, 2.0])
+        losses = torch.linspace(3.0, 1.0, 80, dtype=torch.float64)
+        plots.loss_plot("", losses, time_loss, fastdiff.VariancePreserving(), "title")
+        images = torch.zeros(3, 1, 8, 8)
+        plots.samples_plot("", [images[:2], images[:1]], [images, images], ["a", "b"], "title")
+        plots.trajectory_plot("", ["c", "d"], *torch.zeros(2, 2, 2, 1, 8, 8), ["a", "b"], "title")
+        plots.grid_plot("", torch.zeros(3, 3, 4, 4), ["a", "b", "c"], 2, "title")
+        expected = textwrap.dedent(self.LOOKS).strip().replace("GRID", "grid #b0b0b0 0.5 0.3")
+        assert "\n\n".join("\n".join(described(figure)) for figure in figures) == expected
+
+    def test_many_columns_are_wider(self, figures):
+        """0.55 inches an image, of a trajectory 0.69, of a grid with captions 0.77; and one between two pictures."""
+        images = [torch.zeros(8, 1, 8, 8)] * 2
+        plots.samples_plot("", images, images, ["a", "b"], "title")
+        plots.trajectory_plot("", [""] * 9, *torch.zeros(2, 9, 2, 1, 8, 8), ["a", "b"], "title")
+        plots.grid_plot("", torch.zeros(14, 1, 8, 8), [""] * 14, 7, "title")
+        sizes = [tuple(figure.get_size_inches()) for figure in figures]
+        assert sizes == [
+            pytest.approx((0.55 * 17 + 1.2, 2 * 0.55 + 1.1)),
+            pytest.approx((0.6875 * 19 + 1.2, 2 * 0.6875 + 1.5)),
+            pytest.approx((0.77 * 7 + 0.4, 2 * 0.9625 + 0.6)),
+        ]
+        left, right = figures[0].axes
+        assert left.get_gridspec().get_width_ratios() == [8, 8]
+
+    def test_a_loss_of_0_is_on_a_plain_axis(self, figures):
+        time_loss = torch.ones(2, 4, 5)
+        plots.loss_plot("", torch.tensor([1.0, 0.0, 2.0]), time_loss, fastdiff.RectifiedFlow(), "title")
+        curve, by_time = figures.pop().axes
+        assert (curve.get_yscale(), by_time.get_yscale()) == ("linear", "log")
+
+    def test_names_are_shortened_to_14_letters(self):
+        assert [plots._shortened("x" * n) for n in (13, 14, 15)] == ["x" * 13, "x" * 14, "x" * 13 + "…"]
+
+    def test_large_images_have_wider_gaps(self):
+        """6 hundredths of an image: between those of 64, 4 pixels; one at the least."""
+        assert [plots._gap(size) for size in (4, 8, 32, 64)] == [1, 1, 2, 4]
+        assert plots._centres(3, 32) == [15.5, 49.5, 83.5]
+
+
+def test_pictures_have_130_dots_an_inch(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    path = tmp_path / "a.png"
+    plots.grid_plot(path, torch.zeros(3, 3, 4, 4), ["a", "b", "c"], 2, "title")
+    with image.open(path) as opened:
+        assert opened.format == "PNG" and opened.size == (650, int(130 * 2.525))
 
 
 def test_held_out_accuracy_is_of_what_was_not_seen():

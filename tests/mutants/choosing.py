@@ -85,6 +85,8 @@ class Recorded:
 
 def record(root: Path, folder: Path, jobs: int, only=()):
     """Runs each test file under coverage (or ``only`` some, again), and keeps the test functions of each line."""
+    import coverage  # noqa: F401  # what the processes need: said here, before any starts
+
     folder.mkdir(parents=True, exist_ok=True)
     settings = folder / "coveragerc"
     settings.write_text("[run]\nsource = fastdiff\ndynamic_context = test_function\nrelative_files = true\n")
@@ -146,7 +148,7 @@ def _any(running):
 
 
 def _environment(root: Path):
-    return os.environ | {"PYTHONPATH": str(root)}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
 
 
 def _write(root: Path, folder: Path, costs):
