@@ -145,6 +145,14 @@ class TestPeers:
         assert 0.1 < first < 100 and first != step(o)[1].item()  # fresh noise each time
         assert o.prediction.grad.isfinite().all() and o.prediction.grad.abs().sum() > 0
 
+    @pytest.mark.parametrize("operation", ["loss+gradient", "training step"])
+    @pytest.mark.parametrize("peer", ["fastdiff", "eager", "reference", DIFFUSERS])
+    def test_a_call_adds_to_no_gradient(self, peer, operation):
+        step, o, _ = call(peer, operation, "epsilon")
+        o.prediction.grad = torch.full_like(o.prediction, torch.nan)
+        step(o)
+        assert o.prediction.grad.isfinite().all()
+
     @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
     @pytest.mark.parametrize("peer", ["fastdiff", "eager", "reference", DIFFUSERS])
     def test_sampler_step_that_draws(self, peer, kind):
@@ -333,6 +341,32 @@ def get_args():
             # x_t, its gradient and the noise, and rows; nothing else of full size.
             assert 2 * case.tensor_bytes + kept <= peak < 2.1 * case.tensor_bytes + kept
 
+    def test_peak_memory_of_a_gpu(self, monkeypatch):
+        """Above what was allocated before the call, when all before and of it is done."""
+        events = []
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("synchronize"))
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append("reset"))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 350)
+        assert counting.peak_memory(lambda: events.append("call"), CUDA) == 250
+        assert events == ["synchronize", "reset", "call", "synchronize"]
+        assert counting.peak_memory(lambda: None, torch.device("meta")) is None
+
+    def test_what_the_profiler_says_is_not_seen(self, capfd):
+        with counting._quiet_stderr():
+            os.write(2, b"inside")
+        os.write(2, b"after")
+        assert capfd.readouterr().err == "after"
+
+    def test_the_compiler_is_left_as_it_was(self):
+        from torch._inductor.graph import GraphLowering
+
+        before = GraphLowering.save_output_code
+        with counting.Generated() as found:
+            GraphLowering.save_output_code("a source")
+            GraphLowering.save_output_code("a source")
+        assert found.sources == ["a source"] and GraphLowering.save_output_code is before
+
     def test_recorder(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "fastdiff.backends.triton", None)
         assert counting.recorded(lambda: None) is None
@@ -430,6 +464,14 @@ class TestMeasuring:
         assert measuring.cache_bytes(CPU) == 48 * 2**20 and measuring.free_bytes(CPU) == 1234 * 1024
         files["/sys/devices/system/cpu/cpu0/cache"] = tmp_path / "index0"
         assert measuring.cache_bytes(CPU) == 64 * 2**20
+
+    def test_what_a_gpu_says(self, monkeypatch):
+        said = {"L2_cache_size": 50 * 2**20}
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 80))  # free, in all
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**said))
+        assert measuring.free_bytes(CUDA) == 10 and measuring.cache_bytes(CUDA) == 50 * 2**20
+        said["L2_cache_size"] = 0
+        assert measuring.cache_bytes(CUDA) == 64 * 2**20
 
     def test_ceiling(self):
         made = measuring.Copy(Timer(CPU), megabytes=1)
@@ -869,6 +911,23 @@ class TestKnownRun:
         assert o.t.shape == (64,) and 0 <= o.t.min() < 300 and 700 < o.t.max() < 1000
         torch.testing.assert_close(o.time, (o.t.float() + 0.5) / 1000)
         assert not torch.equal(o.x0, o.noise) and not torch.equal(o.x0, operands((64, 2, 3), "bf16", CPU, seed=6).x0)
+
+    def test_operands_are_those_of_their_seed(self):
+        """Whatever was drawn before."""
+        first = operands((64, 2, 3), "fp32", CPU, seed=5)
+        torch.rand(7)
+        for name, value in vars(operands((64, 2, 3), "fp32", CPU, seed=5)).items():
+            assert torch.equal(value, getattr(first, name)), name
+        assert not torch.equal(first.t, operands((64, 2, 3), "fp32", CPU, seed=6).t)
+
+    def test_a_later_sweep_calls_each_once_before(self, known):
+        made = running.Run(KNOWN[:1], ("fastdiff", "eager"), CPU, 0.02, 0.0)
+        sets, _ = made._operand_sets(KNOWN[0])
+        made._sweep_case(KNOWN[0], sets, 1)
+        for name in made.names:
+            assert [used is sets[0] for used in known.used[name, KNOWN[0]][:1]] == [True]
+        # The rotation of what is timed begins with the first set too.
+        assert known.used["fastdiff", KNOWN[0]][1] is sets[0]
 
 
 # Option and value of ``fastdiff bench``, what it decides, without it and with it.
@@ -1512,6 +1571,43 @@ def test_model():
     assert "noising and loss take" in table.model_text(found)
     with pytest.raises(BenchError, match="unknown model"):
         models.share("nonsense", CPU, "fp32", 0.0, Progress(1, quiet=True))
+
+
+@pytest.mark.parametrize(("device", "width", "images", "latents"), [("cpu", 32, 32, 4), ("meta", 64, 256, 64)])
+def test_which_models(device, width, images, latents, monkeypatch):
+    """DiT-B/2 of Peebles & Xie 2023, table 1 (12 layers of 12 heads, 768 wide) on latents of 32x32; of each a batch
+    that an accelerator, or a CPU, is busy with."""
+    device, asked, seen = torch.device(device), {}, {}
+
+    class Transformer(torch.nn.Module):
+        def __init__(self, **given):
+            super().__init__()
+            asked.update(given)
+
+        def forward(self, x, **given):
+            seen.update(given)
+            return [2 * x]
+
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(DiTTransformer2DModel=Transformer))
+    network, shape = models._build("dit-b", device, torch.float32)
+    assert asked.pop("num_attention_heads") * asked.pop("attention_head_dim") == 768
+    assert asked == {"num_layers": 12, "sample_size": 32, "patch_size": 2, "in_channels": 4}
+    assert shape == (latents, 4, 32, 32)
+    x, t = torch.ones(2, 4, 8, 8), torch.tensor([3, 4])
+    assert torch.equal(network(x, t), 2 * x) and seen == {"timestep": t, "class_labels": t, "return_dict": False}
+
+    network, shape = models._build("unet-small", device, torch.bfloat16)
+    assert shape == (images, 3, 32, 32)
+    first = next(network.parameters())
+    assert (first.device.type, first.dtype) == (device.type, torch.bfloat16)
+    assert network.network.settings | {"width": width} == network.network.settings
+    assert (network.network.settings["channels"], network.network.settings["size"], network.classes) == (3, 32, 10)
+    monkeypatch.setattr(type(network.network), "forward", lambda network, x, t, label: (t, label))
+    assert [part.tolist() for part in network(x, torch.tensor([3, 999]))] == [[3, 999], [3, 9]]
+
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(BenchError, match="--model dit-b needs diffusers"):
+        models._build("dit-b", device, torch.float32)
 
 
 def test_model_of_known_times(monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 import fastdiff
 from fastdiff import doctor
 from fastdiff.cli import _parser, main
-from fastdiff.demo import run, training
+from fastdiff.demo import run, settings, training
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("sklearn")
@@ -451,6 +452,53 @@ class TestDoctor:
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
         assert done.returncode == 2, done.stderr
         assert done.stderr.strip().endswith('run  pip install "fastdiff[demo]"')
+
+
+# What stands for the value of an option in the help, where it is not its own name.
+VALUES = {
+    "demo": {
+        **dict.fromkeys(("--process", "--prediction", "--weighting", "--loss", "--sampler"), "NAME"),
+        **{"--data": "DIR", "--out": "DIR", "--save-every": "STEPS"},
+    },
+    "sample": {"--checkpoint": "PATH", "--classes": "A,B,...", "--out": "FILE.png"},
+    "bench": {
+        **{"--preset": "NAME", "--dtype": "A,B,...", "--against": "A,B,...", "--nproc": "N", "--out": "DIR"},
+        "--compare": ("A.json", "B.json"),
+    },
+    "doctor": {},
+}
+SAY_THEMSELVES = {"--checkpoint", "--sampler", "--guidance", "--seed", "--out"}  # of ``fastdiff sample``
+
+
+@pytest.mark.parametrize("command", VALUES)
+def test_what_the_help_says(command, capsys, monkeypatch):
+    """What the command does, each option, its value and its default."""
+    monkeypatch.setenv("COLUMNS", "500")
+    printed = []
+    for arguments in (["--help"], [command, "--help"]):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 0
+        printed.append(capsys.readouterr().out)
+    assert "usage: fastdiff [-h] [--version] COMMAND ..." in printed[0] and "Fast arithmetic for" in printed[0]
+    (line,) = (line.strip() for line in printed[0].splitlines() if line.strip().startswith(f"{command} "))
+    usage, description = printed[1].split("\n\n")[:2]
+    assert usage.startswith(f"usage: fastdiff {command} [-h]")
+    # The list of commands says in short what the command's own help begins with.
+    assert line.split()[1].capitalize() == description.split()[0] and description.endswith(".")
+    (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    defaults = vars(settings.resolve({})) | {"preset": "quick", "device": "auto", "save_every": 100}
+    values = {}
+    for action in commands.choices[command]._actions:
+        (option,) = action.option_strings[-1:]
+        if action.metavar is not None:
+            values[option] = action.metavar
+        said = action.help or ""
+        assert said or (command == "sample" and option in SAY_THEMSELVES), option
+        if action.dest in defaults and (default := re.search(r"default ([\w.-]+)[,)]", said)):
+            assert default[1] == ("32" if option == "--size" else str(defaults[action.dest])), option  # 8 of digits
+        assert action.required == (option == "--checkpoint"), option
+    assert values == VALUES[command]
 
 
 def test_help_and_version(capsys):

@@ -16,6 +16,7 @@ import math
 import random
 import sys
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -548,6 +549,54 @@ def test_the_default_generator_and_tuples(name):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(params=["quick", "general"])
+def way(request, monkeypatch):
+    """How a step reads its tensors and draws: in C and in its own pass, or in Python and with torch.randn."""
+    from fastdiff.backends.native import prepared, torch_noise
+
+    if request.param == "quick":
+        yield
+        return
+    monkeypatch.setattr(torch_noise, "_reason", "left to torch.randn here")
+    prepared.allow(False)
+    yield
+    prepared.allow(True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_as_tuples_are_those_of_the_record(name, way):
+    scheduler, steps = fused.fuse(make(name, {})), 5
+    records = run(scheduler, steps)
+    tuples = run(TupleOutputs(fused.fuse(make(name, {}))), steps)
+    original = run(TupleOutputs(make(name, {})), steps)
+    for one, other, theirs in zip(records, tuples, original):
+        assert type(other.given) is tuple and len(other.given) == len(theirs.given)
+        for name_of, value in zip(one.keys(), other.given):
+            assert torch.equal(one[name_of], value), name_of
+    assert fused_share(name) == (2 * len(records), {})
+
+
+class TupleOutputs:
+    """A scheduler whose ``step`` gives tuples: ``given`` of its outputs."""
+
+    def __init__(self, scheduler):
+        self.held = scheduler
+
+    def __getattr__(self, name):
+        return getattr(self.held, name)
+
+    @property
+    def step(self):
+        def step(*arguments, generator=None, **given):
+            given |= {} if generator is None else {"generator": generator}
+            found = self.held.step(*arguments, **given, return_dict=False)
+            return SimpleNamespace(given=found, prev_sample=found[0])
+
+        if "generator" not in inspect.signature(self.held.step).parameters:
+            return lambda *arguments: step(*arguments)
+        return step
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_results_are_of_the_same_kind(name):
     (expected, *_), (got, *_) = run(make(name, {}), 3), run(fused.fuse(make(name, {})), 3)
@@ -655,6 +704,9 @@ def test_mixed_dtypes(name, x_dtype, m_dtype):
         one, other = (getattr(output, field) for output in outputs)
         assert one.dtype == other.dtype
         torch.testing.assert_close(other.float(), one.float(), rtol=2.0**-7, atol=2.0**-6)
+    # Where upstream computes in the model output's dtype what it has kept in the sample's.
+    differ = name in ("DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler")
+    assert fused_share(name) == ((0, {"sample and model output differ in dtype": 1}) if differ else (1, {}))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -688,6 +740,34 @@ def wrong_calls(name):
         yield "noise for another batch", lambda s, t: s.add_noise(x, x[:, :1, :1, :3], t.reshape(1))
         yield "timesteps beyond", lambda s, t: s.add_noise(x, x, torch.tensor([5000, 5000]))
         yield "float timesteps", lambda s, t: s.add_noise(x, x, torch.tensor([0.5, 0.5]))
+        yield "a timestep of no dimension", lambda s, t: s.add_noise(x, x, t)
+        yield "a number for timesteps", lambda s, t: s.add_noise(x, x, 3)
+        yield "timesteps of two dimensions", lambda s, t: s.add_noise(x, x, t.reshape(1, 1))
+
+
+BY_INDEX = {"EDMEulerScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"}
+MULTISTEP = {"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}
+BY_TIME = {name for name in NAMES if name[:3] in ("DDP", "DDI", "LCM")}
+WHOLE_REFUSED = {name for name in NAMES if "Euler" in name or "FlowMatch" in name}
+# Why a wrong call is left to diffusers, and of which schedulers; of the others it is fused, or diffusers' own error
+# comes before.
+REASONS = {
+    "a model output of another shape": {"sample and model output differ in shape": set(NAMES)},
+    "no tensor": {"sample or model output is no tensor": set(NAMES)},
+    "beyond the end": {UNUSABLE: (set(NAMES) - BY_TIME) | {"LCMScheduler"}},
+    "no such timestep": {UNUSABLE: BY_TIME - {"LCMScheduler"}},
+    "an integer": {
+        "an integer for a timestep": WHOLE_REFUSED,
+        UNUSABLE: {"DDPMScheduler", "DDPMParallelScheduler"},  # it is none of the ten
+    },
+    "an unknown argument": {},
+    "noise for another batch": {"sample and noise differ in shape": set(NAMES)},
+    "timesteps beyond": {"a timestep is none of the scheduler's": BY_INDEX},
+    "float timesteps": {"a timestep is none of the scheduler's": BY_INDEX, "timesteps are no integers": BY_TIME},
+    "a timestep of no dimension": {"timesteps are no tensor of one a sample": BY_INDEX | MULTISTEP},
+    "a number for timesteps": {"timesteps are no tensor of one a sample": set(NAMES)},
+    "timesteps of two dimensions": {"timesteps are no tensor of one a sample": set(NAMES)},
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -705,6 +785,9 @@ def test_wrong_use_gives_the_same_errors(name):
             except Exception as error:
                 outcomes.append((type(error), str(error)))
         assert outcomes[0] == outcomes[1], described
+        (left,) = fused.fallbacks().values() or ({},)
+        assert left == {reason: 1 for reason, names in REASONS[described].items() if name in names}, described
+        fused.reset_counts()
 
 
 @pytest.mark.parametrize(
@@ -934,8 +1017,12 @@ def test_the_quick_way_is_taken(monkeypatch):
                     patch.setattr(torch_noise, "randn", None)
                 if hasattr(scheduler, "scale_model_input"):
                     scheduler.scale_model_input(x, t)
-                scheduler.step(0.1 * x, t, x)
-                noised(x, x, scheduler.timesteps[4:5])
+                scheduler.step(0.1 * x, t, x, return_dict=k % 2 == 0)
+                if k:
+                    for j in range(len(scheduler.timesteps)):
+                        noised(x, x, scheduler.timesteps[j : j + 1])
+                        if hasattr(scheduler, "get_velocity"):
+                            scheduler.get_velocity(x, x, scheduler.timesteps[j : j + 1])
 
 
 def test_backends(backend):
