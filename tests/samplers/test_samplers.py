@@ -3,6 +3,7 @@
 The order of convergence, and the final mean and covariance, on processes whose score is exact.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -530,3 +531,45 @@ def exact_gaussian(process, data):
         return data.x0(x, levels.alpha, levels.sigma)
 
     return model
+
+
+PROCESSES = {
+    "vp": fastdiff.VariancePreserving, "flow": fastdiff.RectifiedFlow, "edm": fastdiff.EDM, "vpsde": fastdiff.VPSDE,
+}  # fmt: skip
+PLANS = [
+    *((name, {}, "flow" if name.startswith("flow") else "vp") for name in samplers.NAMES if name != "edm"),
+    ("edm", {}, "edm"),
+    *(("euler", {"sigmas": sigmas}, "vp") for sigmas in ("karras", "exponential", "linear", "beta")),
+    ("euler", {"sigmas": [5.0, 1.0], "timesteps": [900, 100], "final_sigma": 0.01}, "vp"),
+    ("ddim", {"previous": "stride", "set_alpha_to_one": False, "eta": 0.5, "spacing": "leading"}, "vp"),
+    ("ddim", {"timesteps": [900, 500, 20, 10, 0]}, "vp"),
+    ("ddim", {}, "flow"),
+    ("ddim", {}, "vpsde"),
+    ("ddim", {"timesteps": [0.9, 0.5, 0.2, 0.1]}, "flow"),
+    ("ddpm", {"spacing": "linspace", "variance": "fixed_large", "final_noise": True}, "vp"),
+    ("heun", {"s_churn": 3.0}, "vp"),
+    ("unipc", {"order": 3, "disable_corrector": (1,)}, "vp"),
+    ("lcm", {"timesteps": [900, 500, 20]}, "vp"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "process"), PLANS, ids=lambda value: str(value)[:40])
+def test_default_dtype_and_device_do_not_matter_to_a_plan(name, options, process):
+    """A plan is made on the CPU in float64, whatever new tensors are by default."""
+    kind = process if process in ("flow", "edm") else "epsilon"
+    steps = None if "timesteps" in options or isinstance(options.get("sigmas"), list) else 5
+    expected = samplers.NAMES[name](**options).plan(PROCESSES[process](), steps, kind)
+    torch.set_default_dtype(torch.float16)
+    torch.set_default_device("meta")  # whatever is made there has no values
+    try:
+        plan = samplers.NAMES[name](**options).plan(PROCESSES[process](), steps, kind)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert plan.table.dtype == torch.float64
+    for field in dataclasses.fields(plan):
+        got, want = getattr(plan, field.name), getattr(expected, field.name)
+        if isinstance(want, torch.Tensor):
+            assert got.dtype == want.dtype and torch.equal(got, want), field.name
+        else:
+            assert got == want, field.name

@@ -386,3 +386,30 @@ def test_no_gradients_are_kept():
 def test_samples_are_the_same_on_a_gpu():
     for sampler in ("ddpm", samplers.DDIM(eta=1.0)):
         torch.testing.assert_close(run(sampler=sampler, device="cuda").cpu(), run(sampler=sampler))
+
+
+@pytest.mark.parametrize(("sampler", "each"), [("ddim", [True]), ("heun", [False, True])])
+def test_the_estimate_is_computed_where_it_is_shown(sampler, each, monkeypatch):
+    """The x0 that a callback has, at the end of a step: Heun's method has two rows a step, and one for the last."""
+    asked, calls = [], []
+    made = fastdiff.sampling.ops.trajectory
+
+    class Watched:
+        """A run of steps that notes what it is asked."""
+
+        def __init__(self, run):
+            self.run = run
+
+        def __getattr__(self, name):
+            return getattr(self.run, name)
+
+        def step(self, k, m, guided, z, copies, wanted=False, *rest, **more):
+            asked.append(wanted)
+            return self.run.step(k, m, guided, z, copies, wanted, *rest, **more)
+
+    monkeypatch.setattr(fastdiff.sampling.ops, "trajectory", lambda *given, **how: Watched(made(*given, **how)))
+    run(sampler=sampler, steps=4, callback=lambda *given: calls.append(given))
+    assert asked == (each * 4)[: len(asked) - 1] + [True] and len(calls) == 4
+    asked.clear()
+    run(sampler=sampler, steps=4, return_trajectory=True)
+    assert asked and not any(asked)
