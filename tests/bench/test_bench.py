@@ -1561,6 +1561,18 @@ class TestTable:
         assert max(map(len, narrow)) <= 110 < max(map(len, wide))
         assert "eager ×" in narrow[0] and "extra memory" in wide[0] and "extra memory" not in narrow[0]
 
+    def test_what_is_dropped_first(self, known_report):
+        """The least telling; never the case, the time, its share of a copy's and the ratios."""
+        kept = table.text(known_report).splitlines()[0]
+        for heading in ("extra memory", "launches", "moved", "p20 to p80", "host", "GB/s", "images/s"):
+            narrower = table.text(known_report, max(map(len, table.text(known_report, len(kept)).splitlines())) - 1)
+            assert heading in kept
+            assert heading not in narrower.splitlines()[0], heading
+            assert narrower.splitlines()[0].split() == kept.replace(heading, "").split()
+            kept = narrower.splitlines()[0]
+        assert kept.split() == "case time of copy eager × compile × diffusers ×".split()
+        assert table.text(known_report, 10).splitlines()[0] == kept
+
 
 def test_model():
     """The share of noising and loss is between nothing and all of a step, on a network that learns."""

@@ -814,6 +814,28 @@ class TestReport:
         assert not seen.any() and estimates.all()
 
 
+def test_a_checkpoint_says_what_the_images_were(tmp_path):
+    images = data.ImageData(torch.zeros(6, 3, 8, 8), torch.tensor([0, 1] * 3), ["a", "b"])
+    recipe = settings.build(given := settings.resolve({"width": 8, "batch": 2}))
+    trainer = training.Trainer(given, recipe, images, torch.device("cpu"), {"threads": 1})
+    checkpoint.save(trainer.checkpoint(), tmp_path / "a.pt")
+    found = checkpoint.load(tmp_path / "a.pt").data
+    assert found == {"channels": 3, "class_names": ["a", "b"], "fingerprint": images.fingerprint()}
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("3", 1), ("7", 0), ("0", 0), ("1", 1), ("cat", 2), ("2", 2)], ids=lambda value: str(value)
+)
+def test_a_class_by_its_name_before_its_index(name, index):
+    assert run._class_index(name, ["7", "3", "cat"]) == index
+
+
+@pytest.mark.parametrize("name", ["4", "-1", "ca", ""])
+def test_a_class_that_is_not_there(name):
+    with pytest.raises(DemoError, match=f"there is no class '{name}': use names or indices of 7, 3, cat"):
+        run._class_index(name, ["7", "3", "cat"])
+
+
 class TestPlots:
     """What is drawn, from the figure before it becomes a file."""
 

@@ -63,6 +63,13 @@ def test_alphas_cumprod(name):
     assert_close(process.betas, upstream.betas.double(), rel=4 * F32, absolute=F32 * 1e-3)
 
 
+def test_a_schedulers_process_has_its_betas():
+    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear")
+    betas = fastdiff.Objective.from_scheduler(scheduler).process.betas
+    # 1 - (alpha_t / alpha_t-1)^2: upstream rounds 1 - beta and their product, and two roots, each of which counts twice.
+    assert_close(betas, scheduler.betas.double(), absolute=6 * F32)
+
+
 def test_trained_betas():
     betas = np.linspace(0.01, 0.3, 40).astype(np.float32)  # upstream keeps them in fp32
     process = fastdiff.VariancePreserving(torch.from_numpy(betas))

@@ -412,5 +412,14 @@ def test_a_method_that_is_off_by_a_thousandth_is_left_alone(off):
         )
 
     assert fusing.fused_methods(fuse(Doubled(1 + 1e-6))) == ("twice",)
+    # Whatever holds the tensors that a method returns.
+    for held in (lambda x: (x.new_zeros(1), x), lambda x: [[x]], lambda x: {"a": x.new_zeros(1), "b": (x,)}):
+        with pytest.raises(TypeError, match="twice: this class or release computes something else"):
+            fusing.fuse_methods(
+                Doubled(1 + off),
+                {"twice": twice},
+                {"twice": lambda d, held=held: held(d.twice(torch.ones(3)))},
+                copy.copy,
+            )
     with pytest.raises(TypeError, match="twice: this class or release computes something else"):
         fuse(Doubled(1 + off))

@@ -533,7 +533,7 @@ def exact_gaussian(process, data):
     return model
 
 
-PROCESSES = {
+MAKERS = {
     "vp": fastdiff.VariancePreserving, "flow": fastdiff.RectifiedFlow, "edm": fastdiff.EDM, "vpsde": fastdiff.VPSDE,
 }  # fmt: skip
 PLANS = [
@@ -558,11 +558,11 @@ def test_default_dtype_and_device_do_not_matter_to_a_plan(name, options, process
     """A plan is made on the CPU in float64, whatever new tensors are by default."""
     kind = process if process in ("flow", "edm") else "epsilon"
     steps = None if "timesteps" in options or isinstance(options.get("sigmas"), list) else 5
-    expected = samplers.NAMES[name](**options).plan(PROCESSES[process](), steps, kind)
+    expected = samplers.NAMES[name](**options).plan(MAKERS[process](), steps, kind)
     torch.set_default_dtype(torch.float16)
     torch.set_default_device("meta")  # whatever is made there has no values
     try:
-        plan = samplers.NAMES[name](**options).plan(PROCESSES[process](), steps, kind)
+        plan = samplers.NAMES[name](**options).plan(MAKERS[process](), steps, kind)
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
