@@ -1,6 +1,8 @@
 """fastdiff.sample: closed forms, the pitfalls of samplers, guidance, seeds, callbacks."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -413,3 +415,16 @@ def test_the_estimate_is_computed_where_it_is_shown(sampler, each, monkeypatch):
     asked.clear()
     run(sampler=sampler, steps=4, return_trajectory=True)
     assert asked and not any(asked)
+
+
+def test_the_bar_leaves_nothing_behind(monkeypatch):
+    made = []
+    monkeypatch.setitem(
+        sys.modules, "tqdm.auto", SimpleNamespace(tqdm=lambda steps, **how: (made.append((steps, how)), steps)[1])
+    )
+    run(steps=5, progress=True)
+    assert made == [(range(5), {"desc": "sampling", "leave": False})]
+    run(steps=5, progress=False)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    run(steps=5, progress=True)
+    assert len(made) == 1
