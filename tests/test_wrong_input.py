@@ -430,6 +430,7 @@ POSITIVE = {
     "beta": (losses.SmoothL1, "beta", False),
     "delta": (losses.Huber, "delta", False),
     "c": (losses.PseudoHuber, "c", False),
+    "rho": (lambda rho: samplers.Euler(sigmas="karras", rho=rho), "rho", False),
 }
 
 

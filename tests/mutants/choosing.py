@@ -47,7 +47,7 @@ EVERYWHERE = ["names", "options"]
 NEVER = {"test_large", "test_packaging", "test_optional_packages", "test_gpu_memory", "test_triton_ptx"}
 
 
-def files_for(root: Path, file: str) -> dict[str, set[str] | None]:
+def files_for(root: Path, file: str) -> dict[str, dict[str, float] | None]:
     """The test files of the table, and None: each of their functions."""
     names = next(names for start, names in TABLE.items() if file.startswith(start)).split()
     where = test_files(root)
@@ -68,19 +68,21 @@ class Recorded:
         where = test_files(root)
         self.files = {where[file.suffix[1:]] for file in folder.glob("data.*") if file.suffix[1:] in where}
 
-    def functions_for(self, root: Path, file: str, lines: range) -> dict[str, set[str] | None]:
-        """The functions that ran one of ``lines``, by test file, cheap files first. For what is run only when the
-        package is imported, all that ran anything of the file. Then the files of the table that were not recorded."""
+    def functions_for(self, root: Path, file: str, lines: range) -> dict[str, dict[str, float] | None]:
+        """The functions that ran one of ``lines`` and what they cost, by test file, cheap files first. For what is run
+        only when the package is imported, all that ran anything of the file, and then the files of the table; else
+        those of the table that were not recorded."""
         ran = self.lines.get(file, {})
         tests = {test for line in lines for test in ran.get(str(line), ())}
+        imported = not tests
         tests = tests or {test for each in ran.values() for test in each}
-        chosen = defaultdict(set)
+        chosen = defaultdict(dict)
         for test in tests:
             name, function = test.split("::", 1)
-            chosen[name].add(function)
-        cost = {name: sum(self.costs.get(f"{name}::{f}", 0) for f in functions) for name, functions in chosen.items()}
-        found = dict(sorted(chosen.items(), key=lambda item: (1 + cost[item[0]]) / len(item[1])))
-        return found | {name: None for name in files_for(root, file) if name not in self.files}
+            chosen[name][function] = self.costs.get(test, 0.0)
+        found = dict(sorted(chosen.items(), key=lambda item: (1 + sum(item[1].values())) / len(item[1])))
+        table = {name: None for name in files_for(root, file) if imported or name not in self.files}
+        return {name: functions for name, functions in found.items() if name not in table} | table
 
 
 def record(root: Path, folder: Path, jobs: int, only=()):

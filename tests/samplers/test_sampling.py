@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from accuracy import assert_rounded, to_numpy
+from devices import on_every_device
 
 import fastdiff
 from fastdiff import prediction as kinds
@@ -428,3 +429,11 @@ def test_the_bar_leaves_nothing_behind(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     run(steps=5, progress=True)
     assert len(made) == 1
+
+
+@on_every_device
+def test_a_callback_has_t_where_x_is(backend, device):
+    seen = []
+    x = torch.zeros(2, 3, device=device)
+    run(shape=(2, 3), x=x, steps=3, callback=lambda k, t, x, x0: seen.append((t.device, x.device, x0.device)))
+    assert seen == [(x.device,) * 3] * 3
