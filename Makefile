@@ -31,12 +31,14 @@ test: $(VENV)/.dev
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants $(ARGS)
 
-# In a copy of the tree that has no extension, as FASTDIFF_BUILD=0 installs it.
+# In a copy of the tree that has no extension, as FASTDIFF_BUILD=0 installs it. What stands in its place keeps Python from
+# finding that of the tree, which is installed as editable.
 test-pure: $(VENV)/.dev
 	rm -rf build/pure
 	mkdir -p build/pure
 	cp -r $(filter-out build dist $(VENV),$(wildcard *)) build/pure
 	rm -f build/pure/fastdiff/_C.*
+	echo 'raise ModuleNotFoundError("not in this copy", name="fastdiff._C")' > build/pure/fastdiff/_C.py
 	cd build/pure && FASTDIFF_BUILD=0 PYTHONPATH=$(CURDIR)/build/pure \
 	  $(abspath $(BIN))/python -m pytest -q -n auto -p no:cacheprovider $(ARGS)
 

@@ -12,6 +12,7 @@ import fastdiff
 from fastdiff import graph, losses, ops, samplers, timesteps, weighting
 from fastdiff.guidance import Guidance
 from fastdiff.integrations import guided_diffusion, tables
+from fastdiff.samplers.schedule import Scheduled
 
 X = torch.randn(2, 3, 4)
 T = torch.tensor([1, 2])
@@ -442,6 +443,17 @@ def test_a_setting_is_positive(setting):
     for value in (0.0, -1.0, float("nan"), *([float("inf")] if finite else [])):
         with pytest.raises(ValueError, match=f"{name} must be (a )?positive.*; got {value!r}"):
             make(**{name: value})
+
+
+SCHEDULED = [cls for cls in vars(samplers).values() if isinstance(cls, type) and issubclass(cls, Scheduled)]
+
+
+@pytest.mark.parametrize("sampler", SCHEDULED)
+def test_every_sampler_with_sigmas_looks_at_their_options(sampler):
+    assert len(SCHEDULED) > 8
+    for options in ({"rho": 0.0}, {"sigma_min": 2.0, "sigma_max": 1.0}, {"sigma_min": -1.0}):
+        with pytest.raises(ValueError, match="rho|sigma_min"):
+            sampler(sigmas="karras", **options)
 
 
 def test_a_schedule_whose_noise_rises_is_shown_from_its_end():

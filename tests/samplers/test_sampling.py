@@ -418,6 +418,17 @@ def test_the_estimate_is_computed_where_it_is_shown(sampler, each, monkeypatch):
     assert asked and not any(asked)
 
 
+def test_the_last_plans_are_kept():
+    """Sixteen of a process; of a changed one, others."""
+    process, plan = fastdiff.VariancePreserving(steps=60), fastdiff.sampling._planned
+    made = [plan(samplers.DDIM(), process, steps, "epsilon") for steps in range(1, 18)]
+    assert plan(samplers.DDIM(), process, 17, "epsilon") is made[-1]
+    assert plan(samplers.DDIM(), process, 1, "epsilon") is not made[0]
+    assert len(fastdiff.sampling._plans[process]) == 2
+    assert plan(samplers.DDIM(eta=0.5), process, 17, "epsilon") is not made[-1]
+    assert plan(samplers.DDIM(), process, 17, "v_prediction") is not made[-1]
+
+
 def test_the_bar_leaves_nothing_behind(monkeypatch):
     made = []
     monkeypatch.setitem(
