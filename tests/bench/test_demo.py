@@ -1083,6 +1083,14 @@ class TestKilled:
         assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
 
 
+def test_settings_and_recipes_cannot_be_changed():
+    """A checkpoint's settings are those of its whole run."""
+    found = settings.resolve({})
+    for each in (found, settings.build(found)):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            each.process = "flow"
+
+
 @pytest.mark.parametrize("name", list(fastdiff.samplers.NAMES))
 def test_every_sampler_is_one_of_the_demos(name):
     """By name, with images' clamp, on the process that it needs."""

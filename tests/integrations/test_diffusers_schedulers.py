@@ -754,6 +754,8 @@ def wrong_calls(name):
     if hasattr(getattr(diffusers, name), "scale_model_input") and name in BY_INDEX:
         yield "scaling beyond the end", lambda s, t: (setattr(s, "_step_index", 99), s.scale_model_input(x, t))
         yield "scaling no tensor", lambda s, t: s.scale_model_input(None, t)
+    if name == "FlowMatchHeunDiscreteScheduler":
+        yield "noising beyond the end", lambda s, t: (setattr(s, "_step_index", 99), s.scale_noise(x, t, x))
     if "Flow" not in name:
         yield "noise for another batch", lambda s, t: s.add_noise(x, x[:, :1, :1, :3], t.reshape(1))
         yield "timesteps beyond", lambda s, t: s.add_noise(x, x, torch.tensor([5000, 5000]))
@@ -781,6 +783,7 @@ REASONS = {
     "an unknown argument": {},
     "scaling beyond the end": {"the step index is beyond the schedule": BY_INDEX},
     "scaling no tensor": {"sample is no tensor": BY_INDEX},
+    "noising beyond the end": {"the step index is beyond the schedule": set(NAMES)},
     "noise for another batch": {"sample and noise differ in shape": set(NAMES)},
     "timesteps beyond": {"a timestep is none of the scheduler's": BY_INDEX},
     "float timesteps": {"a timestep is none of the scheduler's": BY_INDEX, "timesteps are no integers": BY_TIME},

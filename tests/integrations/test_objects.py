@@ -228,6 +228,12 @@ def test_edm_losses(kind, make):
             assert_close(ours, theirs, 1e-4 if kind == "vp" else 1e-5)
 
 
+@pytest.mark.parametrize("make", [edm.EDMLoss, edm.VPLoss, edm.VELoss])
+def test_edm_losses_of_an_empty_batch(make):
+    loss = make()(lambda x, sigma, labels, **more: x, torch.empty(0, 3, 4, 4))
+    assert len(loss) == 0 and loss.dtype == torch.float32
+
+
 def test_edm_augmentation_and_wrong_use():
     seen = {}
 
