@@ -46,7 +46,7 @@ def checked_timesteps(times: Sequence[float], total: int) -> list[int]:
     return indices
 
 
-def between_timesteps(total: int, steps: int, spacing: str, steps_offset: int = 0) -> list[float]:
+def between_timesteps(total: int, steps: int, spacing: str, steps_offset: int) -> list[float]:
     """The same for samplers that are not bound to timesteps: "linspace" is not rounded (as in diffusers' Euler)."""
     if spacing != "linspace" or not 1 < steps <= total:
         return list(discrete_timesteps(total, steps, spacing, steps_offset))

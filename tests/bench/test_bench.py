@@ -290,6 +290,11 @@ class TestCounting:
         count = counting.generated(found.sources)
         assert (count.bytes, count.launches, count.by) == (3 * full, 1, "generated code")
 
+    def test_sizes_of_the_types_in_generated_code(self):
+        assert {"torch.float32", "torch.bfloat16", "torch.float64", "torch.int64", "torch.int32"} < set(counting._ITEM)
+        for name, size in counting._ITEM.items():
+            assert getattr(torch, name.removeprefix("torch.")).itemsize == size, name
+
     def test_generated_code_that_was_read(self):
         # The shape of what Inductor writes: two kernels, one that also updates a buffer, a view, an outer call.
         source = """

@@ -14,7 +14,7 @@ from tiny_run import SHAPE, START, at, clean
 
 import fastdiff
 from fastdiff import losses
-from fastdiff.integrations import edm, flow, fusing, k_diffusion, training_scripts
+from fastdiff.integrations import edm, flow, fusing, k_diffusion, tables, training_scripts
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers import training_utils  # noqa: E402
@@ -423,3 +423,9 @@ def test_a_method_that_is_off_by_a_thousandth_is_left_alone(off):
             )
     with pytest.raises(TypeError, match="twice: this class or release computes something else"):
         fuse(Doubled(1 + off))
+
+
+def test_a_table_of_levels_may_rest():
+    """Two steps of one level are allowed, rising is not."""
+    process = tables.TabulatedVP([0.9, 0.9, 0.5], [0.1, 0.1, 0.8])
+    assert process.betas.tolist() == pytest.approx([1 - 0.9**2, 0.0, 1 - (0.5 / 0.9) ** 2])

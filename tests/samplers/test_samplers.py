@@ -574,3 +574,10 @@ def test_default_dtype_and_device_do_not_matter_to_a_plan(name, options, process
             assert got.dtype == want.dtype and torch.equal(got, want), field.name
         else:
             assert got == want, field.name
+
+
+@pytest.mark.parametrize("name", [name for name in samplers.NAMES if name not in ("ddpm", "ddim", "lcm")])
+def test_an_option_without_its_name_is_refused(name):
+    """Of so many numbers, the place of one says nothing."""
+    with pytest.raises(TypeError, match="positional"):
+        samplers.NAMES[name](*[0.5] * 3)
