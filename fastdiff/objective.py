@@ -314,10 +314,10 @@ class Objective:
             keep_noise = not backends.remakes_noise(x0.device)
         calls = self._plain(backend)
         if calls is not None and not with_target:
-            times = calls.times(self.timesteps, seed, len(x0), sample_offset) if t is None else t
+            times = calls.times(self.timesteps, seed, len(x0), sample_offset, x0.device) if t is None else t
             done = None
             if not self.input_perturbation:
-                done = calls.noise(x0, times, noise, seed, sample_offset, self.noise_offset, keep_noise)
+                done = calls.noise(x0, times, noise, seed, sample_offset, self.noise_offset, keep_noise, rng)
             if done is not None:
                 x_t, n = done[0], noise if noise is not None else done[1]
                 if n is None:

@@ -855,9 +855,13 @@ class TestKnownRun:
         """As many calls as take a millisecond, 50 at most; on a GPU 500 launches."""
         made = running.Run(KNOWN, ("fastdiff",), CPU, 1.0, 0.0)
         count = counting.Count(0, 100, "test")
-        assert [made._repeats(seconds, count) for seconds in (2.0, 3e-4, 1e-9)] == [1, 4, 50]
+        cpu = running.Measurement(count=count)
+        assert [made._repeats(seconds, cpu) for seconds in (2.0, 3e-4, 1e-9)] == [1, 4, 50]
         made.device = CUDA
-        assert [made._repeats(1e-9, found) for found in (count, counting.Count(0, 1, "test"), None)] == [5, 50, 25]
+        counts = (count, counting.Count(0, 1, "test"), None)
+        assert [made._repeats(1e-9, running.Measurement(count=found)) for found in counts] == [5, 50, 25]
+        slow = [running.Measurement(count=counts[1], host_seconds=host) for host in (1e-6, 1e-4, 1e-3, 1.0)]
+        assert [made._repeats(1e-9, found) for found in slow] == [50, 30, 4, 4]
 
     def test_operands(self):
         o = operands((64, 2, 3), "bf16", CPU, seed=5)

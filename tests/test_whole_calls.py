@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.backends import native
+from fastdiff.backends import native, triton
 
 _C = pytest.importorskip("fastdiff._C")
 pytestmark = pytest.mark.skipif(native.direct is None, reason="this PyTorch has no C functions for its tensors")
@@ -43,27 +43,42 @@ OBJECTIVES += [
 OBJECTIVES += [fastdiff.Objective(process, kind, **options) for process, kind, options in CONTINUOUS]
 
 
+BOTH = pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+
+
 @pytest.fixture
-def general(monkeypatch):
+def backend(request):
+    """The backend of that name, forced; "native" where a test does not say."""
+    name = getattr(request, "param", "native")
+    if name == "triton":
+        pytest.importorskip("triton")
+        if not triton.interpreted():
+            pytest.skip("on CPU tensors Triton's kernels run in its interpreter")
+    with fastdiff.use_backend(name):
+        yield {"native": native, "triton": triton}[name]
+
+
+@pytest.fixture
+def general(monkeypatch, backend):
     """Runs a function without whole calls."""
 
     def run(function, *arguments, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(native, "direct", None)
+            patch.setattr(backend, "direct", None)
             return function(*arguments, **options)
 
     return run
 
 
 @pytest.fixture
-def only_whole_calls(monkeypatch):
+def only_whole_calls(monkeypatch, backend):
     """Lets nothing but whole calls run."""
 
     def refuse(*_, **__):
         raise AssertionError("the general way was taken")
 
-    for name in ("noise", "loss", "convert", "step"):
-        monkeypatch.setattr(native, name, refuse)
+    for name in ("noise", "loss", "convert", *(["step"] if backend is native else [])):
+        monkeypatch.setattr(backend, name, refuse)
 
 
 def batch(dtype=torch.float32, shape=(3, 4, 8, 8), seed=0):
@@ -76,8 +91,13 @@ def same(got, want):
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Triton's interpreter is slow: there each objective has one of the dtypes.
+CASES = [("native", objective, dtype) for objective in OBJECTIVES for dtype in DTYPES]
+CASES += [("triton", objective, DTYPES[k % 4]) for k, objective in enumerate(OBJECTIVES)]
+
+
+@pytest.mark.parametrize("backend, objective, dtype", CASES, indirect=["backend"], ids=str)
 def test_a_training_step_has_the_bits_of_the_general_way(objective, dtype, general):
     x0, _, prediction = batch(dtype)
 
@@ -92,8 +112,7 @@ def test_a_training_step_has_the_bits_of_the_general_way(objective, dtype, gener
         same(got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("backend, objective, dtype", CASES, indirect=["backend"], ids=str)
 def test_given_noise_and_times_have_the_bits_of_the_general_way(objective, dtype, general):
     x0, n, prediction = batch(dtype)
     t = objective.timesteps(torch.tensor([0.1, 0.5, 0.97], dtype=torch.float64), objective.process)
@@ -107,6 +126,7 @@ def test_given_noise_and_times_have_the_bits_of_the_general_way(objective, dtype
         same(got, want)
 
 
+@BOTH
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
 def test_the_plain_case_is_a_whole_call(kind, only_whole_calls):
     process = fastdiff.RectifiedFlow() if kind == "flow" else fastdiff.VariancePreserving()
@@ -126,6 +146,7 @@ def test_the_plain_case_is_a_whole_call(kind, only_whole_calls):
         ops.step(x0, m, row, noise=n, return_entry=False)
 
 
+@BOTH
 @pytest.mark.parametrize("upstream", [1.0, 3.0, 0.0])
 def test_any_upstream_gradient_and_a_second_use(upstream, general):
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", "min_snr")
@@ -143,6 +164,7 @@ def test_any_upstream_gradient_and_a_second_use(upstream, general):
     same(second, want)
 
 
+@BOTH
 def test_a_scaled_float16_loss_rounds_its_gradient_once(general):
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
     x0, n, prediction = batch(torch.float16)
@@ -163,6 +185,7 @@ def test_the_gradient_of_the_gradient():
     assert torch.autograd.gradgradcheck(lambda m: objective.loss(m, noised), m.requires_grad_())
 
 
+@BOTH
 def test_what_is_not_plain_is_done_the_general_way(general):
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", "min_snr")
     x0, n, m = batch()
@@ -202,6 +225,7 @@ def test_gradients_of_x0_and_noise_are_kept():
     assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in (x0, n, m)])
 
 
+@BOTH
 def test_transforms_and_subclasses_are_left_alone(general):
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
     x0, n, m = batch()
@@ -250,6 +274,7 @@ def test_a_loss_that_is_the_same_at_all_times_still_looks_at_t(t):
         fastdiff.diffusion_loss(m, x0, n, torch.tensor([0, 1, 1]), fastdiff.RectifiedFlow(), "flow")
 
 
+@BOTH
 def test_times_of_frames_have_the_bits_of_the_general_way(general):
     objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
     x0, n, m = batch(shape=(3, 5, 7, 9))
@@ -328,6 +353,7 @@ def test_a_step_has_the_bits_of_the_general_way(dtype, noise, general):
     assert run()[2] is None
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["sample", "epsilon", "score"])
 def test_a_conversion_has_the_bits_of_the_general_way(dtype, kind, general):

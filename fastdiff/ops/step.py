@@ -59,10 +59,10 @@ def step(
     """
     simple = uncond is log_variance is threshold is mask is known is known_noise is model_input is None
     if simple and not history and not return_entry and isinstance(x, Tensor):
-        direct = getattr(backends.get(x.device), "direct", None)
+        whole = getattr(getattr(backends.get(x.device), "direct", None), "step", None)
         n = noise.whole(x.shape) if isinstance(noise, Philox) else noise
-        if direct is not None and (n is not None or noise is None):
-            done = direct.step(x, m, row, clip, n, return_x0)
+        if whole is not None and (n is not None or noise is None):
+            done = whole(x, m, row, clip, n, return_x0)
             if done is not None:
                 return *done, None
     check_floating(x=x, model_output=m, row=row)

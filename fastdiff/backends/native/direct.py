@@ -40,15 +40,19 @@ def _source(kind: int, table: Tensor, low: float, high: float) -> Any:
     return _C.row_source(kind, *table.shape, memory(table), low, high)
 
 
-def times(steps: int, seed: int | Tensor, samples: int, stream: int, sample_offset: int) -> Tensor | None:
+def times(
+    steps: int, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: torch.device
+) -> Tensor | None:
     """floor(steps u), int64, of a uniform u in (0, 1) a sample; u itself, float64, for steps = 0."""
     out = torch.empty(samples, dtype=torch.int64 if steps else torch.float64, device="cpu")
     return _C.direct_times(out, seed, stream, sample_offset, steps)
 
 
-def noise(source: Any, x0: Tensor, t: Any, n: Tensor | tuple, keep: bool) -> tuple[Tensor, Tensor | None] | None:
+def noise(
+    source: Any, x0: Tensor, t: Any, n: Tensor | tuple, keep: bool, rng: str = "exact"
+) -> tuple[Tensor, Tensor | None] | None:
     """(x_t, the noise that was made and kept), one row (alpha, sigma) a sample. n: the noise, or (seed, stream,
-    sample_offset, offset) to make it from."""
+    sample_offset, offset) to make it from; on a CPU there is one way to make it, whatever ``rng``."""
     kept = None
     if keep:
         wide = x0.dtype is torch.float64
@@ -71,6 +75,8 @@ def loss(
 ) -> Tensor | None:
     """The mean loss, one row (p, q, scale, weight, c) a sample, of which the bits of ``present`` say what is used.
     ``rows`` gives them as placed tensors, for a gradient other than the usual one."""
+    if n is not None and not isinstance(n, Tensor):
+        return None
     recorded = prediction.requires_grad and _grad()
     # A float16 loss is scaled; its gradient for 1 would be of no use.
     ahead = recorded and prediction.dtype is not torch.float16

@@ -122,13 +122,13 @@ def _seed(seed: int | Tensor, device: torch.device) -> tuple[int | Tensor, str]:
     return seed - 2**64 if seed >= 2**63 else seed, "number"
 
 
-def _affine(
+def affine_launch(
     shape: tuple[int, ...], device: torch.device, u: Tensor | None, a: Any, v: Any, b: Any,
     out: Tensor | None, kept: Tensor | None = None, gamma: float = 0.0, xi: Any = None,
     target: Tensor | None = None, p: Any = None, q: Any = None,
-) -> None:  # fmt: skip
-    """out = a u + b (v + gamma xi), kept = v, target = p u + q v. Tensors are contiguous; v and xi may be a
-    ``Philox``."""
+) -> tuple[tuple[int, int], tuple, tuple]:  # fmt: skip
+    """The launch of out = a u + b (v + gamma xi), kept = v, target = p u + q v: (grid, arguments, constants). Tensors
+    are contiguous; v and xi may be a ``Philox``."""
     rows = arrange(shape, a, b, p, q)
     (seed, stream, sample_offset, strength), (kind, seed_kind, offset) = _source(v, device)
     (xi_seed, xi_stream, xi_offset, xi_strength), (xi_kind, xi_seed_kind, xi_has_offset) = _source(xi, device)
@@ -136,8 +136,7 @@ def _affine(
     written = out if out is not None else kept
     tile = tile_of(written.numel(), written.element_size())
     how = plan(shape, rows.shape, tile, made, offset or xi_has_offset)
-    launch.affine(
-        device,
+    return (
         how.grid,
         (
             *(out, kept, target, u, v if kind == "tensor" else None, xi if xi_kind == "tensor" else None),
@@ -152,6 +151,11 @@ def _affine(
     )
 
 
+def _affine(shape: tuple[int, ...], device: torch.device, *operands: Any) -> None:
+    """Launches it: see ``affine_launch``."""
+    launch.affine(device, *affine_launch(shape, device, *operands))
+
+
 def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int = 0, device: Any = None) -> Tensor:
     """As ``reference.uniform``."""
     where = _device(device, seed)
@@ -159,10 +163,17 @@ def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int = 
         return reference.uniform(seed, samples, stream, sample_offset, device)
     u = torch.empty(samples, dtype=torch.float64, device=where)
     if samples:
-        seed, kind = _seed(seed, where)
-        arguments = (u, seed, stream, sample_offset, samples)
-        launch.uniforms(where, (-(-samples // _UNIFORMS), 1), arguments, (kind, _UNIFORMS))
+        launch.uniforms(where, *uniforms_launch(u, *_seed(seed, where), stream, sample_offset, 0))
     return u
+
+
+def uniforms_launch(
+    out: Tensor, seed: int | Tensor, kind: str, stream: int, sample_offset: int, steps: int
+) -> tuple[tuple[int, int], tuple, tuple]:
+    """The launch of a uniform u in (0, 1) a sample; for ``steps`` > 0 of the timestep floor(steps u)."""
+    samples = out.numel()
+    arguments = (out, seed, stream, sample_offset, samples, steps)
+    return (-(-samples // _UNIFORMS), 1), arguments, (kind, steps > 0, _UNIFORMS)
 
 
 def normal(
@@ -537,10 +548,16 @@ def _loss_gradient(
     return d if laid.back is None else d.permute(laid.back)
 
 
-def _launch_loss(
+def _launch_loss(laid: _Laid, *operands: Any, **more: Any) -> None:
+    """Launches it: see ``loss_launch``."""
+    launch.loss(laid.data[0].device, *loss_launch(laid, *operands, **more))
+
+
+def loss_launch(
     laid: _Laid, function, normalization, reduction, gradient, *,
     used=None, assumed=None, upstream=None, result=None, means=None, divisor=None,
-) -> None:  # fmt: skip
+) -> tuple[tuple[int, int], tuple, tuple]:  # fmt: skip
+    """The launch of a loss, of its gradient, or of both: (grid, arguments, constants)."""
     prediction, x0, n = laid.data
     weight, p, q, scale, c = laid.coefficients
     shape, device = laid.shape, prediction.device
@@ -554,13 +571,11 @@ def _launch_loss(
     number = how.rows if how.parts > 1 else how.grid[0]
     counters = partials = None
     if result is not None:
-        space = workspace(device, 1 + how.rows, 4 * (how.rows * how.parts + number) + 2 * how.rows)
-        counters, partials = space.counters, space.partials
+        counters, partials = loss_workspace(device, how.rows, how.parts, number)
     size = 1.0 if reduction == "sum" else elements / how.rows
     mean = 1.0 / how.rows if reduction == "mean" else 1.0
     *pointers, up = rows.pointers
-    launch.loss(
-        device,
+    return (
         how.grid,
         (
             *(prediction, x0, n if kind == "tensor" else None, gradient, laid.mask),
@@ -576,6 +591,12 @@ def _launch_loss(
             *(*how.constants, launch.has_approximate_instructions(device), launch.INTERPRETED),
         ),
     )
+
+
+def loss_workspace(device: torch.device, rows: int, parts: int, number: int) -> tuple[Tensor, Tensor]:
+    """(counters, partial sums) of a launch that gives a loss."""
+    space = workspace(device, 1 + rows, 4 * (rows * parts + number) + 2 * rows)
+    return space.counters, space.partials
 
 
 class _Convert(torch.autograd.Function):
