@@ -243,6 +243,17 @@ def test_transforms_and_subclasses_are_left_alone(general):
     torch.testing.assert_close(torch.func.grad(lambda m: objective.loss(m, noised))(m.detach()), want)
 
 
+@BOTH
+def test_a_forced_backend_leaves_other_devices_to_the_reference(backend):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+    x0 = torch.empty(3, 4, 8, 8, device="meta")
+    m = torch.empty_like(x0, requires_grad=True)
+    for seed in (None, 5, torch.zeros(1, dtype=torch.int64, device="meta")):
+        noised = objective.noise(x0, seed=seed)
+        objective.loss(m, noised).backward()
+        assert noised.x_t.shape == noised.noise.shape == x0.shape and m.grad.device.type == "meta"
+
+
 def test_unfit_input_gets_the_usual_errors():
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
     x0, n, m = batch()

@@ -44,6 +44,8 @@ def times(
     steps: int, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: torch.device
 ) -> Tensor | None:
     """floor(steps u), int64, of a uniform u in (0, 1) a sample; u itself, float64, for steps = 0."""
+    if device.type != "cpu":
+        return None
     out = torch.empty(samples, dtype=torch.int64 if steps else torch.float64, device="cpu")
     return _C.direct_times(out, seed, stream, sample_offset, steps)
 
@@ -53,6 +55,8 @@ def noise(
 ) -> tuple[Tensor, Tensor | None] | None:
     """(x_t, the noise that was made and kept), one row (alpha, sigma) a sample. n: the noise, or (seed, stream,
     sample_offset, offset) to make it from; on a CPU there is one way to make it, whatever ``rng``."""
+    if not x0.is_cpu:  # where this backend is forced
+        return None
     kept = None
     if keep:
         wide = x0.dtype is torch.float64
