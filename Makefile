@@ -2,7 +2,8 @@
 # make test       run the whole test suite
 # make mutants    plant faults and say which no test notices (ARGS="--count 200 --seed 1"; CONTRIBUTING.md has the rest)
 # make test-pure  the tests without the C++ extension
-# make nightly    everything: all cases, without the extension too, and 200 faults of each group for the day's seed
+# make nightly    everything: all cases, without the extension and from a wheel too, and 200 faults of each group for the
+#                 day's seed
 # make bench      the operations against eager PyTorch, torch.compile and diffusers (2 minutes; ARGS="--preset full": 5)
 # make sanitize   the native backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make wheel      the sdist and the wheel, and the tests against the wheel in an environment of its own
@@ -31,17 +32,11 @@ test: $(VENV)/.dev
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants $(ARGS)
 
-# In a copy of the tree that has no extension, as FASTDIFF_BUILD=0 installs it.
 test-pure: $(VENV)/.dev
-	rm -rf build/pure
-	mkdir -p build/pure
-	cp -r $(filter-out build dist $(VENV),$(wildcard *)) build/pure
-	rm -f build/pure/fastdiff/_C.*
-	cd build/pure && FASTDIFF_BUILD=0 PYTHONPATH=$(CURDIR)/build/pure \
-	  $(abspath $(BIN))/python -m pytest -q -n auto -p no:cacheprovider $(ARGS)
+	FASTDIFF_BUILD=0 $(BIN)/python -m pytest -q -n auto -p no:cacheprovider $(ARGS)
 
 nightly: export FASTDIFF_NIGHTLY = 1
-nightly: test test-pure
+nightly: test test-pure wheel
 	@echo "== planted faults: the seed is $(TODAY)"
 	$(BIN)/python tests/mutants --record
 	$(BIN)/python tests/mutants --count 200 --seed $(TODAY) --control
@@ -52,7 +47,8 @@ bench: $(VENV)/.dev
 	@echo "== fastdiff bench"
 	$(BIN)/fastdiff bench $(ARGS)
 
-# The sdist, the wheel made of it, and the tests against that wheel in an environment of its own.
+# The sdist, the wheel made of it, and the tests against that wheel in an environment of its own, with everything beside
+# them but the package.
 wheel: $(VENV)/.dev
 	rm -rf dist build/wheel
 	$(BIN)/python -m build --outdir dist .
@@ -60,8 +56,9 @@ wheel: $(VENV)/.dev
 	build/wheel/bin/pip install --quiet -c constraints.txt torch
 	build/wheel/bin/pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[test]"
 	build/wheel/bin/pip install --quiet --no-deps -c constraints.txt -r tests/upstream.txt
-	cp -r tests build/wheel/tests
-	cd build/wheel && bin/python -m pytest -q -n auto -p no:cacheprovider tests
+	mkdir build/wheel/tree
+	cp -r .ci $(filter-out build dist fastdiff $(VENV),$(wildcard *)) build/wheel/tree
+	cd build/wheel/tree && ../bin/python -m pytest -q -n auto -p no:cacheprovider $(ARGS)
 
 # In a copy of the package with its own build of the extension: the one in the tree stays as it is. Python is not built
 # with the sanitizers, so they are loaded before it. It and torch leave memory to the system when they end: no leaks.

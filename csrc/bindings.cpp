@@ -208,6 +208,7 @@ py::tuple cuda_architectures() {
 PYBIND11_MODULE(_C, module) {
   using namespace fastdiff;
   module.doc() = "fastdiff's operations on the CPU, and a step in CUDA, on pointers and sizes; see csrc/checks.h for the arguments.";
+  module.attr("sources") = FASTDIFF_SOURCES;  // a digest of them: see fastdiff/extension.py
   module.def("normal", normal);
   module.def("uniform", uniform);
   module.def("noise", noise);

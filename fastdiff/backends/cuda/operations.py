@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any
 
@@ -11,12 +10,9 @@ from torch import Tensor
 
 from ..devices import Trial
 from ..native.launch import memory
+from ..native.operations import _C, unavailable_because
 
-try:
-    _C: Any = importlib.import_module("fastdiff._C")
-except ImportError as error:
-    _C, unavailable_because = None, f"{error}: install fastdiff where there is a C++ compiler and nvcc"
-else:
+if _C is not None:
     unavailable_because = "" if _C.cuda_architectures() else "fastdiff was built without nvcc"
 if torch.version.hip is not None:
     unavailable_because = "this PyTorch is for ROCm"

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...extension import load
 from .. import reference
 from .launch import DTYPES, FUNCTIONS, NORMALIZATIONS, REDUCTIONS, arrange, fits, masked, memory, source
 
-try:
-    _C: Any = importlib.import_module("fastdiff._C")
-except ImportError as error:
-    _C, unavailable_because = None, f"{error}: install fastdiff where there is a C++ compiler"
-else:
-    unavailable_because = ""
+_C, unavailable_because = load()
 available = _C is not None
 
 
