@@ -6,6 +6,7 @@
 #                 day's seed
 # make bench      the operations against eager PyTorch, torch.compile and diffusers (2 minutes; ARGS="--preset full": 5)
 # make sanitize   the native backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make docs       the documents as a site, with the API reference, in build/site
 # make wheel      the sdist and the wheel, and the tests against the wheel in an environment of its own
 # They set up everything they need in .venv first.
 
@@ -16,7 +17,7 @@ ARGS ?=
 TODAY := $(shell date +%Y%m%d)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test mutants test-pure nightly bench sanitize wheel lint clean
+.PHONY: demo docs test mutants test-pure nightly bench sanitize wheel lint clean
 
 demo: $(VENV)/.demo
 	@echo "== fastdiff demo: training on real handwritten digits, then sampling"
@@ -40,6 +41,19 @@ nightly: test test-pure wheel
 	@echo "== planted faults: the seed is $(TODAY)"
 	$(BIN)/python tests/mutants --record
 	$(BIN)/python tests/mutants --count 200 --seed $(TODAY) --control
+
+# The documents as a site, in build/site. In build/pages they lie as they do here; the first page gets the contents.
+PAGES := objectives migrating diffusers samplers reference results performance design
+
+docs: $(VENV)/.dev
+	rm -rf build/pages build/site
+	mkdir -p build/pages/benchmarks
+	cp -r README.md CONTRIBUTING.md CHANGELOG.md docs examples build/pages
+	cp -r benchmarks/results build/pages/benchmarks
+	printf '\n```{toctree}\n:hidden:\n\n%s\n```\n' "$$(printf '%s\n' $(PAGES:%=docs/%) CONTRIBUTING CHANGELOG)" \
+	  >>build/pages/README.md
+	$(BIN)/sphinx-build -q -W --keep-going -c docs build/pages build/site
+	@echo "== build/site/README.html"
 
 bench: $(VENV)/.dev
 	@echo "== the cases under pytest-benchmark"

@@ -35,14 +35,14 @@ class MSE(Loss):
 
 @dataclass(frozen=True)
 class L1(Loss):
-    """|e|."""
+    """abs(e)."""
 
     function = "l1"
 
 
 @dataclass(frozen=True)
 class SmoothL1(Loss):
-    """e^2 / (2 beta) where |e| < beta, else |e| - beta / 2."""
+    """e^2 / (2 beta) where abs(e) < beta, else abs(e) - beta / 2."""
 
     beta: float = 1.0
     function = "smooth_l1"
@@ -56,7 +56,7 @@ class SmoothL1(Loss):
 
 @dataclass(frozen=True)
 class Huber(Loss):
-    """e^2 / 2 where |e| < delta, else delta (|e| - delta / 2): delta times SmoothL1(delta)."""
+    """e^2 / 2 where abs(e) < delta, else delta (abs(e) - delta / 2): delta times SmoothL1(delta)."""
 
     delta: float = 1.0
     function = "smooth_l1"

@@ -72,7 +72,7 @@ def sample(
             al. 2024); elsewhere the unconditional half is not computed.
         guidance_rescale: phi of Lin et al. 2024, section 3.4: how much of the deviation that guidance adds to each
             sample of the network's output is taken away again. 0 to 1.
-        dynamic_thresholding: quantile of |x0| that each sample's x0 estimate is clamped to, and divided by, where it
+        dynamic_thresholding: quantile of abs(x0) that each sample's x0 estimate is clamped to, and divided by, where it
             exceeds 1 (Saharia et al. 2022; 0.995 there). Not with a sampler that has a ``clip``.
         sample_max_value: no more than this is divided by.
         cond_fn: classifier guidance (Dhariwal and Nichol 2021): ``cond_fn(x, t)`` returns the gradient of
@@ -90,7 +90,7 @@ def sample(
         dtype: of the samples and of what the model sees.
         progress: show a bar, if tqdm is installed.
         callback: ``callback(step, t, x, x0)`` after every step: the step's t, the new x and the x0 estimate.
-        return_trajectory: return (samples, x at the start and after every step [steps + 1, *shape]).
+        return_trajectory: return (samples, x at the start and after every step ``[steps + 1, *shape]``).
         compile: run the model through ``torch.compile``.
         cuda_graph: capture model and step in a CUDA graph once and replay it at every step: for a model that can be
             captured, on a CUDA device, without what looks at each step's output (``guidance_rescale``,

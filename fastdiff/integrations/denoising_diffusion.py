@@ -1,4 +1,4 @@
-"""Objects of denoising-diffusion-pytorch, fused: GaussianDiffusion, its continuous-time kin and ElucidatedDiffusion.
+"""Objects of denoising-diffusion-pytorch, fused: GaussianDiffusion, its continuous-time kin and ElucidatedDiffusion::
 
     diffusion = GaussianDiffusion(unet, image_size=32)
     fastdiff.integrations.denoising_diffusion.fuse(diffusion)      # unfuse(diffusion) undoes it

@@ -1,4 +1,4 @@
-"""Flow-matching libraries: paths of flow_matching, matchers of torchcfm, transports of SiT. None of them is imported.
+"""Flow-matching libraries: paths of flow_matching, matchers of torchcfm, transports of SiT; none of them is imported::
 
     noised = flow.noise(path_or_matcher, x_1)             # in place of path.sample(...) or sample_location_and_...
     loss = flow.loss(model(noised.x_t, noised.t), noised)   # in place of the mean of (v - dx_t)^2

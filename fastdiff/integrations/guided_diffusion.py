@@ -1,4 +1,4 @@
-"""Diffusion objects in the style of guided-diffusion and improved-diffusion, which DiT and others share.
+"""Diffusion objects in the style of guided-diffusion and improved-diffusion, which DiT and others share::
 
     diffusion = create_gaussian_diffusion(...)
     fastdiff.integrations.guided_diffusion.fuse(diffusion)      # unfuse(diffusion) undoes it

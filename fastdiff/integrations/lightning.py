@@ -1,4 +1,4 @@
-"""A mixin that makes a LightningModule a diffusion trainer. Lightning itself is not imported.
+"""A mixin that makes a LightningModule a diffusion trainer. Lightning itself is not imported::
 
     class Model(DiffusionTraining, lightning.LightningModule):
         def __init__(self):
@@ -31,7 +31,9 @@ _MASK = 2**64 - 1
 class DiffusionTraining:
     """``training_step`` and ``validation_step`` of a network trained with ``self.objective``.
 
-    Set on the module, or as class attributes:
+    Set on the module, or as class attributes.
+
+    Attributes:
         objective: a ``fastdiff.Objective``.
         noise_seed: an int makes t and noise of the k-th batch a function of (noise_seed, k, place in the global batch),
             whatever the number of ranks; k is kept in the checkpoint, so a resumed run goes on with the noise it would

@@ -1,11 +1,13 @@
-"""Loss by timestep, gathered on the device: nothing waits for it until the numbers are asked for.
+"""Loss by timestep, gathered on the device::
 
-per_timestep = TimestepLosses(buckets=10)
-rows = objective.loss(prediction, noised, reduction="none")
-per_timestep.update(noised, rows)
-rows.mean().backward()
-if step % 100 == 0:
-    per_timestep.log_to(writer, step)      # a TensorBoard writer, wandb, an accelerator, a Lightning logger
+    per_timestep = TimestepLosses(buckets=10)
+    rows = objective.loss(prediction, noised, reduction="none")
+    per_timestep.update(noised, rows)
+    rows.mean().backward()
+    if step % 100 == 0:
+        per_timestep.log_to(writer, step)      # a TensorBoard writer, wandb, an accelerator, a Lightning logger
+
+Nothing waits for it until the numbers are asked for.
 """
 
 from __future__ import annotations

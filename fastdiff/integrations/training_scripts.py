@@ -1,4 +1,4 @@
-"""What the training scripts of the diffusers library compute between the latents and ``backward``, in two calls.
+"""What the training scripts of the diffusers library compute between the latents and ``backward``, in two calls::
 
     script = training_scripts.text_to_image_sdxl(noise_scheduler, snr_gamma=5.0)
     noised = script.noise(latents)                                       # noise, timesteps and add_noise

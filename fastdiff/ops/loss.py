@@ -43,7 +43,7 @@ def loss(
         mask: bool or float, broadcastable to prediction; with fewer dimensions aligned at the left: [batch], or [batch,
             frames]. What it leaves out with 0, and rows of weight 0, add 0 to the
             loss and to the gradient, whatever they hold.
-        function: "mse" e^2, "l1" |e|, "smooth_l1" and "pseudo_huber" with constant c, "log_cosh".
+        function: "mse" e^2, "l1" abs(e), "smooth_l1" and "pseudo_huber" with constant c, "log_cosh".
         mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"; a row whose
             mask is empty is 0, and left out of the mean), or all by the mask's sum ("global").
         reduction: "mean" over all; "sum" without any division; "none": one mean a row.
