@@ -32,15 +32,15 @@ numbers() {
     stage steps 69 "$PYTHON" "$BENCHMARKS/gpu_numbers.py" steps
     needs ncu && stage counters 25 "$PYTHON" "$BENCHMARKS/gpu_numbers.py" counters
     stage gpu-tests 75 "${pytest[@]}" $(processes 8) -m gpu \
-        "$TESTS/test_triton_gpu.py" "$TESTS/test_cuda_step.py" $(marked_gpu)
+        "$TESTS/backends/test_triton_gpu.py" "$TESTS/backends/test_cuda_step.py" $(marked_gpu)
 }
 
 tests() {
     stage install 20 "${install[@]}"
     from_source_unless_installed
     stage doctor 15 "$PYTHON" "$BENCHMARKS/gpu_numbers.py" doctor
-    stage operations 60 "${pytest[@]}" $(processes 16) -m gpu_variants "$TESTS/test_triton_operations.py"
-    stage reduction 30 "${pytest[@]}" -k reduction "$TESTS/test_triton_gpu.py"
+    stage operations 60 "${pytest[@]}" $(processes 16) -m gpu_variants "$TESTS/backends/test_triton_operations.py"
+    stage reduction 30 "${pytest[@]}" -k reduction "$TESTS/backends/test_triton_gpu.py"
     if needs compute-sanitizer; then
         stage compile 25 "$PYTHON" "$BENCHMARKS/gpu_memory.py" --compile-only
         stage memcheck 25 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" "$BENCHMARKS/gpu_memory.py"
@@ -97,7 +97,7 @@ processes() { # for pytest, where it can
 }
 
 marked_gpu() { # the other files that have such tests
-    grep -lE 'mark\.gpu|\bdevice[,)]' "$TESTS"/test_*.py | grep -vE '/test_(triton_gpu|cuda_step|triton_operations)\.py$'
+    grep -rlE 'mark\.gpu|\bdevice[,)]' --include='test_*.py' "$TESTS" | sort | grep -vE '/test_(triton_gpu|cuda_step|triton_operations)\.py$'
 }
 
 record() { echo "{$1}" >>"$FASTDIFF_RECORDS"; }

@@ -21,5 +21,15 @@ def assert_rounded(actual: torch.Tensor, truth, terms, operations: int = 4) -> N
     assert (off <= bound).all(), f"{actual64[worst]!r} is {off[worst]:.3g} off, {bound[worst]:.3g} allowed, at {worst}"
 
 
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal dtype, shape and elements. NaN equals NaN, and 0 equals -0."""
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def float64(values) -> torch.Tensor:
+    return torch.tensor(np.asarray(values, dtype=np.float64))
+
+
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().to("cpu", torch.float64).numpy()

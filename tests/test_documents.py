@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import libraries
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,9 +148,6 @@ def test_migrating(schedulers, monkeypatch):
     # Stands in for the package: the block needs its base class.
     monkeypatch.setitem(sys.modules, "lightning", SimpleNamespace(LightningModule=nn.Module))
     utilities = pytest.importorskip("diffusers.training_utils")
-    from test_integrations_denoising_diffusion import GaussianDiffusion, Net
-    from test_integrations_objects import COND_OT, Denoiser, Diffusion, Matcher, Path, Transport
-
     scheduler = schedulers.DDPMScheduler(prediction_type="v_prediction")
     written, trained, diffusions, x = [], [], [], latents()
     fakes = {
@@ -164,14 +162,18 @@ def test_migrating(schedulers, monkeypatch):
             gamma=5.0,
         ),
         "denoising-diffusion-pytorch": dict(
-            unet=Net(), GaussianDiffusion=GaussianDiffusion, Trainer=lambda *given: trained.append(given)
+            unet=libraries.Net(),
+            GaussianDiffusion=libraries.GaussianDiffusion,
+            Trainer=lambda *given: trained.append(given),
         ),
         "guided-diffusion, improved-diffusion, DiT": dict(
-            create_gaussian_diffusion=lambda others: (diffusions.append(Diffusion()), diffusions[0])[1]
+            create_gaussian_diffusion=lambda others: (diffusions.append(libraries.Diffusion()), diffusions[0])[1]
         ),
         "k-diffusion: losses": dict(
             model=Network(),
-            K=SimpleNamespace(layers=SimpleNamespace(Denoiser=lambda model, sigma_data, weighting: Denoiser())),
+            K=SimpleNamespace(
+                layers=SimpleNamespace(Denoiser=lambda model, sigma_data, weighting: libraries.Denoiser())
+            ),
         ),
         "EDM and EDM2": dict(
             net=lambda x, sigma, labels, augment_labels=None: x.requires_grad_() + labels,
@@ -181,9 +183,9 @@ def test_migrating(schedulers, monkeypatch):
             batch_gpu_total=4,
         ),
         "flow_matching, torchcfm, SiT": dict(
-            path=Path(COND_OT),
-            matcher=Matcher("plain", 0.1),
-            transport=Transport("VELOCITY", "NONE", True),
+            path=libraries.Path(libraries.COND_OT),
+            matcher=libraries.Matcher("plain", 0.1),
+            transport=libraries.Transport("VELOCITY", "NONE", True),
             model=Network(),
             x_1=latents(),
             x_0=latents(),

@@ -9,6 +9,7 @@ from accuracy import to_numpy
 import fastdiff
 from fastdiff import losses
 from fastdiff import timesteps as ts
+from fastdiff.objective import Rows, draw_seed
 from fastdiff.prediction import conversion
 
 PAIRS = [
@@ -45,7 +46,7 @@ def test_perfect_prediction(process, prediction, device):
 
 @pytest.mark.parametrize(("process", "prediction"), PAIRS, ids=IDS)
 def test_functions_and_the_object_are_the_formulas(process, prediction):
-    """x_t and the loss of all kinds, at the levels of the process (taken as exact; tests/test_process.py has them)."""
+    """x_t and the loss of all kinds, at the levels of the process (taken as exact; test_process.py has them)."""
     weighting = None if prediction == "previous_sample" else fastdiff.MinSNR(3.0)
     objective = fastdiff.Objective(process, prediction, weighting, "huber")
     x0, n, m = torch.randn(3, 4, 2, 5, dtype=torch.float64)
@@ -280,3 +281,41 @@ def test_what_no_time_changes_is_computed_once(prediction, loss, backend):
             assert torch.equal(got, want)
     rows = objective.noise(x0, t, seed=1).rows
     assert not any(rows.p.stride()) and not any(rows.weight.stride()) and any(rows.alpha.stride())
+
+
+def test_rows_have_what_is_known_or_can_be_evaluated():
+    """Nothing else, so that what asks (copy, pickle, hasattr) is told that it is not there."""
+    asked = []
+
+    def evaluate(name):
+        asked.append(name)
+        return {name: 2.0, "sigma": 3.0}
+
+    known = Rows({"alpha": 1.0})
+    assert known.alpha == 1.0 and not hasattr(known, "sigma") and not hasattr(known, "__deepcopy__")
+    rows = Rows({"alpha": 1.0}, evaluate)
+    assert rows.alpha == 1.0 and not hasattr(rows, "nonsense") and asked == []
+    assert rows.p == 2.0 and rows.sigma == 3.0 and rows.p == 2.0 and asked == ["p"]
+    assert rows.known() == {"alpha": 1.0, "p": 2.0, "sigma": 3.0}
+
+
+def test_a_seed_of_another_device_is_not_waited_for(monkeypatch):
+    """From the CPU's generator to a GPU: the copy does not block."""
+    seen = []
+
+    class Drawn:
+        def to(self, device, **how):
+            seen.append((device, how))
+            return self
+
+    asked = {}
+    monkeypatch.setattr(torch, "randint", lambda *between, **how: (asked.update(how, between=between), Drawn())[1])
+    generator = torch.Generator()
+    draw_seed(generator, torch.device("cuda"))
+    assert seen == [(torch.device("cuda"), {"non_blocking": True})]
+    assert asked == {
+        "between": (-(2**63), 2**63 - 1, (1,)), "dtype": torch.int64, "device": torch.device("cpu"),
+        "generator": generator,
+    }  # fmt: skip
+    draw_seed(None, torch.device("cuda"))
+    assert (asked["device"], asked["generator"]) == (torch.device("cuda"), None)

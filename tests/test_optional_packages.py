@@ -46,7 +46,7 @@ def test_everything_is_collected():
     output, code = without("tests", "benchmarks", "--collect-only")
     assert code == 0, output[-3000:]
     for file in (
-        "tests/test_triton_operations.py",
+        "tests/backends/test_triton_operations.py",
         "benchmarks/test_sampling_loops.py",
         "benchmarks/test_operations.py",
     ):
@@ -54,6 +54,6 @@ def test_everything_is_collected():
 
 
 def test_what_compares_with_them_is_skipped():
-    cases = "tests/test_bench.py::TestPeers", "tests/test_bench.py::TestRun::test_page"
+    cases = "tests/bench/test_bench.py::TestPeers", "tests/bench/test_bench.py::TestRun::test_page"
     output, code = without(*cases, "benchmarks/test_diffusers_schedulers.py", "--benchmark-disable")
     assert code == 0 and "skipped" in output, output[-3000:]

@@ -27,7 +27,7 @@ class Fused:
 
     methods: tuple[str, ...]
     left_alone: dict[str, str]
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
     tables: dict[Any, Tensor] = field(default_factory=dict)
 
 

@@ -54,7 +54,9 @@ def main(arguments=None) -> int:
     if options.record is not None:
         choosing.record(ROOT, recording, options.jobs, options.record)
         return 0
-    recorded = choosing.Recorded(recording) if (recording / "lines.json").is_file() and not options.table else None
+    recorded = (
+        choosing.Recorded(ROOT, recording) if (recording / "lines.json").is_file() and not options.table else None
+    )
     equivalents = read_equivalents(HERE / "equivalents.txt")
     drawn = [
         mutant

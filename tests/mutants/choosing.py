@@ -9,7 +9,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-# For the beginning of a source file's path, the test files to ask (tests/test_*.py), the likeliest first.
+# For the beginning of a source file's path, the test files to ask (test_*.py, in any folder), the likeliest first.
 TABLE = {
     "fastdiff/process": "process wrong_input pitfalls_of_objectives pitfalls_of_samplers objective samplers diffusers",
     "fastdiff/prediction": "prediction objective pitfalls_of_objectives samplers",
@@ -25,16 +25,16 @@ TABLE = {
     "fastdiff/ops/noise": "noise wrong_input whole_calls objective philox native",
     "fastdiff/ops/prepared": "prepared wrong_input",
     "fastdiff/ops/": "convert_and_step wrong_input whole_calls trajectory noise loss prepared objective native",
-    "fastdiff/integrations/diffusers/": "integrations_diffusers integrations_diffusers_patching",
-    "fastdiff/integrations/denoising": "integrations_denoising_diffusion",
-    "fastdiff/integrations/fusing": "integrations_denoising_diffusion integrations_objects",
-    "fastdiff/integrations/guided": "integrations_objects",
+    "fastdiff/integrations/diffusers/": "diffusers_schedulers diffusers_patching",
+    "fastdiff/integrations/denoising": "denoising_diffusion",
+    "fastdiff/integrations/fusing": "denoising_diffusion objects",
+    "fastdiff/integrations/guided": "objects",
     "fastdiff/integrations/schedulers": "diffusers samplers_diffusers",
-    "fastdiff/integrations/k_": "k_diffusion integrations_objects",
-    "fastdiff/integrations/lightning": "integrations_trainers",
-    "fastdiff/integrations/losses": "integrations_trainers",
-    "fastdiff/integrations/training": "integrations_training_scripts",
-    "fastdiff/integrations/": "integrations_objects integrations_training_scripts k_diffusion diffusers",
+    "fastdiff/integrations/k_": "k_diffusion objects",
+    "fastdiff/integrations/lightning": "trainers",
+    "fastdiff/integrations/losses": "trainers",
+    "fastdiff/integrations/training": "training_scripts",
+    "fastdiff/integrations/": "objects training_scripts k_diffusion diffusers",
     "fastdiff/demo/": "demo cli",
     "fastdiff/bench/": "bench",
     "fastdiff/doctor": "cli devices",
@@ -50,17 +50,23 @@ NEVER = {"test_large", "test_packaging", "test_optional_packages", "test_gpu_mem
 def files_for(root: Path, file: str) -> dict[str, set[str] | None]:
     """The test files of the table, and None: each of their functions."""
     names = next(names for start, names in TABLE.items() if file.startswith(start)).split()
-    found = [f"tests/test_{name}.py" for name in [*names, *EVERYWHERE]]
-    return {name: None for name in found if (root / name).is_file()}
+    where = test_files(root)
+    return {where[f"test_{name}"]: None for name in [*names, *EVERYWHERE]}
+
+
+def test_files(root: Path) -> dict[str, str]:
+    """Where each test file is, by its name, which no other has: {"test_loss": "tests/ops/test_loss.py"}."""
+    return {file.stem: file.relative_to(root).as_posix() for file in sorted((root / "tests").rglob("test_*.py"))}
 
 
 class Recorded:
     """Which test functions ran which lines, and what they cost, of the test files that have been recorded."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, root: Path, folder: Path):
         self.lines = json.loads((folder / "lines.json").read_text())
         self.costs = json.loads((folder / "costs.json").read_text())
-        self.files = {f"tests/{file.suffix[1:]}.py" for file in folder.glob("data.*")}
+        where = test_files(root)
+        self.files = {where[file.suffix[1:]] for file in folder.glob("data.*") if file.suffix[1:] in where}
 
     def functions_for(self, root: Path, file: str, lines: range) -> dict[str, set[str] | None]:
         """The functions that ran one of ``lines``, by test file, cheap files first. For what is run only when the
@@ -79,11 +85,13 @@ class Recorded:
 
 def record(root: Path, folder: Path, jobs: int, only=()):
     """Runs each test file under coverage (or ``only`` some, again), and keeps the test functions of each line."""
+    import coverage  # noqa: F401  # what the processes need: said here, before any starts
+
     folder.mkdir(parents=True, exist_ok=True)
     settings = folder / "coveragerc"
     settings.write_text("[run]\nsource = fastdiff\ndynamic_context = test_function\nrelative_files = true\n")
     files = [root / file for file in only] or [
-        file for file in (root / "tests").glob("test_*.py") if file.stem not in NEVER
+        root / file for name, file in test_files(root).items() if name not in NEVER
     ]
     waiting = sorted(files, key=lambda f: f.stat().st_size, reverse=True)
     known = folder / "costs.json"
@@ -140,13 +148,13 @@ def _any(running):
 
 
 def _environment(root: Path):
-    return os.environ | {"PYTHONPATH": str(root)}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
 
 
 def _write(root: Path, folder: Path, costs):
     import coverage
 
-    lines = defaultdict(lambda: defaultdict(set))
+    lines, where = defaultdict(lambda: defaultdict(set)), test_files(root)
     for file in folder.glob("data.*"):
         data = coverage.CoverageData(basename=str(file))
         data.read()
@@ -156,8 +164,8 @@ def _write(root: Path, folder: Path, costs):
                 for context in contexts:
                     module, _, function = context.partition(".")
                     # "test_x.test_y", "test_x.TestZ.test_y"; a helper's context is its test's.
-                    if module == file.suffix[1:] and function:
-                        lines[name][str(line)].add(f"tests/{module}.py::{function}")
+                    if module == file.suffix[1:] and module in where and function:
+                        lines[name][str(line)].add(f"{where[module]}::{function}")
     plain = {name: {line: sorted(tests) for line, tests in each.items()} for name, each in lines.items()}
     (folder / "lines.json").write_text(json.dumps(plain))
     (folder / "costs.json").write_text(json.dumps(costs))

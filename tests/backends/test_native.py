@@ -1,0 +1,436 @@
+"""The native backend against the reference: every operation, layout, dtype, instruction set and thread count; and what
+its binding refuses. (The tests of the operations themselves run with both backends: see the fixture ``backend``.)"""
+
+import math
+
+import pytest
+import torch
+from accuracy import assert_same
+from devices import examples, pairwise
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastdiff
+from fastdiff import ops
+from fastdiff.backends import native, reference
+from fastdiff.ops.checks import compute_dtype
+
+if not native.available:
+    pytest.skip(native.unavailable_because, allow_module_level=True)
+from fastdiff import _C
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# (shape, rows): leading, frames behind channels, one for all, one an element, alternating, odd sizes, empty ones.
+LAYOUTS = [
+    ((6, 4, 5, 7), (6, 1, 1, 1)),
+    ((2, 3, 4, 5, 6), (2, 1, 4, 1, 1)),
+    ((2, 3, 4, 5, 6), (2, 3, 1, 1, 1)),
+    ((2, 3, 4, 5, 6), (2, 1, 4, 1, 6)),
+    ((2, 3, 4, 5), (1, 3, 1, 1)),
+    ((4, 3, 9001), (4, 1, 1)),
+    ((4, 3, 9001), (1, 1, 1)),
+    ((7, 2), (7, 2)),
+    ((5,), (5,)),
+    ((70, 3, 32, 32), (70, 1, 1, 1)),
+    ((0, 3, 4), (0, 1, 1)),
+    ((3, 0), (3, 1)),
+]
+
+
+@pytest.fixture(params=_C.simd_variants())
+def simd(request):
+    _C.set_simd(request.param)
+    yield request.param
+    _C.set_simd(_C.simd_variants()[0])
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+def random(shape, dtype):
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def assert_as_good(got, want, exact):
+    """Within twice the reference's own largest relative error, plus one ulp. float64 is its own truth: 8 ulps."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    assert torch.equal(got.isnan(), want.isnan())
+    finite = exact.isfinite() & want.isfinite()
+    assert torch.equal(got[~finite].nan_to_num(7.5), want[~finite].nan_to_num(7.5))
+    if not bool(finite.any()):
+        return
+    info, exact = torch.finfo(got.dtype), exact[finite].double()
+    size = exact.abs().clamp(min=info.tiny)
+    error, reference_error = ((t[finite].double() - exact).abs() / size for t in (got, want))
+    limit = 2 * reference_error.max() + (8 if got.dtype == torch.float64 else 1) * info.eps
+    assert error.max() <= limit, (error.max(), reference_error.max())
+
+
+@pytest.mark.parametrize(
+    "shape", [(1,), (3,), (2, 5), (1, 31), (3, 33), (2, 4, 8, 8), (2, 511), (3, 4097), (0, 4), (2, 0)]
+)
+@pytest.mark.parametrize("seed", [0, 1, -7, 2**62 + 5])
+def test_normals_have_the_same_bits(shape, seed, simd, threads):
+    for stream, offset in ((0, 0), (16, 2**33 + 3), (2**32 - 1, 1)):
+        assert_same(native.normal(seed, shape, stream, offset), reference.normal(seed, shape, stream, offset))
+        if shape[0]:
+            u = native.uniform(seed, 50, stream, offset)
+            assert_same(u, reference.uniform(seed, 50, stream, offset))
+
+
+@pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise(shape, rows, dtype, simd):
+    x0 = random(shape, dtype)
+    sources = [random(shape, torch.float32), random(shape, dtype), random(shape, torch.float64), ops.Philox(99, 3)]
+    if len(shape) > 2:
+        sources.append(ops.Philox(-99, 2**40, offset=0.1))
+    for n in sources:
+        wide = compute_dtype(x0, n if isinstance(n, torch.Tensor) else None)
+        alpha, sigma = random(rows, wide), random(rows, wide)
+        for xi in (None, random(shape, dtype), ops.Philox(99, 3, 2)):
+            for keep in (True, False):
+                arguments = (x0, n, alpha, sigma, 0.0 if xi is None else 0.1, xi, keep)
+                (got, kept), (want, wanted) = native.noise(*arguments), reference.noise(*arguments)
+                assert_same(got, want)
+                if isinstance(wanted, torch.Tensor):
+                    assert_same(kept, wanted)
+                else:
+                    assert kept is n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [800_000, 800_003])
+def test_results_larger_than_the_cache_are_those_of_their_rows(size, dtype, simd):
+    """Large results are written past the caches; those of one row are not."""
+    rows = 4 if dtype == torch.float32 else 8
+    x0, n, m = (torch.randn(rows, size).to(dtype) for _ in range(3))
+    alpha, sigma, weight = (torch.rand(rows, 1) + 0.1 for _ in range(3))
+    table = torch.rand(len(ops.COLUMNS))
+
+    def everything(r, k):
+        made = ops.Philox(7, sample_offset=k)
+        x_t, _ = native.noise(x0[r], n[r], alpha[r], sigma[r], 0.0, None, False)
+        y_t, kept = native.noise(x0[r], made, alpha[r], sigma[r], 0.0, None, True)
+        predicted = m[r].clone().requires_grad_()
+        loss = native.loss(
+            predicted, x0[r], n[r], alpha[r], sigma[r], None, weight[r], None, None, "mse", "none", "sum"
+        )
+        loss.backward()
+        step = native.step(x0[r], m[r], None, 1.0, table, 1.0, (), n[r], None, dtype, (True, True))
+        return [x_t, y_t, kept, predicted.grad, native.convert(m[r], x0[r], alpha[r], sigma[r], dtype), *step]
+
+    pieces = [everything(slice(k, k + 1), k) for k in range(rows)]
+    for whole, *parts in zip(everything(slice(None), 0), *pieces):
+        assert_same(whole, torch.cat(parts))
+
+
+def loss_arguments(shape, rows, dtype, mask, made=False, wide=torch.float32):
+    if dtype == torch.float64:
+        wide = torch.float64
+    p, q, scale, weight, c = (random(rows, wide).abs() + 0.1 for _ in range(5))
+    n = ops.Philox(5) if made else random(shape, dtype)
+    return [random(shape, dtype), random(shape, dtype), n, p, q, scale, weight, c, mask]
+
+
+@pairwise(layout=LAYOUTS, dtype=DTYPES, function=["mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh"])
+def test_loss_and_gradients(layout, dtype, function):
+    shape, rows = layout
+    masks = [None]
+    if math.prod(shape):
+        masks += [(torch.rand(shape[-1]) < 0.7), torch.rand((shape[0],) + (1,) * (len(shape) - 1))]
+    for mask in masks:
+        arguments = loss_arguments(shape, rows, dtype, mask, made=mask is None)
+        reductions = [("none", "mean"), ("none", "none"), ("none", "sum"), ("row", "mean"), ("global", "none")]
+        for normalization, reduction in reductions if mask is not None else reductions[:3]:
+
+            def run(backend, convert, arguments=arguments, normalization=normalization, reduction=reduction):
+                values = [convert(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+                values[0], values[6] = values[0].requires_grad_(), values[6].requires_grad_()
+                loss = backend.loss(*values, function, normalization, reduction)
+                upstream = torch.linspace(0.5, 2, max(1, loss.numel())).to(loss.dtype)[: loss.numel()].view_as(loss)
+                loss.backward(upstream)
+                return loss.detach(), values[0].grad, values[6].grad
+
+            exact = run(reference, lambda t: t.detach().double())
+            want, got = (run(backend, lambda t: t.detach().clone()) for backend in (reference, native))
+            for g, w, e in zip(got, want, exact):
+                assert_as_good(g, w, e)
+
+
+def test_loss_has_the_same_bits_everywhere():
+    """For every instruction set, thread count and run: 1 and 2 threads, odd sizes, two frames."""
+    arguments = loss_arguments((3, 2, 5, 4099), (3, 1, 5, 1), torch.float32, torch.rand(3, 1, 1, 4099))
+    first = {}
+    for variant in _C.simd_variants():
+        _C.set_simd(variant)
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            for function in ("mse", "pseudo_huber"):
+                prediction = arguments[0].clone().requires_grad_()
+                loss = native.loss(prediction, *arguments[1:], function, "global", "mean")
+                loss.backward()
+                expected = first.setdefault(function, (loss.detach(), prediction.grad))
+                assert torch.equal(loss, expected[0]) and torch.equal(prediction.grad, expected[1])
+    _C.set_simd(_C.simd_variants()[0])
+    torch.set_num_threads(1)
+
+
+def test_backward_twice_scaled_and_by_zero():
+    """The gradient written ahead is for an upstream of 1; any other, again, and accumulation must be right too."""
+    prediction, n = random((4, 3, 100), torch.float32).requires_grad_(), random((4, 3, 100), torch.float32)
+    loss = ops.loss(prediction, None, n, q=1.0)
+    exact = 2 * (prediction.detach() - n) / n.numel()
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(prediction.grad, exact)
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(prediction.grad, 2 * exact)
+    for scale in (0.0, -3.0, 2.0**16):
+        (g,) = torch.autograd.grad(loss * scale, prediction, retain_graph=True)
+        torch.testing.assert_close(g, scale * exact)
+    (loss * 0.5).backward()
+    torch.testing.assert_close(prediction.grad, 2.5 * exact)
+
+
+def test_a_changed_input_is_noticed_in_backward():
+    prediction, n = random((2, 3), torch.float32).requires_grad_(), random((2, 3), torch.float32)
+    loss = ops.loss(prediction, None, n, q=1.0)
+    n.add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        (2 * loss).backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batched", [False, True])
+def test_convert_and_step(dtype, batched, simd):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for shape in ((3, 2, 5), (2, 4, 33, 31), (0, 3), (1, 1)):
+        x, m, uncond, z, v, *history = (random(shape, dtype) for _ in range(9))
+        columns = len(ops.COLUMNS)
+        row = random((shape[0], columns) if batched else (columns,), wide)
+        ones = (1,) * len(shape)
+        for guidance in (2.5, random((shape[0], *ones[1:]), wide)):
+            for clip, noise, variance in (
+                (None, z, None),
+                (0.5, z, v),
+                (0.5, ops.Philox(3, 1, 20), None),
+                (None, None, None),
+            ):
+                arguments = (x, m, uncond, guidance, row, clip, tuple(history), noise, variance, dtype, (True, True))
+                wider = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
+                wider[6], wider[-2] = tuple(h.double() for h in history), torch.float64
+                results = native.step(*arguments), reference.step(*arguments), reference.step(*wider)
+                for got, want, exact in zip(*results):
+                    # Terms cancel: the scale of the errors is that of the tensor.
+                    bound = 2 * (want.double() - exact).abs().max() if want.numel() else 0
+                    ulps = torch.finfo(got.dtype).eps * exact.abs() * (8 if dtype == torch.float64 else 1)
+                    spread = torch.finfo(wide).eps * 4 * (exact.abs().max() if exact.numel() else 0)
+                    assert bool(((got.double() - exact).abs() <= bound + ulps + spread).all())
+        k_x, k_m = (random((shape[0], *ones[1:]), wide) for _ in range(2))
+        assert_same(native.convert(m, x, k_x, k_m, dtype), reference.convert(m, x, k_x, k_m, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 65504.0, 1e-40, -0.0, 3.4e38])
+def test_special_values_survive_storage(dtype, value, simd):
+    """Through every load and store, in full vectors and in their ends: NaN stays NaN, overflow rounds to infinity."""
+    x = torch.full((37,), value, dtype=torch.float64).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    one, zero = torch.ones(1, dtype=wide), torch.zeros(1, dtype=wide)
+    got = native.convert(x, torch.zeros_like(x), zero, one, dtype)
+    assert_same(got, reference.convert(x, torch.zeros_like(x), zero, one, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_pattern_and_rounding(dtype, simd):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    one, half = torch.ones(1), torch.tensor([1 / 3])
+    for k in (one, half):
+        arguments = (every, torch.zeros_like(every), torch.zeros(1), k, dtype)
+        assert_same(native.convert(*arguments), reference.convert(*arguments))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_strides_rows_and_mask(data):
+    shape = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=5))
+    rows = [data.draw(st.sampled_from([1, size])) for size in shape]
+    dtype = data.draw(st.sampled_from(DTYPES))
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    order = data.draw(st.permutations(range(len(shape))))
+
+    def strided(t):
+        return t.permute(*order).contiguous().permute(*[order.index(d) for d in range(len(shape))])
+
+    mask = None
+    if data.draw(st.booleans()):
+        kept = [data.draw(st.sampled_from([1, size])) for size in shape]
+        mask = torch.rand(kept[data.draw(st.integers(0, len(kept) - 1)) :]) + 0.1
+    arguments = loss_arguments(shape, rows, dtype, mask)
+    arguments[:3] = [strided(t) for t in arguments[:3]]
+    how = (data.draw(st.sampled_from(["mse", "pseudo_huber"])), data.draw(st.sampled_from(["none", "row"])))
+    got, want = (backend.loss(*arguments, *how, "none") for backend in (native, reference))
+    torch.testing.assert_close(got, want, rtol=2e-6 if got.dtype == torch.float32 else 1e-14, atol=0, equal_nan=True)
+    wide = got.dtype
+    alpha, sigma = random(rows, wide), random(rows, wide)
+    x0, n = arguments[:2]
+    got, want = (backend.noise(x0, n, alpha, sigma, 0.0, None, True)[0] for backend in (native, reference))
+    assert_same(got, want)
+
+
+def test_channels_last_stays_channels_last():
+    x0 = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    noised = fastdiff.Objective(fastdiff.VariancePreserving()).noise(x0)
+    assert noised.x_t.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_falls_back_where_there_is_no_memory_to_point_at():
+    prediction, n = torch.randn(2, 3, 4)
+    gradient = torch.func.grad(lambda m: ops.loss(m, None, n, q=1.0))(prediction)
+    torch.testing.assert_close(gradient, 2 * (prediction - n) / n.numel())
+    with fastdiff.use_backend("native"):
+        assert ops.noise(torch.empty(2, 3, device="meta"), 1.0, 1.0, ops.Philox(0))[0].device.type == "meta"
+        assert native.normal(0, (2, 3), device="meta").device.type == "meta"
+        assert native.uniform(0, 2, 3, device="meta").device.type == "meta"
+
+
+class TestBinding:
+    """``fastdiff._C`` takes pointers: what it lets through must be safe to run."""
+
+    X = torch.zeros(1024)  # room for 64 elements of any dtype: a size that is claimed is not the binding's to doubt
+    LAYOUT = (4, 1, 1, 16, 4, 1)
+    GOOD = (X.data_ptr(), 0, 64)
+    RUN = [GOOD, (4, 16), LAYOUT, (X.data_ptr(), 0, 1), LAYOUT, (X.data_ptr(), 0, 1), (X.data_ptr(), 0, 54), None, None,
+           None, None, (1, 0, 0, 0.0), (X.data_ptr(), 0, 128), 1]  # fmt: skip
+    R = torch.ones(4)  # held: the pointer must stay good
+    ROWS = (R.data_ptr(), 0, 4)
+
+    @settings(max_examples=examples(10_000), deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def test_fuzz(self, data):
+        """Anything at all in the place of any argument: a ValueError, TypeError or OverflowError, never a crash."""
+        integers = st.integers(-(2**65), 2**65) | st.sampled_from([0, -1, 2**31, 2**62, 2**63, 64])
+        # Pointers are null or those of real memory: the binding cannot know more of a pointer than its size says.
+        pointer = st.sampled_from([0, self.X.data_ptr(), -1])
+        memory = st.tuples(pointer, st.integers(-2, 9), st.sampled_from([0, 1, 4, 16, 64, -1, 65, 2**60]))
+        junk = (
+            st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.binary(max_size=3) | integers | memory
+            | st.tuples(integers, integers) | st.tuples(*[st.integers(-1, 5)] * 6) | st.lists(integers, max_size=3)
+        )  # fmt: skip
+        good = {
+            "normal": [self.LAYOUT, (1, 0, 0, 0.0), self.GOOD, 1],
+            "uniform": [1, 0, 0, (self.X.data_ptr(), 1, 32), 32],
+            "noise": [self.LAYOUT, self.GOOD, self.ROWS, self.ROWS, (1, 0, 0, 0.0), 0.0, None, self.GOOD, None, 1],
+            "convert": [self.LAYOUT, self.GOOD, self.GOOD, self.ROWS, self.ROWS, self.GOOD, 1],
+            "loss": [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, None, None, 0, 0, 0,
+                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, 1],
+            "step": [self.LAYOUT, self.GOOD, self.GOOD, None, None, (self.X.data_ptr(), 0, 18), None, (), None, None,
+                     self.GOOD, None, None, None, None, None, None, None, 1],
+            "trajectory": self.RUN,
+        }  # fmt: skip
+        name = data.draw(st.sampled_from(sorted(good)))
+        arguments = list(good[name])
+        for _ in range(data.draw(st.integers(1, 2))):
+            arguments[data.draw(st.integers(0, len(arguments) - 1))] = data.draw(junk)
+        if any(a == self.X.data_ptr() or (isinstance(a, tuple) and -1 in a[:1]) for a in arguments):
+            return  # the address as a count, or as a seed: harmless, and nothing to learn
+        try:
+            made = getattr(_C, name)(*arguments)
+            if name == "trajectory":
+                self.use(made, data, junk)
+        except (ValueError, TypeError, OverflowError):
+            pass
+
+    def use(self, made, data, junk):
+        """Steps of a run, with anything in the place of any argument of them too."""
+        launch, aim = made
+        targets, steps = [self.GOOD, self.GOOD], [0, self.GOOD, True, 3, None, None, None, None, None]
+        steps[1] = (self.X.data_ptr(), 0, 128)
+        if data.draw(st.booleans()):
+            targets[data.draw(st.integers(0, 1))] = data.draw(junk)
+        else:
+            steps[data.draw(st.integers(0, 8))] = data.draw(junk)
+        aim(*targets)
+        for _ in range(3):
+            launch(*steps[: data.draw(st.sampled_from([4, 9]))])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({0: (4, 1, 1, 15, 4, 1)}, "x0|elements"),
+            ({1: (0, 0, 64)}, "x0"),
+            ({1: (GOOD[0], 0, 63)}, "x0"),
+            ({1: (GOOD[0], 9, 64)}, "dtype"),
+            ({2: (ROWS[0], 0, 3)}, "alpha"),
+            ({2: None}, "alpha"),
+            ({4: (1, 2**32, 0, 0.0)}, "stream"),
+            ({7: (GOOD[0], 4, 64)}, "x_t"),
+            ({9: -1}, "threads"),
+        ],
+    )
+    def test_messages_name_the_argument(self, change, message):
+        arguments = [self.LAYOUT, self.GOOD, self.ROWS, self.ROWS, (1, 0, 0, 0.0), 0.0, None, self.GOOD, None, 1]
+        for k, value in change.items():
+            arguments[k] = value
+        with pytest.raises(ValueError, match=message):
+            _C.noise(*arguments)
+
+    def test_a_run_of_good_arguments(self):
+        launch, aim = _C.trajectory(*self.RUN)
+        with pytest.raises(ValueError, match="y: no target"):
+            launch(0, self.X, False, None)
+        aim(self.GOOD, None)
+        assert launch(0, (self.X.data_ptr(), 0, 64), False, 3, None, None, None, None, None)
+        assert not launch(0, torch.zeros(8), False, None), "of another shape"
+        assert not launch(0, torch.zeros(16, 4).mT, False, None), "not contiguous"
+        assert not launch(0, None, False, None)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({1: (4, 15)}, "sizes"),
+            ({1: ()}, "sizes"),
+            ({1: (2**40, 2**40)}, "sizes"),
+            ({3: (GOOD[0], 0, 3)}, "guidance"),
+            ({3: (GOOD[0], 1, 1)}, "guidance|dtype"),
+            ({4: (4, 1, 1, 8, 4, 1)}, "layout"),
+            ({6: (GOOD[0], 0, 53)}, "table"),
+            ({6: (GOOD[0], 2, 54)}, "table"),
+            ({8: (GOOD[0], 4, 64, (64,), (1,))}, "known"),
+            ({11: GOOD}, "made"),
+            ({12: (GOOD[0], 1, 128)}, "history"),
+            ({12: (GOOD[0], 0, 5 * 64)}, "history"),
+            ({12: (GOOD[0], 0, 100)}, "history"),
+            ({13: -1}, "threads"),
+        ],
+    )
+    def test_messages_of_a_run(self, change, message):
+        arguments = list(self.RUN)
+        for k, value in change.items():
+            arguments[k] = value
+        with pytest.raises(ValueError, match=message):
+            _C.trajectory(*arguments)
+
+    @pytest.mark.parametrize(
+        ("call", "error", "message"),
+        [
+            (lambda launch, aim, x: launch(3, x, False, None), ValueError, "k: there is no such row"),
+            (lambda launch, aim, x: launch(-1, x, False, None), ValueError, "k: there is no such row"),
+            (lambda launch, aim, x: launch(0, x, False, 2**32), ValueError, "32 bits"),
+            (lambda launch, aim, x: launch(0, x, False), TypeError, "4 or 9"),
+            (lambda launch, aim, x: launch(0, x, False, None, *[None] * 5), ValueError, "m: expected"),
+            (lambda launch, aim, x: aim((x.data_ptr(), 2, 64), None), ValueError, "y: must be of the dtype"),
+            (lambda launch, aim, x: aim((x.data_ptr(), 0, 63), None), ValueError, "y: has 63"),
+            (lambda launch, aim, x: aim((x.data_ptr(), 0, 64), (x.data_ptr(), 2, 64)), ValueError, "model_input"),
+            (lambda launch, aim, x: aim(), TypeError, "2 arguments"),
+        ],
+    )
+    def test_messages_of_a_step_of_a_run(self, call, error, message):
+        launch, aim = _C.trajectory(*self.RUN)
+        aim(self.GOOD, None)
+        with pytest.raises(error, match=message):
+            call(launch, aim, torch.zeros(4, 16))

@@ -1,0 +1,785 @@
+"""The Triton backend against the reference, on a GPU or, without one, in Triton's interpreter.
+
+A GPU compiles each variant of a kernel, and all tests together ask for over a thousand. There those marked
+``gpu_variants`` are run, the others skipped: they reach every branch of the kernels in at most 150 variants
+(test_triton_variants.py counts them).
+
+    python -m pytest tests/backends/test_triton_operations.py -m gpu_variants -n 16
+"""
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from accuracy import assert_same
+from devices import every_pair, nightly
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdiff
+from fastdiff import backends, ops
+from fastdiff.backends.reference import philox
+from fastdiff.backends.rows import Gathered
+
+pytest.importorskip("triton")
+import triton as jit
+import triton.language as tl
+
+from fastdiff.backends.triton import interpreted, launches, plan
+from fastdiff.backends.triton import operations as triton
+from fastdiff.backends.triton.philox import fma
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+if DEVICE.type == "cpu" and not interpreted():
+    pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
+# The interpreter's own: numpy's announcements, and what becomes of infinity and of a division by zero.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton", "ignore::RuntimeWarning:triton")
+# The largest difference of a fast normal from the exact one: see test_fast_normals.
+RNG_TOLERANCE = 1e-3
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FUNCTIONS = ["mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh"]
+# (shape, rows): leading, frames behind channels, one for all, one an element, odd sizes, rows of several tiles.
+LAYOUTS = [
+    ((3, 4, 8, 8), (3, 1, 1, 1)),
+    ((2, 3, 4, 5), (2, 1, 4, 1)),
+    ((2, 3, 4, 6), (1, 3, 1, 1)),
+    ((3, 3, 37), (1, 1, 1)),
+    ((7, 2), (7, 2)),
+    ((5,), (5,)),
+    ((2, 1, 1033), (2, 1, 1)),
+]
+
+
+gpu_variants = pytest.mark.gpu_variants
+
+
+def diagonal(chosen=None, **lists):
+    """Parametrizes by every combination of the lists. Marked for a GPU are ``chosen`` of them (as many as the longest
+    list is long) that go through all lists at once, each from its start again at its end: together they have every
+    value, and every pair of two lists whose lengths share no factor, if there are enough. Those, and few more that
+    have every pair, run each time; the others at night."""
+    number = max(map(len, lists.values())) if chosen is None else chosen
+    marked = {tuple(k % len(values) for values in lists.values()) for k in range(number)}
+    cases = []
+    paired = every_pair(list(itertools.product(*lists.values())))
+    for i, places in enumerate(itertools.product(*(range(len(values)) for values in lists.values()))):
+        case = [values[place] for values, place in zip(lists.values(), places)]
+        named = (v if isinstance(v, str) else f"{name}{k}" for name, v, k in zip(lists, case, places))
+        marks = gpu_variants if places in marked else () if i in paired else nightly
+        cases.append(pytest.param(*case, marks=marks, id="-".join(named)))
+    return pytest.mark.parametrize(list(lists), cases)
+
+
+class Reference:
+    """The reference; also for the noise that it makes, which is the chosen backend's otherwise."""
+
+    def __getattr__(self, name):
+        function = getattr(backends.reference, name)
+
+        def call(*arguments, **keywords):
+            with fastdiff.use_backend("reference"):
+                return function(*arguments, **keywords)
+
+        return call
+
+
+reference = Reference()
+
+
+def random(shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def assert_as_good(got, want, exact):
+    """Within twice the reference's own largest relative error, plus one ulp."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    assert torch.equal(got.isnan(), want.isnan())
+    info, exact = torch.finfo(got.dtype), exact.double()
+    size = exact.abs().clamp(min=info.tiny)
+    error, reference_error = (((t.double() - exact).abs() / size).nan_to_num(0).max() for t in (got, want))
+    assert error <= 2 * reference_error + info.eps, (float(error), float(reference_error))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Rows of several tiles without large data."""
+    monkeypatch.setattr(triton, "tile_of", lambda elements, itemsize: 64)
+
+
+@diagonal(1, shape=[(1,), (1, 1100), (3, 33), (2, 4, 8, 8), (0, 4), (2, 0)])
+def test_normals_and_uniforms_have_the_same_bits(shape):
+    for seed, stream, offset in ((0, 0, 0), (-7, 2**32 - 1, 2**33 + 3), (2**62 + 5, 1, 0), (2**64 - 1, 16, 1)):
+        device_seed = philox.seed_tensor(seed, DEVICE)
+        want = reference.normal(seed, shape, stream, offset)
+        for given_seed in (seed, device_seed):
+            assert_same(triton.normal(given_seed, shape, stream, offset, device=DEVICE).cpu(), want)
+            got = triton.uniform(given_seed, shape[0], stream, offset, DEVICE)
+            assert_same(got.cpu(), reference.uniform(seed, shape[0], stream, offset))
+
+
+@diagonal(
+    dtype=[torch.float32, torch.float64],
+    process=[fastdiff.RectifiedFlow(), fastdiff.RectifiedFlow(shift=1.15), fastdiff.EDM()],
+)
+def test_rows_of_a_continuous_process_are_one_launch(process, dtype):
+    """And have the bits of the process's own float64 formula, rounded once."""
+    t = torch.rand(300, dtype=dtype, device=DEVICE)
+    t[:2] = torch.tensor([0.0, 1.0])
+    objective = fastdiff.Objective(process, "flow" if isinstance(process, fastdiff.RectifiedFlow) else "epsilon")
+    x0 = torch.randn(300, 8, device=DEVICE)
+    with fastdiff.use_backend("triton"), launches() as launched:
+        noised = objective.noise(x0, t, torch.zeros_like(x0))
+    assert launched == ["rational", "affine"]
+    levels = process.levels(t)
+    assert_same(noised.alpha, levels.alpha.float())
+    assert_same(noised.sigma, levels.sigma.float())
+
+
+@jit.jit
+def fused(a, b, c, out, EMULATE: tl.constexpr):
+    k = tl.arange(0, 16)
+    tl.store(out + k, fma(tl.load(a + k), tl.load(b + k), tl.load(c + k), EMULATE))
+
+
+@gpu_variants
+def test_fused_multiply_add_is_fused():
+    """2^-24 is lost where the product is rounded first; so the interpreter's own fma would not do."""
+    one = torch.ones(16, device=DEVICE)
+    a, c, out = one * (1 + 2**-12), -one * (1 + 2**-11), one * 0
+    fused[(1,)](a, a, c, out, interpreted())
+    assert torch.equal(out, one * 2**-24)
+
+
+@gpu_variants
+def test_fast_normals():
+    """The fast transform is within RNG_TOLERANCE of the exact one. Both take the same words; what differs most is the
+    radius near 0, where the root magnifies an error of 2^-22 in the logarithm to 2^-11."""
+    exact = triton.normal(3, (4, 2048), device=DEVICE)
+    fast = triton.normal(3, (4, 2048), device=DEVICE, rng="fast")
+    assert (fast - exact).abs().max() < RNG_TOLERANCE
+    source = ops.Philox(3, rng="fast")
+    with fastdiff.use_backend("triton"):
+        assert_same(source.tensor((4, 2048), DEVICE), fast)
+    with fastdiff.use_backend("reference"):
+        assert_same(source.tensor((4, 2048), DEVICE), exact)
+    x0, one = random((4, 2048)), torch.ones(4, 1, device=DEVICE)
+    x_t, _ = triton.noise(x0, source, one, one, 0.0, None, False)
+    torch.testing.assert_close(x_t, x0 + fast)
+    got = triton.loss(x0, None, source, None, one, None, one, None, None, "mse", "none", "mean")
+    torch.testing.assert_close(got, ((x0 - fast) ** 2).mean())
+    with pytest.raises(ValueError, match="exact"):
+        ops.Philox(3, rng="quick")
+
+
+def near(dtype):
+    """Fast noise, made with its factor in it and without: the same but for roundings. (A sum has terms up to 7.)"""
+    return {"rtol": torch.finfo(dtype).eps, "atol": 7 * 4 * torch.finfo(torch.float32).eps}
+
+
+def fast_noise(shape, stream=0, offset=0.0):
+    """(source, tensor) of the same fast noise."""
+    source = ops.Philox(3, 1, stream, offset=offset, rng="fast")
+    with fastdiff.use_backend("triton"):
+        return source, source.tensor(shape, DEVICE)
+
+
+@diagonal(3, layout=LAYOUTS, dtype=DTYPES, xi=["none", "made", "given"], keep=[False, True])
+def test_fast_noise_in_noising(layout, dtype, xi, keep):
+    shape, rows = layout
+    n, tensor = fast_noise(shape, offset=0.1 if len(shape) > 2 else 0.0)
+    made, other = (None, None) if xi == "none" else fast_noise(shape, 2)
+    x0, alpha, sigma, gamma = random(shape, dtype), random(rows), random(rows), 0.0 if xi == "none" else 0.1
+    want, _ = reference.noise(x0, tensor, alpha, sigma, gamma, other, False)
+    got, kept = triton.noise(x0, n, alpha, sigma, gamma, made if xi == "made" else other, keep)
+    torch.testing.assert_close(got, want, **near(dtype))
+    if keep:
+        torch.testing.assert_close(kept, tensor, **near(dtype))
+
+
+@diagonal(3, layout=[*LAYOUTS[3:], *LAYOUTS[:3]], x0=[True, False], dtype=DTYPES)
+def test_fast_noise_in_the_loss(layout, dtype, x0):
+    shape, rows = layout
+    p, q, weight = random(rows), random(rows), random(rows).abs()
+    prediction, data = random(shape, dtype), random(shape, dtype)
+    n, tensor = fast_noise(shape, offset=0.1 if len(shape) > 2 else 0.0)
+    results = []
+    for backend, source in ((triton, n), (reference, tensor)):
+        leaf = prediction.clone().requires_grad_()
+        coefficients = p if x0 else None, q, None, weight, None
+        loss = backend.loss(leaf, data if x0 else None, source, *coefficients, None, "mse", "none", "sum")
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    (got, d_got), (want, d_want) = results
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(d_got, d_want, rtol=torch.finfo(dtype).eps, atol=float(d_want.abs().max()) * 4e-6)
+
+
+def noise_of(kind, shape, dtype, stream=0):
+    """Noise as a tensor, to be made in the kernel, with channel offsets where there are channels, or none."""
+    return {
+        "none": lambda: None,
+        "given": lambda: random(shape, dtype),
+        "given in float32": lambda: random(shape),
+        "made": lambda: ops.Philox(99, 3, stream),
+        "made with offsets": lambda: ops.Philox(-99, 2**40, stream, offset=0.1 if len(shape) > 2 else 0.0),
+    }[kind]()
+
+
+@diagonal(
+    layout=LAYOUTS,
+    dtype=DTYPES,
+    kinds=[
+        (n, xi) for xi in ("none", "made", "given") for n in ("given", "made", "made with offsets", "given in float32")
+    ],
+)
+def test_noise(layout, dtype, kinds):
+    shape, rows = layout
+    x0, alpha, sigma = random(shape, dtype), random(rows), random(rows)
+    n, xi = noise_of(kinds[0], shape, dtype), noise_of(kinds[1], shape, dtype, 2)
+    arguments = (x0, n, alpha, sigma, 0.0 if xi is None else 0.1, xi, xi is None)
+    (got, kept), (want, wanted) = triton.noise(*arguments), reference.noise(*arguments)
+    assert_same(got, want)
+    if isinstance(wanted, torch.Tensor):
+        assert_same(kept, wanted)
+    else:
+        assert kept is n
+
+
+@diagonal(
+    4,
+    layout=LAYOUTS,
+    kinds=[("given in float32", "none", True), ("made", "none", False), ("made", "made", True),
+           ("given in float32", "made", True)],
+    rows_of_target=["p and q", "p", "q"],
+    dtype=DTYPES,
+)  # fmt: skip
+def test_noise_and_target_in_one_launch(layout, dtype, kinds, rows_of_target):
+    shape, rows = layout
+    x0, (alpha, sigma, p, q) = random(shape, dtype), (random(rows) for _ in range(4))
+    n, xi, keep = noise_of(kinds[0], shape, dtype), noise_of(kinds[1], shape, dtype, 2), kinds[2]
+    p, q = p if "p" in rows_of_target else None, q if "q" in rows_of_target else None
+    arguments = (x0, n, alpha, sigma, 0.1 if xi else 0.0, xi, keep)
+    with launches() as launched:
+        got, noise, target = triton.noise_and_target(*arguments, p, q)
+    assert launched == ["affine"]
+    want, kept = reference.noise(*arguments)
+    assert_same(got, want)
+    assert noise is n if not keep else torch.equal(noise, kept)
+    p, q = (torch.zeros_like(alpha) if row is None else row for row in (p, q))
+    assert_same(target, reference.noise(x0, n, p, q, 0.0, None, False)[0])
+
+
+@diagonal(1, layout=LAYOUTS, dtype=DTYPES)
+def test_fast_noise_and_target_in_one_launch(layout, dtype):
+    shape, rows = layout
+    x0, (alpha, sigma, p, q) = random(shape, dtype), (random(rows) for _ in range(4))
+    n, tensor = fast_noise(shape)
+    got, _, target = triton.noise_and_target(x0, n, alpha, sigma, 0.0, None, False, p, q)
+    torch.testing.assert_close(got, reference.noise(x0, tensor, alpha, sigma, 0.0, None, False)[0], **near(dtype))
+    torch.testing.assert_close(target, reference.noise(x0, tensor, p, q, 0.0, None, False)[0], **near(dtype))
+
+
+@gpu_variants
+def test_target_in_the_memory_format_of_x0_and_with_gradients():
+    x0 = random((2, 3, 8, 8)).contiguous(memory_format=torch.channels_last)
+    n, row = torch.randn_like(x0), random((2, 1, 1, 1))
+    for source in (n, ops.Philox(3)):
+        x_t, _, target = triton.noise_and_target(x0, source, row, row, 0.0, None, False, row, row)
+        assert_same(x_t, target)
+        assert target.is_contiguous(memory_format=torch.channels_last)
+    leaf = x0.clone().requires_grad_()
+    x_t, _, target = triton.noise_and_target(leaf, n, row, row, 0.0, None, True, 2 * row, row)
+    torch.testing.assert_close(torch.autograd.grad((x_t + target).sum(), leaf)[0], (3 * row).expand_as(x0))
+
+
+GATHERED = [(3, 1, 1), (3, 5, 1), (1, 1, 1)]
+
+
+def gathered(rows):
+    """Two columns of one table, of any stride, and one of another, by an index of which one is out of range: that row
+    is NaN. And plain rows."""
+    table, other, plain = random((10, 4)), random((10,)), random((3, 1, 1)).abs()
+    index = torch.randint(0, 10, rows, device=DEVICE)
+    if index.numel() > 1:
+        index.view(-1)[1] = 10
+    return Gathered(table[:, 1], index), Gathered(table[:, 3], index), Gathered(other, index), plain
+
+
+@diagonal(places=[(0, 1), (0, 3), (3, 0), (0, 2)], rows=GATHERED, kind=["given in float32", "made"])
+def test_rows_gathered_in_noising(places, rows, kind):
+    columns, x0 = gathered(rows), random((3, 5, 48))
+    alpha, sigma = (columns[place] for place in places)
+    n = noise_of(kind, x0.shape, x0.dtype)
+    want = reference.noise(x0, n, *triton.tensors(alpha, sigma), 0.0, None, False)[0]
+    assert_same(triton.noise(x0, n, alpha, sigma, 0.0, None, False)[0], want)
+
+
+@diagonal(rows=GATHERED, places=["a b", "a _ b", "_ b a"])
+def test_rows_gathered_in_the_loss(rows, places):
+    a, b, _, plain = gathered(rows)
+    weight = plain.expand(rows) if rows[0] == 3 else random(rows)
+    p, q, weight = {"a b": (a, b, weight), "a _ b": (a, None, b), "_ b a": (None, b, a)}[places]
+    x0, n, prediction = random((3, 5, 48)), random((3, 5, 48)), torch.ones(3, 5, 48, device=DEVICE)
+    got = triton.loss(prediction, x0, n, p, q, None, weight, None, None, "mse", "none", "none")
+    p, q, weight = triton.tensors(p, q, weight)
+    want = reference.loss(prediction, x0, n, p, q, None, weight, None, None, "mse", "none", "none")
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def loss_arguments(shape, rows, dtype, mask, made=False):
+    p, q, scale, weight, c = (random(rows).abs() + 0.1 for _ in range(5))
+    n = ops.Philox(5) if made else random(shape, dtype)
+    return [random(shape, dtype), random(shape, dtype), n, p, q, scale, weight, c, mask]
+
+
+def run_loss(backend, arguments, convert, how):
+    values = [convert(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+    values[0], values[6] = values[0].requires_grad_(), values[6].requires_grad_()
+    loss = backend.loss(*values, *how)
+    upstream = torch.linspace(0.5, 2, max(1, loss.numel())).to(loss)[: loss.numel()].view_as(loss)
+    loss.backward(upstream)
+    return loss.detach(), values[0].grad, values[6].grad
+
+
+def compare_losses(arguments, how):
+    exact = run_loss(reference, arguments, lambda t: t.detach().double(), how)
+    want, got = (run_loss(backend, arguments, lambda t: t.detach().clone(), how) for backend in (reference, triton))
+    for g, w, e in zip(got, want, exact):
+        assert_as_good(g, w, e)
+
+
+@diagonal(
+    8,
+    case=[(*LAYOUTS[0], function) for function in FUNCTIONS] + [(*layout, "mse") for layout in LAYOUTS[1:]],
+    dtype=DTYPES,
+    reduction=["mean", "sum", "none"],
+)
+def test_loss_and_gradients(case, dtype, reduction):
+    shape, rows, function = case
+    compare_losses(loss_arguments(shape, rows, dtype, None, made=True), (function, "none", reduction))
+
+
+@diagonal(
+    case=[(*LAYOUTS[0], dtype) for dtype in DTYPES] + [(*LAYOUTS[k], DTYPES[1]) for k in (3, 4)],
+    how=[("none", "sum"), ("row", "mean"), ("row", "none"), ("global", "mean"), ("global", "none")],
+    kind=["by the last dimension", "by sample"],
+)
+def test_masks(case, how, kind):
+    shape, rows, dtype = case
+    if kind == "by sample":
+        mask = torch.rand((shape[0],) + (1,) * (len(shape) - 1), device=DEVICE) + 0.1
+    else:
+        mask = torch.rand(shape[-1], device=DEVICE) < 0.7
+    compare_losses(loss_arguments(shape, rows, dtype, mask), ("mse", *how))
+
+
+@diagonal(
+    3,
+    dtype=[torch.bool, torch.int64, torch.float16, torch.uint8, torch.float64],
+    strides=["transposed", "every second", "frames"],
+)
+def test_masks_of_any_type_and_strides(dtype, strides):
+    shape, view = {
+        "frames": ((2, 1, 4, 5), lambda t: t),
+        "transposed": ((5, 4), lambda t: t.t().expand(2, 3, 4, 5)),
+        "every second": ((2, 3, 4, 10), lambda t: t[..., ::2]),
+    }[strides]
+    mask = view((torch.rand(shape, device=DEVICE) < 0.6).to(dtype))  # last, as a comparison lays its result out anew
+    compare_losses(loss_arguments((2, 3, 4, 5), (2, 1, 1, 1), torch.float32, mask), ("l1", "row", "mean"))
+
+
+@diagonal(
+    how=[("none", "mean"), ("none", "none"), ("row", "mean"), ("global", "mean"), ("global", "none")],
+    layout=[((3, 2, 200), (3, 1, 1)), ((2, 3, 2, 70), (2, 1, 2, 1)), ((2, 128), (1, 1))],
+)
+def test_rows_of_several_tiles(how, layout, small_tiles):
+    shape, rows = layout
+    mask = torch.rand(shape, device=DEVICE) if how[0] != "none" else None
+    compare_losses(loss_arguments(shape, rows, torch.float32, mask, made=True), ("mse", *how))
+
+
+@gpu_variants
+def test_an_empty_mask():
+    prediction, n = random((3, 8)).requires_grad_(), random((3, 8))
+    one = torch.ones(3, 1, device=DEVICE)
+    mask = torch.ones(3, 8, device=DEVICE)
+    mask[1] = 0
+    loss = triton.loss(prediction, None, n, None, one, None, one, None, mask, "mse", "row", "none")
+    assert loss[1] == 0 and bool((loss[[0, 2]] > 0).all())
+    loss.sum().backward()
+    assert bool((prediction.grad[1] == 0).all())
+    nothing = triton.loss(prediction, None, n, None, one, None, one, None, mask * 0, "mse", "global", "mean")
+    assert nothing == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_is_not_finite_reaches_the_output(value, function):
+    arguments = loss_arguments((2, 40), (2, 1), torch.float32, None)
+    arguments[0][1, 7] = value
+    results = [
+        run_loss(backend, arguments, lambda t: t.clone(), (function, "none", "none")) for backend in (triton, reference)
+    ]
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@diagonal(2, dtype=[torch.bfloat16, torch.float16, torch.float32])
+def test_backward_twice_scaled_and_by_zero(dtype):
+    """The gradient written ahead is for one upstream gradient; any other, again, and accumulation must be right too."""
+    prediction, n = random((4, 3, 100), dtype).requires_grad_(), random((4, 3, 100))
+    one = torch.ones(4, 1, 1, device=DEVICE)
+
+    def loss():
+        return triton.loss(prediction, None, n, None, one, None, one, None, None, "mse", "none", "mean")
+
+    exact = 2 * (prediction.detach().double() - n.double()) / n.numel()
+    rounded = torch.finfo(dtype).eps / 2 * 1.01  # one rounding to the dtype, and a few in float32
+    near = {"rtol": rounded + 4e-7, "atol": torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps}
+    first = loss()
+    for scale in (1.0, 1.0, 0.0, -3.0, 2.0**10, 1 / 3):
+        (g,) = torch.autograd.grad(first * scale, prediction, retain_graph=True)
+        torch.testing.assert_close(g.double(), scale * exact, **near)
+    for scale in (1 / 3, 1 / 3, 1.0, 0.0, 1.0):  # what came last is assumed next
+        (g,) = torch.autograd.grad(loss() * scale, prediction)
+        torch.testing.assert_close(g.double(), scale * exact, **near)
+    twice = loss()
+    twice.backward(retain_graph=True)
+    kept = prediction.grad.clone()
+    twice.backward()
+    torch.testing.assert_close(prediction.grad, 2 * kept)
+
+
+@gpu_variants
+def test_a_gradient_that_is_right_is_not_written_again():
+    """Whatever is in it: the kernel looks at the upstream gradient and returns."""
+    prediction, n, one = random((2, 64)).requires_grad_(), random((2, 64)), torch.ones(2, 1, device=DEVICE)
+    for scale in (1.0, 0.25, 0.25):
+        loss = triton.loss(prediction, None, n, None, one, None, one, None, None, "mse", "none", "mean")
+        written, used = loss.grad_fn.gradient
+        assumed = float(used)
+        written.fill_(3.0)
+        (g,) = torch.autograd.grad(loss * scale, prediction)
+        if assumed == scale:
+            assert bool((g == 3.0).all())
+        else:
+            torch.testing.assert_close(g, scale * 2 * (prediction - n).detach() / 128)
+    assert assumed == 0.25  # seen once, assumed next
+
+
+@gpu_variants
+@pytest.mark.parametrize("function", ["smooth_l1", "pseudo_huber"])
+def test_a_constant_of_nan_reaches_the_output(function):
+    """As of a t out of range, where the weight is a number of its own."""
+    prediction, n, one = random((2, 64)).requires_grad_(), random((2, 64)), torch.ones(2, 1, device=DEVICE)
+    c = torch.tensor([[0.5], [math.nan]], device=DEVICE)
+    loss = triton.loss(prediction, None, n, None, one, None, one, c, None, function, "none", "none")
+    loss.sum().backward()
+    assert loss[0].isfinite() and loss[1].isnan()
+    assert prediction.grad[0].isfinite().all() and prediction.grad[1].isnan().all()
+
+
+def test_double_backward():
+    prediction, n, one = random((2, 8)).requires_grad_(), ops.Philox(5), torch.ones(2, 1, device=DEVICE)
+    loss = triton.loss(prediction, None, n, None, one, None, one, None, None, "mse", "none", "mean")
+    (g,) = torch.autograd.grad(loss, prediction, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), prediction)
+    torch.testing.assert_close(h, torch.full_like(h, 2 / 16))
+
+
+@gpu_variants
+def test_a_changed_input_is_noticed_in_backward():
+    prediction, n, one = random((2, 8)).requires_grad_(), random((2, 8)), torch.ones(2, 1, device=DEVICE)
+    loss = triton.loss(prediction, None, n, None, one, None, one, None, None, "mse", "none", "mean")
+    n.add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+class Computed(TorchDispatchMode):
+    """Collects the names of PyTorch's operations that compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "empty" not in function.name() and "detach" not in function.name():
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_training_step_is_three_launches():
+    """Noising, loss and backward, with t and the seed given: and no other operation that computes."""
+    x0, table = random((3, 4, 8, 8), torch.bfloat16), random((10, 4)).abs()
+    seed, t = torch.tensor([7], device=DEVICE), torch.randint(0, 10, (3, 1, 1, 1), device=DEVICE)
+    alpha, sigma, p, w = (Gathered(column, t) for column in table.unbind(1))
+    for _ in range(2):  # the workspace is made in the first
+        prediction = random(x0.shape, torch.bfloat16).requires_grad_()
+        torch.use_deterministic_algorithms(False)  # which fills what is empty
+        with launches() as launched, Computed() as computed:
+            n = ops.Philox(seed)
+            x_t, _ = triton.noise(x0, n, alpha, sigma, 0.0, None, False)
+            loss = triton.loss(prediction, x0, n, p, alpha, None, w, None, None, "mse", "none", "mean")
+            loss.backward()
+    assert launched == ["affine", "loss", "loss"]
+    # backward() makes the upstream gradient of 1, and the first use of a leaf keeps the gradient as it is.
+    assert set(computed.names) <= {"aten::ones_like"}
+
+
+@diagonal(1, prediction=["v_prediction", "epsilon", "sample"])
+def test_noising_with_its_target_is_one_launch(prediction):
+    """And a training step with both still three: the target costs no launch, nor does the loss need it."""
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), prediction)
+    x0, t, seed = random((3, 4, 8, 8)), torch.tensor([3, 500, 999], device=DEVICE), torch.tensor([7], device=DEVICE)
+    prediction = random(x0.shape).requires_grad_()
+    torch.use_deterministic_algorithms(False)  # which fills what is empty
+    others = []
+    with fastdiff.use_backend("triton"):
+        for with_target in (False, False, True):  # first, tables are made
+            with launches() as launched, Computed() as computed:
+                noised = objective.noise(x0, t, seed=seed, with_target=with_target)
+                target = noised.target if with_target else None
+                objective.loss(prediction, noised).backward()
+            assert launched == ["affine", "loss", "loss"]
+            others.append(set(computed.names))
+            prediction.grad = None
+        assert others[1] == others[2]
+        assert_same(target, objective.noise(x0, t, seed=seed).target)
+
+
+@diagonal(
+    case=[
+        (fastdiff.VariancePreserving(), "v_prediction", fastdiff.MinSNR(5.0), []),
+        # One small launch more: alpha and sigma. The target and the weights of a flow are the same at all times.
+        (fastdiff.RectifiedFlow(), "flow", None, ["rational"]),
+    ],
+    frames=[True, False],
+)
+def test_an_objective_is_three_launches_and_keeps_no_noise(case, frames):
+    process, prediction, weighting, rows = case
+    objective = fastdiff.Objective(process, prediction, weighting=weighting)
+    x0, t = random((3, 4, 2, 8, 8)), torch.tensor([3, 500, 999], device=DEVICE)
+    seed = torch.tensor([7], device=DEVICE)
+    if not process.discrete:
+        t = t.double() / 1000
+    if frames:
+        t = torch.stack([t, t.flip(0)], 1).view(3, 1, 2, 1, 1)
+    prediction = random(x0.shape).requires_grad_()
+    torch.use_deterministic_algorithms(False)  # which fills what is empty
+    with fastdiff.use_backend("triton"):
+        for _ in range(2):  # first, tables are made
+            prediction.grad = None
+            with launches() as launched, Computed() as computed:
+                noised = objective.noise(x0, t, seed=seed)
+                loss = objective.loss(prediction, noised)
+                loss.backward()
+        assert isinstance(noised.noise_source, ops.Philox)
+    assert launched == [*rows, "affine", "loss", "loss"]
+    checks = ("aten::aminmax", "aten::_local_scalar_dense")  # on a CPU t is looked at
+    others = [name for name in computed.names if not name.startswith(checks)]
+    assert Counter(others) == {"aten::ones_like": 1}  # the upstream gradient
+    with fastdiff.use_backend("reference"):
+        again = prediction.detach().clone().requires_grad_()
+        want = objective.noise(x0, t, seed=seed)
+        objective.loss(again, want).backward()
+    assert_same(noised.x_t, want.x_t)
+    torch.testing.assert_close(noised.snr, want.snr, rtol=0, atol=0)
+    torch.testing.assert_close(prediction.grad, again.grad)
+
+
+@diagonal(1, dtype=[torch.bfloat16, torch.float16, torch.float32])
+def test_gradients_of_noising_and_conversion(dtype):
+    a, b, g = (random((2, 3, 8), dtype) for _ in range(3))
+    rows = random((2, 1, 1)), random((2, 1, 1))
+    calls = [
+        lambda backend, a, b: backend.noise(a, b, *rows, 0.0, None, True)[0],
+        lambda backend, a, b: backend.convert(a, b, *rows, dtype),
+    ]
+    for call in calls:
+        results = []
+        for backend in (triton, reference):
+            inputs = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+            results.append([(out := call(backend, *inputs)), *torch.autograd.grad(out, inputs, g)])
+        for got, want in zip(*results):
+            assert_same(got, want)
+
+
+@diagonal(
+    12,
+    shape=[(3, 2, 5), (2, 2, 8, 16), (1, 1)],
+    how=[  # clip, noise, whether the variance is learned, what is wanted
+        (None, "given", False, (True, True)),
+        (0.5, "given", True, (True, False)),
+        (0.5, "made", False, (False, True)),
+        (None, "none", False, (False, False)),
+    ],
+    guided=[("number", False), ("tensor", True), ("number", True), ("tensor", False)],
+    dtype=DTYPES,
+)
+def test_step(shape, how, guided, dtype):
+    (clip, kind, learned, wanted), (guidance, batched) = how, guided
+    x, m, uncond, v, *history = (random(shape, dtype) for _ in range(8))
+    row = random((shape[0], len(ops.COLUMNS)) if batched else (len(ops.COLUMNS),))
+    guidance = 2.5 if guidance == "number" else random((shape[0], *(1,) * (len(shape) - 1)))
+    noise, variance = noise_of(kind, shape, dtype, 20), v if learned else None
+    arguments = (x, m, uncond, guidance, row, clip, tuple(history), noise, variance, dtype, wanted)
+    wider = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
+    wider[6], wider[-2] = tuple(h.double() for h in history), torch.float64
+    for got, want, exact in zip(*(triton.step(*arguments), reference.step(*arguments), reference.step(*wider))):
+        if want is None or variance is None:  # bit for bit: all but the exponential is IEEE arithmetic
+            assert got is None if want is None else torch.equal(got, want)
+            continue
+        # Terms cancel: the scale of the errors is that of the tensor.
+        bound = 2 * (want.double() - exact).abs().max()
+        ulps = torch.finfo(got.dtype).eps * exact.abs() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+        assert bool(((got.double() - exact).abs() <= bound + ulps).all())
+
+
+def test_a_step_of_nothing():
+    x, row = random((0, 3)), random((len(ops.COLUMNS),))
+    arguments = (x, x, x, 2.5, row, 0.5, (x,), ops.Philox(3), x, torch.float32, (True, True))
+    for got, want in zip(triton.step(*arguments), reference.step(*arguments)):
+        assert_same(got, want)
+
+
+@diagonal(dtype=DTYPES, copies=[1, 2], shape=[(3, 2, 5), (2, 2, 8, 16)])
+def test_step_writes_the_next_model_input(dtype, copies, shape):
+    x, m = random(shape, dtype), random(shape, dtype)
+    row = random((len(ops.COLUMNS),))
+    results = []
+    for backend in (triton, reference):
+        seen = torch.full((copies * shape[0], *shape[1:]), torch.nan, dtype=dtype, device=DEVICE)
+        arguments = (x, m, None, 1.0, row, 1.0, (), ops.Philox(3, 1, 20), None, dtype, (False, False))
+        results.append((backend.step(*arguments, model_input=seen)[0], seen))
+    for got, want in zip(*results):
+        assert_same(got, want)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_shape_strides_rows_and_mask(data):
+    shape = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=5))
+    rows = [data.draw(st.sampled_from([1, size])) for size in shape]
+    dtype = data.draw(st.sampled_from(DTYPES))
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    order = data.draw(st.permutations(range(len(shape))))
+
+    def strided(t):
+        return t.permute(*order).contiguous().permute(*[order.index(d) for d in range(len(shape))])
+
+    mask = None
+    if data.draw(st.booleans()):
+        kept = [data.draw(st.sampled_from([1, size])) for size in shape]
+        mask = torch.rand(kept[data.draw(st.integers(0, len(kept) - 1)) :], device=DEVICE) + 0.1
+    made = data.draw(st.booleans())
+    arguments = loss_arguments(shape, rows, dtype, mask, made)
+    arguments[:3] = [strided(t) if isinstance(t, torch.Tensor) else t for t in arguments[:3]]
+    how = data.draw(st.sampled_from(["mse", "pseudo_huber"])), data.draw(st.sampled_from(["none", "row"])), "none"
+    results = [run_loss(backend, arguments, lambda t: t.detach().clone(), how) for backend in (triton, reference)]
+    rounding = torch.finfo(dtype).eps
+    for got, want, rtol in zip(*results, (2e-6, rounding + 2e-6, 2e-6)):
+        torch.testing.assert_close(got, want, rtol=rtol, atol=1e-6 if rtol > 2e-6 else 0, equal_nan=True)
+    x0, n = arguments[:2] if not made else (arguments[0], ops.Philox(3))
+    alpha, sigma = random(rows), random(rows)
+    got, want = (backend.noise(x0, n, alpha, sigma, 0.0, None, True)[0] for backend in (triton, reference))
+    assert_same(got, want)
+
+
+@gpu_variants
+def test_channels_last_and_transposed_predictions_are_not_copied(monkeypatch):
+    x0 = random((2, 3, 8, 8)).contiguous(memory_format=torch.channels_last)
+    n, row = torch.randn_like(x0), random((2, 1, 1, 1)).abs()
+    copies = []
+    real = torch.Tensor.contiguous
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda t, **how: copies.append(t) if not t.is_contiguous() else real(t, **how)
+    )
+    x_t, _ = triton.noise(x0, n, row, row, 0.0, None, False)
+    prediction = x_t.detach().requires_grad_()
+    triton.loss(prediction, x0, n, row, row, None, row, None, None, "mse", "none", "mean").backward()
+    assert not copies
+    assert x_t.is_contiguous(memory_format=torch.channels_last)
+    assert prediction.grad.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(x_t, row * x0 + row * n)
+    torch.testing.assert_close(prediction.grad, row * 2 * (x_t - row * x0 - row * n) / x0.numel())
+
+
+@gpu_variants
+def test_what_it_does_not_do_the_reference_does():
+    prediction, n = random((2, 3, 4)), random((2, 3, 4))
+    with fastdiff.use_backend("triton"), launches() as launched:
+        gradient = torch.func.grad(lambda m: ops.loss(m, None, n, q=1.0))(prediction)
+        torch.testing.assert_close(gradient, 2 * (prediction - n) / n.numel())
+        alpha = torch.rand(2, device=DEVICE, requires_grad=True)
+        ops.noise(prediction, alpha, 1.0, n)[0].sum().backward()
+        torch.testing.assert_close(alpha.grad, prediction.sum((1, 2)))
+        x0 = prediction.clone().requires_grad_()
+        ops.loss(prediction, x0, n, p=1.0, q=1.0).backward()
+        assert x0.grad is not None
+        wide = ops.noise(prediction.double(), 1.0, 1.0, n.double())[0]
+        assert wide.dtype == torch.float64
+        assert ops.noise(torch.empty(2, 3, device="meta"), 1.0, 1.0, ops.Philox(0))[0].device.type == "meta"
+    assert launched == []
+
+
+@gpu_variants
+def test_an_objective_from_end_to_end():
+    objective = fastdiff.Objective(
+        fastdiff.VariancePreserving(), "v_prediction", weighting=fastdiff.MinSNR(5.0), noise_offset=0.1, loss="huber"
+    )
+    x0, model = random((4, 3, 8, 8)), torch.nn.Conv2d(3, 3, 1).to(DEVICE)
+    results = []
+    for name in ("triton", "reference"):
+        with fastdiff.use_backend(name):
+            noised = objective.noise(x0, seed=5, keep_noise=False)
+            loss = objective.loss(model(noised.x_t), noised)
+            results.append([noised.x_t, noised.t, loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert_same(results[0][0], results[1][0])
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_plans_cover_every_element_once():
+    """The tiles of a plan, drawn out in Python: every element, in the row and the sample it is of."""
+    for shape, rows in [*LAYOUTS, ((2, 3, 4, 5, 6), (2, 1, 4, 1, 1)), ((3, 5000), (3, 1)), ((6, 4, 16), (6, 4, 1))]:
+        for tile in (64, 1024):
+            for made, sums in ((False, False), (True, True)):
+                p = plan.plan(shape, rows, tile, made, False, sums)
+                units, runs, blocks, per, frames, shared = p.numbers
+                kind, r, c, unit, grid, samples, even, wide = p.constants
+                elements, width = math.prod(shape), units * unit
+                assert runs * width == elements and p.rows == math.prod(rows)
+                index = torch.arange(elements)
+                run = index // width
+                stretch = run // per
+                row = {
+                    "one": run * 0,
+                    "run": run,
+                    "layout": stretch // (frames * shared) * frames + stretch % frames,
+                }[kind]
+                want = torch.arange(p.rows).reshape(rows).expand(shape).reshape(-1)
+                assert torch.equal(row, want)
+                if made:
+                    assert torch.equal(run // p.sample_runs, index // (elements // shape[0]))
+                assert math.prod(p.grid) * r * c >= elements and blocks * c >= width
+                assert even == (width % c == 0 and runs % r == 0) and not wide
+                if sums and p.parts > 1:
+                    assert r == 1 and p.parts * p.rows == runs * blocks
+
+
+def test_offsets_of_64_bits_where_needed():
+    assert not plan.plan((2**10, 2**20), (2**10, 1), 4096).constants[-1]
+    large = plan.plan((2**11, 2**20), (2**11, 1), 4096)
+    assert large.constants[-1] and large.grid == (256, 2**11)
+    assert plan.plan((2**18, 2**14), (2**18, 1), 4096).grid == (2**20, 1)
+
+
+def test_strides_of_masks():
+    assert plan.strided((2, 3, 4), (12, 4, 1)) == (0, (1, 1, 24, 0, 0, 0, 1))
+    assert plan.strided((2, 3, 4), (0, 0, 1)) == (2, (1, 6, 4, 0, 0, 0, 1))
+    assert plan.strided((2, 3, 4), (0, 0, 0)) == (1, (1, 1, 24, 0, 0, 0, 0))
+    assert plan.strided((2, 2, 2, 2, 2), (32, 1, 8, 2, 4)) is None

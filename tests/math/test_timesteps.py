@@ -1,0 +1,314 @@
+"""Timestep samplers: their quantile functions against the oracle, their distributions against scipy, their edges.
+
+A sampler is a pure function of uniforms, so a distribution is checked without chance: at u = (i + 1/2)/N the sorted
+timesteps must have CDF values (i + 1/2)/N. This is the Kolmogorov-Smirnov statistic on a quantile grid, with the
+rounding of float64 (and of scipy's quadrature, 1e-9) as the only tolerance.
+"""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from accuracy import float64
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_close
+from scipy import integrate, optimize, stats
+
+import fastdiff
+from fastdiff import timesteps
+
+PROFILE = settings(max_examples=60, deadline=None, derandomize=True)
+
+N = 2000
+GRID = (np.arange(N) + 0.5) / N
+CONTINUOUS = {"flow": fastdiff.RectifiedFlow(), "vpsde": fastdiff.VPSDE(), "vesde": fastdiff.VESDE()}
+DISCRETE = {1000: fastdiff.VariancePreserving(), 7: fastdiff.VariancePreserving(steps=7)}
+
+# id -> (sampler, oracle's quantile function)
+SAMPLERS = {
+    "uniform": (lambda: timesteps.Uniform(), oracle.quantile_uniform),
+    "uniform part": (lambda: timesteps.Uniform(0.2, 0.7), lambda u: oracle.quantile_uniform(u, 0.2, 0.7)),
+    "logit normal": (lambda: timesteps.LogitNormal(), oracle.quantile_logit_normal),
+    "logit normal -0.5 0.7": (
+        lambda: timesteps.LogitNormal(-0.5, 0.7),
+        lambda u: oracle.quantile_logit_normal(u, -0.5, 0.7),
+    ),
+    "mode": (lambda: timesteps.Mode(), oracle.quantile_mode),
+    "mode -0.5": (lambda: timesteps.Mode(scale=-0.5), lambda u: oracle.quantile_mode(u, -0.5)),
+    "cosmap": (lambda: timesteps.CosMap(), oracle.quantile_cosmap),
+    "shifted": (
+        lambda: timesteps.Shifted(timesteps.Uniform(), 3.0),
+        lambda u: oracle.flow_shift(oracle.quantile_uniform(u), 3.0),
+    ),
+    "shifted logit": (
+        lambda: timesteps.Shifted(timesteps.LogitNormal(), 0.5),
+        lambda u: oracle.flow_shift(oracle.quantile_logit_normal(u), 0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("process", list(CONTINUOUS))
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_quantiles_continuous(name, process):
+    """Absolute 1e-13 beside 1e-12 relative: 1 - x in fractions near 0, and ndtri near 0, cancel to a few u."""
+    make, truth = SAMPLERS[name]
+    t = make()(float64(GRID), CONTINUOUS[process])
+    assert t.dtype == torch.float64 and t.shape == (N,)
+    assert_close(t, truth(GRID), absolute=1e-13, label=name)
+
+
+@pytest.mark.parametrize("steps", list(DISCRETE))
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_quantiles_discrete(name, steps):
+    """floor(t steps); where t steps is an integer to 1e-9, rounding decides and either neighbour is right."""
+    make, truth = SAMPLERS[name]
+    t = make()(float64(GRID), DISCRETE[steps])
+    assert t.dtype == torch.int64 and t.shape == (N,)
+    expected, place = oracle.to_index(truth(GRID), steps), np.asarray(truth(GRID) * steps, dtype=np.float64)
+    sure = np.abs(place - np.round(place)) > 1e-9
+    assert sure.mean() > 0.9
+    assert np.array_equal(t.numpy()[sure], expected[sure])
+
+
+@given(low=st.floats(0.0, 0.6), width=st.floats(0.05, 0.4), u=st.floats(1e-9, 1 - 1e-9))
+@PROFILE
+def test_uniform_range(low, width, u):
+    high = min(low + width, 1.0)
+    t = float(timesteps.Uniform(low, high)(float64([u]), fastdiff.RectifiedFlow()))
+    assert low <= t <= high
+    assert_close(t, oracle.quantile_uniform(u, low, high), absolute=4 * oracle.UNIT)
+    index = int(timesteps.Uniform(low, high)(float64([u]), fastdiff.VariancePreserving()))
+    assert math.floor(low * 1000) <= index <= min(math.ceil(high * 1000), 999)
+
+
+@given(mean=st.floats(-3.0, 3.0), std=st.floats(0.05, 3.0), u=st.floats(1e-9, 1 - 1e-9))
+@PROFILE
+def test_logit_and_log_normal_parameters(mean, std, u):
+    """ndtri to 1e-15 relative enters through an exponential: 1e-12 relative with |std ndtri| below 18."""
+    t = timesteps.LogitNormal(mean, std)(float64([u]), fastdiff.RectifiedFlow())
+    assert_close(t, [oracle.quantile_logit_normal(u, mean, std)], absolute=1e-15)
+    sigma = timesteps.LogNormal(mean, std)(float64([u]), fastdiff.EDM())
+    assert_close(sigma, [oracle.quantile_log_normal(u, mean, std)])
+
+
+@given(scale=st.floats(-1.0, 1.75), shift=st.floats(0.1, 10.0), u=st.floats(0.0, 1 - 2.0**-53))
+@PROFILE
+def test_mode_and_shift_parameters(scale, shift, u):
+    """SD3 allows scales from -1 to 2/(pi - 2) = 1.7519, where the map is monotone and stays in [0, 1]."""
+    process = fastdiff.RectifiedFlow()
+    t = timesteps.Mode(scale)(float64([u]), process)
+    assert_close(t, [np.clip(oracle.quantile_mode(u, scale), 0, 1)], absolute=8 * oracle.UNIT)
+    t = timesteps.Shifted(timesteps.Uniform(), shift)(float64([u]), process)
+    assert_close(t, [oracle.flow_shift(u, shift)])
+
+
+def test_log_normal_is_sigma():
+    """EDM's training noise levels: ln sigma ~ N(-1.2, 1.2^2)."""
+    t = timesteps.LogNormal()(float64(GRID), fastdiff.EDM())
+    assert t.dtype == torch.float64
+    assert_close(t, oracle.quantile_log_normal(GRID))
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 1000])
+@pytest.mark.parametrize("inner", ["uniform", "logit normal", "cosmap"])
+def test_stratified(inner, count):
+    """VDM: (u_0 + i/B) mod 1 with one shared u_0, so each of the B strata holds exactly one."""
+    make, truth = SAMPLERS[inner]
+    u = np.random.default_rng(3).uniform(size=count)
+    t = timesteps.Stratified(make())(float64(u), fastdiff.RectifiedFlow())
+    assert t.shape == (count,) and t.dtype == torch.float64
+    shared = oracle.stratify(u)
+    assert_close(t, truth(np.asarray(shared, dtype=np.float64)), absolute=1e-13)
+    if inner == "uniform":
+        assert np.array_equal(np.sort(np.floor(t.numpy() * count)), np.arange(count))
+
+
+def test_stratified_defaults_to_uniform_and_indexes():
+    """A thousand strata on a thousand steps: every index once."""
+    u = float64(np.full(1000, 0.4321 / 1000))
+    t = timesteps.Stratified()(u, fastdiff.VariancePreserving())
+    assert t.dtype == torch.int64
+    assert np.array_equal(np.sort(t.numpy()), np.arange(1000))
+
+
+def test_stratified_stays_in_the_open_interval():
+    """A stratum that begins at 0 (or rounds to 1) must not ask the normal's quantile for an infinity."""
+    for u in ([0.0, 0.3], [0.5, 0.1], [1 - 2.0**-53, 0.2]):
+        sigma = timesteps.Stratified(timesteps.LogNormal())(float64(u), fastdiff.EDM())
+        assert bool((sigma > 0).all()) and bool(torch.isfinite(sigma).all())
+
+
+# ----------------------------------------------------------------------------------------------------- distributions
+
+
+def grid_statistic(t: np.ndarray, cdf) -> float:
+    """sup |F(t_(i)) - (i + 1/2)/N| over the quantile grid."""
+    return float(np.max(np.abs(cdf(np.sort(np.asarray(t, dtype=np.float64))) - GRID)))
+
+
+def mode_cdf(scale: float):
+    """By inverting SD3's f (decreasing): P(t <= x) = 1 - f^-1(x)."""
+
+    def one(x):
+        return 1 - optimize.brentq(
+            lambda u: 1 - u - scale * (math.cos(math.pi * u / 2) ** 2 - 1 + u) - x, 0.0, 1.0, xtol=1e-14
+        )
+
+    return np.vectorize(one)
+
+
+def cosmap_cdf(x: np.ndarray) -> np.ndarray:
+    """By integrating SD3's density 2/(pi - 2 pi t + 2 pi t^2)."""
+    return np.array(
+        [integrate.quad(lambda t: 2 / (math.pi * (1 - 2 * t + 2 * t * t)), 0, v, epsabs=1e-12)[0] for v in x]
+    )
+
+
+@pytest.mark.parametrize(
+    "sampler, cdf",
+    [
+        (timesteps.Uniform(), stats.uniform.cdf),
+        (timesteps.Uniform(0.25, 0.75), stats.uniform(0.25, 0.5).cdf),
+        (timesteps.LogitNormal(0.4, 1.3), lambda t: stats.norm.cdf((np.log(t / (1 - t)) - 0.4) / 1.3)),
+        (timesteps.Mode(1.29), mode_cdf(1.29)),
+        (timesteps.Mode(-0.7), mode_cdf(-0.7)),
+        (timesteps.CosMap(), cosmap_cdf),
+        (timesteps.Shifted(timesteps.Uniform(), 3.0), lambda t: t / (3.0 - 2.0 * t)),
+        (timesteps.Stratified(), stats.uniform.cdf),
+    ],
+    ids=["uniform", "part", "logit normal", "mode", "mode neg", "cosmap", "shifted", "stratified"],
+)
+def test_distribution(sampler, cdf):
+    t = sampler(float64(GRID), fastdiff.RectifiedFlow()).numpy()
+    assert grid_statistic(t, cdf) < 1e-9
+
+
+def test_distribution_of_log_normal():
+    t = timesteps.LogNormal(-0.4, 1.6)(float64(GRID), fastdiff.EDM()).numpy()
+    assert grid_statistic(t, stats.lognorm(s=1.6, scale=math.exp(-0.4)).cdf) < 1e-9
+
+
+def test_objective_draws_uniform_steps():
+    """The t an objective draws itself from a seed: 200,000 on 100 bins of 10 steps; chi^2 as a z-score below 4.5."""
+    objective = fastdiff.Objective(fastdiff.VariancePreserving())
+    t = objective.noise(torch.zeros(200_000, 1), seed=1234).t
+    assert t.dtype == torch.int64 and int(t.min()) == 0 and int(t.max()) == 999
+    counts = np.bincount(t.numpy() // 10, minlength=100)
+    chi2 = float(((counts - 2000) ** 2 / 2000).sum())
+    assert abs(chi2 - 99) / math.sqrt(2 * 99) < 4.5
+
+
+@pytest.mark.parametrize(
+    "process, sampler, cdf",
+    [
+        (fastdiff.RectifiedFlow(), timesteps.LogitNormal(), lambda t: stats.norm.cdf(np.log(t / (1 - t)))),
+        (fastdiff.EDM(), timesteps.LogNormal(), stats.lognorm(s=1.2, scale=math.exp(-1.2)).cdf),
+        (fastdiff.VPSDE(), timesteps.Uniform(), stats.uniform.cdf),
+    ],
+    ids=["flow", "edm", "vpsde"],
+)
+def test_objective_uses_its_sampler(process, sampler, cdf):
+    """By chance this time (Philox uniforms, fixed seed): Kolmogorov's p-value above 1e-5."""
+    prediction = {"RectifiedFlow": "flow", "EDM": "edm"}.get(type(process).__name__, "epsilon")
+    objective = fastdiff.Objective(process, prediction=prediction, timesteps=sampler)
+    t = objective.noise(torch.zeros(20_000, 1), seed=99).t
+    assert stats.kstest(t.double().numpy(), cdf).pvalue > 1e-5
+    again = objective.noise(torch.zeros(20_000, 1), seed=99).t
+    assert torch.equal(t, again)
+
+
+def test_noise_and_t_are_independent():
+    """t and the noise come from one seed: their correlation, and that of t with |noise|, as z-scores below 4.5."""
+    noised = fastdiff.Objective(fastdiff.VariancePreserving()).noise(torch.zeros(100_000, 1), seed=5)
+    t = (noised.t.double() - 499.5) / math.sqrt((1000**2 - 1) / 12)
+    n = noised.noise.double().flatten()
+    size = (n.abs() - math.sqrt(2 / math.pi)) / math.sqrt(1 - 2 / math.pi)
+    for other in (n, size):
+        assert abs(float((t * other).mean())) * math.sqrt(100_000) < 4.5
+
+
+# ------------------------------------------------------------------------------------------------------------- edges
+
+EDGE_U = [0.0, 2.0**-53, 2.0**-24, 1e-9, 0.5, 1 - 1e-9, 1 - 2.0**-24, 1 - 2.0**-53]
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_edges_stay_in_range(name):
+    """u of 0 and of 1 - 2^-53: `mode` maps u = 0 to t = 1, which is index 999 of 1000, not 1000."""
+    sampler = SAMPLERS[name][0]()
+    for process in (*DISCRETE.values(), *CONTINUOUS.values()):
+        t = sampler(float64(EDGE_U), process)
+        process.check_t(t)
+        assert bool(torch.isfinite(process.levels(t).sigma).all())
+    for steps, process in DISCRETE.items():
+        t = sampler(float64(EDGE_U), process)
+        assert 0 <= int(t.min()) and int(t.max()) <= steps - 1
+
+
+def test_mode_at_zero_is_the_last_step():
+    assert int(timesteps.Mode()(float64([0.0]), fastdiff.VariancePreserving())) == 999
+    assert float(timesteps.Mode()(float64([0.0]), fastdiff.RectifiedFlow())) == 1.0
+
+
+def test_sigmoid_does_not_saturate():
+    """In fp32 sigmoid(17) is 1; in float64 it is 1 - 4.1e-8. At mean 40 float64 saturates too, and 1 is in range."""
+    u = float64([0.25, 0.5, 0.75])
+    t = timesteps.LogitNormal(17.0, 0.5)(u, fastdiff.RectifiedFlow())
+    assert bool((t < 1).all()) and bool((t[1:] > t[:-1]).all())
+    assert_close(t, oracle.quantile_logit_normal([0.25, 0.5, 0.75], 17.0, 0.5), rel=4 * oracle.UNIT)
+    t = timesteps.LogitNormal(40.0, 1.0)(u, fastdiff.RectifiedFlow())
+    assert bool((t <= 1).all())
+    assert timesteps.LogitNormal(40.0, 1.0)(u, fastdiff.VariancePreserving()).tolist() == [999, 999, 999]
+    assert timesteps.LogitNormal(-40.0, 1.0)(u, fastdiff.VariancePreserving()).tolist() == [0, 0, 0]
+
+
+def test_low_precision_uniforms():
+    """u in fp32 is widened before the arithmetic: the largest fp32 below 1 is still below the last step's end."""
+    u = torch.tensor([1 - 2.0**-24, 0.1], dtype=torch.float32)
+    assert timesteps.Uniform()(u, fastdiff.VariancePreserving()).tolist() == [999, 100]
+    t = timesteps.LogitNormal()(u, fastdiff.RectifiedFlow())
+    assert t.dtype == torch.float64
+    assert_close(t, oracle.quantile_logit_normal(u.double().numpy()), absolute=1e-15)
+
+
+def test_empty_batch():
+    for make, _ in SAMPLERS.values():
+        assert make()(float64([]), fastdiff.VariancePreserving()).shape == (0,)
+    assert timesteps.Stratified()(float64([]), fastdiff.VariancePreserving()).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "make, parameters, words",
+    [
+        (timesteps.Uniform, (0.7, 0.2), "0 <= low < high <= 1 is needed; got low=0.7, high=0.2"),
+        (timesteps.Uniform, (-0.1, 1.0), "got low=-0.1"),
+        (timesteps.Uniform, (0.0, 1.5), "high=1.5"),
+        (timesteps.LogitNormal, (0.0, -1.0), "std must be a positive number; got -1.0"),
+        (timesteps.LogNormal, (0.0, -1.0), "std must be a positive number; got -1.0"),
+        (timesteps.Mode, (2.0,), r"scale must lie in \[-1, 1.7519\] \(monotone there\); got 2.0"),
+        (timesteps.Mode, (-1.5,), r"\[-1, 1.7519\].*got -1.5"),
+        (timesteps.Shifted, (timesteps.Uniform(), 0.0), "shift must be a positive number; got 0.0"),
+        (timesteps.Shifted, (timesteps.Uniform(), -3.0), "shift must be a positive number; got -3.0"),
+    ],
+)
+def test_bad_parameters(make, parameters, words):
+    """What would give a t out of range, or one value for all rows, is refused with a reason."""
+    with pytest.raises(ValueError, match=words):
+        make(*parameters)
+
+
+@pytest.mark.parametrize("make", [timesteps.Uniform, timesteps.Mode, timesteps.CosMap, timesteps.LogitNormal])
+def test_fractions_mean_nothing_on_edm(make):
+    """EDM's t is sigma, from 0 to infinity: a fraction of that range is not a noise level."""
+    with pytest.raises(ValueError, match="EDM|LogNormal|sigma"):
+        make()(float64([0.5]), fastdiff.EDM())
+
+
+@pytest.mark.parametrize("process", [fastdiff.VariancePreserving(), fastdiff.RectifiedFlow()], ids=["vp", "flow"])
+def test_log_normal_wants_edm(process):
+    """A sigma of 80 is neither a fraction nor an index."""
+    with pytest.raises(ValueError, match="LogNormal|EDM|sigma"):
+        timesteps.LogNormal()(float64([0.5]), process)

@@ -1,0 +1,497 @@
+"""Calls on whole tensors: the bits of the general way, taken where the case is plain, left alone where it is not."""
+
+import copy
+import gc
+import pickle
+import threading
+
+import pytest
+import torch
+from accuracy import assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastdiff
+from fastdiff import ops
+from fastdiff.backends import native, triton
+
+_C = pytest.importorskip("fastdiff._C")
+pytestmark = pytest.mark.skipif(native.direct is None, reason="this PyTorch has no C functions for its tensors")
+
+DISCRETE = {
+    "epsilon": {},
+    "sample": {"weighting": fastdiff.MinSNR(5.0)},
+    "v_prediction": {"weighting": fastdiff.MinSNR(5.0), "loss": "huber"},
+    "score": {"loss": "l1"},
+    "previous_sample": {"loss": "log_cosh"},
+    "edm": {"loss": fastdiff.losses.PseudoHuber(0.2, schedule="snr")},
+}
+CONTINUOUS = [
+    (fastdiff.RectifiedFlow(), "flow", {}),
+    (fastdiff.RectifiedFlow(shift=3.0), "reversed_flow", {"loss": "smooth_l1"}),
+    (fastdiff.RectifiedFlow(shift=3.0, sigma_min=1e-3), "flow", {}),
+    (fastdiff.RectifiedFlow(), "flow", {"weighting": "cosmap"}),
+    (fastdiff.RectifiedFlow(), "flow", {"error_space": "sample"}),
+    (fastdiff.EDM(), "edm", {"weighting": "edm"}),
+    (fastdiff.EDM(), "epsilon", {}),
+    (fastdiff.VPSDE(), "v_prediction", {}),
+]
+OBJECTIVES = [fastdiff.Objective(fastdiff.VariancePreserving(), kind, **options) for kind, options in DISCRETE.items()]
+OBJECTIVES += [
+    fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", error_space="sample"),
+    fastdiff.Objective(fastdiff.VariancePreserving("cosine"), "epsilon", noise_offset=0.1),
+]
+OBJECTIVES += [fastdiff.Objective(process, kind, **options) for process, kind, options in CONTINUOUS]
+
+
+BOTH = pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+
+
+@pytest.fixture
+def backend(request):
+    """The backend of that name, forced; "native" where a test does not say."""
+    name = getattr(request, "param", "native")
+    if name == "triton":
+        pytest.importorskip("triton")
+        if not triton.interpreted():
+            pytest.skip("on CPU tensors Triton's kernels run in its interpreter")
+    with fastdiff.use_backend(name):
+        yield {"native": native, "triton": triton}[name]
+
+
+@pytest.fixture
+def general(monkeypatch, backend):
+    """Runs a function without whole calls."""
+
+    def run(function, *arguments, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "direct", None)
+            return function(*arguments, **options)
+
+    return run
+
+
+@pytest.fixture
+def only_whole_calls(monkeypatch, backend):
+    """Lets nothing but whole calls run."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the general way was taken")
+
+    for name in ("noise", "loss", "convert", *(["step"] if backend is native else [])):
+        monkeypatch.setattr(backend, name, refuse)
+
+
+def batch(dtype=torch.float32, shape=(3, 4, 8, 8), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Triton's interpreter is slow: there each objective has one of the dtypes.
+CASES = [("native", objective, dtype) for objective in OBJECTIVES for dtype in DTYPES]
+CASES += [("triton", objective, DTYPES[k % 4]) for k, objective in enumerate(OBJECTIVES)]
+
+
+@pytest.mark.parametrize("backend, objective, dtype", CASES, indirect=["backend"], ids=str)
+def test_a_training_step_has_the_bits_of_the_general_way(objective, dtype, general):
+    x0, _, prediction = batch(dtype)
+
+    def step():
+        m = prediction.clone().requires_grad_()
+        noised = objective.noise(x0, seed=-5, sample_offset=7)
+        loss = objective.loss(m, noised)
+        loss.backward()
+        return noised.x_t, noised.t, noised.noise, loss, m.grad, noised.alpha, noised.sigma, noised.weight
+
+    for got, want in zip(step(), general(step)):
+        assert_same(got, want)
+
+
+@pytest.mark.parametrize("backend, objective, dtype", CASES, indirect=["backend"], ids=str)
+def test_given_noise_and_times_have_the_bits_of_the_general_way(objective, dtype, general):
+    x0, n, prediction = batch(dtype)
+    t = objective.timesteps(torch.tensor([0.1, 0.5, 0.97], dtype=torch.float64), objective.process)
+    t = t.float() if t.is_floating_point() else t
+
+    def run():
+        noised = objective.noise(x0, t, n)
+        return noised.x_t, objective.loss(prediction, noised)
+
+    for got, want in zip(run(), general(run)):
+        assert_same(got, want)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_the_plain_case_is_a_whole_call(kind, only_whole_calls):
+    process = fastdiff.RectifiedFlow() if kind == "flow" else fastdiff.VariancePreserving()
+    objective = fastdiff.Objective(process, kind)
+    x0, n, m = batch()
+    noised = objective.noise(x0)
+    objective.loss(m.requires_grad_(), noised).backward()
+    assert m.grad.isfinite().all()
+    t = torch.rand(3) if kind == "flow" else torch.tensor([0, 500, 999])
+    assert objective.loss(m, objective.noise(x0, t, n)).isfinite()
+    if kind == "v_prediction":
+        assert objective.predict_x0(n, noised).isfinite().all()
+    assert fastdiff.q_sample(x0, t, process, n).isfinite().all()
+    assert fastdiff.diffusion_loss(m, x0, n, t, process, kind).isfinite()
+    row = torch.randn(len(ops.COLUMNS))
+    with torch.no_grad():
+        ops.step(x0, m, row, noise=n, return_entry=False)
+
+
+@BOTH
+@pytest.mark.parametrize("upstream", [1.0, 3.0, 0.0])
+def test_any_upstream_gradient_and_a_second_use(upstream, general):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", "min_snr")
+    x0, n, prediction = batch(torch.bfloat16)
+
+    def run():
+        m = prediction.clone().requires_grad_()
+        loss = objective.loss(m, objective.noise(x0, torch.tensor([1, 2, 3]), n))
+        (first,) = torch.autograd.grad(loss, m, torch.tensor(upstream), retain_graph=True)
+        (second,) = torch.autograd.grad(loss, m, torch.tensor(upstream))
+        return first, second
+
+    (first, second), (want, _) = run(), general(run)
+    assert_same(first, want)
+    assert_same(second, want)
+
+
+@BOTH
+def test_a_scaled_float16_loss_rounds_its_gradient_once(general):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    x0, n, prediction = batch(torch.float16)
+
+    def run():
+        m = prediction.clone().requires_grad_()
+        (objective.loss(m, objective.noise(x0, torch.tensor([1, 2, 3]), n)) * 65536.0).backward()
+        return m.grad
+
+    assert_same(run(), general(run))
+
+
+def test_the_gradient_of_the_gradient():
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    x0, n, m = batch(torch.float64, (2, 3))
+    t = torch.tensor([0.2, 0.8])
+    noised = objective.noise(x0, t, n)
+    assert torch.autograd.gradgradcheck(lambda m: objective.loss(m, noised), m.requires_grad_())
+
+
+@BOTH
+def test_what_is_not_plain_is_done_the_general_way(general):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", "min_snr")
+    x0, n, m = batch()
+    t = torch.tensor([5, 6, 7])
+    channels_last = x0.to(memory_format=torch.channels_last)
+    for x, times, noise in (
+        (channels_last, t, n),
+        (x0, t.int(), n),
+        (x0, t.view(3, 1, 1, 1), n),
+        (x0, 5, n),
+        (x0, [5, 6, 7], n),
+        (x0, t, n.double()),
+        (x0, t, n.transpose(2, 3)),
+        (x0[:0], t[:0], n[:0]),
+        (x0[:1].expand(3, 4, 8, 8), t, n),
+        (torch.nn.Parameter(x0), t, n),
+    ):
+
+        def run(x=x, times=times, noise=noise):
+            noised = objective.noise(x, times, noise)
+            return noised.x_t.detach(), objective.loss(m[: len(x)], noised).detach()
+
+        for got, want in zip(run(), general(run)):
+            assert_same(got, want)
+            assert got.stride() == want.stride()
+
+
+def test_gradients_of_x0_and_noise_are_kept():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+    x0, n, m = batch(torch.float64, (2, 3))
+    t = torch.tensor([100, 900])
+
+    def run(x0, n, m):
+        noised = objective.noise(x0, t, n)
+        return objective.loss(m, noised) + noised.x_t.sum()
+
+    assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in (x0, n, m)])
+
+
+@BOTH
+def test_transforms_and_subclasses_are_left_alone(general):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    x0, n, m = batch()
+    t = torch.tensor([5, 6, 7])
+
+    class Mine(torch.Tensor):
+        pass
+
+    assert_same(
+        objective.noise(x0.as_subclass(Mine), t, n).x_t.as_subclass(torch.Tensor), objective.noise(x0, t, n).x_t
+    )
+    each = torch.func.vmap(lambda x, n: objective.noise(x, t, n).x_t)(x0[None], n[None])
+    assert_same(each[0], objective.noise(x0, t, n).x_t)
+    noised = objective.noise(x0, t, n)
+    m = m.requires_grad_()
+    want = torch.autograd.grad(objective.loss(m, noised), m)[0]
+    torch.testing.assert_close(torch.func.grad(lambda m: objective.loss(m, noised))(m.detach()), want)
+
+
+@BOTH
+def test_a_forced_backend_leaves_other_devices_to_the_reference(backend):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+    x0 = torch.empty(3, 4, 8, 8, device="meta")
+    m = torch.empty_like(x0, requires_grad=True)
+    for seed in (None, 5, torch.zeros(1, dtype=torch.int64, device="meta")):
+        noised = objective.noise(x0, seed=seed)
+        objective.loss(m, noised).backward()
+        assert noised.x_t.shape == noised.noise.shape == x0.shape and m.grad.device.type == "meta"
+
+
+def test_unfit_input_gets_the_usual_errors():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    x0, n, m = batch()
+    for t in (torch.tensor([0, 1, 1000]), torch.tensor([-1, 0, 0])):
+        with pytest.raises(ValueError, match="must lie in"):
+            objective.noise(x0, t, n)
+    with pytest.raises(TypeError, match="integer"):
+        objective.noise(x0, torch.rand(3), n)
+    with pytest.raises(ValueError, match="shape"):
+        objective.noise(x0, torch.tensor([0, 1, 2]), n[:2])
+    with pytest.raises(ValueError, match="shape"):
+        objective.loss(m[:2], objective.noise(x0))
+    with pytest.raises(TypeError, match="seed"):
+        objective.noise(x0, seed="no")
+    flow = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    for t in ([0.0, 0.5, 1.5], [0.0, 0.5, float("nan")]):
+        with pytest.raises(ValueError, match="must lie in"):
+            flow.noise(x0, torch.tensor(t), n)
+    with pytest.raises(ValueError, match="must lie in"):
+        fastdiff.Objective(fastdiff.EDM(), "edm").noise(x0, torch.tensor([1.0, 2.0, float("inf")]), n)
+
+
+@pytest.mark.parametrize("t", [[0.0, 0.5, 1.5], [0.0, 0.5, float("nan")], [-0.1, 0.0, 0.0]])
+def test_a_loss_that_is_the_same_at_all_times_still_looks_at_t(t):
+    x0, n, m = batch()
+    with pytest.raises(ValueError, match="must lie in"):
+        fastdiff.diffusion_loss(m, x0, n, torch.tensor(t), fastdiff.RectifiedFlow(), "flow")
+    with pytest.raises(TypeError, match="floating point"):
+        fastdiff.diffusion_loss(m, x0, n, torch.tensor([0, 1, 1]), fastdiff.RectifiedFlow(), "flow")
+
+
+@BOTH
+def test_times_of_frames_have_the_bits_of_the_general_way(general):
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    x0, n, m = batch(shape=(3, 5, 7, 9))
+    noised = objective.noise(x0, torch.rand(3, 5), n)
+
+    def run():
+        p = m.clone().requires_grad_()
+        loss = objective.loss(p, noised)
+        return loss, *torch.autograd.grad(loss, p)
+
+    for got, want in zip(run(), general(run)):
+        assert_same(got, want)
+
+
+def test_offset_noise_of_data_without_channels_is_refused():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon", noise_offset=0.1)
+    with pytest.raises(ValueError, match="channels"):
+        objective.noise(torch.randn(3, 4))
+
+
+def test_a_subclass_of_a_process_is_asked_for_its_own_levels():
+    class Curved(fastdiff.RectifiedFlow):
+        def alpha_sigma(self, t):
+            t = t.double()
+            return (1 - t) ** 2, t
+
+    x0, n, _ = batch(torch.float64)
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    rows = t.view(-1, 1, 1, 1)
+    noised = fastdiff.Objective(Curved(), "sample").noise(x0, t, n)
+    torch.testing.assert_close(noised.x_t, (1 - rows) ** 2 * x0 + rows * n, rtol=1e-14, atol=1e-14)
+
+
+def test_copies_make_their_own_calls():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", "min_snr")
+    x0, n, _ = batch()
+    t = torch.tensor([5, 6, 7])
+    want = objective.noise(x0, t, n).x_t
+    for other in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
+        assert_same(other.noise(x0, t, n).x_t, want)
+    other = copy.deepcopy(objective)
+    del objective
+    gc.collect()
+    assert_same(other.noise(x0, t, n).x_t, want)
+
+
+def test_seeds_and_generators():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    x0, _, _ = batch(shape=(4, 3, 4, 4))
+    whole = objective.noise(x0, seed=2**64 - 3)
+    halves = [objective.noise(x0[k : k + 2], seed=torch.tensor(-3), sample_offset=k) for k in (0, 2)]
+    for name in ("x_t", "t", "noise"):
+        assert_same(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))
+    one, other = (objective.noise(x0, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert_same(one.x_t, other.x_t)
+    assert not torch.equal(objective.noise(x0).x_t, objective.noise(x0).x_t)
+    not_kept = objective.noise(x0, seed=9, keep_noise=False)
+    assert isinstance(not_kept.noise_source, ops.Philox)
+    assert_same(not_kept.noise, objective.noise(x0, seed=9).noise)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("noise", ["none", "given", "made", "offset"])
+def test_a_step_has_the_bits_of_the_general_way(dtype, noise, general):
+    x, n, m = batch(dtype)
+    row = torch.randn(len(ops.COLUMNS), dtype=torch.float64).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    z = {"none": None, "given": n, "made": ops.Philox(4, 2, 17), "offset": ops.Philox(4, 2, 17, 0.3)}[noise]
+
+    def run():
+        return ops.step(x, m, row, clip=0.7, noise=z, return_entry=False)
+
+    for got, want in zip(run()[:2], general(run)[:2]):
+        assert_same(got, want)
+    assert run()[2] is None
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["sample", "epsilon", "score"])
+def test_a_conversion_has_the_bits_of_the_general_way(dtype, kind, general):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+    x0, n, m = batch(dtype)
+    noised = objective.noise(x0, torch.tensor([0, 500, 999]), n)
+    assert_same(objective.convert(m, noised, kind), general(objective.convert, m, noised, kind))
+    m.requires_grad_()
+    got, want = (run(objective.convert, m, noised, kind) for run in (lambda f, *a: f(*a), general))
+    assert_same(torch.autograd.grad(got.sum(), m)[0], torch.autograd.grad(want.sum(), m)[0])
+
+
+def test_a_conversion_that_is_not_determined_is_refused():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(zero_terminal_snr=True), "epsilon")
+    x0, n, m = batch()
+    with pytest.raises(ValueError, match="does not determine"):
+        objective.predict_x0(m, objective.noise(x0, torch.tensor([0, 500, 999]), n))
+
+
+def test_large_results_have_the_bits_of_small_ones():
+    """Above 32 MiB memory is asked for in large pages, and written past the caches."""
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+    x0 = torch.randn(9, 1024, 1024)
+    m = torch.randn_like(x0).requires_grad_()
+    whole = objective.noise(x0, seed=1)
+    (gradient,) = torch.autograd.grad(objective.loss(m, whole), m)
+    for k in (0, 8):
+        one = objective.noise(x0[k : k + 1], seed=1, sample_offset=k)
+        assert_same(whole.x_t[k], one.x_t[0])
+        assert_same(whole.noise[k], one.noise[0])
+        m_k = m[k : k + 1].detach().requires_grad_()
+        (small,) = torch.autograd.grad(objective.loss(m_k, one), m_k)
+        # Both have the divisor in a factor that is rounded once, and are rounded themselves.
+        torch.testing.assert_close(gradient[k] * 9, small[0], rtol=4 * 2**-24, atol=0)
+
+
+def test_several_threads_at_once():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+    x0, n, m = batch(shape=(2, 4, 64, 64))  # large enough for the lock to be let go
+    t = torch.tensor([5, 600])
+    want = objective.loss(m, objective.noise(x0, t, n))
+    failed = []
+
+    def work():
+        for _ in range(50):
+            if not torch.equal(objective.loss(m, objective.noise(x0, t, n)), want):
+                failed.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failed
+
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=3),
+    st.tuples(st.integers(-5, 5), st.integers(-5, 5), st.integers(-5, 5), st.floats(-1, 1)),
+    st.sampled_from(
+        [
+            torch.randn(2, 3),
+            torch.randn(2, 3).double(),
+            torch.randn(3, 2).T,
+            torch.randn(6),
+            torch.zeros(0, 3),
+            torch.tensor(1.0),
+            torch.tensor([0, 1]),
+            torch.tensor([0, 9]),
+            torch.randn(2, 3, dtype=torch.complex64),
+            torch.randn(2, 3).to_sparse(),
+            torch.ones(2, 3, device="meta"),
+        ]
+    ),
+    st.sampled_from([object(), int, [], {}]),
+)
+
+
+@settings(max_examples=10000, deadline=None)
+@given(st.data())
+def test_no_arguments_reach_a_kernel_unchecked(data):
+    table = torch.rand(3, 2, dtype=torch.float64)
+    wide = torch.rand(3, 5, dtype=torch.float64)
+    name = data.draw(st.sampled_from(["noise", "loss", "convert", "step", "times"]))
+    x, t = torch.randn(2, 3), torch.tensor([0, 2])
+    fit = {
+        "noise": [native.direct.gathered(table), x, t, x, x.clone(), 1],
+        "loss": [native.direct.gathered(wide), 3, 0, x, x, x, t, torch.tensor(0.0), True, 1],
+        "convert": [native.direct.gathered(table), x, x, t, 1],
+        "step": [x, x, torch.randn(len(ops.COLUMNS)), None, None, True, 1],
+        "times": [t.clone(), 3, 4, 0, 10],
+    }[name]
+    for _ in range(data.draw(st.integers(0, 3))):
+        place = data.draw(st.integers(0, len(fit) - 1))
+        fit[place] = data.draw(ANYTHING)
+    if data.draw(st.integers(0, 20)) == 0:
+        fit = fit[:-1]
+    try:
+        getattr(_C, f"direct_{name}")(*fit)
+    except (TypeError, ValueError):
+        pass
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ((3, 1, 1), "kind: must be from 0 to 2"),
+        ((0, -1, 1), "height: does not go with the kind"),
+        ((0, 1, 17), "width: must be from 1 to 16"),
+        ((1, 1, 2), "height: does not go with the kind"),
+        ((2, 2, 1), "height: does not go with the kind"),
+        ((0, 3, 2), "table: has 2 elements, but 6 are needed"),
+    ],
+)
+def test_rows_of_a_wrong_size_are_refused(bad, words):
+    kind, height, width = bad
+    table = torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=words):
+        _C.row_source(kind, height, width, (table.data_ptr(), 1, 2), 0.0, 1.0)
+
+
+def test_a_step_whose_noise_has_an_offset_is_a_whole_call(only_whole_calls):
+    x, m, _ = batch()
+    row = torch.rand(len(ops.COLUMNS))
+    noise = ops.Philox(7, 3, 20, offset=0.1)
+    y, _, _ = ops.step(x, m, row, noise=noise, return_entry=False)
+    with fastdiff.use_backend("reference"):
+        assert_same(y, ops.step(x, m, row, noise=noise, return_entry=False)[0])
