@@ -208,7 +208,7 @@ class VariancePreserving(Process):
             beta = _beta_schedule(betas, steps, beta_start, beta_end)
         else:
             self.schedule = "given"
-            beta = as_float64(betas).detach().to("cpu", torch.float64)
+            beta = as_float64(betas).detach().to("cpu", torch.float64).clone()
             if beta_start is not None or beta_end is not None:
                 raise ValueError(
                     f"beta_start and beta_end go with a named schedule, but the betas were given themselves; got "
@@ -235,7 +235,7 @@ class VariancePreserving(Process):
 
     @property
     def betas(self) -> Tensor:
-        return self._betas
+        return self._betas.clone()
 
     @property
     def alpha_bar(self) -> Tensor:

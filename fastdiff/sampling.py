@@ -203,8 +203,13 @@ _plans: weakref.WeakKeyDictionary[Process, dict[Any, samplers.Plan]] = weakref.W
 def _planned(
     sampler: samplers.Sampler, process: Process, steps: int | None, prediction: str | Prediction
 ) -> samplers.Plan:
-    """The sampler's plan; the last few of each process are kept, for in a short run making it is most of the time."""
-    if not (dataclasses.is_dataclass(sampler) and sampler.__dataclass_params__.frozen):
+    """The sampler's plan; the last few of each process are kept, for in a short run making it is most of the time. Not
+    of a sampler with a field that may change under it, such as a tensor."""
+    if not (
+        dataclasses.is_dataclass(sampler)
+        and sampler.__dataclass_params__.frozen
+        and all(_never_changes(getattr(sampler, field.name)) for field in dataclasses.fields(sampler))
+    ):
         return sampler.plan(process, steps, prediction)
     # The process's numbers too: it is not frozen.
     numbers = tuple(value for value in vars(process).values() if isinstance(value, (int, float, str)))
@@ -219,6 +224,12 @@ def _planned(
             kept.clear()
         found = kept[key] = sampler.plan(process, steps, prediction)
     return found
+
+
+def _never_changes(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_never_changes, value))
+    return value is None or isinstance(value, (bool, int, float, str, Prediction))
 
 
 class _Noise:

@@ -212,12 +212,13 @@ class Bell(Weighting):
 
 @dataclass(frozen=True, eq=False)
 class PerTimestep(Weighting):
-    """A table of one weight per timestep of a discrete process, on the prediction's own error."""
+    """A table of one weight per timestep of a discrete process, on the prediction's own error. It is copied: what is
+    written into it later changes nothing."""
 
     table: Tensor
 
     def __post_init__(self):
-        table = as_float64(self.table).detach()
+        table = as_float64(self.table).detach().clone()
         if table.ndim != 1:
             raise ValueError(f"PerTimestep needs a 1-D table, one weight a timestep; got shape {tuple(table.shape)}.")
         object.__setattr__(self, "table", table)

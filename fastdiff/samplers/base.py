@@ -59,6 +59,18 @@ class Plan:
 class Sampler:
     """Base of the samplers: ``plan`` makes the table."""
 
+    def _freeze(self, *names: str) -> None:
+        """Replace the fields of these names, where they are tensors or lists, by tuples of the numbers in them: what is
+        written into the tensor later does not reach the sampler."""
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                value = value.tolist()
+            elif hasattr(value, "__array__"):
+                value = torch.as_tensor(value).tolist()
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value) if hasattr(value, "__iter__") else (value,))
+
     def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
         """The plan of a run. Raises ValueError where the combination means nothing."""
         raise NotImplementedError

@@ -41,6 +41,7 @@ class DDIM(Sampler):
     timesteps: Sequence[float] | None = None
 
     def __post_init__(self):
+        self._freeze("timesteps")
         check_clip(self.clip)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1]; got {self.eta!r}.")
