@@ -15,6 +15,7 @@ from . import backends, losses, ops
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
+from .backends.modes import lasting, version_of, wrapping
 from .backends.reference.philox import check_seed
 from .backends.rows import as_tensor, cached, in_two_passes, value_checks_are_free
 from .losses import Loss
@@ -80,19 +81,34 @@ class Noised:
     rows: Rows
     written_target: Tensor | None = None
 
+    def __post_init__(self):
+        self._versions = self._now()
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the coefficients, which follow from the times: a worker of a DataLoader may return a noised batch."""
-        return {name: value for name, value in self.__dict__.items() if name != "rows"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("rows", "_versions")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self.rows = Rows({}, self.objective._later(self.t, self.x0, self.noise_source))
+        self._versions = self._now()
+
+    def _now(self) -> tuple[int | None, int | None]:
+        seed = None if isinstance(self.noise_source, Tensor) else self.noise_source.seed
+        return version_of(self.t), version_of(seed) if isinstance(seed, Tensor) else None
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if ``t``, or the seed that noise is made from again, was written into since."""
+        if not torch.compiler.is_compiling() and self._versions != self._now():
+            what = "t" if self._versions[0] != version_of(self.t) else "the seed"
+            raise RuntimeError(_CHANGED.format(what))
 
     @property
     def noise(self) -> Tensor:
         """The noise as the target sees it: what was given, or float32 (float64 with float64 data)."""
         if isinstance(self.noise_source, Tensor):
             return self.noise_source
+        self.check_unchanged()
         return self.noise_source.tensor(self.x0.shape, self.x0.device).to(self.rows.alpha.dtype)
 
     @property
@@ -136,6 +152,8 @@ class Noised:
     def _model_input(self) -> tuple[Tensor | None, Tensor]:
         return kinds.model_input(self.objective.prediction, self.objective.process.levels(self.t))
 
+
+_CHANGED = "{} was changed in place after the batch was noised, so x_t is of another: give noise() a copy, .clone()."
 
 # Of an objective, what its coefficients are made of.
 _FIXED = ("process", "prediction", "weighting", "loss_function", "error_space")
@@ -355,13 +373,20 @@ class Objective:
             return None
         calls = self._plain_calls.get(direct)
         if calls is None:
-            calls = self._plain_calls[direct] = PlainCalls(self, direct)
+            if wrapping() is not None:
+                return None
+            with lasting():
+                calls = self._plain_calls[direct] = PlainCalls(self, direct)
         return calls
 
     def _later(self, t: Tensor, x0: Tensor, noise: Any) -> Callable[[str], dict[str, Any]]:
         """``Rows.evaluate`` for rows of which none is known yet."""
 
+        version = version_of(t)
+
         def evaluate(name: str) -> dict[str, Any]:
+            if not torch.compiler.is_compiling() and version != version_of(t):
+                raise RuntimeError(_CHANGED.format("t"))
             rows, _ = self._rows_for(t, x0, compute_dtype(x0, noise if isinstance(noise, Tensor) else None))
             getattr(rows, name)
             return rows.known()
@@ -393,9 +418,11 @@ class Objective:
                 nothing in its mask is left out of the mean), or all by the mask's sum ("global").
 
         Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise and weight.
-        Raises TypeError or ValueError for unfit inputs. Warns, on the CPU, of a mask that is 0 everywhere.
+        Raises TypeError or ValueError for unfit inputs, RuntimeError if its times, or the seed of
+        noise that is not kept, were written into since. Warns, on the CPU, of a mask that is 0 everywhere.
         """
         x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
+        noised.check_unchanged()
         if noised.objective is not self:
             process = noised.objective.process
             if not torch.compiler.is_compiling() and not self.process.has_levels_of(process):
@@ -470,10 +497,11 @@ class Objective:
         """
         kind = kinds.get(kind)
         x_t, t = noised.x_t, noised.t
+        noised.check_unchanged()
         if self.process.discrete:
             table = self._table_of(kind, t.device, compute_dtype(prediction, x_t))
             calls = self._plain(backends.get(x_t.device))
-            if calls is not None and kind not in self._singular:
+            if calls is not None and kind not in self._singular and wrapping() is None:
                 wide = partial(self._table_of, kind, torch.device("cpu"), torch.float64)
                 done = calls.convert(kind, wide, prediction, x_t, t)
                 if done is not None:

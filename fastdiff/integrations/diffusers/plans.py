@@ -15,6 +15,7 @@ from torch import Tensor
 from ... import ops
 from ...backends.native.operations import _C
 from ...backends.native.prepared import number
+from ...backends.rows import cached
 from ...samplers.base import build_table
 from . import rows
 
@@ -333,10 +334,7 @@ class TwoCallsPlan(StepPlan):
 
     def step(self, k: int) -> Tensor:
         """What the scheduler keeps as ``dt`` after the first call: one tensor a call, by which it is known again."""
-        found = self.steps.get(k)
-        if found is None:
-            found = self.steps[k] = self.sigmas[k + 1] - self.sigmas[k]
-        return found
+        return cached(self.steps, k, lambda: self.sigmas[k + 1] - self.sigmas[k])
 
 
 class HeunPlan(TwoCallsPlan):
@@ -533,7 +531,7 @@ class InputPlan(Plan):
     def __init__(self, scheduler: Any):
         super().__init__(scheduler, self.tensor_names, ())
         self.count = len(scheduler.sigmas)
-        self.scales: list[Tensor | None] = [None] * self.count
+        self.scales: dict[int, Tensor] = {}
 
     @staticmethod
     def scale(scheduler: Any, sigma: Tensor) -> Tensor:
