@@ -19,7 +19,7 @@ from .backends.modes import lasting, version_of, wrapping
 from .backends.reference.philox import check_seed
 from .backends.rows import as_tensor, cached, in_two_passes, value_checks_are_free
 from .losses import Loss
-from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
+from .ops.checks import check_alike, check_floating, check_unambiguous, compute_dtype, place_rows
 from .ops.loss import check_loss
 from .ops.noise import Stream, check_noise, check_rng
 from .plain import PlainCalls
@@ -173,8 +173,11 @@ class Objective:
         error_space: the prediction kind in which the error is taken; None: the network's own. "sample" is what SD3's
             (preconditioned) and CogVideoX's trainers do. The error is scaled, nothing of full size is converted.
         noise_offset: strength of the offset noise, one normal a (sample, channel), added to noise made here.
-        input_perturbation: the network sees n + input_perturbation xi, the target n (Ning et al. 2023). These two and
-            ``timesteps`` may be set anew between steps; what the coefficients are made of may not.
+        noise_offset_dim: which dimension of x0 is the channels': 1; 2 or -1 for packed tokens [batch, tokens,
+            channels]; 2 for video with its frames first, [batch, frames, channels, ...]. Other than 1, the noise is
+            made as a tensor, and kept.
+        input_perturbation: the network sees n + input_perturbation xi, the target n (Ning et al. 2023). These three
+            and ``timesteps`` may be set anew between steps; what the coefficients are made of may not.
 
     Raises ValueError or TypeError for unknown names, for combinations that mean nothing, and for a weighting that gives
     NaN or an error scale that is infinite at some timestep; warns where a weight is infinite (see
@@ -191,6 +194,7 @@ class Objective:
         timesteps: str | Timesteps | None = None,
         error_space: str | Prediction | None = None,
         noise_offset: float = 0.0,
+        noise_offset_dim: int = 1,
         input_perturbation: float = 0.0,
     ):
         if not isinstance(process, Process):
@@ -202,6 +206,7 @@ class Objective:
         self.timesteps = samplers_of_t.get(timesteps, process)
         self.error_space = self.prediction if error_space is None else kinds.get(error_space)
         self.noise_offset, self.input_perturbation = noise_offset, input_perturbation
+        self.noise_offset_dim = noise_offset_dim
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
         levels = process.levels(example)
@@ -238,6 +243,10 @@ class Objective:
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0; got {value!r}.")
             value = float(value)
+        if name == "noise_offset_dim":
+            if value == 0 or isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ValueError(f"noise_offset_dim must be a dimension other than the batch's, 0; got {value!r}.")
+            value = value.__index__()
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its own calls: they point into memory
@@ -290,6 +299,7 @@ class Objective:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         *,
+        sigma: Any = None,
         seed: int | Tensor | None = None,
         sample_offset: int = 0,
         keep_noise: bool | None = None,
@@ -301,8 +311,13 @@ class Objective:
         Args:
             x0: clean data [batch, ...], floating point.
             t: times of the process: one a sample [batch], a frame [batch, frames], a token, one for all, or with as
-                many dimensions as x0, 1 where shared. None draws one a sample.
-            noise: shaped as x0, used as it is (no offset is added); None makes it from the seed.
+                many dimensions as x0, 1 where shared. None draws one a sample. For video with as many channels as
+                frames, [batch, frames] could be either's and is refused: give it all dimensions.
+            sigma: in place of t, for continuous processes: the noise level itself, after any shift. The factor of the
+                noise for RectifiedFlow, in [0, 1]; sigma / alpha for the others. A sigma passed as t would be shifted
+                again.
+            noise: shaped as x0, used as it is (no offset is added); None makes it from the seed. It is drawn in the
+                order of x0's elements: packed and unpacked latents of one seed get other noise.
             generator: the seed is drawn from it (None: PyTorch's default one), on its device.
             seed: use this 64-bit seed (int or int64 tensor) instead of drawing one. With the same seed, t and noise of
                 a sample depend on its index alone: noising a batch of 8 is noising its halves, the second with
@@ -322,12 +337,18 @@ class Objective:
             raise ValueError("x0 must have a batch dimension; got a scalar.")
         if generator is not None and seed is not None:
             raise ValueError("pass a generator or a seed, not both.")
+        if sigma is not None:
+            if t is not None:
+                raise ValueError("t and sigma both say which noise level: pass one of them.")
+            t = self.process.time_of(sigma.to(x0.device) if isinstance(sigma, Tensor) else sigma)
         check_rng(rng)
         backend = backends.get(x0.device)
         if seed is not None:
             check_seed(seed)
         elif noise is None or t is None or self.input_perturbation:
             seed = draw_seed(generator, x0.device)
+        if noise is None and self.noise_offset and self.noise_offset_dim != 1:
+            noise = self._offset_noise(x0, seed, sample_offset, rng)
         if keep_noise is None:
             keep_noise = not backends.remakes_noise(x0.device)
         calls = self._plain(backend)
@@ -365,6 +386,20 @@ class Objective:
         else:
             x_t, n = backend.noise(*arguments)
         return Noised(self, x0, x_t, t, n, rows, target)
+
+    def _offset_noise(self, x0: Tensor, seed: int | Tensor, sample_offset: int, rng: str) -> Tensor:
+        """Noise with offsets along another dimension than 1: float32 (float64 for float64 data), shaped as x0."""
+        dim = self.noise_offset_dim + x0.ndim if self.noise_offset_dim < 0 else self.noise_offset_dim
+        if not 0 < dim < x0.ndim or x0.ndim < 3:
+            raise ValueError(
+                f"noise_offset_dim={self.noise_offset_dim} is no channels' dimension of {tuple(x0.shape)}: offset "
+                f"noise needs a batch, channels, and what shares them."
+            )
+        n = ops.Philox(seed, sample_offset, rng=rng).tensor(x0.shape, x0.device)
+        shape = [len(x0), x0.shape[dim]]
+        offsets = ops.Philox(seed, sample_offset, Stream.OFFSET).tensor(shape, x0.device)
+        spread = [len(x0), *(x0.shape[d] if d == dim else 1 for d in range(1, x0.ndim))]
+        return (n + self.noise_offset * offsets.reshape(spread)).to(compute_dtype(x0))
 
     def _plain(self, backend: Any) -> PlainCalls | None:
         """The whole calls of ``backend`` for this objective, if it has such."""
@@ -459,6 +494,8 @@ class Objective:
     ) -> Tensor:
         uses_x0, uses_noise, function = self.prediction.uses_x0, self.prediction.uses_noise, self.loss_function
         x0_, n = x0 if uses_x0 else None, noise if uses_noise else None
+        if isinstance(mask, Tensor):
+            check_unambiguous("mask", mask.shape, prediction.shape)
         mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction)
         dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) else None)
         coefficients = list(self._rows_of_loss(rows))
@@ -530,6 +567,7 @@ class Objective:
         if t.ndim != 1 or len(t) != len(x0):
             if t.numel() == 1:
                 t = t.reshape(()).expand(len(x0))
+        check_unambiguous("t", t.shape, x0.shape)
         placed = place_rows("t", t, x0.shape)
         if not self.process.discrete:
             levels: list[Levels] = []
