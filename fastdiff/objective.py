@@ -21,7 +21,7 @@ from .backends.rows import as_tensor, cached, in_two_passes, value_checks_are_fr
 from .losses import Loss
 from .ops.checks import check_alike, check_floating, check_unambiguous, compute_dtype, place_rows
 from .ops.loss import check_loss
-from .ops.noise import Stream, check_noise, check_rng
+from .ops.noise import Stream, check_noise, check_rng, whole
 from .plain import PlainCalls
 from .prediction import Prediction
 from .process import Levels, Process, as_times
@@ -60,7 +60,7 @@ class Rows:
         return known[name]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Noised:
     """A noised batch, as ``Objective.noise`` returns it.
 
@@ -83,6 +83,14 @@ class Noised:
 
     def __post_init__(self):
         self._versions = self._now()
+
+    def __repr__(self) -> str:
+        kind = type(self.noise_source).__name__
+        noise = "kept" if isinstance(self.noise_source, Tensor) else f"of a {kind}"
+        return (
+            f"Noised(x_t {tuple(self.x_t.shape)} of {self.x_t.dtype} on {self.x_t.device}, t {tuple(self.t.shape)}, "
+            f"noise {noise}, {self.objective!r})"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the coefficients, which follow from the times: a worker of a DataLoader may return a noised batch."""
@@ -203,10 +211,13 @@ class Objective:
         self.prediction = kinds.get(prediction)
         self.weighting = weightings.get(weighting)
         self.loss_function = losses.get(loss)
-        self.timesteps = samplers_of_t.get(timesteps, process)
+        self.timesteps = timesteps
         self.error_space = self.prediction if error_space is None else kinds.get(error_space)
         self.noise_offset, self.input_perturbation = noise_offset, input_perturbation
         self.noise_offset_dim = noise_offset_dim
+        unused = self.weighting.unused(self.prediction, self.error_space) if hasattr(self.weighting, "unused") else None
+        if unused:
+            warnings.warn(unused, stacklevel=2)
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
         levels = process.levels(example)
@@ -243,6 +254,8 @@ class Objective:
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0; got {value!r}.")
             value = float(value)
+        if name == "timesteps":
+            value = samplers_of_t.get(value, self.process)
         if name == "noise_offset_dim":
             if value == 0 or isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise ValueError(f"noise_offset_dim must be a dimension other than the batch's, 0; got {value!r}.")
@@ -342,6 +355,8 @@ class Objective:
                 raise ValueError("t and sigma both say which noise level: pass one of them.")
             t = self.process.time_of(sigma.to(x0.device) if isinstance(sigma, Tensor) else sigma)
         check_rng(rng)
+        if type(sample_offset) is not int and not torch.compiler.is_compiling():  # traced, it may be symbolic
+            sample_offset = whole("sample_offset", sample_offset)
         backend = backends.get(x0.device)
         if seed is not None:
             check_seed(seed)

@@ -168,7 +168,10 @@ def get(timesteps: Timesteps | str | None, process: Process) -> Timesteps:
             raise ValueError(f"unknown timestep sampler {timesteps!r}: use one of {', '.join(_NAMES)}, or an object.")
         return _NAMES[timesteps]()
     if not isinstance(timesteps, Timesteps):
-        raise TypeError(f"timesteps must be None, a name or a fastdiff.timesteps object; got {timesteps!r}.")
+        hint = (
+            " A function of one's own is a subclass of Timesteps with that fraction(u)." if callable(timesteps) else ""
+        )
+        raise TypeError(f"timesteps must be None, a name or a fastdiff.timesteps object; got {timesteps!r}.{hint}")
     return timesteps
 
 

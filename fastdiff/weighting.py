@@ -67,6 +67,15 @@ class MinSNR(Weighting):
         _positive("gamma", self.gamma)
         _one_of("form", self.form, ("paper", "plus_one", "shifted"))
 
+    def unused(self, prediction: Prediction, error_space: Prediction) -> str | None:
+        """What of this has no effect on an objective of these, for a warning; None: all has."""
+        if not self._own_form(prediction) or self._own_form(error_space):
+            return None
+        return (
+            f"MinSNR(form={self.form!r}) has no effect with error_space={error_space.name!r}: it is a form for errors "
+            f"of v_prediction, and all others have the same."
+        )
+
     def _own_form(self, prediction: Prediction) -> bool:
         return prediction.name == "v_prediction" and self.form != "paper"
 

@@ -38,7 +38,7 @@ class _Rows:
     ds: Tensor | None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class FlowNoised:
     """A batch on its paths.
 
@@ -55,6 +55,10 @@ class FlowNoised:
     x_0: Tensor
     eps: Tensor | None
     rows: _Rows
+
+    def __repr__(self) -> str:
+        x = self.x_t
+        return f"FlowNoised(x_t {tuple(x.shape)} of {x.dtype} on {x.device}, t {tuple(self.t.shape)})"
 
     @property
     def dx_t(self) -> Tensor:

@@ -154,8 +154,9 @@ class TrainingScript:
                 f"prior preservation needs as many class images as instance images; got a batch of {batch}."
             )
         t = noised.t
-        first = torch.full((batch // 2,), 2.0, dtype=torch.float32, device=t.device)
-        second = torch.full((batch // 2,), 2.0 * self.prior_loss_weight, dtype=torch.float32, device=t.device)
+        half = (batch // 2, *t.shape[1:])  # of the shape of t, which may be one a frame
+        first = torch.full(half, 2.0, dtype=torch.float32, device=t.device)
+        second = torch.full(half, 2.0 * self.prior_loss_weight, dtype=torch.float32, device=t.device)
         if self.weighting is not None:
             first = first * self._weights_of(t[: batch // 2])
         return torch.cat([first, second])

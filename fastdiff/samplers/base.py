@@ -69,7 +69,9 @@ class Sampler:
             elif hasattr(value, "__array__"):
                 value = torch.as_tensor(value).tolist()
             if value is not None and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value) if hasattr(value, "__iter__") else (value,))
+                if not hasattr(value, "__iter__"):
+                    raise TypeError(f"{name} must be numbers, the noisiest first; got {value!r}.")
+                object.__setattr__(self, name, tuple(value))
 
     def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
         """The plan of a run. Raises ValueError where the combination means nothing."""
