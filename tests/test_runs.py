@@ -42,44 +42,35 @@ GUIDED = {"cond": torch.ones(2), "uncond": torch.full((2,), 0.5), "guidance": 2.
 )  # fmt: skip
 @pytest.mark.parametrize(
     ("sampler", "process", "prediction"),
-    [("ddim", VP, "epsilon"), ("ddpm", VP, "epsilon"), ("euler", VP, "epsilon"), ("edm", fastdiff.EDM(), "edm"),
+    [("ddim", VP, "epsilon"), ("ddpm", VP, "epsilon"), ("euler", VP, "epsilon"), ("euler", fastdiff.EDM(), "edm"),
      ("flow_euler", FLOW, "flow")],
 )  # fmt: skip
 def test_a_run_goes_on_from_what_a_callback_wrote(backend, sampler, process, prediction, options, mode):
-    """It is the run of its steps one by one, each from what the last left: in ``.data`` too, which leaves no trace."""
+    """The network is called with it next, in both halves of a guided batch; written into ``.data`` too, which leaves no
+    trace."""
     edits = [lambda x: x.mul_(0.5), lambda x: x.data.add_(0.1), lambda x: x.clamp_(-1, 1)]
+    left, seen = [], []
 
     def callback(step, t, x, x0):
         edits[step % 3](x)
         x0.fill_(math.nan)  # changes nothing
+        left.append(x.clone())
+
+    def model(x, t, cond=None):
+        seen.append(x.clone())
+        return net(x, t, cond)
 
     how = {"steps": 5, "x": START.clone(), "process": process, "prediction": prediction} | {"seed": 1} | options
     with mode():
-        found = run(sampler, callback=callback, **how)
-    found = found[0] if isinstance(found, tuple) else found
-
-    class Stop(Exception):
-        pass
-
-    kept = []
-    for k in range(5):  # step k of a run that is stopped there, from the x that was left before
-        seen = []
-
-        def one(step, t, y, x0, k=k, seen=seen):
-            if step == k:
-                edits[k % 3](y)
-                seen.append(y.clone())
-                raise Stop
-            y.copy_(kept[step])
-
-        with pytest.raises(Stop):
-            run(sampler, callback=one, **how | {"x": START.clone()})
-        kept.append(seen[0])
-    torch.testing.assert_close(found, kept[-1], rtol=1e-5, atol=1e-5)
-    with mode():
+        found = run(sampler, callback=callback, model=model, **how)
         untouched = run(sampler, **how)
-    untouched = untouched[0] if isinstance(untouched, tuple) else untouched
-    assert (untouched - found).abs().max() > 1e-2
+    found, untouched = (x[0] if isinstance(x, tuple) else x for x in (found, untouched))
+    assert torch.equal(found, left[-1]) and (untouched - found).abs().max() > 1e-2
+    for x, inputs in zip(left, seen[1:]):
+        for half in inputs.split(2):
+            scale = (half * x).sum() / (x * x).sum()  # 1, or EDM's c_in
+            assert prediction == "edm" or scale == pytest.approx(1, abs=1e-6)
+            torch.testing.assert_close(half, scale * x, rtol=1e-5, atol=1e-6)
 
 
 def ddim_by_hand(factor, guidance):
