@@ -20,7 +20,7 @@ from .backends.reference.philox import check_seed
 from .backends.rows import as_tensor, cached, in_two_passes, value_checks_are_free
 from .losses import Loss
 from .ops.checks import check_alike, check_floating, check_unambiguous, compute_dtype, place_rows
-from .ops.loss import check_loss
+from .ops.loss import check_loss, normalized
 from .ops.noise import Stream, check_noise, check_rng, whole
 from .plain import PlainCalls
 from .prediction import Prediction
@@ -462,10 +462,12 @@ class Objective:
             mask: bool or float, broadcastable to prediction, with fewer dimensions aligned at the left, as t is:
                 [batch], or [batch, frames]; see ``mask_normalization``. What it leaves out with 0, and
                 rows of weight 0, add 0 to the loss and to the gradient, whatever they hold.
-            reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t).
+            reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t), or a sample with
+                mask_normalization="sample".
             weight: further weights, one a row or a number (prior preservation, learned uncertainty); may require grad.
             mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"; a row with
-                nothing in its mask is left out of the mean), or all by the mask's sum ("global").
+                nothing in its mask is left out of the mean), each sample by its mask's sum ("sample"; with a time a
+                frame or token, where a row is one of them), or all by the mask's sum ("global").
 
         Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise and weight.
         Raises TypeError or ValueError for unfit inputs, RuntimeError if its times, or the seed of
@@ -522,10 +524,11 @@ class Objective:
         p, q, scale, row_weight, c = (
             row if row is None or row.dtype == dtype else as_tensor(row).to(dtype) for row in coefficients
         )
-        result = backends.get(prediction.device).loss(
-            prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction
-        )
-        return result.reshape(row_shape) if reduction == "none" else result
+        result = normalized(
+            backends.get(prediction.device).loss,
+            prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction,
+        )  # fmt: skip
+        return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result
 
     def _rows_of_loss(self, rows: Rows) -> tuple[Any, ...]:
         """(p, q, scale, weight, c), None for what this objective does not use."""

@@ -94,7 +94,7 @@ CASES = {
     "normalised sum": (
         lambda: loss(mask=torch.ones(2), mask_normalization="row", reduction="sum"), ValueError, "divides by nothing"),
     "unknown reduction": (lambda: loss(reduction="avg"), ValueError, "mean, sum, none; got 'avg'"),
-    "unknown mask normalisation": (lambda: loss(mask_normalization="all"), ValueError, "none, row, global"),
+    "unknown mask normalisation": (lambda: loss(mask_normalization="all"), ValueError, "none, row, sample, global"),
     "weights of a wrong length": (lambda: loss(weight=torch.ones(3)), ValueError, r"weight has shape \(3,\)"),
     "unknown prediction": (lambda: objective(prediction="eps"), ValueError, "epsilon, sample, v_prediction"),
     "unknown weighting": (lambda: objective(weighting="minsnr"), ValueError, "min_snr"),
