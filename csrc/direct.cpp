@@ -84,6 +84,7 @@ class BatchRows {
       return true;
     }
     if (t.dtype != int(DType::f32) && t.dtype != int(DType::f64)) return false;
+    if (tensors::differentiable(times)) return false;
     for (int64_t r = 0; r < batch; ++r) {
       const double time = t.dtype == int(DType::f64) ? ((const double*)t.data)[r] : double(((const float*)t.data)[r]);
       if (!(time >= source.low && time <= source.high && time < HUGE_VAL)) return false;

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .ops.loss import NEED_C
-from .process import Levels
+from .process import Levels, check_by
 
 
 class Loss:
@@ -73,12 +73,14 @@ class PseudoHuber(Loss):
     """sqrt(e^2 + c^2) - c ("plain", Song and Dhariwal 2024), 2 c (...) ("scaled") or 2 (...) ("normalized").
 
     ``schedule`` makes c a function of the row: "constant"; "exponential" c^(t / T), falling from 1 to c; "snr"
-    (1 - c) / (1 + sigma / alpha)^2 + c, falling from 1 to c (both after Khrapov et al. 2024).
+    (1 - c) / (1 + sigma / alpha)^2 + c, falling from 1 to c (both after Khrapov et al. 2024). ``by="sigma"`` makes the
+    exponential one c^sigma: of a shifted flow, t is the time before the shift, and trainers go by the sigma after it.
     """
 
     c: float = 0.1
     form: str = "plain"
     schedule: str = "constant"
+    by: str = "fraction"
     function = "pseudo_huber"
 
     def __post_init__(self):
@@ -87,12 +89,15 @@ class PseudoHuber(Loss):
             raise ValueError(f"form must be one of plain, scaled, normalized; got {self.form!r}.")
         if self.schedule not in ("constant", "exponential", "snr"):
             raise ValueError(f"schedule must be one of constant, exponential, snr; got {self.schedule!r}.")
+        check_by(self.by)
+        if self.by != "fraction" and self.schedule != "exponential":
+            raise ValueError(f"by={self.by!r} goes with schedule='exponential'; got schedule={self.schedule!r}.")
 
     def rows(self, levels: Levels) -> tuple[Tensor | None, Tensor | float]:
         if self.schedule == "constant":
             c = torch.full_like(levels.alpha, self.c)
         elif self.schedule == "exponential":
-            c = torch.exp(levels.fraction * math.log(self.c))
+            c = torch.exp(levels.measured(self.by) * math.log(self.c))
         else:
             # 1 / (1 + sigma / alpha), written without the division by alpha = 0.
             c = (1 - self.c) * (levels.alpha / (levels.alpha + levels.sigma)) ** 2 + self.c

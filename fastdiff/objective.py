@@ -15,12 +15,13 @@ from . import backends, losses, ops
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
+from .backends.modes import lasting, version_of, wrapping
 from .backends.reference.philox import check_seed
 from .backends.rows import as_tensor, cached, in_two_passes, value_checks_are_free
 from .losses import Loss
-from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
-from .ops.loss import check_loss
-from .ops.noise import Stream, check_noise, check_rng
+from .ops.checks import check_alike, check_floating, check_unambiguous, compute_dtype, place_rows
+from .ops.loss import check_loss, normalized
+from .ops.noise import Stream, check_noise, check_rng, whole
 from .plain import PlainCalls
 from .prediction import Prediction
 from .process import Levels, Process, as_times
@@ -59,7 +60,7 @@ class Rows:
         return known[name]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Noised:
     """A noised batch, as ``Objective.noise`` returns it.
 
@@ -80,19 +81,42 @@ class Noised:
     rows: Rows
     written_target: Tensor | None = None
 
+    def __post_init__(self):
+        self._versions = self._now()
+
+    def __repr__(self) -> str:
+        kind = type(self.noise_source).__name__
+        noise = "kept" if isinstance(self.noise_source, Tensor) else f"of a {kind}"
+        return (
+            f"Noised(x_t {tuple(self.x_t.shape)} of {self.x_t.dtype} on {self.x_t.device}, t {tuple(self.t.shape)}, "
+            f"noise {noise}, {self.objective!r})"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the coefficients, which follow from the times: a worker of a DataLoader may return a noised batch."""
-        return {name: value for name, value in self.__dict__.items() if name != "rows"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("rows", "_versions")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self.rows = Rows({}, self.objective._later(self.t, self.x0, self.noise_source))
+        self._versions = self._now()
+
+    def _now(self) -> tuple[int | None, int | None]:
+        seed = None if isinstance(self.noise_source, Tensor) else self.noise_source.seed
+        return version_of(self.t), version_of(seed) if isinstance(seed, Tensor) else None
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if ``t``, or the seed that noise is made from again, was written into since."""
+        if not torch.compiler.is_compiling() and self._versions != self._now():
+            what = "t" if self._versions[0] != version_of(self.t) else "the seed"
+            raise RuntimeError(_CHANGED.format(what))
 
     @property
     def noise(self) -> Tensor:
         """The noise as the target sees it: what was given, or float32 (float64 with float64 data)."""
         if isinstance(self.noise_source, Tensor):
             return self.noise_source
+        self.check_unchanged()
         return self.noise_source.tensor(self.x0.shape, self.x0.device).to(self.rows.alpha.dtype)
 
     @property
@@ -137,6 +161,8 @@ class Noised:
         return kinds.model_input(self.objective.prediction, self.objective.process.levels(self.t))
 
 
+_CHANGED = "{} was changed in place after the batch was noised, so x_t is of another: give noise() a copy, .clone()."
+
 # Of an objective, what its coefficients are made of.
 _FIXED = ("process", "prediction", "weighting", "loss_function", "error_space")
 
@@ -155,8 +181,11 @@ class Objective:
         error_space: the prediction kind in which the error is taken; None: the network's own. "sample" is what SD3's
             (preconditioned) and CogVideoX's trainers do. The error is scaled, nothing of full size is converted.
         noise_offset: strength of the offset noise, one normal a (sample, channel), added to noise made here.
-        input_perturbation: the network sees n + input_perturbation xi, the target n (Ning et al. 2023). These two and
-            ``timesteps`` may be set anew between steps; what the coefficients are made of may not.
+        noise_offset_dim: which dimension of x0 is the channels': 1; 2 or -1 for packed tokens [batch, tokens,
+            channels]; 2 for video with its frames first, [batch, frames, channels, ...]. Other than 1, the noise is
+            made as a tensor, and kept.
+        input_perturbation: the network sees n + input_perturbation xi, the target n (Ning et al. 2023). These three
+            and ``timesteps`` may be set anew between steps; what the coefficients are made of may not.
 
     Raises ValueError or TypeError for unknown names, for combinations that mean nothing, and for a weighting that gives
     NaN or an error scale that is infinite at some timestep; warns where a weight is infinite (see
@@ -173,6 +202,7 @@ class Objective:
         timesteps: str | Timesteps | None = None,
         error_space: str | Prediction | None = None,
         noise_offset: float = 0.0,
+        noise_offset_dim: int = 1,
         input_perturbation: float = 0.0,
     ):
         if not isinstance(process, Process):
@@ -181,9 +211,13 @@ class Objective:
         self.prediction = kinds.get(prediction)
         self.weighting = weightings.get(weighting)
         self.loss_function = losses.get(loss)
-        self.timesteps = samplers_of_t.get(timesteps, process)
+        self.timesteps = timesteps
         self.error_space = self.prediction if error_space is None else kinds.get(error_space)
         self.noise_offset, self.input_perturbation = noise_offset, input_perturbation
+        self.noise_offset_dim = noise_offset_dim
+        unused = self.weighting.unused(self.prediction, self.error_space) if hasattr(self.weighting, "unused") else None
+        if unused:
+            warnings.warn(unused, stacklevel=2)
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
         levels = process.levels(example)
@@ -220,6 +254,12 @@ class Objective:
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0; got {value!r}.")
             value = float(value)
+        if name == "timesteps":
+            value = samplers_of_t.get(value, self.process)
+        if name == "noise_offset_dim":
+            if value == 0 or isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ValueError(f"noise_offset_dim must be a dimension other than the batch's, 0; got {value!r}.")
+            value = value.__index__()
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its own calls: they point into memory
@@ -272,6 +312,7 @@ class Objective:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         *,
+        sigma: Any = None,
         seed: int | Tensor | None = None,
         sample_offset: int = 0,
         keep_noise: bool | None = None,
@@ -283,8 +324,13 @@ class Objective:
         Args:
             x0: clean data [batch, ...], floating point.
             t: times of the process: one a sample [batch], a frame [batch, frames], a token, one for all, or with as
-                many dimensions as x0, 1 where shared. None draws one a sample.
-            noise: shaped as x0, used as it is (no offset is added); None makes it from the seed.
+                many dimensions as x0, 1 where shared. None draws one a sample. For video with as many channels as
+                frames, [batch, frames] could be either's and is refused: give it all dimensions.
+            sigma: in place of t, for continuous processes: the noise level itself, after any shift. The factor of the
+                noise for RectifiedFlow, in [0, 1]; sigma / alpha for the others. A sigma passed as t would be shifted
+                again.
+            noise: shaped as x0, used as it is (no offset is added); None makes it from the seed. It is drawn in the
+                order of x0's elements: packed and unpacked latents of one seed get other noise.
             generator: the seed is drawn from it (None: PyTorch's default one), on its device.
             seed: use this 64-bit seed (int or int64 tensor) instead of drawing one. With the same seed, t and noise of
                 a sample depend on its index alone: noising a batch of 8 is noising its halves, the second with
@@ -304,12 +350,20 @@ class Objective:
             raise ValueError("x0 must have a batch dimension; got a scalar.")
         if generator is not None and seed is not None:
             raise ValueError("pass a generator or a seed, not both.")
+        if sigma is not None:
+            if t is not None:
+                raise ValueError("t and sigma both say which noise level: pass one of them.")
+            t = self.process.time_of(sigma.to(x0.device) if isinstance(sigma, Tensor) else sigma)
         check_rng(rng)
+        if type(sample_offset) is not int and not torch.compiler.is_compiling():  # traced, it may be symbolic
+            sample_offset = whole("sample_offset", sample_offset)
         backend = backends.get(x0.device)
         if seed is not None:
             check_seed(seed)
         elif noise is None or t is None or self.input_perturbation:
             seed = draw_seed(generator, x0.device)
+        if noise is None and self.noise_offset and self.noise_offset_dim != 1:
+            noise = self._offset_noise(x0, seed, sample_offset, rng)
         if keep_noise is None:
             keep_noise = not backends.remakes_noise(x0.device)
         calls = self._plain(backend)
@@ -348,6 +402,20 @@ class Objective:
             x_t, n = backend.noise(*arguments)
         return Noised(self, x0, x_t, t, n, rows, target)
 
+    def _offset_noise(self, x0: Tensor, seed: int | Tensor, sample_offset: int, rng: str) -> Tensor:
+        """Noise with offsets along another dimension than 1: float32 (float64 for float64 data), shaped as x0."""
+        dim = self.noise_offset_dim + x0.ndim if self.noise_offset_dim < 0 else self.noise_offset_dim
+        if not 0 < dim < x0.ndim or x0.ndim < 3:
+            raise ValueError(
+                f"noise_offset_dim={self.noise_offset_dim} is no channels' dimension of {tuple(x0.shape)}: offset "
+                f"noise needs a batch, channels, and what shares them."
+            )
+        n = ops.Philox(seed, sample_offset, rng=rng).tensor(x0.shape, x0.device)
+        shape = [len(x0), x0.shape[dim]]
+        offsets = ops.Philox(seed, sample_offset, Stream.OFFSET).tensor(shape, x0.device)
+        spread = [len(x0), *(x0.shape[d] if d == dim else 1 for d in range(1, x0.ndim))]
+        return (n + self.noise_offset * offsets.reshape(spread)).to(compute_dtype(x0))
+
     def _plain(self, backend: Any) -> PlainCalls | None:
         """The whole calls of ``backend`` for this objective, if it has such."""
         direct = getattr(backend, "direct", None)
@@ -355,13 +423,20 @@ class Objective:
             return None
         calls = self._plain_calls.get(direct)
         if calls is None:
-            calls = self._plain_calls[direct] = PlainCalls(self, direct)
+            if wrapping() is not None:
+                return None
+            with lasting():
+                calls = self._plain_calls[direct] = PlainCalls(self, direct)
         return calls
 
     def _later(self, t: Tensor, x0: Tensor, noise: Any) -> Callable[[str], dict[str, Any]]:
         """``Rows.evaluate`` for rows of which none is known yet."""
 
+        version = version_of(t)
+
         def evaluate(name: str) -> dict[str, Any]:
+            if not torch.compiler.is_compiling() and version != version_of(t):
+                raise RuntimeError(_CHANGED.format("t"))
             rows, _ = self._rows_for(t, x0, compute_dtype(x0, noise if isinstance(noise, Tensor) else None))
             getattr(rows, name)
             return rows.known()
@@ -387,15 +462,19 @@ class Objective:
             mask: bool or float, broadcastable to prediction, with fewer dimensions aligned at the left, as t is:
                 [batch], or [batch, frames]; see ``mask_normalization``. What it leaves out with 0, and
                 rows of weight 0, add 0 to the loss and to the gradient, whatever they hold.
-            reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t).
+            reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t), or a sample with
+                mask_normalization="sample".
             weight: further weights, one a row or a number (prior preservation, learned uncertainty); may require grad.
             mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"; a row with
-                nothing in its mask is left out of the mean), or all by the mask's sum ("global").
+                nothing in its mask is left out of the mean), each sample by its mask's sum ("sample"; with a time a
+                frame or token, where a row is one of them), or all by the mask's sum ("global").
 
         Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise and weight.
-        Raises TypeError or ValueError for unfit inputs. Warns, on the CPU, of a mask that is 0 everywhere.
+        Raises TypeError or ValueError for unfit inputs, RuntimeError if its times, or the seed of
+        noise that is not kept, were written into since. Warns, on the CPU, of a mask that is 0 everywhere.
         """
         x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
+        noised.check_unchanged()
         if noised.objective is not self:
             process = noised.objective.process
             if not torch.compiler.is_compiling() and not self.process.has_levels_of(process):
@@ -432,6 +511,8 @@ class Objective:
     ) -> Tensor:
         uses_x0, uses_noise, function = self.prediction.uses_x0, self.prediction.uses_noise, self.loss_function
         x0_, n = x0 if uses_x0 else None, noise if uses_noise else None
+        if isinstance(mask, Tensor):
+            check_unambiguous("mask", mask.shape, prediction.shape)
         mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction)
         dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) else None)
         coefficients = list(self._rows_of_loss(rows))
@@ -443,10 +524,11 @@ class Objective:
         p, q, scale, row_weight, c = (
             row if row is None or row.dtype == dtype else as_tensor(row).to(dtype) for row in coefficients
         )
-        result = backends.get(prediction.device).loss(
-            prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction
-        )
-        return result.reshape(row_shape) if reduction == "none" else result
+        result = normalized(
+            backends.get(prediction.device).loss,
+            prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction,
+        )  # fmt: skip
+        return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result
 
     def _rows_of_loss(self, rows: Rows) -> tuple[Any, ...]:
         """(p, q, scale, weight, c), None for what this objective does not use."""
@@ -470,10 +552,11 @@ class Objective:
         """
         kind = kinds.get(kind)
         x_t, t = noised.x_t, noised.t
+        noised.check_unchanged()
         if self.process.discrete:
             table = self._table_of(kind, t.device, compute_dtype(prediction, x_t))
             calls = self._plain(backends.get(x_t.device))
-            if calls is not None and kind not in self._singular:
+            if calls is not None and kind not in self._singular and wrapping() is None:
                 wide = partial(self._table_of, kind, torch.device("cpu"), torch.float64)
                 done = calls.convert(kind, wide, prediction, x_t, t)
                 if done is not None:
@@ -502,6 +585,7 @@ class Objective:
         if t.ndim != 1 or len(t) != len(x0):
             if t.numel() == 1:
                 t = t.reshape(()).expand(len(x0))
+        check_unambiguous("t", t.shape, x0.shape)
         placed = place_rows("t", t, x0.shape)
         if not self.process.discrete:
             levels: list[Levels] = []

@@ -54,6 +54,23 @@ class Levels:
         """How far the process has gone, 0 (clean) to 1 (noise): t / steps, or t itself for processes on [0, 1]."""
         return self.process.fraction(self.t)
 
+    def measured(self, by: str) -> Tensor:
+        """How far it has gone in [0, 1], float64: ``fraction`` (of a shifted flow before the shift) or "sigma".
+
+        Raises ValueError for the sigma of a process that reaches beyond 1.
+        """
+        if by == "fraction":
+            return self.fraction
+        if not (self.process.variance_preserving or isinstance(self.process, RectifiedFlow)):
+            raise ValueError(f"by='sigma' needs a process whose sigma lies in [0, 1]; got {self.process!r}.")
+        return self.sigma
+
+
+def check_by(by: str) -> None:
+    """Raise ValueError unless ``by`` is a way to say how far a process has gone (``Levels.measured``)."""
+    if by not in ("fraction", "sigma"):
+        raise ValueError(f"by must be 'fraction' or 'sigma'; got {by!r}.")
+
 
 def transition(
     alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor
@@ -139,6 +156,20 @@ class Process:
             )
         return Levels(self._time_at(sigma), *self._alpha_sigma_at(sigma), self)
 
+    def time_of(self, sigma: Any) -> Tensor:
+        """The t, float64, at which a continuous process has the noise ``sigma`` (number, list or tensor): as in
+        ``levels_at``. Raises ValueError, on the CPU, for a sigma that it does not have, and for a discrete process.
+        """
+        if self.discrete:
+            raise ValueError(f"{self!r} has the noise levels of its timesteps and no other sigma: pass t.")
+        sigma = as_float64(sigma)
+        t = self._time_at(sigma)
+        if value_checks_are_free(sigma) and sigma.numel():
+            inside = sigma.isfinite() & (sigma >= 0) & (t >= self.t_min - 1e-9) & (t <= self.t_max + 1e-9)
+            if not bool(inside.all()):
+                raise ValueError(f"{self!r} has no noise level sigma = {_first(sigma[~inside])}.")
+        return t.clamp(self.t_min, self.t_max)
+
     def _time_at(self, sigma: Tensor) -> Tensor:
         raise ValueError(f"{self!r} knows no t for a sigma: give the times themselves.")
 
@@ -208,7 +239,7 @@ class VariancePreserving(Process):
             beta = _beta_schedule(betas, steps, beta_start, beta_end)
         else:
             self.schedule = "given"
-            beta = as_float64(betas).detach().to("cpu", torch.float64)
+            beta = as_float64(betas).detach().to("cpu", torch.float64).clone()
             if beta_start is not None or beta_end is not None:
                 raise ValueError(
                     f"beta_start and beta_end go with a named schedule, but the betas were given themselves; got "
@@ -235,7 +266,7 @@ class VariancePreserving(Process):
 
     @property
     def betas(self) -> Tensor:
-        return self._betas
+        return self._betas.clone()
 
     @property
     def alpha_bar(self) -> Tensor:

@@ -15,7 +15,7 @@ from .backends.native import torch_noise
 from .graph import Graphed, check_capture
 from .guidance import Guidance
 from .objective import draw_seed
-from .ops.noise import Stream
+from .ops.noise import Stream, whole
 from .prediction import Prediction
 from .process import Process
 
@@ -44,6 +44,7 @@ def sample(
     noise: Callable[[int, tuple[int, ...]], Tensor] | None = None,
     x: Tensor | None = None,
     sample_offset: int = 0,
+    step_offset: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
@@ -86,10 +87,15 @@ def sample(
         noise: ``noise(step, shape)`` gives the noise of a step instead.
         x: where to start; None: noise from the seed.
         sample_offset: the index of the first sample. With one seed, 8 samples are 4 and another 4 with offset 4.
+        step_offset: the index of the first step. The noise of a step is made from the seed and this index: a run that
+            goes on from another's x, with the same seed, has to be given the number of steps that were made, or it adds
+            the noise that was added before.
         device: None: that of x, or of the model's parameters.
         dtype: of the samples and of what the model sees.
         progress: show a bar, if tqdm is installed.
-        callback: ``callback(step, t, x, x0)`` after every step: the step's t, the new x and the x0 estimate.
+        callback: ``callback(step, t, x, x0)`` after every step: the step's t, the new x and the x0 estimate. It may
+            write into x: the run goes on from what is there then (history that a multistep method keeps stays as it
+            is). What it writes into x0 changes nothing.
         return_trajectory: return (samples, x at the start and after every step ``[steps + 1, *shape]``).
         compile: run the model through ``torch.compile``.
         cuda_graph: capture model and step in a CUDA graph once and replay it at every step: for a model that can be
@@ -100,6 +106,10 @@ def sample(
     call of the model.
     """
     sampler = samplers.get(sampler)
+    steps = None if steps is None else whole("steps", steps)
+    sample_offset, step_offset = whole("sample_offset", sample_offset), whole("step_offset", step_offset)
+    if step_offset < 0:
+        raise ValueError(f"step_offset must be at least 0; got {step_offset}.")
     plan = _planned(sampler, process, steps, prediction)
     shape = tuple(shape)
     if uncond is not None and cond is None:
@@ -113,7 +123,9 @@ def sample(
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point; got {dtype}.")
     device = _device(model, x, device)
-    source = _Noise(plan, shape, device, dtype, seed, generator, noise, sample_offset, x is None, mask is not None)
+    source = _Noise(
+        plan, shape, device, dtype, seed, generator, noise, sample_offset, step_offset, x is None, mask is not None
+    )
     how = Guidance(
         plan, sampler, guidance, uncond is not None, guidance_interval, guidance_rescale, dynamic_thresholding,
         sample_max_value, cond_fn,
@@ -193,6 +205,10 @@ def sample(
         if callback is not None:
             now = (run.x, run.x0) if graphed is None else (run.x.clone(), run.x0.clone())
             callback(index[k], visited[began], *now)
+            if graphed is not None:
+                graphed.put(k, now[0])
+            elif k != last and run.seen is not run.x:
+                run.begin(run.scales[k], copies[k])
         began = k + 1
     return (run.x, torch.stack(path)) if return_trajectory else run.x
 
@@ -203,8 +219,13 @@ _plans: weakref.WeakKeyDictionary[Process, dict[Any, samplers.Plan]] = weakref.W
 def _planned(
     sampler: samplers.Sampler, process: Process, steps: int | None, prediction: str | Prediction
 ) -> samplers.Plan:
-    """The sampler's plan; the last few of each process are kept, for in a short run making it is most of the time."""
-    if not (dataclasses.is_dataclass(sampler) and sampler.__dataclass_params__.frozen):
+    """The sampler's plan; the last few of each process are kept, for in a short run making it is most of the time. Not
+    of a sampler with a field that may change under it, such as a tensor."""
+    if not (
+        dataclasses.is_dataclass(sampler)
+        and sampler.__dataclass_params__.frozen
+        and all(_never_changes(getattr(sampler, field.name)) for field in dataclasses.fields(sampler))
+    ):
         return sampler.plan(process, steps, prediction)
     # The process's numbers too: it is not frozen.
     numbers = tuple(value for value in vars(process).values() if isinstance(value, (int, float, str)))
@@ -221,15 +242,21 @@ def _planned(
     return found
 
 
+def _never_changes(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_never_changes, value))
+    return value is None or isinstance(value, (bool, int, float, str, Prediction))
+
+
 class _Noise:
     """Where a run's noise comes from. Checks the arguments that say so."""
 
-    def __init__(self, plan, shape, device, dtype, seed, generator, noise, sample_offset, starts, inpaints):
+    def __init__(self, plan, shape, device, dtype, seed, generator, noise, sample_offset, first, starts, inpaints):
         if seed is not None and generator is not None:
             raise ValueError("pass a seed or a generator, not both.")
         self._shape, self._device, self._dtype, self._noise, self._draws = shape, device, dtype, noise, plan.draws
         # Churn is drawn for the step that comes next.
-        later = 0 if plan.start is None else 1
+        self._first, later = first, first if plan.start is None else first + 1
         self._steps = [k + later for k in (range(len(plan.times)) if plan.steps is None else plan.steps)]
         self._generators = None
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -264,16 +291,17 @@ class _Noise:
     def churn(self) -> Tensor:
         """The noise of the plan's start."""
         if self._noise is not None:
-            return self._noise(0, self._shape).to(self._device)
+            return self._noise(self._first, self._shape).to(self._device)
         if self._generators is not None:
             return self._drawn()
-        return dataclasses.replace(self.philox, stream=Stream.STEP).tensor(self._shape, self._device)
+        return dataclasses.replace(self.philox, stream=Stream.STEP + self._first).tensor(self._shape, self._device)
 
     def _drawn(self) -> Tensor:
         assert self._generators is not None
         wide = torch.float64 if self._dtype == torch.float64 else torch.float32
         drawn = [torch_noise.randn(self._shape[1:], generator=g, dtype=wide, device=g.device) for g in self._generators]
-        return torch.stack([z.to(self._device) for z in drawn])
+        none = torch.empty(self._shape, dtype=wide, device=self._device)
+        return torch.stack([z.to(self._device) for z in drawn]) if drawn else none
 
 
 def _told(plan: samplers.Plan, device: Any, dtype: Any) -> Tensor:
@@ -286,8 +314,11 @@ def _told(plan: samplers.Plan, device: Any, dtype: Any) -> Tensor:
 
 def _model_times(told: Tensor, guided: Sequence[bool], batch: int) -> list[Tensor]:
     """The same for a batch: [batch], or [2 batch] where it is guided."""
-    halves, wholes = (told[:, None].expand(-1, n).unbind(0) if n else () for n in (batch, any(guided) and 2 * batch))
-    return [wholes[k] if both else halves[k] for k, both in enumerate(guided)] if wholes else list(halves)
+    halves = told[:, None].expand(-1, batch).unbind(0)
+    if not any(guided):
+        return list(halves)
+    wholes = told[:, None].expand(-1, 2 * batch).unbind(0)
+    return [wholes[k] if both else halves[k] for k, both in enumerate(guided)]
 
 
 def _variance(m: Tensor, shape: tuple[int, ...], guided: bool) -> tuple[Tensor, Tensor]:

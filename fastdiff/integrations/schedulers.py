@@ -13,7 +13,7 @@ from ..prediction import Prediction
 from ..prediction import get as prediction_kind
 from ..process import EDM, Process, RectifiedFlow
 from ..weighting import MinSNR, WeightingLike
-from .tables import TabulatedEDM, TabulatedFlow, TabulatedVP
+from .tables import TabulatedEDM, TabulatedFlow, TabulatedVP, kept
 
 _EDM = prediction_kind("edm")
 # EDM schedulers negate c_out for v_prediction, so the network's output is Karras et al.'s F with the other sign.
@@ -49,13 +49,14 @@ def kind_of(scheduler: Any) -> str:
     )
 
 
-_made: WeakKeyDictionary = WeakKeyDictionary()
+_made: WeakKeyDictionary = WeakKeyDictionary()  # scheduler -> what ``kept`` keeps of it
 
 
 def vp_process(scheduler: Any) -> TabulatedVP:
     """The process of a scheduler's ``alphas_cumprod``, with its rounding: add_noise gives the same bits in float32.
 
-    Made once a scheduler, and again if its table is replaced. Raises TypeError where there is none.
+    Made once a scheduler, and again if its table is replaced or written into (on an accelerator, where that changes the
+    table's version). Raises TypeError where there is none.
     """
     alpha_bar = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(alpha_bar, Tensor):
@@ -66,12 +67,13 @@ def vp_process(scheduler: Any) -> TabulatedVP:
         raise ValueError(
             f"alphas_cumprod is {alpha_bar.dtype}, in which the first steps add no noise: keep schedulers in float32."
         )
-    found = _made.get(scheduler)
-    if found is None or found[0] is not alpha_bar:
-        # With the scheduler's own roundings: PyTorch's float32 root is not always the nearest number.
-        found = alpha_bar, TabulatedVP(alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
-        _made[scheduler] = found
-    return found[1]
+    # With the scheduler's own roundings: PyTorch's float32 root is not always the nearest number.
+    return kept(
+        _made.setdefault(scheduler, {}),
+        "vp",
+        scheduler,
+        lambda s: TabulatedVP(s.alphas_cumprod**0.5, (1 - s.alphas_cumprod) ** 0.5),
+    )
 
 
 def training_table(scheduler: Any) -> tuple[Tensor, Tensor]:

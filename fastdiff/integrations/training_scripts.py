@@ -154,8 +154,9 @@ class TrainingScript:
                 f"prior preservation needs as many class images as instance images; got a batch of {batch}."
             )
         t = noised.t
-        first = torch.full((batch // 2,), 2.0, dtype=torch.float32, device=t.device)
-        second = torch.full((batch // 2,), 2.0 * self.prior_loss_weight, dtype=torch.float32, device=t.device)
+        half = (batch // 2, *t.shape[1:])  # of the shape of t, which may be one a frame
+        first = torch.full(half, 2.0, dtype=torch.float32, device=t.device)
+        second = torch.full(half, 2.0 * self.prior_loss_weight, dtype=torch.float32, device=t.device)
         if self.weighting is not None:
             first = first * self._weights_of(t[: batch // 2])
         return torch.cat([first, second])
@@ -332,7 +333,8 @@ def sd3(
         weighting_scheme: "logit_normal" and "mode" are densities of t, "sigma_sqrt" and "cosmap" weights of the loss,
             "none" neither.
         logit_mean, logit_std, mode_scale: of the densities.
-        precondition_outputs: compare x_t - sigma m with x0 instead of m with n - x0.
+        precondition_outputs: compare x_t - sigma m with x0 instead of m with n - x0. False for scripts that do not,
+            such as Sana's; ``noised.model_time`` is the timesteps themselves.
         prior_loss_weight, own_noise: see ``TrainingScript``.
     """
     return _flow_script(
@@ -351,9 +353,11 @@ def flux(
     prior_loss_weight: float | None = None,
     own_noise: bool = False,
 ) -> TrainingScript:
-    """train_dreambooth_flux and train_dreambooth_lora_flux, and scripts like them (Sana, Qwen-Image).
+    """train_dreambooth_flux and train_dreambooth_lora_flux, and scripts whose network is given the same (Qwen-Image).
 
-    Arguments as in ``sd3``. ``noised.model_time`` is timesteps / 1000, as the Flux network is given it.
+    Arguments as in ``sd3``. ``noised.model_time`` is timesteps / 1000, as the networks of Flux and Qwen-Image are given
+    it. Sana's is given the timesteps themselves (923, not 0.923): for it use
+    ``sd3(scheduler, weighting_scheme="none", precondition_outputs=False)``.
     """
     return _flow_script(
         scheduler, weighting_scheme, logit_mean, logit_std, mode_scale, None, prior_loss_weight, own_noise, 1e-3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -73,6 +75,17 @@ def place_rows(name: str, rows: Tensor, shape: torch.Size) -> Tensor:
         f"{name} has shape {tuple(rows.shape)}, which fits no rows of {tuple(shape)}: it must be a single value, have "
         f"the leading dimensions (such as {tuple(shape[:1])}), or {len(shape)} dimensions, 1 where shared.{hint}"
     )
+
+
+def check_unambiguous(name: str, own: Sequence[int], shape: Sequence[int]) -> None:
+    """Raise ValueError if ``own`` is [B, F] and ``shape`` a video's, of as many channels as frames."""
+    if len(own) == 2 and len(shape) >= 5 and own[1] == shape[1] == shape[2] > 1:
+        behind, first = ([1] * len(shape) for _ in range(2))
+        behind[0], behind[2] = first[0], first[1] = own
+        raise ValueError(
+            f"{name} has shape {tuple(own)}, which could be one a frame or one a channel of {tuple(shape)}: pass it as "
+            f"{tuple(behind)} for frames behind the channels, as {tuple(first)} for frames before them."
+        )
 
 
 def place_all(shape: torch.Size, dtype: torch.dtype, device: torch.device, **rows: Tensor | float | None):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +50,8 @@ class Philox:
     def __post_init__(self):
         check_seed(self.seed)
         check_rng(self.rng)
+        if type(self.sample_offset) is not int:
+            object.__setattr__(self, "sample_offset", whole("sample_offset", self.sample_offset))
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError unless this noise can be made for ``shape``."""
@@ -115,6 +119,14 @@ def noise(
         xi = perturbation_noise
     alpha, sigma = place_all(x0.shape, compute_dtype(x0, given), x0.device, alpha=alpha, sigma=sigma)
     return backends.get(x0.device).noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
+
+
+def whole(name: str, value: Any) -> int:
+    """``value`` as an int, NumPy's integers and tensors of one among them. Raises TypeError for a fraction."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number; got {value!r}.") from None
 
 
 def check_rng(rng: str) -> None:

@@ -59,6 +59,20 @@ class Plan:
 class Sampler:
     """Base of the samplers: ``plan`` makes the table."""
 
+    def _freeze(self, *names: str) -> None:
+        """Replace the fields of these names, where they are tensors or lists, by tuples of the numbers in them: what is
+        written into the tensor later does not reach the sampler."""
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                value = value.tolist()
+            elif hasattr(value, "__array__"):
+                value = torch.as_tensor(value).tolist()
+            if value is not None and not isinstance(value, str):
+                if not hasattr(value, "__iter__"):
+                    raise TypeError(f"{name} must be numbers, the noisiest first; got {value!r}.")
+                object.__setattr__(self, name, tuple(value))
+
     def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
         """The plan of a run. Raises ValueError where the combination means nothing."""
         raise NotImplementedError

@@ -398,7 +398,7 @@ class TestSettings:
             ({"process": "flow", "prediction": "v_prediction"}, "v_prediction is not defined for RectifiedFlow"),
             ({"process": "flow", "prediction": "epsilon"}, "does not determine x0"),
             ({"process": "vp-zero-snr", "prediction": "epsilon"}, "does not determine x0"),
-            ({"process": "flow", "weighting": "bell"}, "needs a discrete process"),
+            ({"process": "flow", "weighting": "likelihood"}, "needs a process with g"),
             ({"prediction": "nonsense"}, "unknown prediction"),
             ({"weighting": "nonsense"}, "unknown weighting"),
             ({"loss": "nonsense"}, "unknown loss"),

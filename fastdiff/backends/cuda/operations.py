@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..devices import Trial
 from ..native.launch import memory
 from ..native.operations import _C, unavailable_because
@@ -22,7 +23,7 @@ DATA = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MASKS = DATA | {torch.bool}
 MOST = 2**32 - 256  # elements: one thread each at worst
 _Parameter = torch.nn.Parameter
-_is_compiling, wrapping = torch.compiler.is_compiling, torch._C._functorch.peek_interpreter_stack
+_is_compiling, wrapping = torch.compiler.is_compiling, modes.wrapping
 
 
 def description() -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import modes, reference
+from ..saving import save, saved
 from .launch import FUNCTIONS, memory
 from .operations import _C, _launch_loss
 from .prepared import reads_tensors
@@ -89,7 +90,7 @@ def loss(
     made = _C.direct_loss(source, present, FUNCTIONS[function], prediction, x0, n, t, one, ahead, _threads())
     if made is None or not recorded:
         return None if made is None else made[0]
-    return _apply(prediction, (made, x0, n, rows, function))
+    return _apply(prediction, (made, x0, n, t, rows, function))
 
 
 class _Loss(torch.autograd.Function):
@@ -98,22 +99,25 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, prediction, known):
-        (value, ctx.gradient), x0, n, ctx.rows, ctx.function = known
-        ctx.save_for_backward(prediction, x0, n)
+        (value, ctx.gradient), x0, n, t, ctx.rows, ctx.function = known
+        save(ctx, prediction, x0, n, t)
         return value
 
     @staticmethod
     def backward(ctx, upstream):
         graph = torch.is_grad_enabled()  # of the gradient
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is not None and not graph and float(upstream) == 1.0:
+        plain = not modes.is_many(upstream)
+        if gradient is not None and not graph and plain and float(upstream) == 1.0:
             return gradient, None
-        prediction, x0, n = ctx.saved_tensors
+        prediction, x0, n, _ = saved(ctx)  # t, which the rows are made from, has not changed
         p, q, scale, weight, c = ctx.rows()
         rest = (c, None, ctx.function, "none", "mean")
         if graph:
             loss = reference.loss(prediction, x0, n, p, q, scale, weight, *rest)
             return torch.autograd.grad(loss, prediction, upstream, create_graph=True)[0], None
+        if not plain:  # several at once
+            return reference.loss_gradient(upstream, prediction, x0, n, p, q, scale, weight, *rest), None
         arguments = (prediction, weight, x0, n, p, q, scale, *rest)
         return _launch_loss(*arguments, upstream=upstream, result=False, gradient=True)[2], None
 

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import modes, reference
 from ..rows import Gathered, value_checks_are_free
+from ..saving import save, saved
 from . import launch, operations
 from .launch import Ready
 from .workspace import cell, of_this_stream
 
-_grad, _wrapped = torch.is_grad_enabled, torch._C._functorch.peek_interpreter_stack
+_grad, _wrapping = torch.is_grad_enabled, modes.wrapping
 _MOST_SHAPES = 256  # an operation of an objective
 _NOISE = ("stream", "sample_offset", "strength")
 
@@ -42,7 +43,8 @@ class _Source:
     def on(self, device: torch.device) -> Any:
         found = self._placed.get(device)
         if found is None:
-            found = self._placed[device] = self.columns(self._values.to(device, self.dtype))
+            with modes.lasting():
+                found = self._placed[device] = self.columns(self._values.to(device, self.dtype))
         return found
 
     def columns(self, values: Tensor) -> Any:
@@ -130,18 +132,12 @@ def _plain(device: torch.device, *tensors: Any) -> bool:
     for t in tensors:
         if t is not None and not (type(t) is Tensor and t.is_contiguous() and t.device == device):
             return False
-    return _wrapped() is None
+    return _wrapping() is None
 
 
 def _has_rows(source: _Source, t: Any, data: Tensor) -> bool:
-    """Whether there is one time for each sample, of a dtype that the source takes, and in range."""
-    return (
-        t is not None
-        and _plain(data.device, t)
-        and t.dtype in source.times
-        and t.shape == data.shape[:1]
-        and source.allows(t)
-    )
+    """Whether there is one time for each sample, of a dtype that the source takes, and in range. (``t`` is plain.)"""
+    return t is not None and t.dtype in source.times and t.shape == data.shape[:1] and source.allows(t)
 
 
 class _Seeded(NamedTuple):
@@ -161,7 +157,7 @@ _times: dict[tuple, Ready] = {}
 
 def times(steps: int, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any) -> Tensor | None:
     """floor(steps u), int64, of a uniform u in (0, 1) a sample; u itself, float64, for steps = 0."""
-    if not samples or _wrapped() is not None or not operations._runs_on(device):
+    if not samples or _wrapping() is not None or not operations._runs_on(device):
         return None
     out = torch.empty(samples, dtype=torch.int64 if steps else torch.float64, device=device)
     seed, kind = operations._seed(seed, device)
@@ -184,7 +180,7 @@ def noise(
     sample_offset, offset) to make it from."""
     device, shape = x0.device, x0.shape
     given = n if isinstance(n, Tensor) else None
-    if not _plain(device, x0, given) or not _has_rows(source, t, x0) or (given is not None and given.shape != shape):
+    if not _plain(device, x0, given, t) or not _has_rows(source, t, x0) or (given is not None and given.shape != shape):
         return None
     if _grad() and (x0.requires_grad or (given is not None and given.requires_grad)):
         return None
@@ -231,7 +227,7 @@ def _ready_affine(source, changing, out, kept, u, given, made) -> Ready:
 def convert(source: _Source, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
     """k_x x_t + k_m m in the dtype of m, one row (k_x, k_m) a sample."""
     device, shape = m.device, m.shape
-    if not _plain(device, m, x_t) or not _has_rows(source, t, m) or x_t.shape != shape:
+    if not _plain(device, m, x_t, t) or not _has_rows(source, t, m) or x_t.shape != shape:
         return None
     if _grad() and (m.requires_grad or x_t.requires_grad):
         return None
@@ -271,7 +267,7 @@ def loss(
     tensor, a ``fastdiff.ops.Philox`` or None. ``rows`` gives them placed, for a gradient other than the usual one."""
     device, shape = prediction.device, prediction.shape
     given = n if isinstance(n, Tensor) else None
-    if not _plain(device, prediction, x0, given) or not _has_rows(source, t, prediction):
+    if not _plain(device, prediction, x0, given, t) or not _has_rows(source, t, prediction):
         return None
     for data in (x0, given):
         if data is not None and (data.shape != shape or (data.requires_grad and _grad())):
@@ -359,13 +355,13 @@ class _Loss(torch.autograd.Function):
         cells = (used, last.value) if ahead else ()
         result, _ = _forward(ready, source, prediction, x0, given, made, t, written, cells)
         seed = made.seed if made is not None and isinstance(made.seed, Tensor) else None
-        ctx.save_for_backward(prediction, x0, given, t, seed)
+        save(ctx, prediction, x0, given, t, seed)
         ctx.call = ready, source, made, n if given is None else None, rows, function
         return result
 
     @staticmethod
     def backward(ctx, upstream):
-        prediction, x0, given, t, _ = ctx.saved_tensors
+        prediction, x0, given, t, _ = saved(ctx)
         ready, source, made, n, rows, function = ctx.call
         n = given if n is None else n
         rest = None, function, "none", "mean"
@@ -374,6 +370,8 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             loss = reference.loss(prediction, x0, n, *operations.tensors(*rows()), *rest)
             return torch.autograd.grad(loss, prediction, upstream, create_graph=True)[0], None
+        if modes.is_many(upstream):
+            return reference.loss_gradient(upstream, prediction, x0, n, *operations.tensors(*rows()), *rest), None
         if written is None or not _plain(device, upstream) or upstream.dtype is not torch.float32:
             return operations.loss_gradient(upstream, prediction, x0, n, *rows(), *rest), None
         d, used, last = written

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import modes, reference
 from ..layout import layout_of
 from ..rows import Gathered, as_tensor, in_two_passes
+from ..saving import save, saved
 from . import launch, unfit_because
 from .coefficients import arrange, is_one, shape_of
 from .launch import launches
@@ -46,8 +47,8 @@ def _runs_on(device: torch.device) -> bool:
 
 
 def _plain() -> bool:
-    """Whether tensors have memory to point at: none is traced or wrapped by torch.func."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    """Whether tensors are what their memory says: none is traced or transformed (``modes.wrapping``)."""
+    return not torch.compiler.is_compiling() and modes.wrapping() is None
 
 
 def _fits(*tensors: Any) -> bool:
@@ -214,7 +215,7 @@ def _device(device: Any, seed: Any) -> torch.device:
 class _Noise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x0, n, alpha, sigma, perturbation, xi, keep_noise):
-        ctx.rows = alpha, sigma
+        save(ctx, alpha, sigma)
         ctx.dtypes = x0.dtype, n.dtype if isinstance(n, Tensor) else None
         x_t, kept, _ = _noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
         if kept is not n and isinstance(kept, Tensor):
@@ -224,7 +225,7 @@ class _Noise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         needed = ctx.needs_input_grad[:2]
-        return (*_scaled(gradient, zip(ctx.rows, ctx.dtypes, needed)), None, None, None, None, None)
+        return (*_scaled(gradient, zip(saved(ctx), ctx.dtypes, needed)), None, None, None, None, None)
 
 
 def _scaled(gradient: Tensor, wanted: Any) -> list[Tensor | None]:
@@ -233,7 +234,13 @@ def _scaled(gradient: Tensor, wanted: Any) -> list[Tensor | None]:
     for row, dtype, needed in wanted:
         if not needed:
             results.append(None)
-        elif _differentiable(gradient) or not _fits(gradient) or not gradient.numel() or not _plain():
+        elif (
+            _differentiable(gradient)
+            or not _fits(gradient)
+            or not gradient.numel()
+            or not _plain()
+            or modes.is_many(gradient)
+        ):
             results.append((tensors(row)[0] * gradient.to(torch.float32)).to(dtype))
         else:
             out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
@@ -317,7 +324,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, prediction, weight, x0, n, p, q, scale, c, mask, function, normalization, reduction):
         values = (prediction, weight, x0, n, p, q, scale, c, mask)
-        ctx.recipe = _pack(ctx, values)
+        save(ctx, *values)
         ctx.how = function, normalization, reduction
         # A float16 loss is scaled; the size of its gradient is known only in the backward, as is a mask's sum.
         ahead = (
@@ -333,7 +340,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        prediction, weight, x0, n, p, q, scale, c, mask = _unpack(ctx)
+        prediction, weight, x0, n, p, q, scale, c, mask = saved(ctx)
         function, normalization, reduction = ctx.how
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             inputs = [t for t, needed in zip((prediction, weight), ctx.needs_input_grad) if needed]
@@ -343,7 +350,10 @@ class _Loss(torch.autograd.Function):
             gradients = [next(found) if needed else None for needed in ctx.needs_input_grad[:2]]
             return (*gradients, *(None,) * 10)
         d_prediction = d_weight = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and modes.is_many(upstream):
+            rows = tensors(p, q, scale, weight, c)
+            d_prediction = reference.loss_gradient(upstream, prediction, x0, n, *rows, mask, *ctx.how)
+        elif ctx.needs_input_grad[0]:
             # What was written ahead is given away once; whoever gets it may add to it.
             written, ctx.gradient = ctx.gradient, None
             last, ctx.cell = ctx.cell, None
@@ -354,29 +364,6 @@ class _Loss(torch.autograd.Function):
             count = reference.rows_of_mean(prediction, weight, mask, normalization) if reduction == "mean" else 1
             d_weight = (upstream.double() * ctx.means.double().sum(0) / count).to(weight.dtype)
         return (d_prediction, d_weight, *(None,) * 10)
-
-
-def _pack(ctx: Any, values: tuple) -> tuple:
-    """Saves the tensors among ``values``, those of ``Gathered`` too; the recipe says what they were."""
-    saved: list[Tensor] = []
-    recipe = []
-    for value in values:
-        if isinstance(value, Gathered):
-            saved += value
-            recipe.append(Gathered)
-        elif isinstance(value, Tensor):
-            saved.append(value)
-            recipe.append(Tensor)
-        else:
-            recipe.append(value)
-    ctx.save_for_backward(*saved)
-    return tuple(recipe)
-
-
-def _unpack(ctx: Any) -> list:
-    saved = iter(ctx.saved_tensors)
-    made = {Tensor: lambda: next(saved), Gathered: lambda: Gathered(next(saved), next(saved))}
-    return [made[kind]() if kind is Tensor or kind is Gathered else kind for kind in ctx.recipe]
 
 
 def loss(

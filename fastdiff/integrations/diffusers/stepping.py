@@ -65,17 +65,16 @@ class Maker:
     def build(self, scheduler: Any) -> Any:
         """Make the plan anew and keep it; one that was made from equal numbers serves again."""
         reason, plan = self.refuse(scheduler), None
-        before = scheduler.__dict__.get(self.where)
-        if reason is None and before is not None and before.reason is None and before.serves(scheduler):
-            return before
+        before, lasting = scheduler.__dict__.get(self.where), reason is None
         if reason is None:
             try:
-                plan = self.make(scheduler)
+                plan = before.serving(scheduler) if before is not None and before.lasting else None
+                plan = self.make(scheduler) if plan is None else plan
             except Exception as error:  # whatever is odd about a scheduler, its own method has to say
                 reason = str(error) or type(error).__name__
         if plan is None:
             names, others = self.make.tensor_names, getattr(self.make, "other_names", ())
-            plan = Refused(scheduler, names, others, reason)
+            plan = Refused(scheduler, names, others, reason, lasting)
         scheduler.__dict__[self.where] = plan
         return plan
 
