@@ -23,7 +23,8 @@ from .ops.loss import check_loss
 from .ops.noise import Stream, check_noise, check_rng
 from .plain import PlainCalls
 from .prediction import Prediction
-from .process import Levels, Process, as_times
+from .process import Levels, Process, as_times, check_process
+from .samplers import Sampler
 from .timesteps import Timesteps
 from .weighting import WeightingLike
 
@@ -175,8 +176,7 @@ class Objective:
         noise_offset: float = 0.0,
         input_perturbation: float = 0.0,
     ):
-        if not isinstance(process, Process):
-            raise TypeError(f"process must be a fastdiff process such as VariancePreserving(); got {process!r}.")
+        check_process(process)
         self.process = process
         self.prediction = kinds.get(prediction)
         self.weighting = weightings.get(weighting)
@@ -238,7 +238,7 @@ class Objective:
         *,
         snr_gamma: float | None = None,
         snr_form: str = "paper",
-        prediction_type: str | None = None,
+        prediction: str | Prediction | None = None,
         weighting: WeightingLike = None,
         **options: Any,
     ) -> Objective:
@@ -248,7 +248,7 @@ class Objective:
             scheduler: one with ``alphas_cumprod`` (its own numbers are used), a flow-matching one (``RectifiedFlow``
                 with its shift, prediction "flow") or an EDM one (``EDM``, preconditioned).
             snr_gamma: min-SNR weights with this gamma, in the form ``snr_form`` (``MinSNR``).
-            prediction_type: overrides the scheduler's.
+            prediction: what the network predicts, in place of the scheduler's ``prediction_type``.
             weighting, options: as in ``Objective``.
 
         Raises TypeError for what is no such scheduler, ValueError for combinations that mean nothing.
@@ -260,7 +260,7 @@ class Objective:
             scheduler,
             snr_gamma=snr_gamma,
             snr_form=snr_form,
-            prediction_type=prediction_type,
+            prediction=prediction,
             weighting=weighting,
             **options,
         )
@@ -462,6 +462,28 @@ class Objective:
         """The x0 that the network's output stands for, shaped and typed as prediction; differentiable."""
         return self.convert(prediction, noised, "sample")
 
+    def sample(
+        self,
+        model: Callable[..., Tensor],
+        shape: tuple[int, ...],
+        sampler: str | Sampler = "ddpm",
+        steps: int | None = None,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Draw samples from a network trained with this objective: ``fastdiff.sample`` with its process and prediction.
+
+        Args:
+            model: called as ``model(x, t)``, or ``model(x, t, cond)``, with what training calls it with: the
+                ``model_input`` and ``model_time`` of a ``Noised``.
+            shape: [batch, ...] of the samples.
+            sampler, steps, options: as in ``fastdiff.sample``: ``cond``, ``guidance``, ``seed``, ``device``, ...
+
+        Returns the samples, of ``shape``. Raises ValueError or TypeError for unfit inputs.
+        """
+        from .sampling import sample
+
+        return sample(model, shape, self, sampler, steps, **options)
+
     def convert(self, prediction: Tensor, noised: Noised, kind: str | Prediction) -> Tensor:
         """The network's output as another prediction kind: ``convert(m, noised, "epsilon")``.
 
@@ -631,12 +653,12 @@ def q_sample(
 
 
 def diffusion_loss(
-    prediction: Tensor,
+    model_output: Tensor,
     x0: Tensor,
     noise: Tensor,
     t: Any,
     process: Process,
-    prediction_type: str | Prediction = "epsilon",
+    prediction: str | Prediction = "epsilon",
     weighting: WeightingLike = None,
     loss: str | Loss = "mse",
     mask: Tensor | None = None,
@@ -645,20 +667,21 @@ def diffusion_loss(
     weight: Tensor | float | None = None,
     mask_normalization: str = "none",
 ) -> Tensor:
-    """The loss of a prediction made for x_t of (x0, noise, t): what a trainer computes after its network, in one call.
+    """The loss of a network's output for x_t of (x0, noise, t): what a trainer computes after its network, in one call.
 
-    Args as in ``Objective`` and ``Objective.loss``. x_t itself is not needed.
+    Args as in ``Objective`` and ``Objective.loss``: ``prediction`` says what ``model_output``, shaped as x0, estimates.
+    x_t itself is not needed.
     """
-    objective = _objective(process, prediction_type, weighting, loss)
+    objective = _objective(process, prediction, weighting, loss)
     check_floating(x0=x0, noise=noise)
     check_alike(x0=x0, noise=noise)
-    dtype = compute_dtype(x0, noise, prediction)
+    dtype = compute_dtype(x0, noise, model_output)
     if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
-        result = objective._plain_loss(prediction, x0, noise, t, lambda: objective._rows_for(t, x0, dtype)[0])
+        result = objective._plain_loss(model_output, x0, noise, t, lambda: objective._rows_for(t, x0, dtype)[0])
         if result is not None:
             return result
     rows, t = objective._rows_for(t, x0, dtype)
-    return objective._loss(prediction, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
+    return objective._loss(model_output, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
 
 
 def _objective(process, kind, weights, loss) -> Objective:

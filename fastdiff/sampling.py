@@ -11,23 +11,24 @@ import torch
 from torch import Tensor
 
 from . import ops, samplers
+from . import prediction as kinds
 from .backends.native import torch_noise
 from .graph import Graphed, check_capture
 from .guidance import Guidance
-from .objective import draw_seed
+from .objective import Objective, draw_seed
 from .ops.noise import Stream
 from .prediction import Prediction
-from .process import Process
+from .process import Process, check_process
 
 
 @torch.no_grad()
 def sample(
     model: Callable[..., Tensor],
     shape: tuple[int, ...],
-    process: Process,
+    process: Process | Objective,
     sampler: str | samplers.Sampler = "ddpm",
     steps: int | None = None,
-    prediction: str | Prediction = "epsilon",
+    prediction: str | Prediction | None = None,
     *,
     cond: Any = None,
     uncond: Any = None,
@@ -60,7 +61,8 @@ def sample(
             written over by the next step, unless there is a callback or ``return_trajectory``: a model that keeps it,
             or a view of it, should clone it. (On the CPU a tensor that is kept is left alone; a view is not known of.)
         shape: [batch, ...] of the samples.
-        process, prediction: those of training.
+        process, prediction: those of training; or the ``Objective`` of training in place of the process, which has
+            both (``objective.sample(model, shape, ...)`` is the same).
         sampler: a name of ``fastdiff.samplers.NAMES``, or an object of ``fastdiff.samplers``.
         steps: the number of steps; None: all of a discrete process, 50 for others.
         cond: a tensor [batch, ...], or a tuple, list or dict of such, given to the model.
@@ -100,6 +102,7 @@ def sample(
     call of the model.
     """
     sampler = samplers.get(sampler)
+    process, prediction = _trained_on(process, prediction)
     plan = _planned(sampler, process, steps, prediction)
     shape = tuple(shape)
     if uncond is not None and cond is None:
@@ -197,12 +200,28 @@ def sample(
     return (run.x, torch.stack(path)) if return_trajectory else run.x
 
 
+def _trained_on(process: Process | Objective, prediction: str | Prediction | None) -> tuple[Process, Prediction]:
+    """The process and the prediction kind of a network. Raises TypeError or ValueError where they are not known."""
+    if isinstance(process, Objective):
+        own = process.prediction
+        if prediction is not None and kinds.get(prediction) is not own:
+            raise ValueError(
+                f"the objective predicts {own.name!r}, but prediction is {kinds.get(prediction).name!r}: leave it out."
+            )
+        return process.process, own
+    check_process(process)
+    if prediction is None:
+        raise TypeError(
+            "prediction is missing: samples depend on what the network was trained to predict. Write "
+            "objective.sample(model, shape, ...), or give its kind, such as prediction='epsilon' or 'v_prediction'."
+        )
+    return process, kinds.get(prediction)
+
+
 _plans: weakref.WeakKeyDictionary[Process, dict[Any, samplers.Plan]] = weakref.WeakKeyDictionary()
 
 
-def _planned(
-    sampler: samplers.Sampler, process: Process, steps: int | None, prediction: str | Prediction
-) -> samplers.Plan:
+def _planned(sampler: samplers.Sampler, process: Process, steps: int | None, prediction: Prediction) -> samplers.Plan:
     """The sampler's plan; the last few of each process are kept, for in a short run making it is most of the time."""
     if not (dataclasses.is_dataclass(sampler) and sampler.__dataclass_params__.frozen):
         return sampler.plan(process, steps, prediction)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .names import find
 from .process import EDM, Process, as_float64
 
 
@@ -152,9 +153,7 @@ def get(timesteps: Timesteps | str | None, process: Process) -> Timesteps:
     if timesteps is None:
         return LogNormal() if isinstance(process, EDM) else Uniform()
     if isinstance(timesteps, str):
-        if timesteps not in _NAMES:
-            raise ValueError(f"unknown timestep sampler {timesteps!r}: use one of {', '.join(_NAMES)}, or an object.")
-        return _NAMES[timesteps]()
+        return find("timestep sampler", timesteps, _NAMES, {}, "an object")()
     if not isinstance(timesteps, Timesteps):
         raise TypeError(f"timesteps must be None, a name or a fastdiff.timesteps object; got {timesteps!r}.")
     return timesteps

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import prediction as kinds
 from .backends.rows import gather_rows, value_checks_are_free
+from .names import find
 from .prediction import Prediction
 from .process import EDM, Levels, as_float64
 
@@ -267,9 +268,7 @@ def get(weighting: WeightingLike) -> Weighting | Callable[[Levels], Tensor]:
     if weighting is None:
         return Uniform()
     if isinstance(weighting, str):
-        if weighting not in _NAMES:
-            raise ValueError(f"unknown weighting {weighting!r}: use one of {', '.join(_NAMES)}, or an object.")
-        return _NAMES[weighting]()
+        return find("weighting", weighting, _NAMES, {"none": "uniform", "bsmntw": "bell"}, "an object")()
     if isinstance(weighting, type) or not (isinstance(weighting, Weighting) or callable(weighting)):
         raise TypeError(
             f"weighting must be None, a name, a fastdiff weighting such as MinSNR(5.0) or a callable of the levels; "

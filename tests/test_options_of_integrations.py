@@ -54,7 +54,7 @@ def test_weights_from_a_scheduler(name):
 def test_what_an_objective_from_a_scheduler_is_given_besides():
     scheduler = diffusers.DDPMScheduler()
     objective = fastdiff.Objective.from_scheduler(
-        scheduler, prediction_type="sample", loss="l1", timesteps="mode", error_space="epsilon", noise_offset=0.2,
+        scheduler, prediction="sample", loss="l1", timesteps="mode", error_space="epsilon", noise_offset=0.2,
         input_perturbation=0.3,
     )  # fmt: skip
     assert [objective.prediction.name, objective.error_space.name] == ["sample", "epsilon"]

@@ -1,0 +1,263 @@
+"""The obvious mistakes: each is taken for what it can only mean, or answered by a line that says what to write."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff import prediction as kinds
+from fastdiff import samplers
+
+VP = fastdiff.VariancePreserving()
+X0 = torch.randn(4, 3, 8, 8)
+EPSILON = fastdiff.Objective(VP, "epsilon")
+V = fastdiff.Objective(VP, "v_prediction")
+
+
+def never(*_):
+    raise AssertionError("the model was called")
+
+
+def refused(call, *words):
+    """The message of the error that ``call`` raises: one line, with these words in it."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------ sampling as trained
+
+
+class Trained:
+    """The exact network for data N(0.5, 0.2^2), which knows only what training gives it: it finds the noise level from
+    the ``model_time`` of noised batches at many times, and undoes the scale that ``model_input`` had there."""
+
+    def __init__(self, objective):
+        process = objective.process
+        if process.discrete:
+            t = torch.arange(process.steps)
+        elif math.isinf(process.t_max):
+            t = torch.logspace(-5, 3, 100_001, dtype=torch.float64)
+        else:
+            t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+            t[0] = 1e-9  # not clean data, which a score does not have
+        noised = objective.noise(torch.ones(len(t), 1, dtype=torch.float64), t, torch.ones(len(t), 1).double())
+        self.objective, self.times = objective, noised.model_time
+        columns = noised.alpha, noised.sigma, (noised.model_input / noised.x_t)[:, 0], t.double()
+        order = self.times.double().argsort()
+        self.sorted, self.columns = self.times.double()[order], [column[order] for column in columns]
+
+    def __call__(self, x, time):
+        assert time.is_floating_point() == self.times.is_floating_point()
+        assert self.sorted[0] <= time[0] * (1 + 1e-6) and time[0] <= self.sorted[-1] * (1 + 1e-6) + 1e-6
+        right = torch.searchsorted(self.sorted, time.double().contiguous()).clamp(1, len(self.sorted) - 1)
+        before, after = self.sorted[right - 1], self.sorted[right]
+        part = (time - before) / (after - before)
+        alpha, sigma, scale, t = (torch.lerp(c[right - 1], c[right], part)[:, None] for c in self.columns)
+        x = x / scale
+        variance = (0.2 * alpha) ** 2 + sigma**2
+        x0 = 0.5 + 0.04 * alpha / variance * (x - alpha * 0.5)
+        process = self.objective.process
+        levels = fastdiff.process.Levels(t.round().long() if process.discrete else t, alpha, sigma, process)
+        k_x, k_m = kinds.conversion("sample", self.objective.prediction, levels)
+        return (k_x * x + k_m * x0).to(x.dtype)
+
+
+AS_TRAINED = [
+    (fastdiff.VariancePreserving(), "epsilon"),
+    (fastdiff.VariancePreserving("cosine"), "v_prediction"),
+    (fastdiff.VariancePreserving(zero_terminal_snr=True), "v_prediction"),
+    (fastdiff.VariancePreserving(), "edm"),
+    (fastdiff.RectifiedFlow(), "flow"),
+    (fastdiff.RectifiedFlow(shift=3.0), "reversed_flow"),
+    (fastdiff.RectifiedFlow(sigma_min=0.01), "flow"),
+    (fastdiff.VPSDE(), "score"),
+    (fastdiff.SubVPSDE(), "epsilon"),
+    (fastdiff.VESDE(), "epsilon"),
+    (fastdiff.VESDE(), "edm"),
+    (fastdiff.EDM(), "edm"),
+    (fastdiff.EDM(sigma_data=1.0), "edm"),
+    (fastdiff.EDM(), "sample"),
+]
+
+
+@pytest.mark.parametrize(("process", "prediction"), AS_TRAINED, ids=lambda v: v if isinstance(v, str) else repr(v))
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "heun"])
+def test_a_sampler_tells_the_network_what_training_told_it(process, prediction, sampler):
+    objective = fastdiff.Objective(process, prediction)
+    if sampler == "heun" and isinstance(process, fastdiff.RectifiedFlow):
+        sampler = "flow_heun"  # Heun itself needs alpha > 0 at the first level
+    elif sampler == "heun" and process.discrete and process.zero_terminal_snr:
+        sampler = samplers.Heun(timesteps=range(998, -1, -5))
+    model = Trained(objective)
+    x = objective.sample(
+        model,
+        (1000, 8),
+        sampler,
+        None if isinstance(sampler, samplers.Heun) else 200,
+        seed=1,
+        dtype=torch.float64,
+        progress=False,
+    )
+    # 8000 samples: the mean deviates by 0.0022, the deviation by 0.0016; five of these, and 2% for the discretisation.
+    assert x.mean().item() == pytest.approx(0.5, abs=0.011)
+    assert x.std().item() == pytest.approx(0.2, abs=0.012)
+
+
+def test_the_prediction_is_the_objectives():
+    """A network that predicts v, taken for one that predicts epsilon, gives noise."""
+    model = Trained(V)
+    how = {"seed": 1, "dtype": torch.float64, "progress": False}
+    x = V.sample(model, (500, 8), steps=200, **how)
+    assert x.std().item() == pytest.approx(0.2, rel=0.1)
+    assert torch.equal(x, fastdiff.sample(model, (500, 8), V, steps=200, **how))
+    assert torch.equal(x, fastdiff.sample(model, (500, 8), VP, "ddpm", 200, "v_prediction", **how))
+    assert torch.equal(x, fastdiff.sample(model, (500, 8), V, "ddpm", 200, "v_prediction", **how))
+    wrong = fastdiff.sample(model, (500, 8), VP, "ddpm", 200, "epsilon", **how)
+    assert wrong.std() > 10 * x.std()
+
+
+def test_objective_sample_passes_every_option_on():
+    seen = []
+    x, path = EPSILON.sample(
+        lambda x, t, c: c + 0 * x, (2, 3), samplers.DDIM(eta=0.5), 4, cond=torch.ones(2, 1), uncond=torch.zeros(2, 1),
+        guidance=3.0, seed=5, sample_offset=2, dtype=torch.float64, progress=False, return_trajectory=True,
+        callback=lambda k, t, x, x0: seen.append(k),
+    )  # fmt: skip
+    again = fastdiff.sample(
+        lambda x, t: 3.0 + 0 * x, (4, 3), VP, samplers.DDIM(eta=0.5), 4, "epsilon", seed=5, dtype=torch.float64,
+        progress=False,
+    )  # fmt: skip
+    torch.testing.assert_close(x, again[2:])
+    assert path.shape == (5, 2, 3) and seen == [0, 1, 2, 3]
+
+
+def test_sample_without_a_prediction():
+    call = lambda: fastdiff.sample(never, (2, 3), VP, "ddim", 5)  # noqa: E731
+    refused(call, "prediction is missing", "objective.sample(model, shape, ...)", "prediction='epsilon'")
+
+
+def test_sample_with_another_prediction_than_the_objectives():
+    call = lambda: fastdiff.sample(never, (2, 3), V, "ddim", 5, "epsilon")  # noqa: E731
+    refused(call, "the objective predicts 'v_prediction'", "prediction is 'epsilon'", "leave it out")
+
+
+# --------------------------------------------------------------------------------------------- the wrong kind of object
+
+
+class DDIMScheduler:
+    """What is looked at of a scheduler of diffusers."""
+
+    config = SimpleNamespace(prediction_type="epsilon")
+
+
+USES_OF_A_PROCESS = {
+    "Objective": lambda process: fastdiff.Objective(process),
+    "sample": lambda process: fastdiff.sample(never, (2, 3), process, "ddim", 5, "epsilon"),
+    "q_sample": lambda process: fastdiff.q_sample(X0, torch.zeros(4).long(), process),
+    "diffusion_loss": lambda process: fastdiff.diffusion_loss(X0, X0, X0, torch.zeros(4).long(), process),
+}
+
+
+@pytest.mark.parametrize("use", USES_OF_A_PROCESS)
+def test_what_is_no_process(use):
+    call = USES_OF_A_PROCESS[use]
+    refused(lambda: call(DDIMScheduler()), "DDIMScheduler of diffusers", "fastdiff.Objective.from_scheduler(scheduler)")
+    refused(lambda: call(fastdiff.EDM), "the class EDM", "EDM()")
+    refused(lambda: call("linear"), "process must be a fastdiff process such as VariancePreserving(); got 'linear'")
+    refused(lambda: call(torch.zeros(1000)), "process must be", "VariancePreserving()")
+    if use != "sample":
+        refused(lambda: call(EPSILON), "an Objective: write objective.process")
+
+
+def test_a_scheduler_as_the_sampler():
+    fuse = "fastdiff.integrations.diffusers.fuse(scheduler)"
+    sample = lambda sampler: EPSILON.sample(never, (2, 3), sampler, 5)  # noqa: E731
+    refused(lambda: sample(DDIMScheduler()), "DDIMScheduler of diffusers", "sampler='ddim'", "docs/samplers.md", fuse)
+    refused(lambda: sample("DPMSolverMultistepScheduler"), "sampler='dpmpp_2m'", fuse)
+    refused(lambda: sample("PNDMScheduler"), "PNDMScheduler of diffusers", "use one of ddpm, ddim", fuse)
+    refused(lambda: sample(samplers.DDIM), "sampler is the class DDIM: make one, DDIM()")
+    refused(lambda: sample(3), "sampler must be a name or an object of fastdiff.samplers; got 3")
+
+
+@pytest.mark.parametrize("name", samplers._CLASSES.values())
+def test_a_scheduler_is_answered_by_a_sampler_that_exists(name):
+    assert isinstance(samplers.get(name), samplers.Sampler)
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("eps", "epsilon"), ("pred_noise", "epsilon"), ("v", "v_prediction"), ("pred_v", "v_prediction"),
+        ("V-Prediction", "v_prediction"), ("x0", "sample"), ("x_start", "sample"), ("pred_x0", "sample"),
+        ("flow_prediction", "flow"),
+    ],
+)  # fmt: skip
+def test_other_libraries_names_of_predictions(given, name):
+    assert kinds.get(given) is kinds.get(name)
+    assert fastdiff.Objective(fastdiff.VPSDE(), given).prediction.name == name
+
+
+def test_a_velocity_may_be_either():
+    refused(lambda: kinds.get("velocity"), "'flow' for n - x0", "'reversed_flow' for x0 - n")
+
+
+def test_other_libraries_names_of_beta_schedules():
+    ours, theirs = fastdiff.VariancePreserving("cosine"), fastdiff.VariancePreserving("squaredcos_cap_v2")
+    assert torch.equal(ours.betas, theirs.betas) and repr(ours) == repr(theirs)
+    t = torch.arange(1001, dtype=torch.float64) / 1000
+    bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2  # diffusers' betas_for_alpha_bar
+    torch.testing.assert_close(theirs.betas, (1 - bar[1:] / bar[:-1]).clamp(max=0.999), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "sampler"),
+    [
+        ("dpmpp_2m_karras", samplers.DPMSolverPP(sigmas="karras")),
+        ("dpmpp_2m_sde_karras", samplers.DPMSolverPP(eta=1.0, sigmas="karras")),
+        ("euler_exponential", samplers.Euler(sigmas="exponential")),
+        ("UniPC-beta", samplers.UniPC(sigmas="beta")),
+        ("euler_a", samplers.EulerAncestral()),
+        ("DDIM", samplers.DDIM()),
+    ],
+)
+def test_other_libraries_names_of_samplers(given, sampler):
+    assert samplers.get(given) == sampler
+
+
+def test_a_schedule_of_sigmas_for_a_sampler_without_any():
+    refused(lambda: samplers.get("ddim_karras"), "'ddim' has no sigmas to schedule")
+
+
+@pytest.mark.parametrize(
+    ("call", "near"),
+    [
+        (lambda: samplers.get("dpmpp_2n"), "did you mean 'dpmpp_2m'?"),
+        (lambda: kinds.get("epsilom"), "did you mean 'epsilon'?"),
+        (lambda: fastdiff.weighting.get("minsnr"), "did you mean 'min_snr'?"),
+        (lambda: fastdiff.losses.get("hubber"), "did you mean 'huber'?"),
+        (lambda: fastdiff.Objective(VP, timesteps="logitnormal"), "did you mean 'logit_normal'?"),
+    ],
+)
+def test_the_nearest_name(call, near):
+    refused(call, near)
+
+
+def test_names_of_weightings_losses_and_timesteps():
+    assert fastdiff.weighting.get("min-snr") == fastdiff.MinSNR()
+    assert fastdiff.weighting.get("none") == fastdiff.Uniform()
+    assert fastdiff.losses.get("l2") == fastdiff.losses.MSE()
+    assert fastdiff.Objective(VP, timesteps="Logit-Normal").timesteps == fastdiff.timesteps.LogitNormal()
+
+
+def test_a_prediction_that_is_no_name():
+    refused(lambda: fastdiff.Objective(VP, X0), "prediction must be a name", "got Tensor")
