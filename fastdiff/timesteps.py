@@ -149,9 +149,9 @@ _NAMES = {
 
 
 def get(timesteps: Timesteps | str | None, process: Process) -> Timesteps:
-    """A sampler from its name or itself; None: LogNormal for EDM, uniform for every other process."""
+    """A sampler from its name or itself; None: LogNormal for EDM's sigmas, uniform for every other process."""
     if timesteps is None:
-        return LogNormal() if isinstance(process, EDM) else Uniform()
+        return LogNormal() if isinstance(process, EDM) and not process.discrete else Uniform()
     if isinstance(timesteps, str):
         return find("timestep sampler", timesteps, _NAMES, {}, "an object")()
     if not isinstance(timesteps, Timesteps):
