@@ -25,6 +25,7 @@ from .plain import PlainCalls
 from .prediction import Prediction
 from .process import Levels, Process, as_times, check_process
 from .samplers import Sampler
+from .showing import brief
 from .timesteps import Timesteps
 from .weighting import WeightingLike
 
@@ -60,7 +61,7 @@ class Rows:
         return known[name]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Noised:
     """A noised batch, as ``Objective.noise`` returns it.
 
@@ -80,6 +81,10 @@ class Noised:
     noise_source: Tensor | ops.Philox
     rows: Rows
     written_target: Tensor | None = None
+
+    def __repr__(self) -> str:
+        objective = f"{self.objective.process!r}, {self.objective.prediction.name!r}"
+        return f"Noised(x_t={brief(self.x_t)}, t={brief(self.t)}, {objective})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the coefficients, which follow from the times: a worker of a DataLoader may return a noised batch."""
@@ -226,10 +231,14 @@ class Objective:
         return self.__dict__ | {"_plain_calls": {}}
 
     def __repr__(self) -> str:
-        return (
-            f"Objective({self.process!r}, {self.prediction.name!r}, weighting={self.weighting!r}, "
-            f"loss={self.loss_function!r})"
-        )
+        shown = [repr(self.process), repr(self.prediction.name)]
+        if not isinstance(self.weighting, weightings.Uniform):
+            shown.append(f"weighting={brief(self.weighting)}")
+        if self.loss_function != losses.MSE():
+            shown.append(f"loss={brief(self.loss_function)}")
+        if self.error_space is not self.prediction:
+            shown.append(f"error_space={self.error_space.name!r}")
+        return f"Objective({', '.join(shown)})"
 
     @classmethod
     def from_scheduler(

@@ -211,6 +211,7 @@ class VariancePreserving(Process):
 
     discrete = True
     variance_preserving = True
+    _ends: tuple[float | None, float | None] = (None, None)
 
     def __init__(
         self,
@@ -222,6 +223,7 @@ class VariancePreserving(Process):
     ):
         if isinstance(betas, str):
             self.schedule = "cosine" if betas == "squaredcos_cap_v2" else betas  # diffusers' name of it
+            self._ends = beta_start, beta_end
             beta = _beta_schedule(self.schedule, steps, beta_start, beta_end)
         else:
             self.schedule = "given"
@@ -330,7 +332,9 @@ class VariancePreserving(Process):
                 raise ValueError(f"t must lie in [0, {self.steps - 1}] for {self!r}; got {_first(outside)}.")
 
     def _arguments(self) -> dict[str, Any]:
-        return {"betas": self.schedule, "steps": self.steps, "zero_terminal_snr": self.zero_terminal_snr}
+        ends = {name: value for name, value in zip(("beta_start", "beta_end"), self._ends) if value is not None}
+        shown = {"betas": self.schedule, "steps": self.steps} | ends
+        return shown | {"zero_terminal_snr": True} if self.zero_terminal_snr else shown
 
 
 class RectifiedFlow(Process):

@@ -22,6 +22,7 @@ from .backends.rows import gather_rows, value_checks_are_free
 from .names import find
 from .prediction import Prediction
 from .process import EDM, Levels, as_float64
+from .showing import brief, brief_fields
 
 # A level of exactly 0 is replaced by these two, and the limit read off the two weights. They are far below any real
 # level, and their powers up to the sixth stay within float64.
@@ -216,6 +217,7 @@ class PerTimestep(Weighting):
     """A table of one weight per timestep of a discrete process, on the prediction's own error."""
 
     table: Tensor
+    __repr__ = brief_fields
 
     def __post_init__(self):
         table = as_float64(self.table).detach()
@@ -269,10 +271,12 @@ def get(weighting: WeightingLike) -> Weighting | Callable[[Levels], Tensor]:
         return Uniform()
     if isinstance(weighting, str):
         return find("weighting", weighting, _NAMES, {"none": "uniform", "bsmntw": "bell"}, "an object")()
+    if isinstance(weighting, Tensor):
+        raise TypeError(f"weighting is a {brief(weighting)}: a table of one weight a timestep is PerTimestep(table).")
     if isinstance(weighting, type) or not (isinstance(weighting, Weighting) or callable(weighting)):
         raise TypeError(
             f"weighting must be None, a name, a fastdiff weighting such as MinSNR(5.0) or a callable of the levels; "
-            f"got {weighting!r}."
+            f"got {brief(weighting)}."
         )
     return weighting
 

@@ -263,5 +263,64 @@ def test_names_of_weightings_losses_and_timesteps():
     assert fastdiff.Objective(VP, timesteps="Logit-Normal").timesteps == fastdiff.timesteps.LogitNormal()
 
 
+# ------------------------------------------------------------------------------------------------------ what is printed
+
+
+BIG = torch.randn(16, 4, 64, 64)
+SHORT = [
+    (VP, "VariancePreserving(betas='linear', steps=1000)"),
+    (
+        fastdiff.VariancePreserving("linear", 50, beta_end=0.3, zero_terminal_snr=True),
+        "VariancePreserving(betas='linear', steps=50, beta_end=0.3, zero_terminal_snr=True)",
+    ),
+    (fastdiff.VariancePreserving([0.1, 0.2]), "VariancePreserving(betas='given', steps=2)"),
+    (fastdiff.EDM(), "EDM(sigma_data=0.5)"),
+    (EPSILON, "Objective(VariancePreserving(betas='linear', steps=1000), 'epsilon')"),
+    (
+        fastdiff.Objective(fastdiff.RectifiedFlow(3.0), "flow", "cosmap", "huber", error_space="sample"),
+        "Objective(RectifiedFlow(shift=3.0, sigma_min=0.0), 'flow', weighting=CosMap(), loss=Huber(delta=1.0), "
+        "error_space='sample')",
+    ),
+    (
+        V.noise(BIG),
+        "Noised(x_t=tensor float32 [16, 4, 64, 64], t=tensor int64 [16], "
+        "VariancePreserving(betas='linear', steps=1000), 'v_prediction')",
+    ),
+    (samplers.DDIM(), "DDIM()"),
+    (samplers.get("dpmpp_2m_sde_karras"), "DPMSolverPP(sigmas='karras', eta=1.0)"),
+    (samplers.DDPM(timesteps=range(999, -1, -1)), "DDPM(timesteps=range(999, -1, -1))"),
+    (
+        samplers.get("heun").plan(VP, 50, "epsilon"),
+        "Plan(50 steps, 99 calls of the network, 0 draws, t from 999 to 19)",
+    ),
+    (samplers.DDPM().plan(VP, 10, "epsilon"), "Plan(10 steps, 10 calls of the network, 9 draws, t from 999 to 99)"),
+    (fastdiff.ops.Philox(3), "Philox(seed=3)"),
+    (
+        fastdiff.ops.Philox(torch.tensor([3]), 4, rng="fast"),
+        "Philox(seed=tensor int64 [1], sample_offset=4, rng='fast')",
+    ),
+    (fastdiff.PerTimestep(torch.ones(1000)), "PerTimestep(table=tensor float64 [1000])"),
+]
+
+
+@pytest.mark.parametrize(("thing", "shown"), SHORT, ids=[type(thing).__name__ for thing, _ in SHORT])
+def test_what_is_printed_is_short(thing, shown):
+    assert repr(thing) == shown
+
+
+def test_a_sampler_of_ones_own_is_printed():
+    class Mine(samplers.Sampler):
+        def __init__(self):
+            self.order = 1
+
+    assert repr(Mine()) == "Mine()"
+
+
+@pytest.mark.parametrize("name", samplers.NAMES)
+def test_what_a_sampler_prints_makes_it(name):
+    sampler = samplers.get(name)
+    assert eval(f"samplers.{sampler!r}") == sampler and len(repr(sampler)) < 50
+
+
 def test_a_prediction_that_is_no_name():
     refused(lambda: fastdiff.Objective(VP, X0), "prediction must be a name", "got Tensor")
