@@ -18,7 +18,7 @@ from . import weighting as weightings
 from .backends.reference.philox import check_seed
 from .backends.rows import as_tensor, cached, in_two_passes, value_checks_are_free
 from .losses import Loss
-from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
+from .ops.checks import check_alike, check_floating, check_tensor, compute_dtype, place_rows
 from .ops.loss import check_loss
 from .ops.noise import Stream, check_noise, check_rng
 from .plain import PlainCalls
@@ -192,6 +192,7 @@ class Objective:
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
         levels = process.levels(example)
+        weightings.check(self.weighting, levels)
         values = self._all_coefficients(levels)
         # Coefficients that are the same at all times are numbers. (A discrete process has them in its table.)
         same = ("p", "q") if self.prediction.constant else ()
@@ -308,6 +309,8 @@ class Objective:
 
         Returns a ``Noised``. Differentiable in x0. Raises TypeError or ValueError for unfit inputs.
         """
+        if isinstance(t, Tensor) and isinstance(x0, Tensor) and t.ndim > max(x0.ndim, 1) and t.numel() > 1:
+            raise ValueError(f"x0 has shape {tuple(x0.shape)} and t {tuple(t.shape)}: swapped? The data comes first.")
         check_floating(x0=x0)
         if not x0.ndim:
             raise ValueError("x0 must have a batch dimension; got a scalar.")
@@ -404,6 +407,7 @@ class Objective:
         Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise and weight.
         Raises TypeError or ValueError for unfit inputs. Warns, on the CPU, of a mask that is 0 everywhere.
         """
+        _check_noised(prediction, noised)
         x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
         if noised.objective is not self:
             process = noised.objective.process
@@ -499,6 +503,8 @@ class Objective:
         Raises ValueError (on the CPU; NaN elsewhere) where the output does not determine it: x0 from epsilon at zero
         SNR.
         """
+        _check_noised(prediction, noised)
+        check_tensor("prediction", prediction, "prediction")
         kind = kinds.get(kind)
         x_t, t = noised.x_t, noised.t
         if self.process.discrete:
@@ -640,6 +646,17 @@ class Objective:
         return torch.stack([rows[name] for name in COEFFICIENTS if name in rows], -1)
 
 
+def _check_noised(prediction: Any, noised: Any) -> None:
+    if isinstance(noised, Noised):
+        return
+    if isinstance(prediction, Noised):
+        raise TypeError("the arguments are swapped: the network's output comes first, then noised.")
+    raise TypeError(
+        f"noised must be what objective.noise returned; got {brief(noised)}. With x0, noise and t of your own: "
+        f"fastdiff.diffusion_loss(model_output, x0, noise, t, process, prediction), or objective.noise(x0, t, noise)."
+    )
+
+
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """A 64-bit seed, int64 [1] on ``device``, from ``generator`` (None: the device's default one); no host sync."""
     source = device if generator is None else generator.device
@@ -682,7 +699,7 @@ def diffusion_loss(
     x_t itself is not needed.
     """
     objective = _objective(process, prediction, weighting, loss)
-    check_floating(x0=x0, noise=noise)
+    check_floating(model_output=model_output, x0=x0, noise=noise)
     check_alike(x0=x0, noise=noise)
     dtype = compute_dtype(x0, noise, model_output)
     if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":

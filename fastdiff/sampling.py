@@ -16,6 +16,7 @@ from .backends.native import torch_noise
 from .graph import Graphed, check_capture
 from .guidance import Guidance
 from .objective import Objective, draw_seed
+from .ops.checks import check_tensor
 from .ops.noise import Stream
 from .prediction import Prediction
 from .process import Process, check_process
@@ -67,7 +68,7 @@ def sample(
         steps: the number of steps; None: all of a discrete process, 50 for others.
         cond: a tensor [batch, ...], or a tuple, list or dict of such, given to the model.
         uncond: the same for classifier-free guidance (Ho and Salimans 2022); then the model sees a batch of twice the
-            size, the unconditional half first.
+            size, the unconditional half first. Tensors [1, ...] of either go with every sample.
         guidance: m_uncond + guidance (m_cond - m_uncond), a number or one a sample. 1 is no guidance; other values need
             ``uncond``.
         guidance_interval: (low, high): guidance only where low <= t <= high, in the process's own t (Kynkaanniemi et
@@ -146,7 +147,7 @@ def sample(
     if compile:
         model = torch.compile(model)
     told = _told(plan, device, dtype)
-    both = cond if uncond is None else _both(uncond, cond)
+    both = _conditions(cond, uncond, shape[0])
     scale = 1.0 if plan.model_scale is None else float(plan.model_scale[0])
     visited = plan.times.to(device) if callback is not None else plan.times
     index = range(len(plan.times)) if plan.steps is None else plan.steps
@@ -172,6 +173,7 @@ def sample(
         guided = how.guided[k]
         if simple:
             m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
+            check_tensor("the model's output", m, "output")
             run.step(k, m, guided, z, copies[k])
             continue
         ends = k == last or index[k + 1] != index[k]
@@ -179,6 +181,7 @@ def sample(
             graphed.step(z)
         else:
             m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
+            check_tensor("the model's output", m, "output")
             variance = None
             if plan.learned_variance:
                 m, variance = _variance(m, shape, guided)
@@ -320,14 +323,45 @@ def _variance(m: Tensor, shape: tuple[int, ...], guided: bool) -> tuple[Tensor, 
     return m.contiguous(), variance[-shape[0] :].contiguous()
 
 
-def _both(uncond: Any, cond: Any) -> Any:
+def _conditions(cond: Any, uncond: Any, batch: int) -> Any:
+    """What the network is given: the condition, or both halves, the unconditional first. Raises ValueError for another
+    batch size."""
+    if uncond is not None:
+        return _both(uncond, cond, batch, "")
     if isinstance(cond, Tensor):
-        return torch.cat([uncond, cond])
-    if isinstance(cond, dict):
-        return {key: _both(uncond[key], value) for key, value in cond.items()}
-    if isinstance(cond, (tuple, list)):
-        return type(cond)(_both(a, b) for a, b in zip(uncond, cond))
-    raise TypeError(f"cond must be a tensor, or a tuple, list or dict of tensors; got {type(cond).__name__}.")
+        _check_batch("cond", cond, batch)
+    return cond
+
+
+def _both(uncond: Any, cond: Any, batch: int, at: str) -> Any:
+    """``at``: where in the condition, for messages. A tensor [1, ...] goes with all samples."""
+    if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
+        halves = []
+        for name, half in (("uncond", uncond), ("cond", cond)):
+            _check_batch(name + at, half, batch)
+            halves.append(half.expand(batch, *half.shape[1:]) if half.ndim else half.expand(batch))
+        return torch.cat(halves)
+    for kind in (dict, tuple, list):
+        if isinstance(cond, kind) and isinstance(uncond, kind):
+            keys, others = ([*c] if kind is dict else [*range(len(c))] for c in (cond, uncond))
+            if set(keys) != set(others):
+                raise ValueError(f"cond{at} and uncond{at} must have the same entries; got {keys} and {others}.")
+            if kind is dict:
+                return {key: _both(uncond[key], value, batch, f"{at}[{key!r}]") for key, value in cond.items()}
+            return type(cond)(_both(uncond[k], value, batch, f"{at}[{k}]") for k, value in enumerate(cond))
+    if type(cond) is type(uncond):
+        raise TypeError(f"cond{at} must be a tensor, or a tuple, list or dict of tensors; got {type(cond).__name__}.")
+    raise TypeError(
+        f"cond{at} and uncond{at} must be of one form; got {type(cond).__name__} and {type(uncond).__name__}."
+    )
+
+
+def _check_batch(name: str, cond: Tensor, batch: int) -> None:
+    if cond.ndim and len(cond) not in (1, batch):
+        raise ValueError(
+            f"{name} has shape {tuple(cond.shape)}, but {batch} samples are drawn: its first dimension must be "
+            f"{batch}, or 1 for all."
+        )
 
 
 def _device(model: Any, x: Tensor | None, device: torch.device | str | None) -> torch.device:

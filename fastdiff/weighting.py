@@ -281,6 +281,21 @@ def get(weighting: WeightingLike) -> Weighting | Callable[[Levels], Tensor]:
     return weighting
 
 
+def check(weighting: Weighting | Callable[[Levels], Tensor], levels: Levels) -> None:
+    """Raise TypeError for a callable that takes the levels for t."""
+    if isinstance(weighting, Weighting):
+        return
+    try:
+        weighting(levels)
+    except Exception as error:
+        if "Levels" not in str(error):
+            raise
+        raise TypeError(
+            "a weighting is called with the noise levels, not with t: write, for example, "
+            "lambda levels: 1 / (1 + levels.t), or use levels.snr, levels.alpha, levels.sigma."
+        ) from error
+
+
 def evaluate(weighting: WeightingLike, levels: Levels, prediction: str | Prediction) -> Tensor:
     """The float64 weights, of the levels' shape, of the squared error of ``prediction`` (see the module's policy).
 

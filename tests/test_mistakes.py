@@ -1,6 +1,8 @@
 """The obvious mistakes: each is taken for what it can only mean, or answered by a line that says what to write."""
 
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -261,6 +263,155 @@ def test_names_of_weightings_losses_and_timesteps():
     assert fastdiff.weighting.get("none") == fastdiff.Uniform()
     assert fastdiff.losses.get("l2") == fastdiff.losses.MSE()
     assert fastdiff.Objective(VP, timesteps="Logit-Normal").timesteps == fastdiff.timesteps.LogitNormal()
+
+
+# ----------------------------------------------------------------------------------- swapped, wrapped, of another size
+
+
+FLOW = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+TIMES = {"discrete": (EPSILON, torch.tensor([1, 2, 3, 4])), "continuous": (FLOW, torch.tensor([0.1, 0.2, 0.3, 0.4]))}
+
+
+@pytest.mark.parametrize("kind", TIMES)
+def test_x0_and_t_swapped(kind):
+    objective, t = TIMES[kind]
+    words = "x0 has shape (4,) and t (4, 3, 8, 8): swapped? The data comes first."
+    refused(lambda: objective.noise(t, X0), words)
+    refused(lambda: fastdiff.q_sample(t, X0, objective.process), words)
+    assert objective.noise(X0, t).t is t
+
+
+def test_prediction_and_noised_swapped():
+    noised = V.noise(X0)
+    for call in (V.loss, V.predict_x0, lambda a, b: V.convert(a, b, "epsilon")):
+        refused(lambda: call(noised, X0), "the arguments are swapped: the network's output comes first, then noised")  # noqa: B023
+        refused(lambda: call(X0, X0), "noised must be what objective.noise returned", "fastdiff.diffusion_loss(")  # noqa: B023
+
+
+class Output(dict):
+    """As diffusers' networks return it: a dictionary with attributes."""
+
+    def __init__(self, sample):
+        super().__init__(sample=sample)
+        self.sample = sample
+
+
+def test_a_loaders_batch_for_the_data():
+    refused(lambda: V.noise({"pixel_values": X0, "labels": torch.zeros(4)}), "got dict: its data is x0['pixel_values']")
+    refused(lambda: V.noise({"image": X0, "latents": X0}), "pass one of its entries, 'image', 'latents'")
+    refused(lambda: V.noise([X0, torch.zeros(4)]), "got list: its first tensor is x0[0]")
+    refused(lambda: V.noise(X0.numpy()), "got ndarray: write torch.from_numpy(x0)")
+    refused(lambda: V.noise(X0.byte()), "must be floating point", "x0.float() / 127.5 - 1")
+
+
+def test_a_dictionary_for_lightning():
+    training = fastdiff.integrations.lightning.DiffusionTraining()
+    training.objective = V
+    message = refused(lambda: training.training_step({"images": X0, "labels": X0}, 0), "dict with 'images', 'labels'")
+    assert "override unpack(self, batch)" in message and "batch['images']" in message
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "where"),
+    [(Output, "Output: its tensor is {}.sample"), (lambda m: (m,), "tuple: its first tensor is {}[0]")],
+)
+def test_the_output_of_a_network_that_is_no_tensor(wrapped, where):
+    noised = V.noise(X0)
+    for call in (V.loss, V.predict_x0, lambda a, b: V.loss(a, b, reduction="sum")):
+        refused(lambda: call(wrapped(X0), noised), f"prediction must be a tensor; got {where.format('prediction')}")  # noqa: B023
+    t = torch.zeros(4).long()
+    refused(
+        lambda: fastdiff.diffusion_loss(wrapped(X0), X0, X0, t, VP),
+        "model_output must be",
+        where.format("model_output"),
+    )
+    for how in ({}, {"dynamic_thresholding": 0.9}, {"callback": never}):
+        sample = lambda: V.sample(lambda x, t: wrapped(x), (2, 3), "ddim", 2, progress=False, **how)  # noqa: B023, E731
+        refused(sample, f"the model's output must be a tensor; got {where.format('output')}")
+
+
+def guided(cond, uncond, guidance=2.0):
+    def model(x, t, c):
+        c = c["y"] if isinstance(c, dict) else c
+        assert len(c) == len(x)
+        return c.to(x) + 0 * x
+
+    return EPSILON.sample(
+        model, (3, 2), "ddim", 2, cond=cond, uncond=uncond, guidance=guidance, seed=1, progress=False
+    )  # fmt: skip
+
+
+def test_conditions_of_another_batch_size():
+    one, three, four = (torch.arange(n).float()[:, None] + 1 for n in (1, 3, 4))
+    refused(lambda: guided(four, None, 1.0), "cond has shape (4, 1), but 3 samples", "must be 3, or 1 for all")
+    refused(lambda: guided(four, four), "cond has shape (4, 1), but 3 samples")
+    refused(lambda: guided(three, four), "uncond has shape (4, 1)")
+    refused(lambda: guided({"y": four}, {"y": three}), "cond['y'] has shape (4, 1)")
+    refused(
+        lambda: guided({"y": three}, {"x": three}), "cond and uncond must have the same entries; got ['y'] and ['x']"
+    )
+    refused(lambda: guided((three, three), (three,)), "the same entries; got [0, 1] and [0]")
+    refused(lambda: guided(three, (three,)), "cond and uncond must be of one form; got Tensor and tuple")
+    # One condition goes with all samples.
+    torch.testing.assert_close(guided(three, one), guided(three, one.expand(3, 1)))
+    torch.testing.assert_close(guided({"y": one}, {"y": one * 2}), guided(one.expand(3, 1), one.expand(3, 1) * 2))
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [
+        lambda t: 1 / (t + 1),
+        lambda t: torch.exp(-t),
+        lambda t: torch.ones(1000)[t],
+        lambda t: t.float() / 1000,
+        lambda t: (t < 500).float(),
+        lambda t: {500: 1.0}[t],
+    ],
+    ids=["adds", "exp", "table", "method", "compares", "dictionary"],
+)
+def test_a_weighting_that_takes_t(weighting):
+    refused(lambda: fastdiff.Objective(VP, weighting=weighting), "called with the noise levels, not with t", "levels.t")
+
+
+def test_a_weighting_with_a_mistake_of_its_own():
+    def weighting(levels):
+        return levels.snr + undefined  # noqa: F821
+
+    with pytest.raises(NameError, match="undefined"):
+        fastdiff.Objective(VP, weighting=weighting)
+
+
+def test_a_table_of_weights():
+    refused(
+        lambda: fastdiff.Objective(VP, weighting=torch.ones(1000)), "a table of one weight a timestep is PerTimestep("
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- integrations
+
+
+def test_integrations_are_reached_without_an_import_of_their_own():
+    """In a process where nothing else has imported them; until then none of them is imported."""
+    script = """if True:
+        import sys, fastdiff
+        def loaded():
+            return sorted(name for name in sys.modules if name.startswith("fastdiff.integrations"))
+        print(loaded())
+        fastdiff.integrations.flow.noise, fastdiff.integrations.diffusers.fuse, fastdiff.integrations.diffusers.patch
+        fastdiff.integrations.training_scripts.text_to_image
+        print("diffusers" in sys.modules, "integrations" in dir(fastdiff), "k_diffusion" in dir(fastdiff.integrations))
+        print("fastdiff.integrations.k_diffusion" in loaded())
+        for module in fastdiff, fastdiff.integrations:
+            try:
+                module.nonsense
+            except AttributeError as error:
+                print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    first, *others, names = done.stdout.splitlines()
+    assert first == "[]"
+    assert others == ["False True True", "False", "module 'fastdiff' has no attribute 'nonsense'"]
+    assert names.startswith("fastdiff.integrations has no 'nonsense'; it has denoising_diffusion, diffusers, edm, flow")
 
 
 # ------------------------------------------------------------------------------------------------------ what is printed
