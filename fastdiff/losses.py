@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .names import find
 from .ops.loss import NEED_C
 from .process import Levels, check_by
 
@@ -124,9 +125,7 @@ _NAMES = {
 def get(loss: Loss | str) -> Loss:
     """A loss from its name or itself. Raises ValueError for an unknown name, TypeError for anything else."""
     if isinstance(loss, str):
-        if loss not in _NAMES:
-            raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(_NAMES)}, or a fastdiff.losses object.")
-        return _NAMES[loss]()
+        return find("loss", loss, _NAMES, {"l2": "mse"}, "a fastdiff.losses object")()
     if not isinstance(loss, Loss):
         raise TypeError(f"loss must be a name or a fastdiff.losses object such as Huber(0.1); got {loss!r}.")
     return loss

@@ -19,12 +19,14 @@ from .backends.modes import lasting, version_of, wrapping
 from .backends.reference.philox import check_seed
 from .backends.rows import as_tensor, cached, in_two_passes, value_checks_are_free
 from .losses import Loss
-from .ops.checks import check_alike, check_floating, check_unambiguous, compute_dtype, place_rows
+from .ops.checks import check_alike, check_floating, check_tensor, check_unambiguous, compute_dtype, place_rows
 from .ops.loss import check_loss, normalized
 from .ops.noise import Stream, check_noise, check_rng, whole
 from .plain import PlainCalls
 from .prediction import Prediction
-from .process import Levels, Process, as_times
+from .process import Levels, Process, as_times, check_process
+from .samplers import Sampler
+from .showing import brief
 from .timesteps import Timesteps
 from .weighting import WeightingLike
 
@@ -85,12 +87,8 @@ class Noised:
         self._versions = self._now()
 
     def __repr__(self) -> str:
-        kind = type(self.noise_source).__name__
-        noise = "kept" if isinstance(self.noise_source, Tensor) else f"of a {kind}"
-        return (
-            f"Noised(x_t {tuple(self.x_t.shape)} of {self.x_t.dtype} on {self.x_t.device}, t {tuple(self.t.shape)}, "
-            f"noise {noise}, {self.objective!r})"
-        )
+        objective = f"{self.objective.process!r}, {self.objective.prediction.name!r}"
+        return f"Noised(x_t={brief(self.x_t)}, t={brief(self.t)}, {objective})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the coefficients, which follow from the times: a worker of a DataLoader may return a noised batch."""
@@ -205,8 +203,7 @@ class Objective:
         noise_offset_dim: int = 1,
         input_perturbation: float = 0.0,
     ):
-        if not isinstance(process, Process):
-            raise TypeError(f"process must be a fastdiff process such as VariancePreserving(); got {process!r}.")
+        check_process(process)
         self.process = process
         self.prediction = kinds.get(prediction)
         self.weighting = weightings.get(weighting)
@@ -221,6 +218,7 @@ class Objective:
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
         levels = process.levels(example)
+        weightings.check(self.weighting, levels)
         values = self._all_coefficients(levels)
         # Coefficients that are the same at all times are numbers. (A discrete process has them in its table.)
         same = ("p", "q") if self.prediction.constant else ()
@@ -266,10 +264,14 @@ class Objective:
         return self.__dict__ | {"_plain_calls": {}}
 
     def __repr__(self) -> str:
-        return (
-            f"Objective({self.process!r}, {self.prediction.name!r}, weighting={self.weighting!r}, "
-            f"loss={self.loss_function!r})"
-        )
+        shown = [repr(self.process), repr(self.prediction.name)]
+        if not isinstance(self.weighting, weightings.Uniform):
+            shown.append(f"weighting={brief(self.weighting)}")
+        if self.loss_function != losses.MSE():
+            shown.append(f"loss={brief(self.loss_function)}")
+        if self.error_space is not self.prediction:
+            shown.append(f"error_space={self.error_space.name!r}")
+        return f"Objective({', '.join(shown)})"
 
     @classmethod
     def from_scheduler(
@@ -278,7 +280,7 @@ class Objective:
         *,
         snr_gamma: float | None = None,
         snr_form: str = "paper",
-        prediction_type: str | None = None,
+        prediction: str | Prediction | None = None,
         weighting: WeightingLike = None,
         **options: Any,
     ) -> Objective:
@@ -288,7 +290,7 @@ class Objective:
             scheduler: one with ``alphas_cumprod`` (its own numbers are used), a flow-matching one (``RectifiedFlow``
                 with its shift, prediction "flow") or an EDM one (``EDM``, preconditioned).
             snr_gamma: min-SNR weights with this gamma, in the form ``snr_form`` (``MinSNR``).
-            prediction_type: overrides the scheduler's.
+            prediction: what the network predicts, in place of the scheduler's ``prediction_type``.
             weighting, options: as in ``Objective``.
 
         Raises TypeError for what is no such scheduler, ValueError for combinations that mean nothing.
@@ -300,7 +302,7 @@ class Objective:
             scheduler,
             snr_gamma=snr_gamma,
             snr_form=snr_form,
-            prediction_type=prediction_type,
+            prediction=prediction,
             weighting=weighting,
             **options,
         )
@@ -345,6 +347,8 @@ class Objective:
 
         Returns a ``Noised``. Differentiable in x0. Raises TypeError or ValueError for unfit inputs.
         """
+        if isinstance(t, Tensor) and isinstance(x0, Tensor) and t.ndim > max(x0.ndim, 1) and t.numel() > 1:
+            raise ValueError(f"x0 has shape {tuple(x0.shape)} and t {tuple(t.shape)}: swapped? The data comes first.")
         check_floating(x0=x0)
         if not x0.ndim:
             raise ValueError("x0 must have a batch dimension; got a scalar.")
@@ -473,6 +477,7 @@ class Objective:
         Raises TypeError or ValueError for unfit inputs, RuntimeError if its times, or the seed of
         noise that is not kept, were written into since. Warns, on the CPU, of a mask that is 0 everywhere.
         """
+        _check_noised(prediction, noised)
         x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
         noised.check_unchanged()
         if noised.objective is not self:
@@ -544,12 +549,36 @@ class Objective:
         """The x0 that the network's output stands for, shaped and typed as prediction; differentiable."""
         return self.convert(prediction, noised, "sample")
 
+    def sample(
+        self,
+        model: Callable[..., Tensor],
+        shape: tuple[int, ...],
+        sampler: str | Sampler = "ddpm",
+        steps: int | None = None,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Draw samples from a network trained with this objective: ``fastdiff.sample`` with its process and prediction.
+
+        Args:
+            model: called as ``model(x, t)``, or ``model(x, t, cond)``, with what training calls it with: the
+                ``model_input`` and ``model_time`` of a ``Noised``.
+            shape: [batch, ...] of the samples.
+            sampler, steps, options: as in ``fastdiff.sample``: ``cond``, ``guidance``, ``seed``, ``device``, ...
+
+        Returns the samples, of ``shape``. Raises ValueError or TypeError for unfit inputs.
+        """
+        from .sampling import sample
+
+        return sample(model, shape, self, sampler, steps, **options)
+
     def convert(self, prediction: Tensor, noised: Noised, kind: str | Prediction) -> Tensor:
         """The network's output as another prediction kind: ``convert(m, noised, "epsilon")``.
 
         Raises ValueError (on the CPU; NaN elsewhere) where the output does not determine it: x0 from epsilon at zero
         SNR.
         """
+        _check_noised(prediction, noised)
+        check_tensor("prediction", prediction, "prediction")
         kind = kinds.get(kind)
         x_t, t = noised.x_t, noised.t
         noised.check_unchanged()
@@ -693,6 +722,17 @@ class Objective:
         return torch.stack([rows[name] for name in COEFFICIENTS if name in rows], -1)
 
 
+def _check_noised(prediction: Any, noised: Any) -> None:
+    if isinstance(noised, Noised):
+        return
+    if isinstance(prediction, Noised):
+        raise TypeError("the arguments are swapped: the network's output comes first, then noised.")
+    raise TypeError(
+        f"noised must be what objective.noise returned; got {brief(noised)}. With x0, noise and t of your own: "
+        f"fastdiff.diffusion_loss(model_output, x0, noise, t, process, prediction), or objective.noise(x0, t, noise)."
+    )
+
+
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """A 64-bit seed, int64 [1] on ``device``, from ``generator`` (None: the device's default one); no host sync."""
     source = device if generator is None else generator.device
@@ -715,12 +755,12 @@ def q_sample(
 
 
 def diffusion_loss(
-    prediction: Tensor,
+    model_output: Tensor,
     x0: Tensor,
     noise: Tensor,
     t: Any,
     process: Process,
-    prediction_type: str | Prediction = "epsilon",
+    prediction: str | Prediction = "epsilon",
     weighting: WeightingLike = None,
     loss: str | Loss = "mse",
     mask: Tensor | None = None,
@@ -729,20 +769,21 @@ def diffusion_loss(
     weight: Tensor | float | None = None,
     mask_normalization: str = "none",
 ) -> Tensor:
-    """The loss of a prediction made for x_t of (x0, noise, t): what a trainer computes after its network, in one call.
+    """The loss of a network's output for x_t of (x0, noise, t): what a trainer computes after its network, in one call.
 
-    Args as in ``Objective`` and ``Objective.loss``. x_t itself is not needed.
+    Args as in ``Objective`` and ``Objective.loss``: ``prediction`` says what ``model_output``, shaped as x0, estimates.
+    x_t itself is not needed.
     """
-    objective = _objective(process, prediction_type, weighting, loss)
-    check_floating(x0=x0, noise=noise)
+    objective = _objective(process, prediction, weighting, loss)
+    check_floating(model_output=model_output, x0=x0, noise=noise)
     check_alike(x0=x0, noise=noise)
-    dtype = compute_dtype(x0, noise, prediction)
+    dtype = compute_dtype(x0, noise, model_output)
     if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
-        result = objective._plain_loss(prediction, x0, noise, t, lambda: objective._rows_for(t, x0, dtype)[0])
+        result = objective._plain_loss(model_output, x0, noise, t, lambda: objective._rows_for(t, x0, dtype)[0])
         if result is not None:
             return result
     rows, t = objective._rows_for(t, x0, dtype)
-    return objective._loss(prediction, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
+    return objective._loss(model_output, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
 
 
 def _objective(process, kind, weights, loss) -> Objective:

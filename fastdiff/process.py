@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends.rows import cached, gather_rows, value_checks_are_free
+from .showing import brief
 
 # Where a posterior variance of zero must have a logarithm (Improved DDPM's and diffusers' floor).
 MIN_VARIANCE = 1e-20
@@ -207,13 +208,29 @@ class Process:
         return {key: value for key, value in vars(self).items() if not key.startswith("_")}
 
 
+def check_process(process: Any) -> None:
+    """Raise TypeError for what is no process, and say what to write in its place."""
+    if isinstance(process, Process):
+        return
+    if isinstance(getattr(process, "process", None), Process):
+        hint = "an Objective: write objective.process"
+    elif isinstance(process, type) and issubclass(process, Process):
+        hint = f"the class {process.__name__}: make one, {process.__name__}()"
+    elif hasattr(process, "config") and type(process).__name__.endswith("Scheduler"):
+        hint = f"a {type(process).__name__} of diffusers: write fastdiff.Objective.from_scheduler(scheduler)"
+    else:
+        hint = brief(process)
+    raise TypeError(f"process must be a fastdiff process such as VariancePreserving(); got {hint}.")
+
+
 class VariancePreserving(Process):
     """The discrete variance-preserving process of DDPM: alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar).
 
     Args:
         betas: "linear" (Ho et al. 2020; 1e-4 to 0.02), "scaled_linear" (Rombach et al. 2022: linear in sqrt(beta);
-            0.00085 to 0.012, Stable Diffusion's), "cosine" (Nichol and Dhariwal 2021, equation 17), or the betas
-            themselves: a 1-D tensor or sequence in (0, 1] (then ``steps`` is its length).
+            0.00085 to 0.012, Stable Diffusion's), "cosine" (Nichol and Dhariwal 2021, equation 17; diffusers'
+            "squaredcos_cap_v2"), or the betas themselves: a 1-D tensor or sequence in (0, 1] (then ``steps`` is its
+            length).
         steps: number of steps T. t is an integer in [0, T - 1]; t = 0 is the least noisy.
         beta_start, beta_end: for "linear" and "scaled_linear".
         zero_terminal_snr: rescale so that alpha_bar at T - 1 is exactly 0 (Lin et al. 2024, algorithm 1).
@@ -225,6 +242,7 @@ class VariancePreserving(Process):
 
     discrete = True
     variance_preserving = True
+    _ends: tuple[float | None, float | None] = (None, None)
 
     def __init__(
         self,
@@ -235,8 +253,9 @@ class VariancePreserving(Process):
         zero_terminal_snr: bool = False,
     ):
         if isinstance(betas, str):
-            self.schedule = betas
-            beta = _beta_schedule(betas, steps, beta_start, beta_end)
+            self.schedule = "cosine" if betas == "squaredcos_cap_v2" else betas  # diffusers' name of it
+            self._ends = beta_start, beta_end
+            beta = _beta_schedule(self.schedule, steps, beta_start, beta_end)
         else:
             self.schedule = "given"
             beta = as_float64(betas).detach().to("cpu", torch.float64).clone()
@@ -344,7 +363,9 @@ class VariancePreserving(Process):
                 raise ValueError(f"t must lie in [0, {self.steps - 1}] for {self!r}; got {_first(outside)}.")
 
     def _arguments(self) -> dict[str, Any]:
-        return {"betas": self.schedule, "steps": self.steps, "zero_terminal_snr": self.zero_terminal_snr}
+        ends = {name: value for name, value in zip(("beta_start", "beta_end"), self._ends) if value is not None}
+        shown = {"betas": self.schedule, "steps": self.steps} | ends
+        return shown | {"zero_terminal_snr": True} if self.zero_terminal_snr else shown
 
 
 class RectifiedFlow(Process):

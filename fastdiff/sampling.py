@@ -11,23 +11,25 @@ import torch
 from torch import Tensor
 
 from . import ops, samplers
+from . import prediction as kinds
 from .backends.native import torch_noise
 from .graph import Graphed, check_capture
 from .guidance import Guidance
-from .objective import draw_seed
+from .objective import Objective, draw_seed
+from .ops.checks import check_tensor
 from .ops.noise import Stream, whole
 from .prediction import Prediction
-from .process import Process
+from .process import Process, check_process
 
 
 @torch.no_grad()
 def sample(
     model: Callable[..., Tensor],
     shape: tuple[int, ...],
-    process: Process,
+    process: Process | Objective,
     sampler: str | samplers.Sampler = "ddpm",
     steps: int | None = None,
-    prediction: str | Prediction = "epsilon",
+    prediction: str | Prediction | None = None,
     *,
     cond: Any = None,
     uncond: Any = None,
@@ -61,12 +63,13 @@ def sample(
             written over by the next step, unless there is a callback or ``return_trajectory``: a model that keeps it,
             or a view of it, should clone it. (On the CPU a tensor that is kept is left alone; a view is not known of.)
         shape: [batch, ...] of the samples.
-        process, prediction: those of training.
+        process, prediction: those of training; or the ``Objective`` of training in place of the process, which has
+            both (``objective.sample(model, shape, ...)`` is the same).
         sampler: a name of ``fastdiff.samplers.NAMES``, or an object of ``fastdiff.samplers``.
         steps: the number of steps; None: all of a discrete process, 50 for others.
         cond: a tensor [batch, ...], or a tuple, list or dict of such, given to the model.
         uncond: the same for classifier-free guidance (Ho and Salimans 2022); then the model sees a batch of twice the
-            size, the unconditional half first.
+            size, the unconditional half first. Tensors [1, ...] of either go with every sample.
         guidance: m_uncond + guidance (m_cond - m_uncond), a number or one a sample. 1 is no guidance; other values need
             ``uncond``.
         guidance_interval: (low, high): guidance only where low <= t <= high, in the process's own t (Kynkaanniemi et
@@ -110,6 +113,7 @@ def sample(
     sample_offset, step_offset = whole("sample_offset", sample_offset), whole("step_offset", step_offset)
     if step_offset < 0:
         raise ValueError(f"step_offset must be at least 0; got {step_offset}.")
+    process, prediction = _trained_on(process, prediction)
     plan = _planned(sampler, process, steps, prediction)
     shape = tuple(shape)
     if uncond is not None and cond is None:
@@ -155,7 +159,7 @@ def sample(
     if compile:
         model = torch.compile(model)
     told = _told(plan, device, dtype)
-    both = cond if uncond is None else _both(uncond, cond)
+    both = _conditions(cond, uncond, shape[0])
     scale = 1.0 if plan.model_scale is None else float(plan.model_scale[0])
     visited = plan.times.to(device) if callback is not None else plan.times
     index = range(len(plan.times)) if plan.steps is None else plan.steps
@@ -181,6 +185,7 @@ def sample(
         guided = how.guided[k]
         if simple:
             m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
+            check_tensor("the model's output", m, "output")
             run.step(k, m, guided, z, copies[k])
             continue
         ends = k == last or index[k + 1] != index[k]
@@ -188,6 +193,7 @@ def sample(
             graphed.step(z)
         else:
             m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
+            check_tensor("the model's output", m, "output")
             variance = None
             if plan.learned_variance:
                 m, variance = _variance(m, shape, guided)
@@ -213,12 +219,28 @@ def sample(
     return (run.x, torch.stack(path)) if return_trajectory else run.x
 
 
+def _trained_on(process: Process | Objective, prediction: str | Prediction | None) -> tuple[Process, Prediction]:
+    """The process and the prediction kind of a network. Raises TypeError or ValueError where they are not known."""
+    if isinstance(process, Objective):
+        own = process.prediction
+        if prediction is not None and kinds.get(prediction) is not own:
+            raise ValueError(
+                f"the objective predicts {own.name!r}, but prediction is {kinds.get(prediction).name!r}: leave it out."
+            )
+        return process.process, own
+    check_process(process)
+    if prediction is None:
+        raise TypeError(
+            "prediction is missing: samples depend on what the network was trained to predict. Write "
+            "objective.sample(model, shape, ...), or give its kind, such as prediction='epsilon' or 'v_prediction'."
+        )
+    return process, kinds.get(prediction)
+
+
 _plans: weakref.WeakKeyDictionary[Process, dict[Any, samplers.Plan]] = weakref.WeakKeyDictionary()
 
 
-def _planned(
-    sampler: samplers.Sampler, process: Process, steps: int | None, prediction: str | Prediction
-) -> samplers.Plan:
+def _planned(sampler: samplers.Sampler, process: Process, steps: int | None, prediction: Prediction) -> samplers.Plan:
     """The sampler's plan; the last few of each process are kept, for in a short run making it is most of the time. Not
     of a sampler with a field that may change under it, such as a tensor."""
     if not (
@@ -332,14 +354,45 @@ def _variance(m: Tensor, shape: tuple[int, ...], guided: bool) -> tuple[Tensor, 
     return m.contiguous(), variance[-shape[0] :].contiguous()
 
 
-def _both(uncond: Any, cond: Any) -> Any:
+def _conditions(cond: Any, uncond: Any, batch: int) -> Any:
+    """What the network is given: the condition, or both halves, the unconditional first. Raises ValueError for another
+    batch size."""
+    if uncond is not None:
+        return _both(uncond, cond, batch, "")
     if isinstance(cond, Tensor):
-        return torch.cat([uncond, cond])
-    if isinstance(cond, dict):
-        return {key: _both(uncond[key], value) for key, value in cond.items()}
-    if isinstance(cond, (tuple, list)):
-        return type(cond)(_both(a, b) for a, b in zip(uncond, cond))
-    raise TypeError(f"cond must be a tensor, or a tuple, list or dict of tensors; got {type(cond).__name__}.")
+        _check_batch("cond", cond, batch)
+    return cond
+
+
+def _both(uncond: Any, cond: Any, batch: int, at: str) -> Any:
+    """``at``: where in the condition, for messages. A tensor [1, ...] goes with all samples."""
+    if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
+        halves = []
+        for name, half in (("uncond", uncond), ("cond", cond)):
+            _check_batch(name + at, half, batch)
+            halves.append(half.expand(batch, *half.shape[1:]) if half.ndim else half.expand(batch))
+        return torch.cat(halves)
+    for kind in (dict, tuple, list):
+        if isinstance(cond, kind) and isinstance(uncond, kind):
+            keys, others = ([*c] if kind is dict else [*range(len(c))] for c in (cond, uncond))
+            if set(keys) != set(others):
+                raise ValueError(f"cond{at} and uncond{at} must have the same entries; got {keys} and {others}.")
+            if kind is dict:
+                return {key: _both(uncond[key], value, batch, f"{at}[{key!r}]") for key, value in cond.items()}
+            return type(cond)(_both(uncond[k], value, batch, f"{at}[{k}]") for k, value in enumerate(cond))
+    if type(cond) is type(uncond):
+        raise TypeError(f"cond{at} must be a tensor, or a tuple, list or dict of tensors; got {type(cond).__name__}.")
+    raise TypeError(
+        f"cond{at} and uncond{at} must be of one form; got {type(cond).__name__} and {type(uncond).__name__}."
+    )
+
+
+def _check_batch(name: str, cond: Tensor, batch: int) -> None:
+    if cond.ndim and len(cond) not in (1, batch):
+        raise ValueError(
+            f"{name} has shape {tuple(cond.shape)}, but {batch} samples are drawn: its first dimension must be "
+            f"{batch}, or 1 for all."
+        )
 
 
 def _device(model: Any, x: Tensor | None, device: torch.device | str | None) -> torch.device:

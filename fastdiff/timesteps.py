@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .names import find
 from .process import EDM, Process, RectifiedFlow, as_float64, check_by
 
 
@@ -160,13 +161,11 @@ _NAMES = {
 
 
 def get(timesteps: Timesteps | str | None, process: Process) -> Timesteps:
-    """A sampler from its name or itself; None: LogNormal for EDM, uniform for every other process."""
+    """A sampler from its name or itself; None: LogNormal for EDM's sigmas, uniform for every other process."""
     if timesteps is None:
-        return LogNormal() if isinstance(process, EDM) else Uniform()
+        return LogNormal() if isinstance(process, EDM) and not process.discrete else Uniform()
     if isinstance(timesteps, str):
-        if timesteps not in _NAMES:
-            raise ValueError(f"unknown timestep sampler {timesteps!r}: use one of {', '.join(_NAMES)}, or an object.")
-        return _NAMES[timesteps]()
+        return find("timestep sampler", timesteps, _NAMES, {}, "an object")()
     if not isinstance(timesteps, Timesteps):
         hint = (
             " A function of one's own is a subclass of Timesteps with that fraction(u)." if callable(timesteps) else ""

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from . import prediction as kinds
 from .backends.rows import gather_rows, value_checks_are_free
+from .names import find
 from .prediction import Prediction
 from .process import EDM, Levels, as_float64, check_by
+from .showing import brief, brief_fields
 
 # A level of exactly 0 is replaced by these two, and the limit read off the two weights. They are far below any real
 # level, and their powers up to the sixth stay within float64.
@@ -240,6 +242,7 @@ class PerTimestep(Weighting):
     written into it later changes nothing."""
 
     table: Tensor
+    __repr__ = brief_fields
 
     def __post_init__(self):
         table = as_float64(self.table).detach().clone()
@@ -292,15 +295,30 @@ def get(weighting: WeightingLike) -> Weighting | Callable[[Levels], Tensor]:
     if weighting is None:
         return Uniform()
     if isinstance(weighting, str):
-        if weighting not in _NAMES:
-            raise ValueError(f"unknown weighting {weighting!r}: use one of {', '.join(_NAMES)}, or an object.")
-        return _NAMES[weighting]()
+        return find("weighting", weighting, _NAMES, {"none": "uniform", "bsmntw": "bell"}, "an object")()
+    if isinstance(weighting, Tensor):
+        raise TypeError(f"weighting is a {brief(weighting)}: a table of one weight a timestep is PerTimestep(table).")
     if isinstance(weighting, type) or not (isinstance(weighting, Weighting) or callable(weighting)):
         raise TypeError(
             f"weighting must be None, a name, a fastdiff weighting such as MinSNR(5.0) or a callable of the levels; "
-            f"got {weighting!r}."
+            f"got {brief(weighting)}."
         )
     return weighting
+
+
+def check(weighting: Weighting | Callable[[Levels], Tensor], levels: Levels) -> None:
+    """Raise TypeError for a callable that takes the levels for t."""
+    if isinstance(weighting, Weighting):
+        return
+    try:
+        weighting(levels)
+    except Exception as error:
+        if "Levels" not in str(error):
+            raise
+        raise TypeError(
+            "a weighting is called with the noise levels, not with t: write, for example, "
+            "lambda levels: 1 / (1 + levels.t), or use levels.snr, levels.alpha, levels.sigma."
+        ) from error
 
 
 def evaluate(weighting: WeightingLike, levels: Levels, prediction: str | Prediction) -> Tensor:

@@ -31,7 +31,7 @@ SMALL = {"(16, 4, 64, 64)": "(2, 4, 8, 8)", '"ddim", 50': '"ddim", 3', "image_si
 
 @pytest.fixture(autouse=True)
 def nothing_is_imported(monkeypatch):
-    """A block that does not import what it uses fails, whatever other tests have imported."""
+    """A block finds what it uses by itself, whatever other tests have imported."""
     for name in list(sys.modules):
         package, _, module = name.rpartition(".")
         if package == "fastdiff.integrations" or name == "fastdiff.integrations":

@@ -11,11 +11,12 @@
 
         def configure_optimizers(self): ...
 
-A batch is x0, or a tuple (x0, further arguments of forward ...).
+A batch is x0, or a tuple (x0, further arguments of forward ...); for dictionaries override ``unpack``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -52,7 +53,15 @@ class DiffusionTraining:
     _timestep_losses: TimestepLosses | None = None
 
     def unpack(self, batch: Any) -> tuple[Tensor, tuple]:
-        """(x0, further arguments of forward). Override for batches of another form."""
+        """(x0, further arguments of forward). Override for batches of another form.
+
+        Raises TypeError for a dictionary: which entry is x0, and what the others are, is not known.
+        """
+        if isinstance(batch, Mapping):
+            raise TypeError(
+                f"a batch is a {type(batch).__name__} with {', '.join(map(repr, batch))}: override unpack(self, batch) "
+                f"to return (x0, (further arguments of forward ...)), such as (batch[{next(iter(batch), 0)!r}], ())."
+            )
         return (batch, ()) if isinstance(batch, Tensor) else (batch[0], tuple(batch[1:]))
 
     def diffusion_loss(self, batch: Any, seed: int | None = None, reduction: str = "mean") -> Tensor:

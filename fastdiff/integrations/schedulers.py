@@ -129,23 +129,23 @@ def process_of(scheduler: Any) -> Process:
     return RectifiedFlow(1.0 if dynamic else shift)
 
 
-def prediction_of(scheduler: Any, prediction_type: str | None = None) -> str | Prediction:
-    """The prediction kind of a scheduler's network, or of ``prediction_type`` where that is given.
+def prediction_of(scheduler: Any, prediction: str | Prediction | None = None) -> str | Prediction:
+    """The prediction kind of a scheduler's network, or ``prediction`` where that is given.
 
     Raises ValueError for an unknown one.
     """
     kind = kind_of(scheduler)
     if kind == "flow":
-        if prediction_type not in (None, "flow", "flow_prediction"):
-            raise ValueError(f"a flow-matching scheduler predicts the flow n - x0; got {prediction_type!r}.")
+        if prediction is not None and prediction_kind(prediction).name != "flow":
+            raise ValueError(f"a flow-matching scheduler predicts the flow n - x0; got {prediction!r}.")
         return "flow"
-    name = prediction_type or config_value(scheduler, "prediction_type", "epsilon")
+    found = prediction_kind(config_value(scheduler, "prediction_type", "epsilon") if prediction is None else prediction)
     if kind == "edm":
         kinds = {"epsilon": _EDM, "v_prediction": NEGATIVE_EDM}
-        if name not in kinds:
-            raise ValueError(f"an EDM scheduler has prediction_type epsilon or v_prediction; got {name!r}.")
-        return kinds[name]
-    return prediction_kind(name)
+        if found.name not in kinds:
+            raise ValueError(f"an EDM scheduler has prediction_type epsilon or v_prediction; got {found.name!r}.")
+        return kinds[found.name]
+    return found
 
 
 def objective_from_scheduler(
@@ -154,7 +154,7 @@ def objective_from_scheduler(
     *,
     snr_gamma: float | None = None,
     snr_form: str = "paper",
-    prediction_type: str | None = None,
+    prediction: str | Prediction | None = None,
     weighting: WeightingLike = None,
     **options: Any,
 ) -> Objective:
@@ -163,4 +163,4 @@ def objective_from_scheduler(
         if weighting is not None:
             raise ValueError("snr_gamma is a weighting of its own: pass snr_gamma or weighting, not both.")
         weighting = MinSNR(float(snr_gamma), snr_form)
-    return cls(process_of(scheduler), prediction_of(scheduler, prediction_type), weighting, **options)
+    return cls(process_of(scheduler), prediction_of(scheduler, prediction), weighting, **options)

@@ -25,7 +25,7 @@ from ..backends.rows import cached, gather_rows
 from ..losses import Loss
 from ..objective import Noised, Objective
 from ..ops.checks import check_floating, compute_dtype
-from ..prediction import Prediction
+from ..prediction import SAMPLE, Prediction
 from ..prediction import get as prediction_kind
 from ..weighting import MinSNR, SigmaSqrt, WeightingLike
 from .schedulers import (
@@ -229,8 +229,8 @@ def text_to_image_sdxl(
     learns x0 + noise, and min-SNR weights are min(S, g). Biased timesteps: draw t yourself, ``script.noise(x0, t)``.
     """
     weighting = None
-    name = prediction_type or config_value(scheduler, "prediction_type", "epsilon")
-    if name == "sample":
+    found = prediction_kind(prediction_type or config_value(scheduler, "prediction_type", "epsilon"))
+    if found is SAMPLE:
         if snr_gamma is not None:
             MinSNR(snr_gamma)  # checks it
             gamma, snr_gamma = snr_gamma, None

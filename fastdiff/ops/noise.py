@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.reference.philox import check_seed
+from ..showing import brief_fields
 from .checks import check_alike, check_floating, compute_dtype, place_all
 
 
@@ -46,6 +47,8 @@ class Philox:
     stream: int = Stream.NOISE
     offset: float = 0.0
     rng: str = "exact"
+
+    __repr__ = brief_fields
 
     def __post_init__(self):
         check_seed(self.seed)

@@ -175,7 +175,15 @@ def test_samplers_keep_a_copy(cls, name, values, make):
 
     def run(sampler):
         return fastdiff.sample(
-            lambda x, t: torch.sin(x), SHAPE, fastdiff.VariancePreserving(), sampler, x=x0, seed=1, progress=False
+            lambda x, t: torch.sin(x),
+            SHAPE,
+            fastdiff.VariancePreserving(),
+            sampler,
+            None,
+            "epsilon",
+            x=x0,
+            seed=1,
+            progress=False,
         )
 
     first = run(sampler)

@@ -442,8 +442,8 @@ def test_graphed_runs_equal_plain_ones(host, recorded, backend, option, monkeypa
 def test_a_graphed_network_of_the_wrong_shape(host, recorded):
     with pytest.raises(ValueError, match="the model returned shape"):
         fastdiff.sample(
-            lambda x, t: x[:, :1], (4, 3, 8, 8), fastdiff.VariancePreserving(), "ddim", 4, seed=1, cuda_graph=True,
-            progress=False,
+            lambda x, t: x[:, :1], (4, 3, 8, 8), fastdiff.VariancePreserving(), "ddim", 4, "epsilon", seed=1,
+            cuda_graph=True, progress=False,
         )  # fmt: skip
 
 
@@ -675,8 +675,8 @@ def test_gpu_graphed_runs_equal_plain_ones(gpu, option):
             if "callback" in how:
                 how["callback"] = lambda k, t, x, x0, stored=stored: stored.extend((x, x0))
             x = fastdiff.sample(
-                network, (4, 3, 8, 8), process, sampler, 6, seed=seed, device="cuda", cuda_graph=graphed,
-                progress=False, **how,
+                network, (4, 3, 8, 8), process, sampler, 6, "epsilon", seed=seed, device="cuda",
+                cuda_graph=graphed, progress=False, **how,
             )  # fmt: skip
             runs.append([x, *stored])
         assert all(torch.equal(a, b) for a, b in zip(*runs[:2]))

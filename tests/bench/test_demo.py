@@ -657,7 +657,7 @@ class TestTraining:
 
     def test_images_are_in_range(self, monkeypatch):
         beyond = torch.tensor([-3.0, 0.5, 3.0]).view(3, 1, 1, 1)
-        monkeypatch.setattr(fastdiff, "sample", lambda *_, **__: beyond)
+        monkeypatch.setattr(fastdiff.Objective, "sample", lambda *_, **__: beyond)
         recipe = settings.build(settings.resolve({}))
         images = draw(KnownNetwork([0.0, 0.0]), recipe, torch.tensor([0, 0, 0]), 3, 1.0, 0)
         assert images.flatten().tolist() == [-1.0, 0.5, 1.0]
