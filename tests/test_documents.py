@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import shlex
@@ -278,6 +279,24 @@ def test_links(document):
         headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M) if anchor else []
         anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
         assert not anchor or anchor in anchors, target
+
+
+def test_the_notebook_runs(monkeypatch):
+    """Its cells, with fewer steps of training; and it shows what they gave."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "show", lambda: None)
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    namespace = {}
+    plt.switch_backend("Agg")
+    for cell in cells:
+        code = "".join(cell["source"]).replace("range(1500)", "range(100)")
+        exec(compile(code, "quickstart.ipynb", "exec"), namespace)
+    plt.close("all")
+    assert namespace["samples"].shape == (32, 1, 8, 8) and namespace["samples"].isfinite().all()
+    losses = namespace["losses"]
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+    assert any("image/png" in output.get("data", {}) for output in cells[-1]["outputs"])
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
