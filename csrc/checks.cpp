@@ -11,7 +11,6 @@ namespace {
 constexpr int64_t kMostElements = int64_t(1) << 58;  // whose bytes can still be counted
 constexpr int64_t kMostEmptyRows = int64_t(1) << 24;
 constexpr int64_t kMostOfSample = int64_t(1) << 34;  // four to each of 2^32 groups
-constexpr int kInt64 = 5;                            // dtype code of indices
 
 [[noreturn]] void refuse(const char* name, const std::string& why) { throw py::value_error(std::string(name) + ": " + why); }
 

@@ -15,7 +15,7 @@ namespace tensors {
 namespace py = pybind11;
 
 // The DType of a tensor, or kIndex for int64.
-constexpr int kIndex = 5;
+constexpr int kIndex = kInt64;
 
 struct View {
   void* data;

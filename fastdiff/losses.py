@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .backends.codes import NEED_C
 from .names import find
-from .ops.loss import NEED_C
 from .process import Levels, check_by
 
 

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.codes import FUNCTIONS, NEED_C, REDUCTIONS
 from ..backends.rows import as_tensor, value_checks_are_free
 from .checks import check_alike, check_floating, compute_dtype, place_all
 from .noise import Philox, check_noise
 
-FUNCTIONS = ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh")
-NEED_C = ("smooth_l1", "pseudo_huber")
-REDUCTIONS = ("mean", "sum", "none")
 MASK_NORMALIZATIONS = ("none", "row", "sample", "global")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.codes import OFFSET_STREAM
 from ..backends.reference.philox import check_seed
 from ..showing import brief_fields
 from .checks import check_alike, check_floating, compute_dtype, place_all
@@ -21,7 +22,7 @@ class Stream:
     """The independent streams of noise of one seed. Part of the definition of the noise: never renumbered."""
 
     NOISE = 0  # n of x_t
-    OFFSET = 1  # one normal a (sample, channel), for offset noise
+    OFFSET = OFFSET_STREAM  # one normal a (sample, channel), for offset noise
     PERTURBATION = 2  # xi of input perturbation
     TIMESTEP = 3  # the uniform behind t
     INITIAL = 4  # where sampling starts

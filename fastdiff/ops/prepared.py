@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.reference import COLUMNS
+from ..backends.codes import COLUMNS
 from ..backends.rows import cached
 from .checks import check_alike, check_clip, check_floating, compute_dtype, place_rows
 

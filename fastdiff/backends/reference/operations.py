@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codes import COLUMNS
+
 
 def made(n: Any, like: Tensor) -> Any:
     """Noise as a tensor: ``n`` itself, or made from its ``Philox`` (``fastdiff.ops.Philox``). None passes through."""
@@ -231,18 +233,6 @@ def convert(m: Tensor, x_t: Tensor, k_x: Tensor, k_m: Tensor, dtype: torch.dtype
     """k_x x_t + k_m m."""
     k_x, k_m = savable(k_x, k_m)
     return (k_x * x_t.to(k_x.dtype) + k_m * m.to(k_x.dtype)).to(dtype)
-
-
-# The columns of a table of steps, one row a step:
-#   x0 = p_x x + p_m m, clamped
-#   y  = c_x x + c_m m + c_x0 x0 + sum_j c_hj H_j + c_noise exp((l_0 + l_v v) / 2) z
-#   y  = mask (k_x0 known + k_n z_known) + (1 - mask) y, with a mask
-#   H' = h_x x + h_m m + h_x0 x0
-#   what the network sees next = c_in y
-COLUMNS = (
-    *("p_x", "p_m", "c_x", "c_m", "c_x0", "c_h1", "c_h2", "c_h3", "c_h4", "c_noise"),
-    *("l_0", "l_v", "h_x", "h_m", "h_x0", "k_x0", "k_n", "c_in"),
-)
 
 
 def step(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import modes, reference
+from ..codes import KEPT_STEPS, NEED_C
 from ..layout import layout_of
 from ..rows import Gathered, as_tensor, in_two_passes
 from ..saving import save, saved
@@ -385,7 +386,7 @@ def loss(
         p = x0 = None
     if q is None or n is None:
         q = n = None
-    if function not in ("smooth_l1", "pseudo_huber"):
+    if function not in NEED_C:
         c = None
     own = shape_of(weight)
     if (
@@ -652,7 +653,7 @@ def step(
         # Guidance by frame or token: rows of the table for each of those are for the reference.
         return reference.step(x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, **extras)
     each = row.ndim > 1 or (scale is not None and not is_one(scale))
-    operands = (x, m, uncond, *history, *(None,) * (4 - len(history)), noise, log_variance)
+    operands = (x, m, uncond, *history, *(None,) * (KEPT_STEPS - len(history)), noise, log_variance)
     free = not each or x.stride(0) == max(x.stride())  # samples stay the first dimension
     back, operands, _ = _permuted(operands, ()) if free else _plain_order(operands)
     data = operands[0]
