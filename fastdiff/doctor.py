@@ -47,7 +47,7 @@ def report() -> dict[str, Any]:
     }
 
 
-def show(as_json: bool = False) -> None:
+def show(as_json: bool) -> None:
     """Print the report."""
     found = report()
     if as_json:

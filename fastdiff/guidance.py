@@ -80,7 +80,7 @@ class Guidance:
             spread = _deviation(combined)
             ratio = torch.where(spread > 0, _deviation(cond) / spread, 1.0)
             factor = self._rescale * ratio + (1 - self._rescale)
-            row = row * (1 + (factor[:, None] - 1) * _OF_OUTPUT.to(x.device, wide))
+            row = row * (1 + (factor[:, None] - 1) * _OF_OUTPUT.to(x.device, wide, non_blocking=True))
             extras["row"] = row
         if self._quantile is not None:
             output = m.to(wide)
@@ -96,7 +96,7 @@ class Guidance:
     def _of_samples(self, x: Tensor) -> Tensor | float:
         if not isinstance(self._scale, Tensor):
             return self._scale
-        scale = self._scale.to(x.device)
+        scale = self._scale.to(x.device, non_blocking=True)
         return scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
 
     def _classified(self, k, x, m, guided, variance, time, wide) -> tuple[Tensor, dict[str, Any]]:

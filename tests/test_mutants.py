@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -84,6 +85,35 @@ def test_every_source_file_has_tests_to_ask(tool):
         assert tool.sources(group)
         for file in tool.sources(group):
             assert tool.choosing.files_for(ROOT, file), file
+
+
+def test_what_is_run_at_import_is_asked_of_the_whole_table(tool, tmp_path):
+    """A test that is the first to import a file runs all that stands outside of functions; it does not ask for it."""
+    source = (ROOT / "fastdiff" / "losses.py").read_text().splitlines()
+    head, body = (
+        source.index(line) + 1
+        for line in (
+            "@dataclass(frozen=True)",
+            "    def rows(self, levels: Levels) -> tuple[Tensor | None, Tensor | float]:",
+        )
+    )
+    inside = tool.choosing._in_a_function("\n".join(source), body + 2)
+    assert inside and not tool.choosing._in_a_function("\n".join(source), head)
+    one, other = "tests/test_documents.py::test_first", "tests/ops/test_loss.py::test_b"
+    lines = {str(head): [one], str(body + 2): [one, other]}
+    (tmp_path / "lines.json").write_text(json.dumps({"fastdiff/losses.py": lines}))
+    (tmp_path / "costs.json").write_text(json.dumps({one: 3.0}))
+    for name in ("test_documents", *(Path(file).stem for file in tool.choosing.files_for(ROOT, "fastdiff/losses.py"))):
+        (tmp_path / f"data.{name}").touch()
+    recorded = tool.choosing.Recorded(ROOT, tmp_path)
+
+    def asked(line):
+        return recorded.functions_for(ROOT, "fastdiff/losses.py", range(line, line + 1))
+
+    table = tool.choosing.files_for(ROOT, "fastdiff/losses.py")
+    assert asked(head) == table | {"tests/test_documents.py": {"test_first": 3.0}}
+    found = {"tests/ops/test_loss.py": {"test_b": 0.0}, "tests/test_documents.py": {"test_first": 3.0}}
+    assert asked(body + 2) == found and list(asked(body + 2)) == list(found)  # the table's first
 
 
 def test_no_two_test_files_have_the_same_name(tool):

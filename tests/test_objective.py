@@ -7,7 +7,7 @@ import torch
 from accuracy import to_numpy
 
 import fastdiff
-from fastdiff import losses
+from fastdiff import losses, weighting
 from fastdiff import timesteps as ts
 from fastdiff.objective import Rows, draw_seed
 from fastdiff.prediction import conversion
@@ -319,3 +319,35 @@ def test_a_seed_of_another_device_is_not_waited_for(monkeypatch):
     }  # fmt: skip
     draw_seed(None, torch.device("cuda"))
     assert (asked["device"], asked["generator"]) == (torch.device("cuda"), None)
+
+
+def test_functions_keep_their_objective(monkeypatch):
+    """Whose tables are made once; a weighting that is no key is not kept."""
+    made = []
+    real = fastdiff.objective.Objective
+    monkeypatch.setattr(fastdiff.objective, "Objective", lambda *given: (made.append(given), real(*given))[1])
+    fastdiff.objective._cached_objective.cache_clear()
+    process, x = fastdiff.VariancePreserving(steps=20), torch.ones(2, 3)
+    t = torch.tensor([1, 5])
+    for _ in range(3):
+        fastdiff.diffusion_loss(x, x, x, t, process, weighting="min_snr")
+    assert len(made) == 1
+
+    class NoKey(weighting.Uniform):
+        __hash__ = None
+
+    for count in (2, 3):
+        fastdiff.diffusion_loss(x, x, x, t, process, weighting=NoKey())
+        assert len(made) == count
+    fastdiff.objective._cached_objective.cache_clear()
+
+
+def test_one_float64_tensor_makes_the_arithmetic_float64():
+    """Whichever it is: a prediction of float32 and noise or data of float64."""
+    m, wide = torch.full((2, 3), 0.1), torch.full((2, 3), 0.3, dtype=torch.float64)
+    for x0, n in ((wide, m), (m, wide)):
+        loss = fastdiff.ops.loss(m, x0, n, p=1.0, q=1.0)
+        assert loss.dtype == torch.float64
+        expected = (np.float64(np.float32(0.1)) - (np.float64(np.float32(0.1)) + 0.3)) ** 2
+        assert loss.item() == pytest.approx(expected, rel=1e-14)
+    assert fastdiff.ops.loss(m, m, m, p=1.0, q=1.0).dtype == torch.float32

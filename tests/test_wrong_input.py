@@ -12,6 +12,7 @@ import fastdiff
 from fastdiff import graph, losses, ops, samplers, timesteps, weighting
 from fastdiff.guidance import Guidance
 from fastdiff.integrations import guided_diffusion, tables
+from fastdiff.samplers.schedule import Scheduled
 
 X = torch.randn(2, 3, 4)
 T = torch.tensor([1, 2])
@@ -369,6 +370,127 @@ CASES = {
     "unknown backend": (lambda: fastdiff.use_backend("cpu"), ValueError, "native, cuda"),
     "backend that is not there": (lambda: fastdiff.use_backend("cuda"), RuntimeError, "not available: "),
 }  # fmt: skip
+
+
+ROW = torch.ones(len(ops.COLUMNS))
+STEPS = ops.PreparedSteps(ROW.double()[None])
+# The operations, each with the tensors that go with each other, by argument, and what a message calls them.
+OPERATIONS = {
+    "noise": (
+        lambda **given: ops.noise(**({"x0": X, "alpha": 1.0, "sigma": 1.0, "n": X, "perturbation": 0.1} | given)),
+        {"x0": "x0", "n": "noise", "perturbation_noise": "perturbation_noise"}),
+    "loss": (
+        lambda **given: ops.loss(**({"p": 1.0, "q": 1.0} | given)),
+        {"prediction": "prediction", "x0": "x0", "n": "noise"}),
+    "convert": (lambda **given: ops.convert(**given, k_x=1.0, k_m=1.0), {"x_t": "x_t", "m": "prediction"}),
+    "step": (
+        lambda **given: ops.step(row=ROW, mask=X > 0, **given),
+        {"x": "x", "m": "model_output", "uncond": "uncond", "log_variance": "log_variance", "noise": "noise",
+         "history": r"history\[0\]", "known": "known", "known_noise": "known_noise"}),
+    "a plain step": (
+        lambda **given: ops.step(row=ROW, return_entry=False, **given),
+        {"x": "x", "m": "model_output", "noise": "noise"}),
+    "prepared step": (
+        lambda **given: STEPS(0, **given),
+        {"x": "x", "m": "model_output", "noise": "noise", "log_variance": "log_variance", "history": r"history\[0\]"}),
+    "prepared noising": (
+        lambda **given: ops.PreparedNoise(torch.ones(1, 2, dtype=torch.float64))(0, **given),
+        {"x0": "x0", "n": "noise"}),
+    "trajectory": (
+        lambda **given: ops.trajectory(table=STEPS, mask=X > 0, **given),
+        {"x": "x", "known": "known", "known_noise": "known_noise"}),
+}  # fmt: skip
+WRONG = {
+    "integers": (lambda x: x.long(), TypeError, "{} must be floating point .*; got torch.int64"),
+    "no tensor": (lambda x: "x", TypeError, "{} must be a tensor; got str"),
+    "another shape": (lambda x: x[:, :2], ValueError, r"{0} has shape \(2, 2, 4\), but|, but {0} \(2, 2, 4\)"),
+    "another device": (
+        lambda x: x.to("meta"),
+        ValueError,
+        "{0} is on meta, but .* move one with|, but {0} on meta: move one with",
+    ),
+}
+
+
+def given_to(operation, argument=None, change=None):
+    call, tensors = OPERATIONS[operation]
+    given = {name: X if name != argument else change(X) for name in tensors}
+    if "history" in given:
+        given["history"] = [given["history"]]
+    return call(**given)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_tensor_of_an_operation_is_looked_at(operation, wrong):
+    given_to(operation)
+    change, error, words = WRONG[wrong]
+    first, *others = OPERATIONS[operation][1]
+    # Of a shape or a device it is the others that are held to the first.
+    for argument in (first, *others) if error is TypeError else others:
+        with pytest.raises(error, match=words.format(OPERATIONS[operation][1][argument])):
+            given_to(operation, argument, change)
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("operation", ["step", "a plain step", "prepared step", "trajectory"])
+def test_a_bound_is_positive(operation, clip):
+    call, tensors = OPERATIONS[operation]
+    with pytest.raises(ValueError, match="clip must be positive, or None for no clamping; got"):
+        call(clip=clip, **{name: [X] if name == "history" else X for name in tensors})
+
+
+@pytest.mark.parametrize("make", [ops.PreparedSteps, ops.PreparedNoise, lambda table: ops.trajectory(X, table)])
+def test_what_is_no_table(make):
+    columns = 2 if make is ops.PreparedNoise else len(ops.COLUMNS)
+    make(torch.ones(3, columns))
+    with pytest.raises(TypeError, match="table must be floating point .*; got torch.int64"):
+        make(torch.ones(3, columns).long())
+    with pytest.raises(TypeError, match="table must be a tensor; got list"):
+        make([[1.0] * columns])
+    for table in (torch.ones(columns), torch.ones(3, columns + 1), torch.ones(3, columns, device="meta")):
+        with pytest.raises(ValueError, match=rf"table must be \[rows, {columns}\] on the CPU; got"):
+            make(table)
+
+
+POSITIVE = {
+    "std of a logit-normal": (timesteps.LogitNormal, "std", True),
+    "std of a log-normal": (timesteps.LogNormal, "std", True),
+    "shift": (lambda shift: timesteps.Shifted(timesteps.Uniform(), shift), "shift", True),
+    "gamma of min-SNR": (weighting.MinSNR, "gamma", False),
+    "gamma of soft min-SNR": (weighting.SoftMinSNR, "gamma", False),
+    "beta": (losses.SmoothL1, "beta", False),
+    "delta": (losses.Huber, "delta", False),
+    "c": (losses.PseudoHuber, "c", False),
+    "rho": (lambda rho: samplers.Euler(sigmas="karras", rho=rho), "rho", False),
+}
+
+
+@pytest.mark.parametrize("setting", POSITIVE)
+def test_a_setting_is_positive(setting):
+    """And finite, where infinity would mean nothing."""
+    make, name, finite = POSITIVE[setting]
+    make(**{name: 1e-3})
+    for value in (0.0, -1.0, float("nan"), *([float("inf")] if finite else [])):
+        with pytest.raises(ValueError, match=f"{name} must be (a )?positive.*; got {value!r}"):
+            make(**{name: value})
+
+
+SCHEDULED = [cls for cls in vars(samplers).values() if isinstance(cls, type) and issubclass(cls, Scheduled)]
+
+
+@pytest.mark.parametrize("sampler", SCHEDULED)
+def test_every_sampler_with_sigmas_looks_at_their_options(sampler):
+    assert len(SCHEDULED) > 8
+    for options in ({"rho": 0.0}, {"sigma_min": 2.0, "sigma_max": 1.0}, {"sigma_min": -1.0}):
+        with pytest.raises(ValueError, match="rho|sigma_min"):
+            sampler(sigmas="karras", **options)
+
+
+def test_a_schedule_whose_noise_rises_is_shown_from_its_end():
+    sigmas = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 4.5]
+    with pytest.raises(ValueError, match=r"sigma / alpha ends with 7, 6, 5, 4, 4.5, 0\."):
+        sample(process=fastdiff.EDM(), prediction="edm", sampler=samplers.Euler(sigmas=sigmas), steps=None)
 
 
 @pytest.mark.parametrize("case", CASES)

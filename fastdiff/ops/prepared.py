@@ -74,6 +74,8 @@ class PreparedSteps(_Placed):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The step of row ``k``: arguments and result as of ``fastdiff.ops.step``; ``dtype`` is that of y and
         of the x0 estimate, by default that of x. Raises TypeError or ValueError for unfit inputs."""
+        if not isinstance(x, Tensor):
+            check_floating(x=x)
         dtype = x.dtype if dtype is None else dtype
         wanted = (return_x0, return_entry)
         backend = backends.get(x.device)
@@ -114,7 +116,11 @@ class PreparedNoise(_Placed):
             index: the row, or int64 [batch], the row of each sample. As indexing does, -1 is the last, and one out of
                 range raises IndexError on the CPU.
             x0, n: floating-point tensors of one shape.
+
+        Raises TypeError or ValueError for unfit inputs.
         """
+        if not isinstance(x0, Tensor):
+            check_floating(x0=x0)
         backend = backends.get(x0.device)
         run = getattr(backend, "run_noise", None)
         if run is not None:

@@ -22,6 +22,7 @@ import sys
 import textwrap
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from drawn import described
@@ -353,9 +354,14 @@ def get_args():
         assert counting.peak_memory(lambda: None, torch.device("meta")) is None
 
     def test_what_the_profiler_says_is_not_seen(self, capfd):
+        free = os.open(os.devnull, os.O_RDONLY)
+        os.close(free)
         with counting._quiet_stderr():
             os.write(2, b"inside")
         os.write(2, b"after")
+        again = os.open(os.devnull, os.O_RDONLY)
+        os.close(again)
+        assert again == free, "a file is left open"
         assert capfd.readouterr().err == "after"
 
     def test_the_compiler_is_left_as_it_was(self):
@@ -464,6 +470,14 @@ class TestMeasuring:
         assert measuring.cache_bytes(CPU) == 48 * 2**20 and measuring.free_bytes(CPU) == 1234 * 1024
         files["/sys/devices/system/cpu/cpu0/cache"] = tmp_path / "index0"
         assert measuring.cache_bytes(CPU) == 64 * 2**20
+
+    @pytest.mark.parametrize("kind", ["mps", "xpu", "cpu"])
+    def test_which_devices_are_waited_for(self, monkeypatch, kind):
+        waited = []
+        for name in ("mps", "xpu"):
+            monkeypatch.setattr(getattr(torch, name), "synchronize", lambda name=name: waited.append(name))
+        Timer(torch.device(kind)).synchronize()
+        assert waited == ([kind] if kind != "cpu" else [])
 
     def test_what_a_gpu_says(self, monkeypatch):
         said = {"L2_cache_size": 50 * 2**20}
@@ -1399,6 +1413,10 @@ class TestKnownReport:
         """130 dots an inch; the plots one below the other, with half an inch for the title. SVG: 72 points an inch."""
         image = pytest.importorskip("PIL.Image").open(io.BytesIO(plots.png(known_report)))
         assert (image.format, image.size) == ("PNG", (1118, int(130 * (4.2 + 1.95 + 4.2 + 0.5))))
+        rows = np.asarray(image.convert("L")) < 128
+        ends = [int(130 * height) for height in (0.5, 4.7, 6.65)]
+        for begin, end in zip(ends, [*ends[1:], image.size[1]]):
+            assert rows[begin:end].sum() > 1000, "one of the plots is empty"
         drawing = plots.svg(known_report, "roofline", plots.Look())
         assert b'width="619.2pt" height="302.4pt"' in drawing and b"<dc:date>" not in drawing
         dark = plots.darkened(drawing)
@@ -1646,6 +1664,27 @@ def test_model_of_known_times(monkeypatch):
     # A round is 0.1 + 0.08 and five of each objective: the tenth ends after 3 seconds.
     assert found["before"]["seconds"]["rounds"] == 10
     assert (found["parameters"], found["shape"], found["dtype"]) == (8, [4, 3, 2, 2], "fp32")
+
+
+def test_parts_of_a_model_take_turns(monkeypatch):
+    """Who comes first changes from round to round."""
+    monkeypatch.setattr(models, "_build", lambda *_: (torch.nn.Linear(3, 2), (4, 3, 2, 2)))
+    order, names = [], iter(("before", "after"))
+    monkeypatch.setattr(models, "_training_step", lambda *_: functools.partial(order.append, next(names)))
+    monkeypatch.setattr(peers, "build", lambda peer, case, device: lambda o: order.append(peer))
+    models.share("mine", CPU, "fp32", 0.0, Progress(1, quiet=True))
+    once = ["before", "after", "eager", "fastdiff"]
+    forth = ["before", "after", *["eager"] * 5, *["fastdiff"] * 5]
+    rounds = [forth if k % 2 else forth[::-1] for k in range(measuring.MIN_ROUNDS)]
+    assert order == once + [name for each in rounds for name in each]
+
+
+def test_the_bar_is_closed(monkeypatch):
+    progress, closed = Progress(1, quiet=True), []
+    progress.close()
+    progress._bar = SimpleNamespace(close=lambda: closed.append(True))
+    progress.close()
+    assert closed == [True]
 
 
 def test_training_steps_of_a_model():

@@ -1042,6 +1042,8 @@ def test_missing_extra_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(DemoError, match=r'scikit-learn, matplotlib: run  pip install "fastdiff\[demo\]"'):
         extras.require("numpy", "sklearn", "matplotlib")
+    with pytest.raises(DemoError, match="scikit-learn: run"):
+        data.digits()
 
 
 class TestKilled:

@@ -208,6 +208,18 @@ def test_elucidated(package, self_condition):
         fused(torch.rand(8, 1, 9, 8))
 
 
+def test_elucidated_with_a_weight_of_its_own():
+    """The published one cancels c_out; another does not."""
+
+    class Reweighted(libraries.ElucidatedDiffusion):
+        def loss_weight(self, sigma):
+            return 1 / sigma
+
+    plain, fused = twice(lambda: Reweighted(Net(), image_size=8, channels=1))
+    assert "forward" in dd.fused_methods(fused)
+    assert_same_loss(plain, fused, torch.rand(16, 1, 8, 8))
+
+
 def train(diffusion, images, steps):
     """The package's training loop: shuffled batches, two accumulated, clipped gradients, Adam."""
     torch.manual_seed(0)

@@ -66,7 +66,7 @@ def test_alphas_cumprod(name):
 def test_a_schedulers_process_has_its_betas():
     scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear")
     betas = fastdiff.Objective.from_scheduler(scheduler).process.betas
-    # 1 - (alpha_t / alpha_t-1)^2: upstream rounds 1 - beta and their product, and two roots, each of them twice.
+    # 1 - (alpha_t / alpha_t-1)^2: 1 - beta and their product are rounded, and two roots, each of which counts twice.
     assert_close(betas, scheduler.betas.double(), absolute=6 * F32)
 
 

@@ -544,6 +544,18 @@ def test_a_list_of_generators(name, way):
     assert all(torch.equal(one.get_state(), other.get_state()) for one, other in zip(a, b))
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_list_of_another_length(count):
+    """One generator is for all samples; upstream leaves out those beyond the batch, and refuses none at all."""
+    outcomes = []
+    for scheduler in (make("DDPMScheduler", {}), fused.fuse(make("DDPMScheduler", {}))):
+        generators = [torch.Generator().manual_seed(k) for k in range(count)]
+        made, error = outcome(scheduler, 3, generator=generators)
+        outcomes.append((error, [g.get_state().tolist() for g in generators]))
+        assert made is None or made[-1].prev_sample.shape == SHAPE
+    assert outcomes[0] == outcomes[1] and (outcomes[0][0] is None) == (count > 0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_default_generator_and_tuples(name, way):
     outputs = []
@@ -739,6 +751,9 @@ def wrong_calls(name):
     yield "no such timestep", lambda s, t: s.step(x, 12345 if t.dtype == torch.int64 else 12345.5, x)
     yield "an integer", lambda s, t: s.step(x, 3, x)
     yield "an unknown argument", lambda s, t: s.step(x, t, x, nonsense=1)
+    if hasattr(getattr(diffusers, name), "scale_model_input") and name in BY_INDEX:
+        yield "scaling beyond the end", lambda s, t: (setattr(s, "_step_index", 99), s.scale_model_input(x, t))
+        yield "scaling no tensor", lambda s, t: s.scale_model_input(None, t)
     if "Flow" not in name:
         yield "noise for another batch", lambda s, t: s.add_noise(x, x[:, :1, :1, :3], t.reshape(1))
         yield "timesteps beyond", lambda s, t: s.add_noise(x, x, torch.tensor([5000, 5000]))
@@ -764,6 +779,8 @@ REASONS = {
         UNUSABLE: {"DDPMScheduler", "DDPMParallelScheduler"},  # it is none of the ten
     },
     "an unknown argument": {},
+    "scaling beyond the end": {"the step index is beyond the schedule": BY_INDEX},
+    "scaling no tensor": {"sample is no tensor": BY_INDEX},
     "noise for another batch": {"sample and noise differ in shape": set(NAMES)},
     "timesteps beyond": {"a timestep is none of the scheduler's": BY_INDEX},
     "float timesteps": {"a timestep is none of the scheduler's": BY_INDEX, "timesteps are no integers": BY_TIME},

@@ -113,6 +113,12 @@ def test_guided_diffusion_wrong_use():
     assert guided_diffusion.fused_methods(fused) == ("q_sample",), "what is predicted is unknown"
 
 
+def test_resampled_times_are_where_they_are_asked_for():
+    resampler = guided_diffusion.LossSecondMomentResampler(10)
+    assert {part.device.type for part in resampler.sample(4)} == {"cpu"}
+    assert {part.device.type for part in resampler.sample(4, "meta")} == {"meta"}
+
+
 def test_resampler_is_the_published_one():
     """Histories of 4 losses, the oldest forgotten, batches with repeated timesteps; then 0.1% uniform."""
     resampler = guided_diffusion.LossSecondMomentResampler(Diffusion(steps=6), history_per_term=4, uniform_prob=0.01)

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import fastdiff
+from fastdiff import ops
 from fastdiff.backends.reference.philox import normal, philox4x32, uniform
 
 PROFILE = settings(max_examples=40, deadline=None, derandomize=True)
 Z = 4.5
+CPU = torch.device("cpu")
 
 # Random123-1.14, tests/kat_vectors, "philox4x32 10": counter, key, result
 KNOWN_ANSWERS = [
@@ -398,3 +400,26 @@ def test_uniform_moments_and_range():
 def test_uniform_batch_split():
     whole = uniform(17, 8, stream=1)
     assert torch.equal(whole, torch.cat([uniform(17, 3, stream=1), uniform(17, 5, stream=1, sample_offset=3)]))
+
+
+def test_the_fast_way_is_the_exact_one_where_there_is_no_other(backend):
+    for shape, offset in (((3, 4, 5), 0.5), ((3, 4), 0.0)):
+        fast, exact = (ops.Philox(7, 2, offset=offset, rng=rng).tensor(shape, CPU) for rng in ("fast", "exact"))
+        assert_same_bits(fast, exact)
+
+
+def test_a_backend_with_a_fast_way_is_asked_for_it(monkeypatch):
+    asked = []
+
+    class Quick:
+        fast_rng = True
+
+        @staticmethod
+        def normal(*given, rng="exact", **how):
+            asked.append(rng)
+            return torch.zeros(given[1])
+
+    monkeypatch.setattr(fastdiff.backends, "get", lambda device: Quick)
+    for rng in ("fast", "exact"):
+        ops.Philox(7, offset=0.5, rng=rng).tensor((2, 3, 4), CPU)
+    assert asked == ["fast", "fast", "exact", "exact"]

@@ -166,7 +166,7 @@ def passes(asked, trees, known={}):  # noqa: B006
     if (file, function) not in known:
         place = asked.mutant.place
         nothing = replace(asked.mutant, text=place.source.encode()[place.start : place.end].decode())
-        control = asking.Asked(nothing, trees.free[-1], {file: {function.replace("::", ".")}}, 60)
+        control = asking.Asked(nothing, trees.free[-1], {file: {function.replace("::", "."): 0.0}}, 60)
         while (outcome := control.outcome()) is None:
             time.sleep(0.02)
         known[file, function] = outcome == asking.SURVIVED

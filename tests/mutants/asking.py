@@ -19,6 +19,7 @@ import pytest
 NOTICED, SURVIVED, TIMED_OUT, BROKEN = "noticed", "survived", "timed out", "broken"
 _CODES = {10: NOTICED, 11: SURVIVED, 12: BROKEN}
 _FIRST = 3  # cases of a test function that are asked before all cases of any
+_CHEAP = 2.0  # seconds of all cases of a function that are asked at once
 _KILLED = 240  # seconds after which a process that takes no processor time either is stopped
 
 
@@ -57,9 +58,10 @@ class Trees:
 
 
 class Asked:
-    """A fault that is being asked about: ``tests`` says which functions of which files, in this order."""
+    """A fault that is being asked about: ``tests`` says which functions of which files, in this order, and how many
+    seconds each takes; None for a file whose functions are all asked, and not known."""
 
-    def __init__(self, mutant, tree: Path, tests: dict[str, set[str] | None], limit: float):
+    def __init__(self, mutant, tree: Path, tests: dict[str, dict[str, float] | None], limit: float):
         self.mutant, self.tree, self.began = mutant, tree, time.monotonic()
         (tree / mutant.file).write_text(mutant.place.planted(mutant.text))
         self.log = tree / "asked.log"
@@ -127,7 +129,8 @@ def _child(tree: Path, tests, limit: float, log: Path) -> int:
 
 
 class _Choice:
-    """Which cases of a file are run: the first few of each function in an order drawn at random, or the others."""
+    """Which cases of a file are run: all of a function that takes little time, and the first few of each other in an
+    order drawn at random; or the others."""
 
     def __init__(self, functions, first: bool, limit: float):
         self.functions, self.first, self.limit = functions, first, limit
@@ -142,7 +145,8 @@ class _Choice:
             name = ".".join(item.nodeid.split("[")[0].split("::")[1:])
             if self.functions is None or name in self.functions:
                 counts[name] = counts.get(name, 0) + 1
-                if (counts[name] <= _FIRST) == self.first and not item.get_closest_marker("skip"):
+                cheap = self.functions is not None and self.functions[name] < _CHEAP
+                if (cheap or counts[name] <= _FIRST) == self.first and not item.get_closest_marker("skip"):
                     kept.append(item)
         # A test whose resources are shared by its class runs beside the others of its class.
         place = {item: i for i, item in enumerate(items)}

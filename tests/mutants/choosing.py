@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -47,7 +48,7 @@ EVERYWHERE = ["names", "options"]
 NEVER = {"test_large", "test_packaging", "test_optional_packages", "test_gpu_memory", "test_triton_ptx"}
 
 
-def files_for(root: Path, file: str) -> dict[str, set[str] | None]:
+def files_for(root: Path, file: str) -> dict[str, dict[str, float] | None]:
     """The test files of the table, and None: each of their functions."""
     names = next(names for start, names in TABLE.items() if file.startswith(start)).split()
     where = test_files(root)
@@ -68,19 +69,36 @@ class Recorded:
         where = test_files(root)
         self.files = {where[file.suffix[1:]] for file in folder.glob("data.*") if file.suffix[1:] in where}
 
-    def functions_for(self, root: Path, file: str, lines: range) -> dict[str, set[str] | None]:
-        """The functions that ran one of ``lines``, by test file, cheap files first. For what is run only when the
-        package is imported, all that ran anything of the file. Then the files of the table that were not recorded."""
+    def functions_for(self, root: Path, file: str, lines: range) -> dict[str, dict[str, float] | None]:
+        """The functions that ran one of ``lines`` and what they cost, by test file: those of the table first, then
+        cheap ones. For what is run when the package is imported, all that ran anything of the file, and the files of
+        the table whole; else those of the table that were not recorded."""
         ran = self.lines.get(file, {})
         tests = {test for line in lines for test in ran.get(str(line), ())}
-        tests = tests or {test for each in ran.values() for test in each}
-        chosen = defaultdict(set)
+        imported = not tests or not _in_a_function((root / file).read_text(), lines.start)
+        if imported:
+            tests = {test for each in ran.values() for test in each}
+        chosen = defaultdict(dict)
         for test in tests:
             name, function = test.split("::", 1)
-            chosen[name].add(function)
-        cost = {name: sum(self.costs.get(f"{name}::{f}", 0) for f in functions) for name, functions in chosen.items()}
-        found = dict(sorted(chosen.items(), key=lambda item: (1 + cost[item[0]]) / len(item[1])))
-        return found | {name: None for name in files_for(root, file) if name not in self.files}
+            chosen[name][function] = self.costs.get(test, 0.0)
+        table = list(files_for(root, file))
+        for name in table:
+            if imported or name not in self.files:
+                chosen[name] = None
+
+        def order(name):
+            functions = chosen[name] or {}
+            likely = table.index(name) if name in table else len(table)
+            return likely, (1 + sum(functions.values())) / max(1, len(functions))
+
+        return {name: chosen[name] for name in sorted(chosen, key=order)}
+
+
+def _in_a_function(source: str, line: int) -> bool:
+    """Whether a line is in the body of a function; what stands in its head is run where it is defined."""
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    return any(node.body[0].lineno <= line <= node.end_lineno for node in functions)
 
 
 def record(root: Path, folder: Path, jobs: int, only=()):

@@ -411,3 +411,22 @@ def test_both_ends_of_the_interval_are_guided():
     how = {"cond": COND, "uncond": UNCOND, "guidance": 3.0, "guidance_interval": (300, 700)}
     run(counted, samplers.DDIM(timesteps=[701, 700, 300, 299]), steps=None, **how)
     assert batches == [2, 4, 4, 2]
+
+
+def test_a_step_waits_for_no_copy(monkeypatch):
+    """What a step of guidance that looks at the network's output copies to the device, the host does not wait for."""
+    copies, real = [], torch.Tensor.to
+
+    def to(tensor, *given, **how):
+        found = real(tensor, *given, **how)
+        if given and isinstance(given[0], torch.device) and found is not tensor:
+            copies.append(how.get("non_blocking", False))
+        return found
+
+    def watched(x, t, c):
+        copies.clear()  # what comes before the first step is made once
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        return network(x, t, c)
+
+    run(watched, cond=COND, uncond=UNCOND, guidance=2.0, guidance_rescale=0.7, steps=1)
+    assert copies and all(copies)

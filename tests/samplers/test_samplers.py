@@ -543,6 +543,7 @@ PLANS = [
     ("euler", {"sigmas": [5.0, 1.0], "timesteps": [900, 100], "final_sigma": 0.01}, "vp"),
     ("ddim", {"previous": "stride", "set_alpha_to_one": False, "eta": 0.5, "spacing": "leading"}, "vp"),
     ("ddim", {"timesteps": [900, 500, 20, 10, 0]}, "vp"),
+    ("ddim", {"set_alpha_to_one": False}, "vp"),
     ("ddim", {}, "flow"),
     ("ddim", {}, "vpsde"),
     ("ddim", {"timesteps": [0.9, 0.5, 0.2, 0.1]}, "flow"),

@@ -1,12 +1,15 @@
 """fastdiff.sample: closed forms, the pitfalls of samplers, guidance, seeds, callbacks."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
 import pytest
 import torch
 from accuracy import assert_rounded, to_numpy
+from devices import on_every_device
 
 import fastdiff
 from fastdiff import prediction as kinds
@@ -413,3 +416,35 @@ def test_the_estimate_is_computed_where_it_is_shown(sampler, each, monkeypatch):
     asked.clear()
     run(sampler=sampler, steps=4, return_trajectory=True)
     assert asked and not any(asked)
+
+
+def test_the_last_plans_are_kept():
+    """Sixteen of a process; of a changed one, others."""
+    process, plan = fastdiff.VariancePreserving(steps=60), fastdiff.sampling._planned
+    made = [plan(samplers.DDIM(), process, steps, "epsilon") for steps in range(1, 18)]
+    assert plan(samplers.DDIM(), process, 17, "epsilon") is made[-1]
+    assert plan(samplers.DDIM(), process, 1, "epsilon") is not made[0]
+    assert len(fastdiff.sampling._plans[process]) == 2
+    assert plan(samplers.DDIM(eta=0.5), process, 17, "epsilon") is not made[-1]
+    assert plan(samplers.DDIM(), process, 17, "v_prediction") is not made[-1]
+
+
+def test_the_bar_leaves_nothing_behind(monkeypatch):
+    made = []
+    monkeypatch.setitem(
+        sys.modules, "tqdm.auto", SimpleNamespace(tqdm=lambda steps, **how: (made.append((steps, how)), steps)[1])
+    )
+    run(steps=5, progress=True)
+    assert made == [(range(5), {"desc": "sampling", "leave": False})]
+    run(steps=5, progress=False)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    run(steps=5, progress=True)
+    assert len(made) == 1
+
+
+@on_every_device
+def test_a_callback_has_t_where_x_is(backend, device):
+    seen = []
+    x = torch.zeros(2, 3, device=device)
+    run(shape=(2, 3), x=x, steps=3, callback=lambda k, t, x, x0: seen.append((t.device, x.device, x0.device)))
+    assert seen == [(x.device,) * 3] * 3
