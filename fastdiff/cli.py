@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, doctor
+from . import __version__, doctor, trace
 from .bench import BenchError
 from .bench.cases import DTYPES, PRESETS
 from .demo import DemoError, run
@@ -183,11 +183,25 @@ def _without_nproc(options: argparse.Namespace) -> list[str]:
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="show versions, devices and backends",
-        description="Show versions, devices, and which backends are available, or why not.",
+        help="show versions, devices and backends; or what of a script is fused",
+        description="Show versions, devices, and which backends are available, or why not. With --trace, run a script "
+        "and say which calls of its objectives and schedulers were fused, which were not, and why.",
     )
-    parser.set_defaults(command=lambda options: doctor.show(options.json))
+    parser.set_defaults(command=_doctor)
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "--trace", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a Python script, and its arguments behind it"
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int | None:
+    if options.trace is None:
+        doctor.show(options.json)
+        return None
+    if not options.trace or not Path(options.trace[0]).is_file():
+        print(f"fastdiff: error: --trace needs a script; got {' '.join(options.trace) or 'none'}.", file=sys.stderr)
+        return 2
+    return trace.run(options.trace[0], options.trace[1:])
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -433,7 +433,9 @@ class Objective:
                 calls = self._plain_calls[direct] = PlainCalls(self, direct)
         return calls
 
-    def _later(self, t: Tensor, x0: Tensor, noise: Any) -> Callable[[str], dict[str, Any]]:
+    def _later(
+        self, t: Tensor, x0: Tensor, noise: Any, prediction: Tensor | None = None
+    ) -> Callable[[str], dict[str, Any]]:
         """``Rows.evaluate`` for rows of which none is known yet."""
 
         version = version_of(t)
@@ -441,7 +443,7 @@ class Objective:
         def evaluate(name: str) -> dict[str, Any]:
             if not torch.compiler.is_compiling() and version != version_of(t):
                 raise RuntimeError(_CHANGED.format("t"))
-            rows, _ = self._rows_for(t, x0, compute_dtype(x0, noise if isinstance(noise, Tensor) else None))
+            rows, _ = self._rows_for(t, x0, compute_dtype(x0, noise if isinstance(noise, Tensor) else None, prediction))
             getattr(rows, name)
             return rows.known()
 
@@ -486,7 +488,9 @@ class Objective:
                 raise ValueError(
                     f"noised is of the process {process!r}, this objective of {self.process!r}: noise it anew."
                 )
-            rows = Rows({}, self._later(t, x0, n))
+            rows = Rows({}, self._later(t, x0, n, prediction))
+        elif isinstance(prediction, Tensor) and prediction.dtype == torch.float64 != rows.alpha.dtype:
+            rows = Rows({}, self._later(t, x0, n, prediction))  # those of noising were rounded to float32
         if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
             result = self._plain_loss(prediction, x0, n, t, lambda: rows)
             if result is not None:
@@ -519,7 +523,8 @@ class Objective:
         if isinstance(mask, Tensor):
             check_unambiguous("mask", mask.shape, prediction.shape)
         mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction)
-        dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) else None)
+        # Noise that is made again counts as what it was made for.
+        dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) or n is None else x0)
         coefficients = list(self._rows_of_loss(rows))
         if weight is not None:
             if isinstance(weight, Tensor):

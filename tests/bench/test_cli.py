@@ -169,7 +169,7 @@ class TestOptions:
         elsewhere = {
             "demo": {"--data", "--size", "--gray", "--out", "--resume"},
             "sample": {"--checkpoint", "--out", "--overwrite"},
-            "doctor": {"--json"},
+            "doctor": {"--json", "--trace"},
         }
         for name, table in tables.items():
             assert options_of(name) == {option.split()[0] for option in table} | elsewhere[name]

@@ -111,7 +111,7 @@ class _Loss(torch.autograd.Function):
         if gradient is not None and not graph and plain and float(upstream) == 1.0:
             return gradient, None
         prediction, x0, n, _ = saved(ctx)  # t, which the rows are made from, has not changed
-        p, q, scale, weight, c = ctx.rows()
+        p, q, scale, weight, c = (row if row is None else row.to(upstream.dtype) for row in ctx.rows())
         rest = (c, None, ctx.function, "none", "mean")
         if graph:
             loss = reference.loss(prediction, x0, n, p, q, scale, weight, *rest)

@@ -241,7 +241,7 @@ class DDPMPlan(StepPlan):
     other_names = ("num_inference_steps", "custom_timesteps", "variance_type")
 
     def make(self, scheduler: Any, config: Any) -> None:
-        kind = kind_of(config, VP)
+        self.kind = kind = kind_of(config, VP)
         self.learned = scheduler.variance_type == "learned_range"
         if scheduler.variance_type != config.variance_type:
             raise Unfit("variance_type differs from the config's")
@@ -296,7 +296,7 @@ class LCMPlan(StepPlan):
     other_names = ("num_inference_steps",)
 
     def make(self, scheduler: Any, config: Any) -> None:
-        kind = kind_of(config, VP)
+        self.kind = kind = kind_of(config, VP)
         self.thresholds(config)
         self.clips = self.clip is not None or self.quantile is not None
         bars, count = host(scheduler.alphas_cumprod), len(self.times)
@@ -369,7 +369,9 @@ class DPMSolverPlan(StepPlan):
         need(config, algorithm_type=("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"))
         need(config, solver_type=("midpoint", "heun"), solver_order=(1, 2, 3), variance_type=(None,))
         flow = bool(config.use_flow_sigmas)
-        kind = kind_of(config, ("epsilon", "sample", "flow_prediction") if flow else VP)
+        noises = not config.algorithm_type.endswith("++")  # these know no flow_prediction
+        kinds = ("epsilon", "sample") if noises else ("epsilon", "sample", "flow_prediction")
+        kind = kind_of(config, kinds if flow else VP)
         self.algorithm, self.order = config.algorithm_type, config.solver_order
         self.sde = self.algorithm.startswith("sde")
         self.thresholds(config, clips=False)
