@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +17,18 @@ from .demo.settings import PROCESSES, SAMPLERS, Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 2 for what the user can put right, 1 for the machine, 130 for Ctrl-C."""
+    """Run a command; returns the exit status: 2 for what the user can put right, 1 for the machine, 130 for Ctrl-C, 141
+    where nobody reads the output any more."""
     options = _parser().parse_args(arguments)
     try:
         status = options.command(options)
+        sys.stdout.flush()  # here, where it can be seen to fail
     except (DemoError, BenchError) as error:
         print(f"fastdiff: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output, head for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        return 128 + 13  # as the shell says it of a program that SIGPIPE ended
     except OSError as error:  # a full disk, a folder that cannot be written to
         print(f"fastdiff: error: {error}", file=sys.stderr)
         return 1
