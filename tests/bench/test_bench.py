@@ -1438,7 +1438,7 @@ class TestKnownReport:
             ("LEFT", f"ticks left {ticks}"),
         ):
             wide = wide.replace(word, meaning)
-        narrow = wide.replace("10.5 4.2 inches", "4 4 inches").replace("8.6 1.95", "4 1.95")
+        narrow = wide.replace("10.5 4.2 inches", "4 4 inches").replace("10.5 1.95", "4 1.95")
         if name != "peers":
             narrow = re.sub("legend in . columns", "legend in 2 columns", narrow)
         for light, dark in self.DARK.items():
@@ -1466,7 +1466,7 @@ class TestKnownReport:
     def test_files_of_plots(self, known_report):
         """130 dots an inch; the plots one below the other, with half an inch for the title. SVG: 72 points an inch."""
         image = pytest.importorskip("PIL.Image").open(io.BytesIO(plots.png(known_report)))
-        assert (image.format, image.size) == ("PNG", (1118, int(130 * (4.2 + 1.95 + 4.2 + 0.5))))
+        assert (image.format, image.size) == ("PNG", (1365, int(130 * (4.2 + 1.95 + 4.2 + 0.5))))
         rows = np.asarray(image.convert("L")) < 128
         ends = [int(130 * height) for height in (0.5, 4.7, 6.65)]
         for begin, end in zip(ends, [*ends[1:], image.size[1]]):
@@ -1730,7 +1730,6 @@ class TestTable:
             assert narrower.splitlines()[0].split() == kept.replace(heading, "").split()
             kept = narrower.splitlines()[0]
         assert kept.split() == "case time of copy eager × compile × diffusers ×".split()
-        assert table.text(known_report, 10).splitlines()[0] == kept
 
     def test_80_columns(self, known_report):
         """Operation, time and every ratio of each case, with what neighbours share above them."""

@@ -481,7 +481,7 @@ VALUES = {
         **{"--preset": "NAME", "--dtype": "A,B,...", "--against": "A,B,...", "--nproc": "N", "--out": "DIR"},
         "--compare": ("A.json", "B.json"),
     },
-    "doctor": {},
+    "doctor": {"--trace": "SCRIPT"},
 }
 SAY_THEMSELVES = {"--checkpoint", "--sampler", "--guidance", "--seed", "--out"}  # of ``fastdiff sample``
 
