@@ -1472,7 +1472,7 @@ class TestKnownReport:
         for begin, end in zip(ends, [*ends[1:], image.size[1]]):
             assert rows[begin:end].sum() > 1000, "one of the plots is empty"
         drawing = plots.svg(known_report, "roofline", plots.Look())
-        assert b'width="619.2pt" height="302.4pt"' in drawing and b"<dc:date>" not in drawing
+        assert b'width="756pt" height="302.4pt"' in drawing and b"<dc:date>" not in drawing
         dark = plots.darkened(drawing)
         for light, other in self.DARK.items():
             assert light.encode() in drawing and light.encode() not in dark, light
