@@ -215,6 +215,12 @@ class Objective:
         unused = self.weighting.unused(self.prediction, self.error_space) if hasattr(self.weighting, "unused") else None
         if unused:
             warnings.warn(unused, stacklevel=2)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What follows from the process as it is, and the rest."""
+        process = self.process
+        self._changes = process._changes
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
         levels = process.levels(example)
@@ -426,9 +432,11 @@ class Objective:
         if direct is None:
             return None
         calls = self._plain_calls.get(direct)
-        if calls is None:
+        if calls is None or self._changes != self.process._changes:
             if wrapping() is not None:
                 return None
+            if self._changes != self.process._changes:
+                self._prepare()
             with lasting():
                 calls = self._plain_calls[direct] = PlainCalls(self, direct)
         return calls
@@ -620,6 +628,8 @@ class Objective:
             if t.numel() == 1:
                 t = t.reshape(()).expand(len(x0))
         check_unambiguous("t", t.shape, x0.shape)
+        if self._changes != self.process._changes:
+            self._prepare()
         placed = place_rows("t", t, x0.shape)
         if not self.process.discrete:
             levels: list[Levels] = []

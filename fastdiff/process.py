@@ -100,6 +100,11 @@ class Process:
     steps: int
     variance_preserving = False
     t_min, t_max = 0.0, 1.0
+    _changes = 0  # counts what is set, so that what was made from a process is made anew
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        super().__setattr__("_changes", self._changes + 1)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at ``t`` (any shape, already checked): float64 tensors of t's shape and device."""

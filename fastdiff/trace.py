@@ -122,9 +122,9 @@ def _general(method: str, arguments: Sequence[Any], named: dict[str, Any]) -> st
 
 def run(script: str, arguments: Sequence[str]) -> int:
     """Run a script as ``python script arguments`` would, then print what was counted. Returns its exit status."""
-    trace, argv, path = Trace(), sys.argv, sys.path[:]
-    counts = _scheduler_counts()
-    status = 0
+    trace, argv, path, status = Trace(), sys.argv, sys.path[:], 0
+    if _scheduler_counts() is not None:
+        _scheduler_counts().reset_counts()
     try:
         sys.argv = [script, *arguments]
         with trace.counting():
@@ -138,7 +138,7 @@ def run(script: str, arguments: Sequence[str]) -> int:
         status = 1
     finally:
         sys.argv, sys.path[:] = argv, path
-    print("\n".join(report(trace, counts or _scheduler_counts())))
+    print("\n".join(report(trace, _scheduler_counts())))
     return status
 
 

@@ -321,3 +321,36 @@ def test_the_class_of_a_fused_scheduler_looks_as_its_own(tmp_path):
     assert [c.__name__ for c in one.compatibles] == [c.__name__ for c in cls().compatibles]
     assert type(fused.fuse(cls())) is type(one), "one class for all"
     assert type(fused.unfuse(one)) is cls
+
+
+# ------------------------------------------------------------------------------------------------- a process's numbers
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "values"),
+    [
+        (fastdiff.RectifiedFlow, "shift", (3.0, 0.5, 1.0)),
+        (lambda: fastdiff.RectifiedFlow(shift=2.0), "sigma_min", (0.1, 0.0)),
+        (fastdiff.VPSDE, "beta_max", (10.0, 20.0)),
+        (fastdiff.EDM, "sigma_data", (1.0, 0.3)),
+    ],
+    ids=["shift", "sigma_min", "beta_max", "sigma_data"],
+)
+@pytest.mark.parametrize("weighting", [None, "sigma_sqrt"])
+def test_an_objective_follows_its_process(backend, make, name, values, weighting):
+    process = make()
+    kind = {"RectifiedFlow": "flow", "EDM": "edm"}.get(type(process).__name__, "score")
+    objective, (x0, n), t = fastdiff.Objective(process, kind, weighting), data(), torch.tensor([0.2, 0.7])
+
+    def used(objective):
+        noised = objective.noise(x0, t, n)
+        return noised.x_t, objective.loss(x0 * 0.5, noised), objective.predict_x0(n, noised), noised.model_time
+
+    first = used(objective)
+    for value in values:
+        setattr(process, name, value)
+        fresh = fastdiff.Objective(process, kind, weighting)
+        for found, expected in zip(used(objective), used(fresh)):
+            assert torch.equal(found, expected)
+        changed = [not torch.equal(a, b) for a, b in zip(first, used(fresh))]
+        assert any(changed) or value == {"shift": 1.0, "sigma_min": 0.0, "beta_max": 20.0}.get(name)
