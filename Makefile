@@ -2,9 +2,11 @@
 # make test       run the whole test suite
 # make mutants    plant faults and say which no test notices (ARGS="--count 200 --seed 1"; CONTRIBUTING.md has the rest)
 # make test-pure  the tests without the C++ extension
-# make nightly    everything: all cases, without the extension too, and 200 faults of each group for the day's seed
+# make nightly    everything: all cases, without the extension and from a wheel too, and 200 faults of each group for the
+#                 day's seed
 # make bench      the operations against eager PyTorch, torch.compile and diffusers (2 minutes; ARGS="--preset full": 5)
 # make sanitize   the native backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make docs       the documents as a site, with the API reference, in build/site
 # make wheel      the sdist and the wheel, and the tests against the wheel in an environment of its own
 # They set up everything they need in .venv first.
 
@@ -15,7 +17,7 @@ ARGS ?=
 TODAY := $(shell date +%Y%m%d)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test mutants test-pure nightly bench sanitize wheel lint clean
+.PHONY: demo docs test mutants test-pure nightly bench sanitize wheel lint clean
 
 demo: $(VENV)/.demo
 	@echo "== fastdiff demo: training on real handwritten digits, then sampling"
@@ -31,22 +33,27 @@ test: $(VENV)/.dev
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants $(ARGS)
 
-# In a copy of the tree that has no extension, as FASTDIFF_BUILD=0 installs it. What stands in its place keeps Python from
-# finding that of the tree, which is installed as editable.
 test-pure: $(VENV)/.dev
-	rm -rf build/pure
-	mkdir -p build/pure
-	cp -r $(filter-out build dist $(VENV),$(wildcard *)) build/pure
-	rm -f build/pure/fastdiff/_C.*
-	echo 'raise ModuleNotFoundError("not in this copy", name="fastdiff._C")' > build/pure/fastdiff/_C.py
-	cd build/pure && FASTDIFF_BUILD=0 PYTHONPATH=$(CURDIR)/build/pure \
-	  $(abspath $(BIN))/python -m pytest -q -n auto -p no:cacheprovider $(ARGS)
+	FASTDIFF_BUILD=0 $(BIN)/python -m pytest -q -n auto -p no:cacheprovider $(ARGS)
 
 nightly: export FASTDIFF_NIGHTLY = 1
-nightly: test test-pure
+nightly: test test-pure wheel
 	@echo "== planted faults: the seed is $(TODAY)"
 	$(BIN)/python tests/mutants --record
 	$(BIN)/python tests/mutants --count 200 --seed $(TODAY) --control
+
+# The documents as a site, in build/site. In build/pages they lie as they do here; the first page gets the contents.
+PAGES := objectives migrating diffusers samplers reference results performance design
+
+docs: $(VENV)/.dev
+	rm -rf build/pages build/site
+	mkdir -p build/pages/benchmarks
+	cp -r README.md CONTRIBUTING.md CHANGELOG.md docs examples build/pages
+	cp -r benchmarks/results build/pages/benchmarks
+	printf '\n```{toctree}\n:hidden:\n\n%s\n```\n' "$$(printf '%s\n' $(PAGES:%=docs/%) CONTRIBUTING CHANGELOG)" \
+	  >>build/pages/README.md
+	$(BIN)/sphinx-build -q -W --keep-going -c docs build/pages build/site
+	@echo "== build/site/README.html"
 
 bench: $(VENV)/.dev
 	@echo "== the cases under pytest-benchmark"
@@ -54,7 +61,8 @@ bench: $(VENV)/.dev
 	@echo "== fastdiff bench"
 	$(BIN)/fastdiff bench $(ARGS)
 
-# The sdist, the wheel made of it, and the tests against that wheel in an environment of its own.
+# The sdist, the wheel made of it, and the tests against that wheel in an environment of its own, with everything beside
+# them but the package.
 wheel: $(VENV)/.dev
 	rm -rf dist build/wheel
 	$(BIN)/python -m build --outdir dist .
@@ -62,8 +70,9 @@ wheel: $(VENV)/.dev
 	build/wheel/bin/pip install --quiet -c constraints.txt torch
 	build/wheel/bin/pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[test]"
 	build/wheel/bin/pip install --quiet --no-deps -c constraints.txt -r tests/upstream.txt
-	cp -r tests build/wheel/tests
-	cd build/wheel && bin/python -m pytest -q -n auto -p no:cacheprovider tests
+	mkdir build/wheel/tree
+	cp -r .ci $(filter-out build dist fastdiff $(VENV),$(wildcard *)) build/wheel/tree
+	cd build/wheel/tree && ../bin/python -m pytest -q -n auto -p no:cacheprovider $(ARGS)
 
 # In a copy of the package with its own build of the extension: the one in the tree stays as it is. Python is not built
 # with the sanitizers, so they are loaded before it. It and torch leave memory to the system when they end: no leaks.

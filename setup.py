@@ -3,19 +3,26 @@
 FASTDIFF_BUILD=auto (default) installs without the extension where it cannot be built, and says why; 1 fails there;
 0 does not try. FASTDIFF_CUDA=auto (default) puts the CUDA kernel in where nvcc is found; 0 does without it, 1 fails
 without nvcc. FASTDIFF_CMAKE_ARGS is passed on to CMake.
+
+Nothing of an earlier build is used: CMake starts in an empty folder, and setuptools' ``build/lib`` is emptied. (For
+short turns while writing C++: see CONTRIBUTING.md.)
 """
 
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+EXTENSION = runpy.run_path(str(ROOT / "fastdiff" / "extension.py"))
 
 
 class CMakeExtension(Extension):
@@ -35,6 +42,23 @@ class CannotBuild(Exception):
     """Why the extension is not built."""
 
 
+class CleanBuild(build_py):
+    """The Python files, into an empty folder: what an earlier build left there would be packaged too."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "fastdiff", ignore_errors=True)
+        super().run()
+        if not self.editable_mode:
+            tell(self.build_lib, EXTENSION["NOT_WANTED"] if wanted() == "0" else "")
+
+
+def tell(build_lib, missing):
+    """Write what the package is built of, and why it has no extension, if it has none: see fastdiff/extension.py."""
+    lines = f"SOURCES = {EXTENSION['digest'](ROOT)!r}\nMISSING = {missing!r}\n"
+    (Path(build_lib) / "fastdiff" / "_built.py").write_text(f"# Written by setup.py.\n{lines}")
+
+
 class CMakeBuild(build_ext):
     def run(self):
         try:
@@ -49,8 +73,12 @@ class CMakeBuild(build_ext):
             )
             # Nothing was built, so there is nothing to copy for an editable install or a wheel.
             self.extensions = []
+            if not (self.inplace or self.editable_mode):
+                tell(self.build_lib, str(reason))
 
     def build_extension(self, extension):
+        if sys.platform != "linux":
+            raise CannotBuild(f"it is for Linux; this is {sys.platform}")
         cmake = shutil.which("cmake")
         if cmake is None:
             raise CannotBuild("cmake was not found")
@@ -59,21 +87,23 @@ class CMakeBuild(build_ext):
         except ImportError as error:
             raise CannotBuild("pybind11 was not found") from error
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        build = Path(self.build_temp).resolve() / extension.name
-        build.mkdir(parents=True, exist_ok=True)
-        arguments = [
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
-            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DFASTDIFF_CUDA={wanted('FASTDIFF_CUDA')}",
-            *(["-G", "Ninja"] if shutil.which("ninja") else []),
-            *shlex.split(os.environ.get("FASTDIFF_CMAKE_ARGS", "")),
-        ]
-        self._call([cmake, "-S", str(ROOT), "-B", str(build), *arguments])
-        self._call([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
-        if not target.exists():
-            raise CannotBuild(f"CMake built no {target.name}")
+        with tempfile.TemporaryDirectory() as folder:
+            built = Path(folder) / "built"
+            arguments = [
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={built}",
+                f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+                f"-DFASTDIFF_CUDA={wanted('FASTDIFF_CUDA')}",
+                *(["-G", "Ninja"] if shutil.which("ninja") else []),
+                *shlex.split(os.environ.get("FASTDIFF_CMAKE_ARGS", "")),
+            ]
+            self._call([cmake, "-S", str(ROOT), "-B", folder, *arguments])
+            self._call([cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)])
+            if not (built / target.name).exists():
+                raise CannotBuild(f"CMake built no {target.name}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(built / target.name, target)
 
     def _call(self, command):
         try:
@@ -89,5 +119,5 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[CMakeExtension("fastdiff._C")] if wanted() != "0" else [],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuild},
 )

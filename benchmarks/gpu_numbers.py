@@ -668,7 +668,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=["doctor", "compile", "smoke", "kernels", "steps", "counters", "once"])
     parser.add_argument("--exponents", type=int, nargs="+", default=EXPONENTS, help="sizes, as powers of 2")
     parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1))
-    parser.add_argument("--compile-seconds", type=float, default=15.0)
+    parser.add_argument("--compile-seconds", type=float, default=45.0)
     options = parser.parse_args(arguments)
     if options.command == "counters":
         return counters(options.exponents)

@@ -1,8 +1,10 @@
 // fastdiff._C: the operations on pointers and sizes. It needs no torch to be built, and knows none.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "checks.h"
 #include "cpu/run.h"
@@ -96,7 +98,7 @@ void loss(py::handle layout, py::handle prediction, py::handle x0, py::handle n,
   a.c = rows.optional("c", c);
   a.mask = parse_optional_mask(mask, a.layout);
   a.function = Function(parse_code("function", function, 5));
-  if ((a.function == Function::smooth_l1 || a.function == Function::pseudo_huber) && !a.c.data)
+  if (needs_c(a.function) && !a.c.data)
     throw py::value_error("c: this error function needs its constant");
   call.normalization = Normalization(parse_code("normalization", normalization, 3));
   call.reduction = Reduction(parse_code("reduction", reduction, 3));
@@ -208,6 +210,23 @@ py::tuple cuda_architectures() {
 PYBIND11_MODULE(_C, module) {
   using namespace fastdiff;
   module.doc() = "fastdiff's operations on the CPU, and a step in CUDA, on pointers and sizes; see csrc/checks.h for the arguments.";
+  py::dict codes;
+#define FASTDIFF_NAME(name) #name,
+  codes["columns"] = std::vector<std::string>{FASTDIFF_COLUMNS(FASTDIFF_NAME)};
+  codes["functions"] = std::vector<std::string>{FASTDIFF_FUNCTIONS(FASTDIFF_NAME)};
+  codes["reductions"] = std::vector<std::string>{FASTDIFF_REDUCTIONS(FASTDIFF_NAME)};
+  codes["normalizations"] = std::vector<std::string>{FASTDIFF_NORMALIZATIONS(FASTDIFF_NAME)};
+  codes["dtypes"] = std::vector<std::string>{FASTDIFF_DTYPES(FASTDIFF_NAME) "i64"};
+#undef FASTDIFF_NAME
+  std::vector<std::string> needing;
+#define FASTDIFF_NEEDS(name) if (needs_c(Function::name)) needing.push_back(#name);
+  FASTDIFF_FUNCTIONS(FASTDIFF_NEEDS)
+#undef FASTDIFF_NEEDS
+  codes["need_c"] = needing;
+  codes["offset_stream"] = philox::kOffsetStream;
+  codes["kept_steps"] = kHistory;
+  module.attr("codes") = codes;
+  module.attr("sources") = FASTDIFF_SOURCES;  // a digest of them: see fastdiff/extension.py
   module.def("normal", normal);
   module.def("uniform", uniform);
   module.def("noise", noise);

@@ -11,7 +11,6 @@ namespace {
 constexpr int64_t kMostElements = int64_t(1) << 58;  // whose bytes can still be counted
 constexpr int64_t kMostEmptyRows = int64_t(1) << 24;
 constexpr int64_t kMostOfSample = int64_t(1) << 34;  // four to each of 2^32 groups
-constexpr int kInt64 = 5;                            // dtype code of indices
 
 [[noreturn]] void refuse(const char* name, const std::string& why) { throw py::value_error(std::string(name) + ": " + why); }
 
@@ -225,7 +224,7 @@ Mask parse_optional_mask(py::handle value, const Layout& layout) {
   int64_t elements = 1, last = 0;
   int kept = 0;
   for (int d = 0; d < dims; ++d) {
-    int64_t size, stride, reach;
+    int64_t size, stride, reach, span, merged;
     if (!as_int64(item(sizes, d), size) || !as_int64(item(strides, d), stride) || size < 0 || stride < 0)
       refuse("mask", "sizes and strides must be integers of at least 0");
     if (__builtin_mul_overflow(elements, size, &elements)) refuse("mask", "its sizes are not those of the elements");
@@ -234,8 +233,9 @@ Mask parse_optional_mask(py::handle value, const Layout& layout) {
       refuse("mask", "its strides reach beyond its memory");
     if (size == 1) continue;
     // Two dimensions that one stride goes through are one.
-    if (kept && mask.strides[kept - 1] == size * stride) {
-      mask.sizes[kept - 1] *= size;
+    if (kept && !__builtin_mul_overflow(size, stride, &span) && mask.strides[kept - 1] == span &&
+        !__builtin_mul_overflow(mask.sizes[kept - 1], size, &merged)) {
+      mask.sizes[kept - 1] = merged;
       mask.strides[kept - 1] = stride;
       continue;
     }

@@ -84,6 +84,7 @@ class BatchRows {
       return true;
     }
     if (t.dtype != int(DType::f32) && t.dtype != int(DType::f64)) return false;
+    if (tensors::differentiable(times)) return false;
     for (int64_t r = 0; r < batch; ++r) {
       const double time = t.dtype == int(DType::f64) ? ((const double*)t.data)[r] : double(((const float*)t.data)[r]);
       if (!(time >= source.low && time <= source.high && time < HUGE_VAL)) return false;
@@ -212,7 +213,7 @@ py::object loss(PyObject* const* a) {
   if (present & 4) kernel.scale = rows.column(2);
   kernel.weight = rows.column(3);
   if (present & 16) kernel.c = rows.column(4);
-  if ((kernel.function == Function::smooth_l1 || kernel.function == Function::pseudo_huber) && !kernel.c.data)
+  if (needs_c(kernel.function) && !kernel.c.data)
     throw py::value_error("c: this error function needs its constant");
   call.reduction = Reduction::mean;
   const int threads = parse_threads(a[9]);

@@ -1,6 +1,9 @@
 #include "schedulers.h"
 
+#include <cstring>
+
 #include "fastcall.h"
+#include "tensors.h"
 
 namespace fastdiff {
 
@@ -38,6 +41,14 @@ PyObject* find(PyObject* dict, PyObject* name) {
   return found ? found : Py_None;
 }
 
+// Whether both are plain CPU tensors of one dtype and shape with the same bits.
+bool same_bits(PyObject* a, PyObject* b) {
+  tensors::View one, other;
+  if (!tensors::view(a, one) || !tensors::view(b, other)) return false;
+  if (one.dtype != other.dtype || !tensors::same_shape(one, other)) return false;
+  return std::memcmp(one.data, other.data, size_t(one.elements) * one.item_size()) == 0;
+}
+
 // is_current((tensors, versions, others, config, settings), held) -> bool; see Plan of
 // fastdiff/integrations/diffusers/plans.py, which says what these are.
 py::object is_current(PyObject* const* a) {
@@ -46,7 +57,9 @@ py::object is_current(PyObject* const* a) {
   if (!PyDict_Check(held)) throw py::type_error("held: expected a dict");
   for (Py_ssize_t k = 0; k < length(tensors); ++k) {
     PyObject* pair = PyTuple_GET_ITEM(tensors, k);
-    if (find(held, tuple_item(pair, 0, 2)) != tuple_item(pair, 1, 2)) return py::bool_(false);
+    PyObject *tensor = tuple_item(pair, 1, 3), *copy = PyTuple_GET_ITEM(pair, 2);
+    if (find(held, PyTuple_GET_ITEM(pair, 0)) != tensor) return py::bool_(false);
+    if (copy != Py_None && !same_bits(tensor, copy)) return py::bool_(false);
   }
   for (Py_ssize_t k = 0; k < length(versions); ++k) {
     PyObject* pair = PyTuple_GET_ITEM(versions, k);

@@ -15,7 +15,7 @@ namespace tensors {
 namespace py = pybind11;
 
 // The DType of a tensor, or kIndex for int64.
-constexpr int kIndex = 5;
+constexpr int kIndex = kInt64;
 
 struct View {
   void* data;
@@ -25,6 +25,9 @@ struct View {
   int64_t elements;      // at least 1
 
   bool floating() const { return dtype <= int(DType::f16); }
+  size_t item_size() const {
+    return dtype == int(DType::f64) || dtype == kIndex ? 8 : dtype == int(DType::f32) ? 4 : 2;
+  }
   Input input() const { return {data, DType(dtype)}; }
   Output output() const { return {data, DType(dtype), false}; }
 };

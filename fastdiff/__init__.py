@@ -1,5 +1,8 @@
 """fastdiff: the arithmetic around a diffusion model, as fast as the memory allows."""
 
+import importlib
+from types import ModuleType
+
 from . import losses, ops, samplers, timesteps, weighting
 from .backends import use_backend
 from .objective import Noised, Objective, diffusion_loss, q_sample
@@ -51,6 +54,7 @@ __all__ = [
     "Uniform",
     "VariancePreserving",
     "diffusion_loss",
+    "integrations",
     "losses",
     "ops",
     "q_sample",
@@ -60,3 +64,14 @@ __all__ = [
     "use_backend",
     "weighting",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``fastdiff.integrations``, imported when it is first used: its modules cost nothing before."""
+    if name == "integrations":
+        return importlib.import_module(f"{__name__}.integrations")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, doctor
+from . import __version__, doctor, trace
 from .bench import BenchError
 from .bench.cases import DTYPES, PRESETS
 from .demo import DemoError, run
@@ -16,13 +17,18 @@ from .demo.settings import PROCESSES, SAMPLERS, Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 2 for what the user can put right, 1 for the machine, 130 for Ctrl-C."""
+    """Run a command; returns the exit status: 2 for what the user can put right, 1 for the machine, 130 for Ctrl-C, 141
+    where nobody reads the output any more."""
     options = _parser().parse_args(arguments)
     try:
         status = options.command(options)
+        sys.stdout.flush()  # here, where it can be seen to fail
     except (DemoError, BenchError) as error:
         print(f"fastdiff: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output, head for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        return 128 + 13  # as the shell says it of a program that SIGPIPE ended
     except OSError as error:  # a full disk, a folder that cannot be written to
         print(f"fastdiff: error: {error}", file=sys.stderr)
         return 1
@@ -183,11 +189,25 @@ def _without_nproc(options: argparse.Namespace) -> list[str]:
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="show versions, devices and backends",
-        description="Show versions, devices, and which backends are available, or why not.",
+        help="show versions, devices and backends; or what of a script is fused",
+        description="Show versions, devices, and which backends are available, or why not. With --trace, run a script "
+        "and say which calls of its objectives and schedulers were fused, which were not, and why.",
     )
-    parser.set_defaults(command=lambda options: doctor.show(options.json))
+    parser.set_defaults(command=_doctor)
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "--trace", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a Python script, and its arguments behind it"
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int | None:
+    if options.trace is None:
+        doctor.show(options.json)
+        return None
+    if not options.trace or not Path(options.trace[0]).is_file():
+        print(f"fastdiff: error: --trace needs a script; got {' '.join(options.trace) or 'none'}.", file=sys.stderr)
+        return 2
+    return trace.run(options.trace[0], options.trace[1:])
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -105,6 +105,7 @@ class Graphed:
 
         self._replay = record(body, begin, x.device)
         self._held = body  # and all that the graph reads and writes
+        self._seen, self._scales = run.seen if run.captures else seen, run.scales
 
     def step(self, noise: Tensor | int | None) -> None:
         """The next row, with the noise that it adds: a tensor, or the stream that it is made from. Everything is on
@@ -114,6 +115,14 @@ class Graphed:
                 noise = dataclasses.replace(self._philox, stream=noise).tensor(self.x.shape, self.x.device)
             self._z.copy_(noise)
         self._replay()
+
+    def put(self, k: int, x: Tensor) -> None:
+        """Go on from ``x`` after row k."""
+        self.x.copy_(x)
+        if self._seen is not self.x:
+            scaled = (self._scales[k] * x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+            for part in self._seen.split(len(x)):
+                part.copy_(scaled)
 
 
 def _one_launch(run, predicted, guided, index, noise, streams) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,7 @@ class Guidance:
             m, extras = self._classified(k, x, m, guided, variance, time[: len(x)], wide)
         row = self.rows.table[k].to(x.device, wide, non_blocking=True)
         if self._rescale and guided:
-            uncond, cond = m.to(wide).split(len(x))
+            uncond, cond = m[: len(x)].to(wide), m[len(x) :].to(wide)
             combined = uncond + self._of_samples(x) * (cond - uncond)
             spread = _deviation(combined)
             ratio = torch.where(spread > 0, _deviation(cond) / spread, 1.0)
@@ -84,10 +85,10 @@ class Guidance:
         if self._quantile is not None:
             output = m.to(wide)
             if guided:
-                uncond, cond = output.split(len(x))
+                uncond, cond = output[: len(x)], output[len(x) :]
                 output = uncond + self._of_samples(x) * (cond - uncond)
             p_x, p_m = (row[..., _AT[name]].reshape(-1, *(1,) * (x.ndim - 1)) for name in ("p_x", "p_m"))
-            size = (p_x * x.to(wide) + p_m * output).abs().flatten(1)
+            size = (p_x * x.to(wide) + p_m * output).abs().reshape(len(x), math.prod(x.shape[1:]))
             bound = quantile(size, self._quantile).clamp(1.0, self._most)
             extras["threshold"] = bound.reshape(-1, *(1,) * (x.ndim - 1))
         return m, extras
@@ -128,4 +129,6 @@ def quantile(rows: Tensor, q: float) -> Tensor:
 
 
 def _deviation(values: Tensor) -> Tensor:
-    return values.flatten(1).std(1)
+    """Of each sample, [B]; 0 where it is a single number, which has none."""
+    rows = values.reshape(len(values), math.prod(values.shape[1:]))
+    return rows.std(1) if rows.numel() > len(rows) else rows.new_zeros(len(rows))

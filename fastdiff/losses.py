@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops.loss import NEED_C
-from .process import Levels
+from .backends.codes import NEED_C
+from .names import find
+from .process import Levels, check_by
 
 
 class Loss:
@@ -35,14 +36,14 @@ class MSE(Loss):
 
 @dataclass(frozen=True)
 class L1(Loss):
-    """|e|."""
+    """abs(e)."""
 
     function = "l1"
 
 
 @dataclass(frozen=True)
 class SmoothL1(Loss):
-    """e^2 / (2 beta) where |e| < beta, else |e| - beta / 2."""
+    """e^2 / (2 beta) where abs(e) < beta, else abs(e) - beta / 2."""
 
     beta: float = 1.0
     function = "smooth_l1"
@@ -56,7 +57,7 @@ class SmoothL1(Loss):
 
 @dataclass(frozen=True)
 class Huber(Loss):
-    """e^2 / 2 where |e| < delta, else delta (|e| - delta / 2): delta times SmoothL1(delta)."""
+    """e^2 / 2 where abs(e) < delta, else delta (abs(e) - delta / 2): delta times SmoothL1(delta)."""
 
     delta: float = 1.0
     function = "smooth_l1"
@@ -73,12 +74,14 @@ class PseudoHuber(Loss):
     """sqrt(e^2 + c^2) - c ("plain", Song and Dhariwal 2024), 2 c (...) ("scaled") or 2 (...) ("normalized").
 
     ``schedule`` makes c a function of the row: "constant"; "exponential" c^(t / T), falling from 1 to c; "snr"
-    (1 - c) / (1 + sigma / alpha)^2 + c, falling from 1 to c (both after Khrapov et al. 2024).
+    (1 - c) / (1 + sigma / alpha)^2 + c, falling from 1 to c (both after Khrapov et al. 2024). ``by="sigma"`` makes the
+    exponential one c^sigma: of a shifted flow, t is the time before the shift, and trainers go by the sigma after it.
     """
 
     c: float = 0.1
     form: str = "plain"
     schedule: str = "constant"
+    by: str = "fraction"
     function = "pseudo_huber"
 
     def __post_init__(self):
@@ -87,12 +90,15 @@ class PseudoHuber(Loss):
             raise ValueError(f"form must be one of plain, scaled, normalized; got {self.form!r}.")
         if self.schedule not in ("constant", "exponential", "snr"):
             raise ValueError(f"schedule must be one of constant, exponential, snr; got {self.schedule!r}.")
+        check_by(self.by)
+        if self.by != "fraction" and self.schedule != "exponential":
+            raise ValueError(f"by={self.by!r} goes with schedule='exponential'; got schedule={self.schedule!r}.")
 
     def rows(self, levels: Levels) -> tuple[Tensor | None, Tensor | float]:
         if self.schedule == "constant":
             c = torch.full_like(levels.alpha, self.c)
         elif self.schedule == "exponential":
-            c = torch.exp(levels.fraction * math.log(self.c))
+            c = torch.exp(levels.measured(self.by) * math.log(self.c))
         else:
             # 1 / (1 + sigma / alpha), written without the division by alpha = 0.
             c = (1 - self.c) * (levels.alpha / (levels.alpha + levels.sigma)) ** 2 + self.c
@@ -119,9 +125,7 @@ _NAMES = {
 def get(loss: Loss | str) -> Loss:
     """A loss from its name or itself. Raises ValueError for an unknown name, TypeError for anything else."""
     if isinstance(loss, str):
-        if loss not in _NAMES:
-            raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(_NAMES)}, or a fastdiff.losses object.")
-        return _NAMES[loss]()
+        return find("loss", loss, _NAMES, {"l2": "mse"}, "a fastdiff.losses object")()
     if not isinstance(loss, Loss):
         raise TypeError(f"loss must be a name or a fastdiff.losses object such as Huber(0.1); got {loss!r}.")
     return loss

@@ -15,15 +15,18 @@ from . import backends, losses, ops
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
+from .backends.modes import lasting, version_of, wrapping
 from .backends.reference.philox import check_seed
 from .backends.rows import as_tensor, cached, in_two_passes, value_checks_are_free
 from .losses import Loss
-from .ops.checks import check_alike, check_floating, compute_dtype, place_rows
-from .ops.loss import check_loss
-from .ops.noise import Stream, check_noise, check_rng
+from .ops.checks import check_alike, check_floating, check_tensor, check_unambiguous, compute_dtype, place_rows
+from .ops.loss import check_loss, normalized
+from .ops.noise import Stream, check_noise, check_rng, whole
 from .plain import PlainCalls
 from .prediction import Prediction
-from .process import Levels, Process, as_times
+from .process import Levels, Process, as_times, check_process
+from .samplers import Sampler
+from .showing import brief
 from .timesteps import Timesteps
 from .weighting import WeightingLike
 
@@ -59,7 +62,7 @@ class Rows:
         return known[name]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Noised:
     """A noised batch, as ``Objective.noise`` returns it.
 
@@ -80,19 +83,38 @@ class Noised:
     rows: Rows
     written_target: Tensor | None = None
 
+    def __post_init__(self):
+        self._versions = self._now()
+
+    def __repr__(self) -> str:
+        objective = f"{self.objective.process!r}, {self.objective.prediction.name!r}"
+        return f"Noised(x_t={brief(self.x_t)}, t={brief(self.t)}, {objective})"
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the coefficients, which follow from the times: a worker of a DataLoader may return a noised batch."""
-        return {name: value for name, value in self.__dict__.items() if name != "rows"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("rows", "_versions")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self.rows = Rows({}, self.objective._later(self.t, self.x0, self.noise_source))
+        self._versions = self._now()
+
+    def _now(self) -> tuple[int | None, int | None]:
+        seed = None if isinstance(self.noise_source, Tensor) else self.noise_source.seed
+        return version_of(self.t), version_of(seed) if isinstance(seed, Tensor) else None
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if ``t``, or the seed that noise is made from again, was written into since."""
+        if not torch.compiler.is_compiling() and self._versions != self._now():
+            what = "t" if self._versions[0] != version_of(self.t) else "the seed"
+            raise RuntimeError(_CHANGED.format(what))
 
     @property
     def noise(self) -> Tensor:
         """The noise as the target sees it: what was given, or float32 (float64 with float64 data)."""
         if isinstance(self.noise_source, Tensor):
             return self.noise_source
+        self.check_unchanged()
         return self.noise_source.tensor(self.x0.shape, self.x0.device).to(self.rows.alpha.dtype)
 
     @property
@@ -137,6 +159,8 @@ class Noised:
         return kinds.model_input(self.objective.prediction, self.objective.process.levels(self.t))
 
 
+_CHANGED = "{} was changed in place after the batch was noised, so x_t is of another: give noise() a copy, .clone()."
+
 # Of an objective, what its coefficients are made of.
 _FIXED = ("process", "prediction", "weighting", "loss_function", "error_space")
 
@@ -155,8 +179,11 @@ class Objective:
         error_space: the prediction kind in which the error is taken; None: the network's own. "sample" is what SD3's
             (preconditioned) and CogVideoX's trainers do. The error is scaled, nothing of full size is converted.
         noise_offset: strength of the offset noise, one normal a (sample, channel), added to noise made here.
-        input_perturbation: the network sees n + input_perturbation xi, the target n (Ning et al. 2023). These two and
-            ``timesteps`` may be set anew between steps; what the coefficients are made of may not.
+        noise_offset_dim: which dimension of x0 is the channels': 1; 2 or -1 for packed tokens [batch, tokens,
+            channels]; 2 for video with its frames first, [batch, frames, channels, ...]. Other than 1, the noise is
+            made as a tensor, and kept.
+        input_perturbation: the network sees n + input_perturbation xi, the target n (Ning et al. 2023). These three
+            and ``timesteps`` may be set anew between steps; what the coefficients are made of may not.
 
     Raises ValueError or TypeError for unknown names, for combinations that mean nothing, and for a weighting that gives
     NaN or an error scale that is infinite at some timestep; warns where a weight is infinite (see
@@ -173,20 +200,31 @@ class Objective:
         timesteps: str | Timesteps | None = None,
         error_space: str | Prediction | None = None,
         noise_offset: float = 0.0,
+        noise_offset_dim: int = 1,
         input_perturbation: float = 0.0,
     ):
-        if not isinstance(process, Process):
-            raise TypeError(f"process must be a fastdiff process such as VariancePreserving(); got {process!r}.")
+        check_process(process)
         self.process = process
         self.prediction = kinds.get(prediction)
         self.weighting = weightings.get(weighting)
         self.loss_function = losses.get(loss)
-        self.timesteps = samplers_of_t.get(timesteps, process)
+        self.timesteps = timesteps
         self.error_space = self.prediction if error_space is None else kinds.get(error_space)
         self.noise_offset, self.input_perturbation = noise_offset, input_perturbation
+        self.noise_offset_dim = noise_offset_dim
+        unused = self.weighting.unused(self.prediction, self.error_space) if hasattr(self.weighting, "unused") else None
+        if unused:
+            warnings.warn(unused, stacklevel=2)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What follows from the process as it is, and the rest."""
+        process = self.process
+        self._changes = process._changes
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
         levels = process.levels(example)
+        weightings.check(self.weighting, levels)
         values = self._all_coefficients(levels)
         # Coefficients that are the same at all times are numbers. (A discrete process has them in its table.)
         same = ("p", "q") if self.prediction.constant else ()
@@ -220,16 +258,26 @@ class Objective:
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0; got {value!r}.")
             value = float(value)
+        if name == "timesteps":
+            value = samplers_of_t.get(value, self.process)
+        if name == "noise_offset_dim":
+            if value == 0 or isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ValueError(f"noise_offset_dim must be a dimension other than the batch's, 0; got {value!r}.")
+            value = value.__index__()
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its own calls: they point into memory
         return self.__dict__ | {"_plain_calls": {}}
 
     def __repr__(self) -> str:
-        return (
-            f"Objective({self.process!r}, {self.prediction.name!r}, weighting={self.weighting!r}, "
-            f"loss={self.loss_function!r})"
-        )
+        shown = [repr(self.process), repr(self.prediction.name)]
+        if not isinstance(self.weighting, weightings.Uniform):
+            shown.append(f"weighting={brief(self.weighting)}")
+        if self.loss_function != losses.MSE():
+            shown.append(f"loss={brief(self.loss_function)}")
+        if self.error_space is not self.prediction:
+            shown.append(f"error_space={self.error_space.name!r}")
+        return f"Objective({', '.join(shown)})"
 
     @classmethod
     def from_scheduler(
@@ -238,7 +286,7 @@ class Objective:
         *,
         snr_gamma: float | None = None,
         snr_form: str = "paper",
-        prediction_type: str | None = None,
+        prediction: str | Prediction | None = None,
         weighting: WeightingLike = None,
         **options: Any,
     ) -> Objective:
@@ -248,7 +296,7 @@ class Objective:
             scheduler: one with ``alphas_cumprod`` (its own numbers are used), a flow-matching one (``RectifiedFlow``
                 with its shift, prediction "flow") or an EDM one (``EDM``, preconditioned).
             snr_gamma: min-SNR weights with this gamma, in the form ``snr_form`` (``MinSNR``).
-            prediction_type: overrides the scheduler's.
+            prediction: what the network predicts, in place of the scheduler's ``prediction_type``.
             weighting, options: as in ``Objective``.
 
         Raises TypeError for what is no such scheduler, ValueError for combinations that mean nothing.
@@ -260,7 +308,7 @@ class Objective:
             scheduler,
             snr_gamma=snr_gamma,
             snr_form=snr_form,
-            prediction_type=prediction_type,
+            prediction=prediction,
             weighting=weighting,
             **options,
         )
@@ -272,6 +320,7 @@ class Objective:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         *,
+        sigma: Any = None,
         seed: int | Tensor | None = None,
         sample_offset: int = 0,
         keep_noise: bool | None = None,
@@ -283,8 +332,13 @@ class Objective:
         Args:
             x0: clean data [batch, ...], floating point.
             t: times of the process: one a sample [batch], a frame [batch, frames], a token, one for all, or with as
-                many dimensions as x0, 1 where shared. None draws one a sample.
-            noise: shaped as x0, used as it is (no offset is added); None makes it from the seed.
+                many dimensions as x0, 1 where shared. None draws one a sample. For video with as many channels as
+                frames, [batch, frames] could be either's and is refused: give it all dimensions.
+            sigma: in place of t, for continuous processes: the noise level itself, after any shift. The factor of the
+                noise for RectifiedFlow, in [0, 1]; sigma / alpha for the others. A sigma passed as t would be shifted
+                again.
+            noise: shaped as x0, used as it is (no offset is added); None makes it from the seed. It is drawn in the
+                order of x0's elements: packed and unpacked latents of one seed get other noise.
             generator: the seed is drawn from it (None: PyTorch's default one), on its device.
             seed: use this 64-bit seed (int or int64 tensor) instead of drawing one. With the same seed, t and noise of
                 a sample depend on its index alone: noising a batch of 8 is noising its halves, the second with
@@ -299,25 +353,35 @@ class Objective:
 
         Returns a ``Noised``. Differentiable in x0. Raises TypeError or ValueError for unfit inputs.
         """
+        if isinstance(t, Tensor) and isinstance(x0, Tensor) and t.ndim > max(x0.ndim, 1) and t.numel() > 1:
+            raise ValueError(f"x0 has shape {tuple(x0.shape)} and t {tuple(t.shape)}: swapped? The data comes first.")
         check_floating(x0=x0)
         if not x0.ndim:
             raise ValueError("x0 must have a batch dimension; got a scalar.")
         if generator is not None and seed is not None:
             raise ValueError("pass a generator or a seed, not both.")
+        if sigma is not None:
+            if t is not None:
+                raise ValueError("t and sigma both say which noise level: pass one of them.")
+            t = self.process.time_of(sigma.to(x0.device) if isinstance(sigma, Tensor) else sigma)
         check_rng(rng)
+        if type(sample_offset) is not int and not torch.compiler.is_compiling():  # traced, it may be symbolic
+            sample_offset = whole("sample_offset", sample_offset)
         backend = backends.get(x0.device)
         if seed is not None:
             check_seed(seed)
         elif noise is None or t is None or self.input_perturbation:
             seed = draw_seed(generator, x0.device)
+        if noise is None and self.noise_offset and self.noise_offset_dim != 1:
+            noise = self._offset_noise(x0, seed, sample_offset, rng)
         if keep_noise is None:
             keep_noise = not backends.remakes_noise(x0.device)
         calls = self._plain(backend)
         if calls is not None and not with_target:
-            times = calls.times(self.timesteps, seed, len(x0), sample_offset) if t is None else t
+            times = calls.times(self.timesteps, seed, len(x0), sample_offset, x0.device) if t is None else t
             done = None
             if not self.input_perturbation:
-                done = calls.noise(x0, times, noise, seed, sample_offset, self.noise_offset, keep_noise)
+                done = calls.noise(x0, times, noise, seed, sample_offset, self.noise_offset, keep_noise, rng)
             if done is not None:
                 x_t, n = done[0], noise if noise is not None else done[1]
                 if n is None:
@@ -348,21 +412,46 @@ class Objective:
             x_t, n = backend.noise(*arguments)
         return Noised(self, x0, x_t, t, n, rows, target)
 
+    def _offset_noise(self, x0: Tensor, seed: int | Tensor, sample_offset: int, rng: str) -> Tensor:
+        """Noise with offsets along another dimension than 1: float32 (float64 for float64 data), shaped as x0."""
+        dim = self.noise_offset_dim + x0.ndim if self.noise_offset_dim < 0 else self.noise_offset_dim
+        if not 0 < dim < x0.ndim or x0.ndim < 3:
+            raise ValueError(
+                f"noise_offset_dim={self.noise_offset_dim} is no channels' dimension of {tuple(x0.shape)}: offset "
+                f"noise needs a batch, channels, and what shares them."
+            )
+        n = ops.Philox(seed, sample_offset, rng=rng).tensor(x0.shape, x0.device)
+        shape = [len(x0), x0.shape[dim]]
+        offsets = ops.Philox(seed, sample_offset, Stream.OFFSET).tensor(shape, x0.device)
+        spread = [len(x0), *(x0.shape[d] if d == dim else 1 for d in range(1, x0.ndim))]
+        return (n + self.noise_offset * offsets.reshape(spread)).to(compute_dtype(x0))
+
     def _plain(self, backend: Any) -> PlainCalls | None:
         """The whole calls of ``backend`` for this objective, if it has such."""
         direct = getattr(backend, "direct", None)
         if direct is None:
             return None
         calls = self._plain_calls.get(direct)
-        if calls is None:
-            calls = self._plain_calls[direct] = PlainCalls(self, direct)
+        if calls is None or self._changes != self.process._changes:
+            if wrapping() is not None:
+                return None
+            if self._changes != self.process._changes:
+                self._prepare()
+            with lasting():
+                calls = self._plain_calls[direct] = PlainCalls(self, direct)
         return calls
 
-    def _later(self, t: Tensor, x0: Tensor, noise: Any) -> Callable[[str], dict[str, Any]]:
+    def _later(
+        self, t: Tensor, x0: Tensor, noise: Any, prediction: Tensor | None = None
+    ) -> Callable[[str], dict[str, Any]]:
         """``Rows.evaluate`` for rows of which none is known yet."""
 
+        version = version_of(t)
+
         def evaluate(name: str) -> dict[str, Any]:
-            rows, _ = self._rows_for(t, x0, compute_dtype(x0, noise if isinstance(noise, Tensor) else None))
+            if not torch.compiler.is_compiling() and version != version_of(t):
+                raise RuntimeError(_CHANGED.format("t"))
+            rows, _ = self._rows_for(t, x0, compute_dtype(x0, noise if isinstance(noise, Tensor) else None, prediction))
             getattr(rows, name)
             return rows.known()
 
@@ -387,22 +476,29 @@ class Objective:
             mask: bool or float, broadcastable to prediction, with fewer dimensions aligned at the left, as t is:
                 [batch], or [batch, frames]; see ``mask_normalization``. What it leaves out with 0, and
                 rows of weight 0, add 0 to the loss and to the gradient, whatever they hold.
-            reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t).
+            reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t), or a sample with
+                mask_normalization="sample".
             weight: further weights, one a row or a number (prior preservation, learned uncertainty); may require grad.
             mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"; a row with
-                nothing in its mask is left out of the mean), or all by the mask's sum ("global").
+                nothing in its mask is left out of the mean), each sample by its mask's sum ("sample"; with a time a
+                frame or token, where a row is one of them), or all by the mask's sum ("global").
 
         Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise and weight.
-        Raises TypeError or ValueError for unfit inputs. Warns, on the CPU, of a mask that is 0 everywhere.
+        Raises TypeError or ValueError for unfit inputs, RuntimeError if its times, or the seed of
+        noise that is not kept, were written into since. Warns, on the CPU, of a mask that is 0 everywhere.
         """
+        _check_noised(prediction, noised)
         x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
+        noised.check_unchanged()
         if noised.objective is not self:
             process = noised.objective.process
             if not torch.compiler.is_compiling() and not self.process.has_levels_of(process):
                 raise ValueError(
                     f"noised is of the process {process!r}, this objective of {self.process!r}: noise it anew."
                 )
-            rows = Rows({}, self._later(t, x0, n))
+            rows = Rows({}, self._later(t, x0, n, prediction))
+        elif isinstance(prediction, Tensor) and prediction.dtype == torch.float64 != rows.alpha.dtype:
+            rows = Rows({}, self._later(t, x0, n, prediction))  # those of noising were rounded to float32
         if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
             result = self._plain_loss(prediction, x0, n, t, lambda: rows)
             if result is not None:
@@ -432,8 +528,11 @@ class Objective:
     ) -> Tensor:
         uses_x0, uses_noise, function = self.prediction.uses_x0, self.prediction.uses_noise, self.loss_function
         x0_, n = x0 if uses_x0 else None, noise if uses_noise else None
+        if isinstance(mask, Tensor):
+            check_unambiguous("mask", mask.shape, prediction.shape)
         mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction)
-        dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) else None)
+        # Noise that is made again counts as what it was made for.
+        dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) or n is None else x0)
         coefficients = list(self._rows_of_loss(rows))
         if weight is not None:
             if isinstance(weight, Tensor):
@@ -443,10 +542,11 @@ class Objective:
         p, q, scale, row_weight, c = (
             row if row is None or row.dtype == dtype else as_tensor(row).to(dtype) for row in coefficients
         )
-        result = backends.get(prediction.device).loss(
-            prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction
-        )
-        return result.reshape(row_shape) if reduction == "none" else result
+        result = normalized(
+            backends.get(prediction.device).loss,
+            prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction,
+        )  # fmt: skip
+        return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result
 
     def _rows_of_loss(self, rows: Rows) -> tuple[Any, ...]:
         """(p, q, scale, weight, c), None for what this objective does not use."""
@@ -462,18 +562,43 @@ class Objective:
         """The x0 that the network's output stands for, shaped and typed as prediction; differentiable."""
         return self.convert(prediction, noised, "sample")
 
+    def sample(
+        self,
+        model: Callable[..., Tensor],
+        shape: tuple[int, ...],
+        sampler: str | Sampler = "ddpm",
+        steps: int | None = None,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Draw samples from a network trained with this objective: ``fastdiff.sample`` with its process and prediction.
+
+        Args:
+            model: called as ``model(x, t)``, or ``model(x, t, cond)``, with what training calls it with: the
+                ``model_input`` and ``model_time`` of a ``Noised``.
+            shape: [batch, ...] of the samples.
+            sampler, steps, options: as in ``fastdiff.sample``: ``cond``, ``guidance``, ``seed``, ``device``, ...
+
+        Returns the samples, of ``shape``. Raises ValueError or TypeError for unfit inputs.
+        """
+        from .sampling import sample
+
+        return sample(model, shape, self, sampler, steps, **options)
+
     def convert(self, prediction: Tensor, noised: Noised, kind: str | Prediction) -> Tensor:
         """The network's output as another prediction kind: ``convert(m, noised, "epsilon")``.
 
         Raises ValueError (on the CPU; NaN elsewhere) where the output does not determine it: x0 from epsilon at zero
         SNR.
         """
+        _check_noised(prediction, noised)
+        check_tensor("prediction", prediction, "prediction")
         kind = kinds.get(kind)
         x_t, t = noised.x_t, noised.t
+        noised.check_unchanged()
         if self.process.discrete:
             table = self._table_of(kind, t.device, compute_dtype(prediction, x_t))
             calls = self._plain(backends.get(x_t.device))
-            if calls is not None and kind not in self._singular:
+            if calls is not None and kind not in self._singular and wrapping() is None:
                 wide = partial(self._table_of, kind, torch.device("cpu"), torch.float64)
                 done = calls.convert(kind, wide, prediction, x_t, t)
                 if done is not None:
@@ -502,6 +627,9 @@ class Objective:
         if t.ndim != 1 or len(t) != len(x0):
             if t.numel() == 1:
                 t = t.reshape(()).expand(len(x0))
+        check_unambiguous("t", t.shape, x0.shape)
+        if self._changes != self.process._changes:
+            self._prepare()
         placed = place_rows("t", t, x0.shape)
         if not self.process.discrete:
             levels: list[Levels] = []
@@ -609,6 +737,17 @@ class Objective:
         return torch.stack([rows[name] for name in COEFFICIENTS if name in rows], -1)
 
 
+def _check_noised(prediction: Any, noised: Any) -> None:
+    if isinstance(noised, Noised):
+        return
+    if isinstance(prediction, Noised):
+        raise TypeError("the arguments are swapped: the network's output comes first, then noised.")
+    raise TypeError(
+        f"noised must be what objective.noise returned; got {brief(noised)}. With x0, noise and t of your own: "
+        f"fastdiff.diffusion_loss(model_output, x0, noise, t, process, prediction), or objective.noise(x0, t, noise)."
+    )
+
+
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """A 64-bit seed, int64 [1] on ``device``, from ``generator`` (None: the device's default one); no host sync."""
     source = device if generator is None else generator.device
@@ -631,12 +770,12 @@ def q_sample(
 
 
 def diffusion_loss(
-    prediction: Tensor,
+    model_output: Tensor,
     x0: Tensor,
     noise: Tensor,
     t: Any,
     process: Process,
-    prediction_type: str | Prediction = "epsilon",
+    prediction: str | Prediction = "epsilon",
     weighting: WeightingLike = None,
     loss: str | Loss = "mse",
     mask: Tensor | None = None,
@@ -645,20 +784,21 @@ def diffusion_loss(
     weight: Tensor | float | None = None,
     mask_normalization: str = "none",
 ) -> Tensor:
-    """The loss of a prediction made for x_t of (x0, noise, t): what a trainer computes after its network, in one call.
+    """The loss of a network's output for x_t of (x0, noise, t): what a trainer computes after its network, in one call.
 
-    Args as in ``Objective`` and ``Objective.loss``. x_t itself is not needed.
+    Args as in ``Objective`` and ``Objective.loss``: ``prediction`` says what ``model_output``, shaped as x0, estimates.
+    x_t itself is not needed.
     """
-    objective = _objective(process, prediction_type, weighting, loss)
-    check_floating(x0=x0, noise=noise)
+    objective = _objective(process, prediction, weighting, loss)
+    check_floating(model_output=model_output, x0=x0, noise=noise)
     check_alike(x0=x0, noise=noise)
-    dtype = compute_dtype(x0, noise, prediction)
+    dtype = compute_dtype(x0, noise, model_output)
     if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
-        result = objective._plain_loss(prediction, x0, noise, t, lambda: objective._rows_for(t, x0, dtype)[0])
+        result = objective._plain_loss(model_output, x0, noise, t, lambda: objective._rows_for(t, x0, dtype)[0])
         if result is not None:
             return result
     rows, t = objective._rows_for(t, x0, dtype)
-    return objective._loss(prediction, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
+    return objective._loss(model_output, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
 
 
 def _objective(process, kind, weights, loss) -> Objective:

@@ -1,5 +1,6 @@
 """The plain training step: one time a sample, plain tensors, the mean loss. A backend that has whole calls for it (see
-``backends/native/direct.py``) is told here, once an objective, where its rows come from."""
+``backends/native/direct.py`` and ``backends/triton/direct.py``) is told here, once an objective, where its rows come
+from."""
 
 from __future__ import annotations
 
@@ -59,24 +60,34 @@ class PlainCalls:
         elif type(process).time is Process.time:
             self._steps = 0
 
-    def times(self, timesteps: Any, seed: int | Tensor, samples: int, sample_offset: int) -> Tensor | None:
+    def times(
+        self, timesteps: Any, seed: int | Tensor, samples: int, sample_offset: int, device: torch.device
+    ) -> Tensor | None:
         """The times of a batch, or None."""
-        if self._steps is None or timesteps != _UNIFORM or not _is_plain(seed):
+        if self._steps is None or timesteps != _UNIFORM or not _is_plain(seed, device):
             return None
-        return self._direct.times(self._steps, seed, samples, Stream.TIMESTEP, sample_offset)
+        return self._direct.times(self._steps, seed, samples, Stream.TIMESTEP, sample_offset, device)
 
     def noise(
-        self, x0: Tensor, t: Tensor, n: Tensor | None, seed: Any, sample_offset: int, offset: float, keep: bool
+        self,
+        x0: Tensor,
+        t: Tensor,
+        n: Tensor | None,
+        seed: Any,
+        sample_offset: int,
+        offset: float,
+        keep: bool,
+        rng: str = "exact",
     ) -> tuple[Tensor, Tensor | None] | None:
         """(x_t, the noise if it was made and is to be kept), or None. ``n`` None: made from ``seed``, with ``offset``
-        as the strength of the offset noise."""
+        as the strength of the offset noise, in the way of ``rng``."""
         if self._noise_rows is None:
             return None
         if n is not None:
             return self._direct.noise(self._noise_rows, x0, t, n, False)
-        if not _is_plain(seed) or (offset and x0.ndim < 3):
+        if not _is_plain(seed, x0.device) or (offset and x0.ndim < 3):
             return None
-        return self._direct.noise(self._noise_rows, x0, t, (seed, Stream.NOISE, sample_offset, offset), keep)
+        return self._direct.noise(self._noise_rows, x0, t, (seed, Stream.NOISE, sample_offset, offset), keep, rng)
 
     def convert(self, kind: Prediction, rows: Callable[[], Tensor], m: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
         """An output as another kind, or None. ``rows``: () -> (k_x, k_m), float64 [steps, 2]."""
@@ -89,11 +100,11 @@ class PlainCalls:
         self, prediction: Tensor, x0: Tensor, n: Any, t: Tensor, rows: Callable[[], tuple[Tensor | None, ...]]
     ) -> Tensor | None:
         """The mean loss, or None. ``rows``: see ``backends/native/direct.py``."""
-        if self._loss_rows is None or (self._n and type(n) is not Tensor):
+        if self._loss_rows is None:
             return None
         x0, n = (x0 if self._x0 else None), (n if self._n else None)
         return self._direct.loss(self._loss_rows, self._present, self._function, prediction, x0, n, t, rows)
 
 
-def _is_plain(seed: Any) -> bool:
-    return type(seed) is int or (type(seed) is Tensor and seed.is_cpu)
+def _is_plain(seed: Any, device: torch.device) -> bool:
+    return type(seed) is int or (type(seed) is Tensor and seed.device == device)

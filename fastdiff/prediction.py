@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .names import find
 from .process import Levels, RectifiedFlow, VariancePreserving
 
 
@@ -116,17 +117,37 @@ _KINDS = {
     )
 }
 EPSILON, SAMPLE = _KINDS["epsilon"], _KINDS["sample"]
+# Other libraries' names of the same kinds. ("velocity" is n - x0 in some and x0 - n in others.)
+_SYNONYMS = {
+    "eps": "epsilon",
+    "pred_noise": "epsilon",
+    "x0": "sample",
+    "x_0": "sample",
+    "x_start": "sample",
+    "pred_x0": "sample",
+    "v": "v_prediction",
+    "pred_v": "v_prediction",
+    "flow_prediction": "flow",
+}
 
 
 def get(prediction: str | Prediction) -> Prediction:
-    """The prediction kind of that name. Raises ValueError for an unknown one. A Prediction passes through."""
+    """The prediction kind of that name; a Prediction passes through.
+
+    Raises ValueError for an unknown name, TypeError for what is neither.
+    """
     if isinstance(prediction, Prediction):
         return prediction
-    if prediction not in _KINDS:
+    if not isinstance(prediction, str):
+        names, given = ", ".join(_KINDS), type(prediction).__name__
+        raise TypeError(f"prediction must be a name ({names}) or a fastdiff.Prediction; got {given}.")
+    if prediction in _KINDS:
+        return _KINDS[prediction]
+    if "velocity" in prediction.lower():
         raise ValueError(
-            f"unknown prediction {prediction!r}: use one of {', '.join(_KINDS)}, or a fastdiff.Prediction."
+            f"prediction {prediction!r} has two meanings: use 'flow' for n - x0, 'reversed_flow' for x0 - n."
         )
-    return _KINDS[prediction]
+    return find("prediction", prediction, _KINDS, _SYNONYMS, "a fastdiff.Prediction")
 
 
 def conversion(source: str | Prediction, target: str | Prediction, levels: Levels) -> tuple[Tensor, Tensor]:

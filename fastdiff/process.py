@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends.rows import cached, gather_rows, value_checks_are_free
+from .showing import brief
 
 # Where a posterior variance of zero must have a logarithm (Improved DDPM's and diffusers' floor).
 MIN_VARIANCE = 1e-20
@@ -54,6 +55,23 @@ class Levels:
         """How far the process has gone, 0 (clean) to 1 (noise): t / steps, or t itself for processes on [0, 1]."""
         return self.process.fraction(self.t)
 
+    def measured(self, by: str) -> Tensor:
+        """How far it has gone in [0, 1], float64: ``fraction`` (of a shifted flow before the shift) or "sigma".
+
+        Raises ValueError for the sigma of a process that reaches beyond 1.
+        """
+        if by == "fraction":
+            return self.fraction
+        if not (self.process.variance_preserving or isinstance(self.process, RectifiedFlow)):
+            raise ValueError(f"by='sigma' needs a process whose sigma lies in [0, 1]; got {self.process!r}.")
+        return self.sigma
+
+
+def check_by(by: str) -> None:
+    """Raise ValueError unless ``by`` is a way to say how far a process has gone (``Levels.measured``)."""
+    if by not in ("fraction", "sigma"):
+        raise ValueError(f"by must be 'fraction' or 'sigma'; got {by!r}.")
+
 
 def transition(
     alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor
@@ -82,6 +100,11 @@ class Process:
     steps: int
     variance_preserving = False
     t_min, t_max = 0.0, 1.0
+    _changes = 0  # counts what is set, so that what was made from a process is made anew
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        super().__setattr__("_changes", self._changes + 1)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at ``t`` (any shape, already checked): float64 tensors of t's shape and device."""
@@ -139,6 +162,20 @@ class Process:
             )
         return Levels(self._time_at(sigma), *self._alpha_sigma_at(sigma), self)
 
+    def time_of(self, sigma: Any) -> Tensor:
+        """The t, float64, at which a continuous process has the noise ``sigma`` (number, list or tensor): as in
+        ``levels_at``. Raises ValueError, on the CPU, for a sigma that it does not have, and for a discrete process.
+        """
+        if self.discrete:
+            raise ValueError(f"{self!r} has the noise levels of its timesteps and no other sigma: pass t.")
+        sigma = as_float64(sigma)
+        t = self._time_at(sigma)
+        if value_checks_are_free(sigma) and sigma.numel():
+            inside = sigma.isfinite() & (sigma >= 0) & (t >= self.t_min - 1e-9) & (t <= self.t_max + 1e-9)
+            if not bool(inside.all()):
+                raise ValueError(f"{self!r} has no noise level sigma = {_first(sigma[~inside])}.")
+        return t.clamp(self.t_min, self.t_max)
+
     def _time_at(self, sigma: Tensor) -> Tensor:
         raise ValueError(f"{self!r} knows no t for a sigma: give the times themselves.")
 
@@ -176,13 +213,29 @@ class Process:
         return {key: value for key, value in vars(self).items() if not key.startswith("_")}
 
 
+def check_process(process: Any) -> None:
+    """Raise TypeError for what is no process, and say what to write in its place."""
+    if isinstance(process, Process):
+        return
+    if isinstance(getattr(process, "process", None), Process):
+        hint = "an Objective: write objective.process"
+    elif isinstance(process, type) and issubclass(process, Process):
+        hint = f"the class {process.__name__}: make one, {process.__name__}()"
+    elif hasattr(process, "config") and type(process).__name__.endswith("Scheduler"):
+        hint = f"a {type(process).__name__} of diffusers: write fastdiff.Objective.from_scheduler(scheduler)"
+    else:
+        hint = brief(process)
+    raise TypeError(f"process must be a fastdiff process such as VariancePreserving(); got {hint}.")
+
+
 class VariancePreserving(Process):
     """The discrete variance-preserving process of DDPM: alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar).
 
     Args:
         betas: "linear" (Ho et al. 2020; 1e-4 to 0.02), "scaled_linear" (Rombach et al. 2022: linear in sqrt(beta);
-            0.00085 to 0.012, Stable Diffusion's), "cosine" (Nichol and Dhariwal 2021, equation 17), or the betas
-            themselves: a 1-D tensor or sequence in (0, 1] (then ``steps`` is its length).
+            0.00085 to 0.012, Stable Diffusion's), "cosine" (Nichol and Dhariwal 2021, equation 17; diffusers'
+            "squaredcos_cap_v2"), or the betas themselves: a 1-D tensor or sequence in (0, 1] (then ``steps`` is its
+            length).
         steps: number of steps T. t is an integer in [0, T - 1]; t = 0 is the least noisy.
         beta_start, beta_end: for "linear" and "scaled_linear".
         zero_terminal_snr: rescale so that alpha_bar at T - 1 is exactly 0 (Lin et al. 2024, algorithm 1).
@@ -194,6 +247,7 @@ class VariancePreserving(Process):
 
     discrete = True
     variance_preserving = True
+    _ends: tuple[float | None, float | None] = (None, None)
 
     def __init__(
         self,
@@ -204,11 +258,12 @@ class VariancePreserving(Process):
         zero_terminal_snr: bool = False,
     ):
         if isinstance(betas, str):
-            self.schedule = betas
-            beta = _beta_schedule(betas, steps, beta_start, beta_end)
+            self.schedule = "cosine" if betas == "squaredcos_cap_v2" else betas  # diffusers' name of it
+            self._ends = beta_start, beta_end
+            beta = _beta_schedule(self.schedule, steps, beta_start, beta_end)
         else:
             self.schedule = "given"
-            beta = as_float64(betas).detach().to("cpu", torch.float64)
+            beta = as_float64(betas).detach().to("cpu", torch.float64).clone()
             if beta_start is not None or beta_end is not None:
                 raise ValueError(
                     f"beta_start and beta_end go with a named schedule, but the betas were given themselves; got "
@@ -235,7 +290,7 @@ class VariancePreserving(Process):
 
     @property
     def betas(self) -> Tensor:
-        return self._betas
+        return self._betas.clone()
 
     @property
     def alpha_bar(self) -> Tensor:
@@ -313,7 +368,9 @@ class VariancePreserving(Process):
                 raise ValueError(f"t must lie in [0, {self.steps - 1}] for {self!r}; got {_first(outside)}.")
 
     def _arguments(self) -> dict[str, Any]:
-        return {"betas": self.schedule, "steps": self.steps, "zero_terminal_snr": self.zero_terminal_snr}
+        ends = {name: value for name, value in zip(("beta_start", "beta_end"), self._ends) if value is not None}
+        shown = {"betas": self.schedule, "steps": self.steps} | ends
+        return shown | {"zero_terminal_snr": True} if self.zero_terminal_snr else shown
 
 
 class RectifiedFlow(Process):

@@ -11,23 +11,25 @@ import torch
 from torch import Tensor
 
 from . import ops, samplers
+from . import prediction as kinds
 from .backends.native import torch_noise
 from .graph import Graphed, check_capture
 from .guidance import Guidance
-from .objective import draw_seed
-from .ops.noise import Stream
+from .objective import Objective, draw_seed
+from .ops.checks import check_tensor
+from .ops.noise import Stream, whole
 from .prediction import Prediction
-from .process import Process
+from .process import Process, check_process
 
 
 @torch.no_grad()
 def sample(
     model: Callable[..., Tensor],
     shape: tuple[int, ...],
-    process: Process,
+    process: Process | Objective,
     sampler: str | samplers.Sampler = "ddpm",
     steps: int | None = None,
-    prediction: str | Prediction = "epsilon",
+    prediction: str | Prediction | None = None,
     *,
     cond: Any = None,
     uncond: Any = None,
@@ -44,6 +46,7 @@ def sample(
     noise: Callable[[int, tuple[int, ...]], Tensor] | None = None,
     x: Tensor | None = None,
     sample_offset: int = 0,
+    step_offset: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
@@ -60,19 +63,20 @@ def sample(
             written over by the next step, unless there is a callback or ``return_trajectory``: a model that keeps it,
             or a view of it, should clone it. (On the CPU a tensor that is kept is left alone; a view is not known of.)
         shape: [batch, ...] of the samples.
-        process, prediction: those of training.
+        process, prediction: those of training; or the ``Objective`` of training in place of the process, which has
+            both (``objective.sample(model, shape, ...)`` is the same).
         sampler: a name of ``fastdiff.samplers.NAMES``, or an object of ``fastdiff.samplers``.
         steps: the number of steps; None: all of a discrete process, 50 for others.
         cond: a tensor [batch, ...], or a tuple, list or dict of such, given to the model.
         uncond: the same for classifier-free guidance (Ho and Salimans 2022); then the model sees a batch of twice the
-            size, the unconditional half first.
+            size, the unconditional half first. Tensors [1, ...] of either go with every sample.
         guidance: m_uncond + guidance (m_cond - m_uncond), a number or one a sample. 1 is no guidance; other values need
             ``uncond``.
         guidance_interval: (low, high): guidance only where low <= t <= high, in the process's own t (Kynkaanniemi et
             al. 2024); elsewhere the unconditional half is not computed.
         guidance_rescale: phi of Lin et al. 2024, section 3.4: how much of the deviation that guidance adds to each
             sample of the network's output is taken away again. 0 to 1.
-        dynamic_thresholding: quantile of |x0| that each sample's x0 estimate is clamped to, and divided by, where it
+        dynamic_thresholding: quantile of abs(x0) that each sample's x0 estimate is clamped to, and divided by, where it
             exceeds 1 (Saharia et al. 2022; 0.995 there). Not with a sampler that has a ``clip``.
         sample_max_value: no more than this is divided by.
         cond_fn: classifier guidance (Dhariwal and Nichol 2021): ``cond_fn(x, t)`` returns the gradient of
@@ -86,11 +90,16 @@ def sample(
         noise: ``noise(step, shape)`` gives the noise of a step instead.
         x: where to start; None: noise from the seed.
         sample_offset: the index of the first sample. With one seed, 8 samples are 4 and another 4 with offset 4.
+        step_offset: the index of the first step. The noise of a step is made from the seed and this index: a run that
+            goes on from another's x, with the same seed, has to be given the number of steps that were made, or it adds
+            the noise that was added before.
         device: None: that of x, or of the model's parameters.
         dtype: of the samples and of what the model sees.
         progress: show a bar, if tqdm is installed.
-        callback: ``callback(step, t, x, x0)`` after every step: the step's t, the new x and the x0 estimate.
-        return_trajectory: return (samples, x at the start and after every step [steps + 1, *shape]).
+        callback: ``callback(step, t, x, x0)`` after every step: the step's t, the new x and the x0 estimate. It may
+            write into x: the run goes on from what is there then (history that a multistep method keeps stays as it
+            is). What it writes into x0 changes nothing.
+        return_trajectory: return (samples, x at the start and after every step ``[steps + 1, *shape]``).
         compile: run the model through ``torch.compile``.
         cuda_graph: capture model and step in a CUDA graph once and replay it at every step: for a model that can be
             captured, on a CUDA device, without what looks at each step's output (``guidance_rescale``,
@@ -100,6 +109,11 @@ def sample(
     call of the model.
     """
     sampler = samplers.get(sampler)
+    steps = None if steps is None else whole("steps", steps)
+    sample_offset, step_offset = whole("sample_offset", sample_offset), whole("step_offset", step_offset)
+    if step_offset < 0:
+        raise ValueError(f"step_offset must be at least 0; got {step_offset}.")
+    process, prediction = _trained_on(process, prediction)
     plan = _planned(sampler, process, steps, prediction)
     shape = tuple(shape)
     if uncond is not None and cond is None:
@@ -113,7 +127,9 @@ def sample(
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point; got {dtype}.")
     device = _device(model, x, device)
-    source = _Noise(plan, shape, device, dtype, seed, generator, noise, sample_offset, x is None, mask is not None)
+    source = _Noise(
+        plan, shape, device, dtype, seed, generator, noise, sample_offset, step_offset, x is None, mask is not None
+    )
     how = Guidance(
         plan, sampler, guidance, uncond is not None, guidance_interval, guidance_rescale, dynamic_thresholding,
         sample_max_value, cond_fn,
@@ -143,7 +159,7 @@ def sample(
     if compile:
         model = torch.compile(model)
     told = _told(plan, device, dtype)
-    both = cond if uncond is None else _both(uncond, cond)
+    both = _conditions(cond, uncond, shape[0])
     scale = 1.0 if plan.model_scale is None else float(plan.model_scale[0])
     visited = plan.times.to(device) if callback is not None else plan.times
     index = range(len(plan.times)) if plan.steps is None else plan.steps
@@ -169,6 +185,7 @@ def sample(
         guided = how.guided[k]
         if simple:
             m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
+            check_tensor("the model's output", m, "output")
             run.step(k, m, guided, z, copies[k])
             continue
         ends = k == last or index[k + 1] != index[k]
@@ -176,6 +193,7 @@ def sample(
             graphed.step(z)
         else:
             m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
+            check_tensor("the model's output", m, "output")
             variance = None
             if plan.learned_variance:
                 m, variance = _variance(m, shape, guided)
@@ -193,18 +211,43 @@ def sample(
         if callback is not None:
             now = (run.x, run.x0) if graphed is None else (run.x.clone(), run.x0.clone())
             callback(index[k], visited[began], *now)
+            if graphed is not None:
+                graphed.put(k, now[0])
+            elif k != last and run.seen is not run.x:
+                run.begin(run.scales[k], copies[k])
         began = k + 1
     return (run.x, torch.stack(path)) if return_trajectory else run.x
+
+
+def _trained_on(process: Process | Objective, prediction: str | Prediction | None) -> tuple[Process, Prediction]:
+    """The process and the prediction kind of a network. Raises TypeError or ValueError where they are not known."""
+    if isinstance(process, Objective):
+        own = process.prediction
+        if prediction is not None and kinds.get(prediction) is not own:
+            raise ValueError(
+                f"the objective predicts {own.name!r}, but prediction is {kinds.get(prediction).name!r}: leave it out."
+            )
+        return process.process, own
+    check_process(process)
+    if prediction is None:
+        raise TypeError(
+            "prediction is missing: samples depend on what the network was trained to predict. Write "
+            "objective.sample(model, shape, ...), or give its kind, such as prediction='epsilon' or 'v_prediction'."
+        )
+    return process, kinds.get(prediction)
 
 
 _plans: weakref.WeakKeyDictionary[Process, dict[Any, samplers.Plan]] = weakref.WeakKeyDictionary()
 
 
-def _planned(
-    sampler: samplers.Sampler, process: Process, steps: int | None, prediction: str | Prediction
-) -> samplers.Plan:
-    """The sampler's plan; the last few of each process are kept, for in a short run making it is most of the time."""
-    if not (dataclasses.is_dataclass(sampler) and sampler.__dataclass_params__.frozen):
+def _planned(sampler: samplers.Sampler, process: Process, steps: int | None, prediction: Prediction) -> samplers.Plan:
+    """The sampler's plan; the last few of each process are kept, for in a short run making it is most of the time. Not
+    of a sampler with a field that may change under it, such as a tensor."""
+    if not (
+        dataclasses.is_dataclass(sampler)
+        and sampler.__dataclass_params__.frozen
+        and all(_never_changes(getattr(sampler, field.name)) for field in dataclasses.fields(sampler))
+    ):
         return sampler.plan(process, steps, prediction)
     # The process's numbers too: it is not frozen.
     numbers = tuple(value for value in vars(process).values() if isinstance(value, (int, float, str)))
@@ -221,15 +264,21 @@ def _planned(
     return found
 
 
+def _never_changes(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_never_changes, value))
+    return value is None or isinstance(value, (bool, int, float, str, Prediction))
+
+
 class _Noise:
     """Where a run's noise comes from. Checks the arguments that say so."""
 
-    def __init__(self, plan, shape, device, dtype, seed, generator, noise, sample_offset, starts, inpaints):
+    def __init__(self, plan, shape, device, dtype, seed, generator, noise, sample_offset, first, starts, inpaints):
         if seed is not None and generator is not None:
             raise ValueError("pass a seed or a generator, not both.")
         self._shape, self._device, self._dtype, self._noise, self._draws = shape, device, dtype, noise, plan.draws
         # Churn is drawn for the step that comes next.
-        later = 0 if plan.start is None else 1
+        self._first, later = first, first if plan.start is None else first + 1
         self._steps = [k + later for k in (range(len(plan.times)) if plan.steps is None else plan.steps)]
         self._generators = None
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -264,16 +313,17 @@ class _Noise:
     def churn(self) -> Tensor:
         """The noise of the plan's start."""
         if self._noise is not None:
-            return self._noise(0, self._shape).to(self._device)
+            return self._noise(self._first, self._shape).to(self._device)
         if self._generators is not None:
             return self._drawn()
-        return dataclasses.replace(self.philox, stream=Stream.STEP).tensor(self._shape, self._device)
+        return dataclasses.replace(self.philox, stream=Stream.STEP + self._first).tensor(self._shape, self._device)
 
     def _drawn(self) -> Tensor:
         assert self._generators is not None
         wide = torch.float64 if self._dtype == torch.float64 else torch.float32
         drawn = [torch_noise.randn(self._shape[1:], generator=g, dtype=wide, device=g.device) for g in self._generators]
-        return torch.stack([z.to(self._device) for z in drawn])
+        none = torch.empty(self._shape, dtype=wide, device=self._device)
+        return torch.stack([z.to(self._device) for z in drawn]) if drawn else none
 
 
 def _told(plan: samplers.Plan, device: Any, dtype: Any) -> Tensor:
@@ -286,8 +336,11 @@ def _told(plan: samplers.Plan, device: Any, dtype: Any) -> Tensor:
 
 def _model_times(told: Tensor, guided: Sequence[bool], batch: int) -> list[Tensor]:
     """The same for a batch: [batch], or [2 batch] where it is guided."""
-    halves, wholes = (told[:, None].expand(-1, n).unbind(0) if n else () for n in (batch, any(guided) and 2 * batch))
-    return [wholes[k] if both else halves[k] for k, both in enumerate(guided)] if wholes else list(halves)
+    halves = told[:, None].expand(-1, batch).unbind(0)
+    if not any(guided):
+        return list(halves)
+    wholes = told[:, None].expand(-1, 2 * batch).unbind(0)
+    return [wholes[k] if both else halves[k] for k, both in enumerate(guided)]
 
 
 def _variance(m: Tensor, shape: tuple[int, ...], guided: bool) -> tuple[Tensor, Tensor]:
@@ -301,14 +354,45 @@ def _variance(m: Tensor, shape: tuple[int, ...], guided: bool) -> tuple[Tensor, 
     return m.contiguous(), variance[-shape[0] :].contiguous()
 
 
-def _both(uncond: Any, cond: Any) -> Any:
+def _conditions(cond: Any, uncond: Any, batch: int) -> Any:
+    """What the network is given: the condition, or both halves, the unconditional first. Raises ValueError for another
+    batch size."""
+    if uncond is not None:
+        return _both(uncond, cond, batch, "")
     if isinstance(cond, Tensor):
-        return torch.cat([uncond, cond])
-    if isinstance(cond, dict):
-        return {key: _both(uncond[key], value) for key, value in cond.items()}
-    if isinstance(cond, (tuple, list)):
-        return type(cond)(_both(a, b) for a, b in zip(uncond, cond))
-    raise TypeError(f"cond must be a tensor, or a tuple, list or dict of tensors; got {type(cond).__name__}.")
+        _check_batch("cond", cond, batch)
+    return cond
+
+
+def _both(uncond: Any, cond: Any, batch: int, at: str) -> Any:
+    """``at``: where in the condition, for messages. A tensor [1, ...] goes with all samples."""
+    if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
+        halves = []
+        for name, half in (("uncond", uncond), ("cond", cond)):
+            _check_batch(name + at, half, batch)
+            halves.append(half.expand(batch, *half.shape[1:]) if half.ndim else half.expand(batch))
+        return torch.cat(halves)
+    for kind in (dict, tuple, list):
+        if isinstance(cond, kind) and isinstance(uncond, kind):
+            keys, others = ([*c] if kind is dict else [*range(len(c))] for c in (cond, uncond))
+            if set(keys) != set(others):
+                raise ValueError(f"cond{at} and uncond{at} must have the same entries; got {keys} and {others}.")
+            if kind is dict:
+                return {key: _both(uncond[key], value, batch, f"{at}[{key!r}]") for key, value in cond.items()}
+            return type(cond)(_both(uncond[k], value, batch, f"{at}[{k}]") for k, value in enumerate(cond))
+    if type(cond) is type(uncond):
+        raise TypeError(f"cond{at} must be a tensor, or a tuple, list or dict of tensors; got {type(cond).__name__}.")
+    raise TypeError(
+        f"cond{at} and uncond{at} must be of one form; got {type(cond).__name__} and {type(uncond).__name__}."
+    )
+
+
+def _check_batch(name: str, cond: Tensor, batch: int) -> None:
+    if cond.ndim and len(cond) not in (1, batch):
+        raise ValueError(
+            f"{name} has shape {tuple(cond.shape)}, but {batch} samples are drawn: its first dimension must be "
+            f"{batch}, or 1 for all."
+        )
 
 
 def _device(model: Any, x: Tensor | None, device: torch.device | str | None) -> torch.device:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .process import EDM, Process, as_float64
+from .names import find
+from .process import EDM, Process, RectifiedFlow, as_float64, check_by
 
 
 class Timesteps:
@@ -29,14 +30,26 @@ class Timesteps:
 
 @dataclass(frozen=True)
 class Uniform(Timesteps):
-    """Uniform over the fractions [low, high) of the process: all of it by default."""
+    """Uniform over the fractions [low, high) of the process: all of it by default.
+
+    ``by="sigma"``, for RectifiedFlow: it is the sigma, after the shift, that is uniform over [low, high).
+    """
 
     low: float = 0.0
     high: float = 1.0
+    by: str = "fraction"
 
     def __post_init__(self):
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"0 <= low < high <= 1 is needed; got low={self.low!r}, high={self.high!r}.")
+        check_by(self.by)
+
+    def __call__(self, u: Tensor, process: Process) -> Tensor:
+        if self.by == "fraction":
+            return super().__call__(u, process)
+        if not isinstance(process, RectifiedFlow) or process.discrete:
+            raise ValueError(f"Uniform(by='sigma') draws the sigma of a RectifiedFlow; got {process!r}.")
+        return process.time_of((self.low + (self.high - self.low) * as_float64(u)).clamp(min=process.sigma_min))
 
     def fraction(self, u: Tensor) -> Tensor:
         if (self.low, self.high) == (0.0, 1.0):
@@ -148,15 +161,16 @@ _NAMES = {
 
 
 def get(timesteps: Timesteps | str | None, process: Process) -> Timesteps:
-    """A sampler from its name or itself; None: LogNormal for EDM, uniform for every other process."""
+    """A sampler from its name or itself; None: LogNormal for EDM's sigmas, uniform for every other process."""
     if timesteps is None:
-        return LogNormal() if isinstance(process, EDM) else Uniform()
+        return LogNormal() if isinstance(process, EDM) and not process.discrete else Uniform()
     if isinstance(timesteps, str):
-        if timesteps not in _NAMES:
-            raise ValueError(f"unknown timestep sampler {timesteps!r}: use one of {', '.join(_NAMES)}, or an object.")
-        return _NAMES[timesteps]()
+        return find("timestep sampler", timesteps, _NAMES, {}, "an object")()
     if not isinstance(timesteps, Timesteps):
-        raise TypeError(f"timesteps must be None, a name or a fastdiff.timesteps object; got {timesteps!r}.")
+        hint = (
+            " A function of one's own is a subclass of Timesteps with that fraction(u)." if callable(timesteps) else ""
+        )
+        raise TypeError(f"timesteps must be None, a name or a fastdiff.timesteps object; got {timesteps!r}.{hint}")
     return timesteps
 
 

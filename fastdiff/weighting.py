@@ -19,8 +19,10 @@ from torch import Tensor
 
 from . import prediction as kinds
 from .backends.rows import gather_rows, value_checks_are_free
+from .names import find
 from .prediction import Prediction
-from .process import EDM, Levels, as_float64
+from .process import EDM, Levels, as_float64, check_by
+from .showing import brief, brief_fields
 
 # A level of exactly 0 is replaced by these two, and the limit read off the two weights. They are far below any real
 # level, and their powers up to the sixth stay within float64.
@@ -66,6 +68,15 @@ class MinSNR(Weighting):
     def __post_init__(self):
         _positive("gamma", self.gamma)
         _one_of("form", self.form, ("paper", "plus_one", "shifted"))
+
+    def unused(self, prediction: Prediction, error_space: Prediction) -> str | None:
+        """What of this has no effect on an objective of these, for a warning; None: all has."""
+        if not self._own_form(prediction) or self._own_form(error_space):
+            return None
+        return (
+            f"MinSNR(form={self.form!r}) has no effect with error_space={error_space.name!r}: it is a form for errors "
+            f"of v_prediction, and all others have the same."
+        )
 
     def _own_form(self, prediction: Prediction) -> bool:
         return prediction.name == "v_prediction" and self.form != "paper"
@@ -200,24 +211,41 @@ class CosMap(Weighting):
 
 @dataclass(frozen=True)
 class Bell(Weighting):
-    """A bell over the timesteps ("bsmntw"): y = exp(-2 ((t - 500) / 1000)^2), then (y - min) steps / sum. Discrete."""
+    """A bell ("bsmntw") with mean 1: y = exp(-2 (s - 1/2)^2) less its least, exp(-1/2), over the mean of that.
+
+    ``by="fraction"``: s is the time as a fraction of the process; of a discrete one the mean is that of its steps, so
+    that its table is (y - min) steps / sum. ``by="sigma"``: s is the noise level, in [0, 1], as trainers of shifted
+    flows have it.
+    """
+
+    by: str = "fraction"
+
+    def __post_init__(self):
+        check_by(self.by)
 
     def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
-        steps = _discrete_steps(self, levels)
-        t = torch.arange(steps, dtype=levels.alpha.dtype, device=levels.t.device)
-        y = torch.exp(-2 * (t / steps - 0.5) ** 2)
-        y = y - y.min()
-        return gather_rows((y * (steps / y.sum())).unsqueeze(-1), levels.t).squeeze(-1)
+        if self.by == "fraction" and levels.process.discrete:
+            steps = levels.process.steps
+            t = torch.arange(steps, dtype=levels.alpha.dtype, device=levels.t.device)
+            y = torch.exp(-2 * (t / steps - 0.5) ** 2)
+            y = y - y.min()
+            return gather_rows((y * (steps / y.sum())).unsqueeze(-1), levels.t).squeeze(-1)
+        if isinstance(levels.process, EDM):
+            raise ValueError(f"Bell needs a time or a sigma in [0, 1]; got {levels.process!r}.")
+        least, mean = math.exp(-0.5), math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5))
+        return (torch.exp(-2 * (levels.measured(self.by) - 0.5) ** 2) - least) / (mean - least)
 
 
 @dataclass(frozen=True, eq=False)
 class PerTimestep(Weighting):
-    """A table of one weight per timestep of a discrete process, on the prediction's own error."""
+    """A table of one weight per timestep of a discrete process, on the prediction's own error. It is copied: what is
+    written into it later changes nothing."""
 
     table: Tensor
+    __repr__ = brief_fields
 
     def __post_init__(self):
-        table = as_float64(self.table).detach()
+        table = as_float64(self.table).detach().clone()
         if table.ndim != 1:
             raise ValueError(f"PerTimestep needs a 1-D table, one weight a timestep; got shape {tuple(table.shape)}.")
         object.__setattr__(self, "table", table)
@@ -267,15 +295,30 @@ def get(weighting: WeightingLike) -> Weighting | Callable[[Levels], Tensor]:
     if weighting is None:
         return Uniform()
     if isinstance(weighting, str):
-        if weighting not in _NAMES:
-            raise ValueError(f"unknown weighting {weighting!r}: use one of {', '.join(_NAMES)}, or an object.")
-        return _NAMES[weighting]()
+        return find("weighting", weighting, _NAMES, {"none": "uniform", "bsmntw": "bell"}, "an object")()
+    if isinstance(weighting, Tensor):
+        raise TypeError(f"weighting is a {brief(weighting)}: a table of one weight a timestep is PerTimestep(table).")
     if isinstance(weighting, type) or not (isinstance(weighting, Weighting) or callable(weighting)):
         raise TypeError(
             f"weighting must be None, a name, a fastdiff weighting such as MinSNR(5.0) or a callable of the levels; "
-            f"got {weighting!r}."
+            f"got {brief(weighting)}."
         )
     return weighting
+
+
+def check(weighting: Weighting | Callable[[Levels], Tensor], levels: Levels) -> None:
+    """Raise TypeError for a callable that takes the levels for t."""
+    if isinstance(weighting, Weighting):
+        return
+    try:
+        weighting(levels)
+    except Exception as error:
+        if "Levels" not in str(error):
+            raise
+        raise TypeError(
+            "a weighting is called with the noise levels, not with t: write, for example, "
+            "lambda levels: 1 / (1 + levels.t), or use levels.snr, levels.alpha, levels.sigma."
+        ) from error
 
 
 def evaluate(weighting: WeightingLike, levels: Levels, prediction: str | Prediction) -> Tensor:

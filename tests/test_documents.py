@@ -1,7 +1,12 @@
 """What the documents show works: each block of Python runs, each command and link leads somewhere."""
 
+import importlib
+import inspect
+import json
+import pkgutil
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastdiff
+import fastdiff.integrations as integrated
 from fastdiff.bench.cases import PRESETS
 from fastdiff.cli import _parser
 from fastdiff.demo.settings import build, resolve
@@ -26,7 +32,7 @@ SMALL = {"(16, 4, 64, 64)": "(2, 4, 8, 8)", '"ddim", 50': '"ddim", 3', "image_si
 
 @pytest.fixture(autouse=True)
 def nothing_is_imported(monkeypatch):
-    """A block that does not import what it uses fails, whatever other tests have imported."""
+    """A block finds what it uses by itself, whatever other tests have imported."""
     for name in list(sys.modules):
         package, _, module = name.rpartition(".")
         if package == "fastdiff.integrations" or name == "fastdiff.integrations":
@@ -85,7 +91,7 @@ def test_readme():
     trainer = dict(loader=[(latents(), 0.1), (latents(), 0.2)], network=network, optimizer=optimizer)
     trainer |= dict(conditions=torch.ones(2, 1, 1, 1), process=fastdiff.VariancePreserving(), t=torch.tensor([0, 999]))
     trainer |= dict(x0=latents(2), noise=latents(2))
-    runs = run_blocks("README.md", {"In your own trainer": trainer})
+    runs = run_blocks("README.md", {"Use": trainer})
     first = next(runs)
     trainer["prediction"] = first["prediction"] = latents(2)
     images, loss = first["images"], first["loss"]
@@ -270,9 +276,51 @@ def test_links(document):
         name, _, anchor = target.partition("#")
         path = (ROOT / document).parent / name if name else ROOT / document
         assert path.exists(), target
-        headings = (
-            [heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", path.read_text(), re.M)]
-            if anchor
-            else []
-        )
-        assert not anchor or anchor in headings, target
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M) if anchor else []
+        anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in anchors, target
+
+
+def test_the_notebook_runs(monkeypatch):
+    """Its cells, with fewer steps of training; and it shows what they gave."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "show", lambda: None)
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    namespace = {}
+    plt.switch_backend("Agg")
+    for cell in cells:
+        code = "".join(cell["source"]).replace("range(1500)", "range(100)")
+        exec(compile(code, "quickstart.ipynb", "exec"), namespace)
+    plt.close("all")
+    assert namespace["samples"].shape == (32, 1, 8, 8) and namespace["samples"].isfinite().all()
+    losses = namespace["losses"]
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+    assert any("image/png" in output.get("data", {}) for output in cells[-1]["outputs"])
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """As ``make docs`` does; and the reference has every public name, with its docstring."""
+    pytest.importorskip("sphinx")
+    make = subprocess.run(["make", "-n", "docs"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    pages, site = tmp_path / "pages", tmp_path / "site"
+    commands = (
+        make[make.index("rm -rf build/pages") :].replace("build/pages", str(pages)).replace("build/site", str(site))
+    )
+    commands = commands.replace(".venv/bin/sphinx-build", f"{sys.executable} -m sphinx")
+    done = subprocess.run(["sh", "-ec", commands], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reference = (site / "docs" / "reference.html").read_text()
+    modules = re.findall(r"automodule:: (\S+)", text_of("docs/reference.md"))
+    integrations = [f"fastdiff.integrations.{m.name}" for m in pkgutil.iter_modules(integrated.__path__)]
+    # What only the others use.
+    assert set(integrations) - set(modules) == {
+        f"fastdiff.integrations.{n}" for n in ("fusing", "schedulers", "tables")
+    }
+    for name in modules:
+        module = importlib.import_module(name)
+        for public in getattr(module, "__all__", ()):
+            value = getattr(module, public)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                assert value.__doc__, f"{name}.{public} has no docstring"
+                assert f'id="{name}.{public}"' in reference, f"{name}.{public}"

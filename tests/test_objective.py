@@ -67,7 +67,7 @@ def test_functions_and_the_object_are_the_formulas(process, prediction):
         got = objective.loss(m, noised, mask, reduction)
         oracle.assert_close(got, expected, rel=1e-10, absolute=1e-12)
         function = fastdiff.diffusion_loss(
-            m, x0, n, t, process, prediction_type=prediction, weighting=weighting, loss="huber", mask=mask,
+            m, x0, n, t, process, prediction=prediction, weighting=weighting, loss="huber", mask=mask,
             reduction=reduction,
         )  # fmt: skip
         assert torch.equal(got, function), "to the bit: one way is the other"
@@ -231,14 +231,14 @@ def test_default_dtype_and_device_do_not_matter():
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
     x0 = torch.randn(2, 3)
     expected = objective.noise(x0, seed=1)
-    start = fastdiff.sample(lambda x, t: x, (2, 3), objective.process, "ddpm", 3, seed=1, progress=False, device="cpu")
+    start = objective.sample(lambda x, t: x, (2, 3), "ddpm", 3, seed=1, progress=False, device="cpu")
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")  # whatever is made there has no values, and cannot be compared
     try:
         fresh = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
         again = fresh.noise(x0, seed=1)
         flow = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow").noise(x0, 0.5, x0)
-        x = fastdiff.sample(lambda x, t: x, (2, 3), fresh.process, "ddpm", 3, seed=1, progress=False, device="cpu")
+        x = fresh.sample(lambda x, t: x, (2, 3), "ddpm", 3, seed=1, progress=False, device="cpu")
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)

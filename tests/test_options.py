@@ -50,7 +50,7 @@ def option_of_a_loss(name, first, second, **others):
         given = others | {name: value}
         return {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in given.items()}
 
-    short = {"prediction_type": "prediction", "mask_normalization": "normalization"}
+    short = {"mask_normalization": "normalization"}
 
     def expected(value):
         return true_loss(**{short.get(key, key): v for key, v in (others | {name: value}).items()})
@@ -61,15 +61,15 @@ def option_of_a_loss(name, first, second, **others):
     def method(value):
         given = arguments(value)
         made = {key: given.pop(key) for key in ("weighting", "loss") if key in given}
-        objective = fastdiff.Objective(VP, given.pop("prediction_type", "epsilon"), **made)
+        objective = fastdiff.Objective(VP, given.pop("prediction", "epsilon"), **made)
         return objective.loss(m, objective.noise(x0, t, n), **given)
 
     return Asked((first, second), function, expected), Asked((first, second), method, expected)
 
 
 OF_A_LOSS = {
-    "prediction_type": option_of_a_loss("prediction_type", "epsilon", "v_prediction"),
-    "weighting": option_of_a_loss("weighting", None, "min_snr", prediction_type="v_prediction"),
+    "prediction": option_of_a_loss("prediction", "epsilon", "v_prediction"),
+    "weighting": option_of_a_loss("weighting", None, "min_snr", prediction="v_prediction"),
     "loss": option_of_a_loss("loss", "mse", "l1"),
     "mask": option_of_a_loss("mask", MASK, 1 - MASK),
     "reduction": option_of_a_loss("reduction", "mean", "sum"),

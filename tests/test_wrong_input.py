@@ -95,16 +95,16 @@ CASES = {
     "normalised sum": (
         lambda: loss(mask=torch.ones(2), mask_normalization="row", reduction="sum"), ValueError, "divides by nothing"),
     "unknown reduction": (lambda: loss(reduction="avg"), ValueError, "mean, sum, none; got 'avg'"),
-    "unknown mask normalisation": (lambda: loss(mask_normalization="all"), ValueError, "none, row, global"),
+    "unknown mask normalisation": (lambda: loss(mask_normalization="all"), ValueError, "none, row, sample, global"),
     "weights of a wrong length": (lambda: loss(weight=torch.ones(3)), ValueError, r"weight has shape \(3,\)"),
-    "unknown prediction": (lambda: objective(prediction="eps"), ValueError, "epsilon, sample, v_prediction"),
+    "unknown prediction": (lambda: objective(prediction="epsilons"), ValueError, "epsilon, sample, v_prediction"),
     "unknown weighting": (lambda: objective(weighting="minsnr"), ValueError, "min_snr"),
     "weighting a class": (lambda: objective(weighting=fastdiff.MinSNR), TypeError, r"MinSNR\(5.0\)"),
     "weighting a number": (lambda: objective(weighting=5.0), TypeError, "callable"),
     "weighting NaN": (
         lambda: objective(weighting=lambda levels: levels.alpha * float("nan")), ValueError, "NaN at t = 0"),
     "weighting of a wrong shape": (lambda: objective(weighting=lambda levels: 1.0), ValueError, "one weight a row"),
-    "unknown loss": (lambda: objective(loss="l2"), ValueError, "mse, l1"),
+    "unknown loss": (lambda: objective(loss="l3"), ValueError, "mse, l1"),
     "loss a function": (lambda: objective(loss=torch.nn.functional.mse_loss), TypeError, "Huber"),
     "unknown timesteps": (lambda: objective(timesteps="normal"), ValueError, "logit_normal"),
     "process a name": (lambda: objective("ddpm"), TypeError, r"VariancePreserving\(\)"),
@@ -196,8 +196,39 @@ CASES = {
     "weights of too few timesteps": (
         lambda: objective(weighting=weighting.PerTimestep(torch.ones(5))), ValueError, "5 weights.*1000 steps"),
     "weights of timesteps for a flow": (
-        lambda: objective(FLOW, "flow", weighting=weighting.Bell()).noise(X, torch.rand(2)).weight,
-        ValueError, "Bell needs a discrete process"),
+        lambda: objective(FLOW, "flow", weighting=weighting.PerTimestep(torch.ones(5))).noise(X, torch.rand(2)).weight,
+        ValueError, "PerTimestep needs a discrete process"),
+    "a bell for EDM": (
+        lambda: objective(fastdiff.EDM(), "edm", weighting=weighting.Bell()),
+        ValueError, "Bell needs a time or a sigma"),
+    "a bell by something else": (
+        lambda: weighting.Bell(by="t"), ValueError, "by must be 'fraction' or 'sigma'; got 't'"),
+    "sigma for c at every time": (
+        lambda: losses.PseudoHuber(schedule="snr", by="sigma"), ValueError, "goes with schedule='exponential'"),
+    "c by the sigma of EDM": (
+        lambda: objective(fastdiff.EDM(), "edm", loss=losses.PseudoHuber(schedule="exponential", by="sigma")),
+        ValueError, r"by='sigma' needs a process whose sigma lies in \[0, 1\]"),
+    "uniform sigmas of a discrete process": (
+        lambda: objective(timesteps=timesteps.Uniform(by="sigma")), ValueError, "draws the sigma of a RectifiedFlow"),
+    "sigma and t": (
+        lambda: objective(FLOW, "flow").noise(X, torch.rand(2), sigma=0.5), ValueError, "t and sigma both say"),
+    "sigma of a discrete process": (lambda: objective().noise(X, sigma=0.5), ValueError, "no other sigma: pass t"),
+    "sigma beyond 1": (
+        lambda: objective(FLOW, "flow").noise(X, sigma=[0.5, 1.5]), ValueError, r"has no noise level sigma = 1\.5"),
+    "a sigma that is NaN": (
+        lambda: objective(FLOW, "flow").noise(X, sigma=float("nan")), ValueError, "has no noise level sigma = nan"),
+    "sigma below what VESDE has": (
+        lambda: objective(fastdiff.VESDE(), "score").noise(X, sigma=0.001),
+        ValueError, r"no noise level sigma = 0\.001"),
+    "t a frame or a channel": (
+        lambda: objective(FLOW, "flow").noise(torch.zeros(2, 3, 3, 4, 4), torch.rand(2, 3)), ValueError,
+        r"one a frame or one a channel.*\(2, 1, 3, 1, 1\).*\(2, 3, 1, 1, 1\)"),
+    "a mask of frames or of channels": (
+        lambda: objective().loss(V := torch.zeros(2, 3, 3, 4, 4), objective().noise(V), torch.ones(2, 3)), ValueError,
+        r"mask has shape \(2, 3\), which could be one a frame"),
+    "offsets along the batch": (lambda: objective(noise_offset_dim=0), ValueError, "noise_offset_dim must be"),
+    "offsets along what is not there": (
+        lambda: objective(noise_offset=0.1, noise_offset_dim=4).noise(X), ValueError, "noise_offset_dim=4 is no"),
     "likelihood of no SDE": (
         lambda: objective(weighting=weighting.Likelihood()), ValueError, "VPSDE, VESDE, SubVPSDE"),
     "a scalar prediction": (

@@ -4,9 +4,10 @@
 
 #include <cstdint>
 
+#include "../codes.h"
+
 namespace fastdiff {
 
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3, u8 = 4 };
 
 struct Input {
   const void* data;  // null: absent
@@ -89,8 +90,6 @@ struct ConvertArguments {
   Output out;
 };
 
-enum class Function : int { mse = 0, l1 = 1, smooth_l1 = 2, pseudo_huber = 3, log_cosh = 4 };
-
 struct LossArguments {
   Layout layout;
   Input prediction, x0;
@@ -109,12 +108,6 @@ struct MaskSumArguments {
   Layout layout;
   Mask mask;
   double* sums;
-};
-
-constexpr int kHistory = 4;
-// fastdiff.ops.COLUMNS
-enum Column {
-  p_x, p_m, c_x, c_m, c_x0, c_h1, c_h2, c_h3, c_h4, c_noise, l_0, l_v, h_x, h_m, h_x0, k_x0, k_n, c_in, kColumns
 };
 
 struct StepArguments {

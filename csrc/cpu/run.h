@@ -13,9 +13,6 @@ void run(NoiseArguments& arguments, bool wide, int threads);  // wide: compute i
 void run(ConvertArguments& arguments, bool wide, int threads);
 void run(StepArguments& arguments, bool wide, int threads);
 
-enum class Reduction : int { mean = 0, sum = 1, none = 2 };
-enum class Normalization : int { none = 0, row = 1, global = 2 };
-
 struct LossCall {
   LossArguments kernel;  // its factor and sums are made here
   Reduction reduction;

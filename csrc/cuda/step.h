@@ -5,16 +5,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../codes.h"
+
 namespace fastdiff {
 namespace cuda {
 
 // Codes of fastdiff._C; kAny where a kernel looks at it when it runs.
-enum Code : int { kAny = -1, kF32 = 0, kBF16 = 2, kF16 = 3, kU8 = 4 };
-
-constexpr int kHistory = 4;
-// fastdiff.ops.COLUMNS
-enum Column {
-  p_x, p_m, c_x, c_m, c_x0, c_h1, c_h2, c_h3, c_h4, c_noise, l_0, l_v, h_x, h_m, h_x0, k_x0, k_n, c_in, kColumns
+enum Code : int {
+  kAny = -1, kF32 = int(DType::f32), kBF16 = int(DType::bf16), kF16 = int(DType::f16), kU8 = int(DType::u8)
 };
 
 struct Tensor {

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .modes import fake_mode, has_values, lasting
+
 
 class Gathered(NamedTuple):
     """A coefficient a row that is still to be gathered: column[index]; NaN where index is out of range."""
@@ -23,17 +25,21 @@ class Gathered(NamedTuple):
 
 def value_checks_are_free(tensor: Tensor) -> bool:
     """Whether the values of ``tensor`` can be looked at without waiting for a device or breaking a traced graph."""
-    return tensor.is_cpu and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not torch.compiler.is_compiling() and has_values(tensor)
 
 
 def cached(store: dict, key: Any, make: Callable[[], Tensor]) -> Tensor:
-    """``store[key]``, made if it is not there. Nothing is stored while a program is traced: it would be no tensor."""
+    """``store[key]``, made if it is not there: a plain tensor, whatever mode or transform of PyTorch is on at the first
+    use. Nothing is stored while a program is traced: it would be no tensor."""
     found = store.get(key)
     if found is None:
-        found = make()
-        if not torch.compiler.is_compiling():
-            store[key] = found
-    return found
+        if torch.compiler.is_compiling():
+            return make()
+        with lasting():
+            found = make()
+            store[key] = found = found.clone() if found.is_inference() else found
+    mode = None if torch.compiler.is_compiling() else fake_mode()
+    return found if mode is None else mode.from_tensor(found)
 
 
 def gather_rows(table: Tensor, t: Tensor) -> Tensor:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import tempfile
+import textwrap
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +21,7 @@ from ..demo.run import pick_device
 from ..files import write_atomically
 from . import BenchError, compare, models, page, plots, report, table
 from .cases import PRESETS, choose
+from .interrupts import Interrupts
 from .peers import AGAINST
 from .processes import Group, launch
 from .progress import Progress
@@ -41,7 +47,8 @@ class BenchOptions:
 def bench(options: BenchOptions) -> dict[str, Any]:
     """Measure, write the report, and print the table. Returns the report.
 
-    Ctrl-C ends the measuring: what was measured is written and printed, and KeyboardInterrupt raised again.
+    Ctrl-C ends the measuring: what was measured is written and printed, and KeyboardInterrupt raised again. On a CPU
+    nothing is left anywhere but in the folder of the run, and in TORCHINDUCTOR_CACHE_DIR where that is set.
     """
     started = time.perf_counter()
     for peer in options.against:
@@ -71,25 +78,28 @@ def bench(options: BenchOptions) -> dict[str, Any]:
         run.notes.append("a GPU: there is none here, this is the CPU")
     model = None
     progress = Progress(0.0, quiet=True)
-    try:
-        run.measure_copy()
-        progress = Progress(run.planned_in_all() + modelling, quiet=group.rank != 0)
-        run.measure(progress)
-        if run.complete and modelling:
-            model = _model(options.model, run, modelling, progress)
-    except KeyboardInterrupt:
-        run.complete = False
-        run.notes.append("interrupted")
-    finally:
+    compiles = "compile" in options.against
+    caches = _caches_in(out, compiles) if device.type == "cpu" else contextlib.nullcontext()
+    with Interrupts() as interrupts, caches:
+        try:
+            run.measure_copy()
+            progress = Progress(run.planned_in_all() + modelling, quiet=group.rank != 0)
+            run.measure(progress)
+            if run.complete and modelling:
+                model = _model(options.model, run, modelling, progress)
+            interrupts.hold()
+        except KeyboardInterrupt:
+            run.complete = False
+            run.notes.append("interrupted")
         progress.close()
-    found = report.build(run, options.preset, time.perf_counter() - started)
-    found["model"] = model
-    if run.complete:
-        found["ranks"] = group.gather(found)
-    if group.rank == 0:
-        _write(found, out)
-        _print(found, out)
-    if not run.complete:
+        found = report.build(run, options.preset, time.perf_counter() - started)
+        found["model"] = model
+        if run.complete:
+            found["ranks"] = group.gather(found)
+        if group.rank == 0:
+            _write(found, out)
+            _print(found, out)
+    if not run.complete or interrupts.waiting:
         raise KeyboardInterrupt
     group.leave()
     return found
@@ -121,6 +131,39 @@ def _folder(out: Path | None) -> Path:
     return folder
 
 
+# Where torch.compile and matplotlib keep what they have compiled and found for the next time.
+_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR")
+
+
+@contextlib.contextmanager
+def _caches_in(out: Path, compiles: bool) -> Iterator[None]:
+    """Caches that have no place of their own go to a folder in ``out`` that is removed at the end."""
+    names = [name for name in _CACHES if name not in os.environ]
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix=".caches-", dir=out.resolve(), ignore_cleanup_errors=True)
+        )
+        for name in names:
+            stack.callback(os.environ.pop, name, None)
+            os.environ[name] = folder
+        if compiles and "TORCHINDUCTOR_CACHE_DIR" in names:
+            _keep_headers_in(folder, stack)
+        yield
+
+
+def _keep_headers_in(folder: str, stack: contextlib.ExitStack) -> None:
+    """The precompiled headers of torch.compile's C++ have a place of their own, which no setting moves."""
+    from torch._inductor import codecache
+
+    for name in ("_HEADER_DIR", "_HEADER_LOCK_DIR"):
+        if hasattr(codecache, name):
+            stack.callback(setattr, codecache, name, getattr(codecache, name))
+            setattr(codecache, name, os.path.join(folder, "headers" + name.lower()))
+    if hasattr(codecache, "_precompile_header"):  # it remembers where a header is
+        codecache._precompile_header.cache_clear()
+        stack.callback(codecache._precompile_header.cache_clear)
+
+
 def _write(found: dict[str, Any], out: Path) -> None:
     """Every output, each whole or not there: the numbers first."""
     _text(out / "bench.json", json.dumps(found, indent=1) + "\n")
@@ -145,12 +188,17 @@ def _print(found: dict[str, Any], out: Path) -> None:
     width = shutil.get_terminal_size((200, 24)).columns
     print(table.text(found, width))
     print()
-    for line in table.summary(found):
-        print(line)
+    said = table.summary(found)
     if found["model"]:
-        print(table.model_text(found["model"]))
+        said.append(table.model_text(found["model"]))
+    for line in said:
+        print(textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False))
     if found["ranks"]:
         print()
         print(table.ranks_text(found))
     print()
-    print(f"time: median of a call; NAME ×: how many times as long NAME takes; more in {out / 'bench.html'}")
+    others = ", ".join(peer for peer in found["peers"] if peer != table.OURS)
+    end = "time: median of a call; "
+    if others:
+        end += f"{others}: how many times as long they take (wide: it varies too much); "
+    print(textwrap.fill(f"{end}more in {out / 'bench.html'}", width, break_on_hyphens=False, break_long_words=False))

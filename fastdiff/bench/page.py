@@ -10,6 +10,7 @@ from . import plots, table
 from .plots import Look
 
 PHONE = "(max-width: 700px)"
+ELSEWHERE = ("p20 to p80", "launches", "moved", "extra memory", "GB/s")  # columns that the main table has no room for
 DARK = "(prefers-color-scheme: dark)"
 
 STYLE = """
@@ -29,16 +30,23 @@ p, figcaption, li { max-width: 75ch; }
 .tile { background: var(--band); border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.35rem; line-height: 1.3; color: var(--accent); }
 .tile span { font-size: .85rem; color: var(--faint); }
-figure { margin: 1.5rem 0; } figure img { display: block; width: 100%; max-width: 860px; height: auto; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; max-height: 80vh; }
+figure { margin: 1.5rem 0; } figure img { display: block; width: 100%; height: auto; }
+pre { overflow-x: auto; }
 table { border-collapse: separate; border-spacing: 0; font-size: .85rem; font-variant-numeric: tabular-nums;
-  width: 100%; }
-th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-thead th { position: sticky; top: 0; background: var(--band); z-index: 1; }
-th:first-child { position: sticky; left: 0; text-align: left; background: var(--band); font-weight: 500; }
-thead th:first-child { z-index: 2; }
-@media (max-width: 700px) { body { padding: .8rem; } th, td { padding: .3rem .4rem; font-size: .8rem; }
-  th:first-child { white-space: normal; min-width: 8.5rem; max-width: 9.5rem; } }
+  width: 100%; border: 1px solid var(--line); border-radius: 8px; }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid var(--line); }
+thead th { position: sticky; top: 0; background: var(--band); z-index: 1; vertical-align: bottom; }
+th:first-child { text-align: left; background: var(--band); font-weight: 500; }
+td[colspan] { text-align: left; color: var(--faint); }
+@media (max-width: 900px) { body { padding: .8rem; }
+  table, tbody, tr, th, td { display: block; } thead { display: none; }
+  tr { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); column-gap: .6rem;
+    border-bottom: 1px solid var(--line); }
+  tbody th, td[colspan] { grid-column: 1 / -1; } td[colspan] { display: block; }
+  th, td { border: 0; padding: .2rem .5rem; } td { display: flex; flex-wrap: wrap; justify-content: flex-end; }
+  td::before { content: attr(data-is); color: var(--faint); white-space: nowrap; margin-right: auto;
+    padding-right: .4rem; }
+  td.none { display: none; } }
 summary { cursor: pointer; margin: 1rem 0 .5rem; font-weight: 600; }
 """
 
@@ -135,35 +143,30 @@ def _figure(report: dict[str, Any], name: str, caption: str) -> str:
 
 
 def _main_table(report: dict[str, Any]) -> str:
-    columns = table.columns(report["peers"])
-    # What one looks for first stands where a phone shows it without scrolling.
-    order = sorted(range(len(columns)), key=lambda index: (_place(columns[index].heading), index))
-    columns = [columns[index] for index in order]
+    """What fits beside each other; the rest is among all measurements."""
+    columns = [column for column in table.columns(report["peers"]) if column.heading not in ELSEWHERE]
+    # What one looks for first comes first.
+    columns.sort(key=lambda column: (column.heading not in ("case", "time"), not column.heading.endswith(" ×")))
     rows = [[column.cell(case) for column in columns] for case in report["cases"]]
     return _table([column.heading for column in columns], rows)
-
-
-def _place(heading: str) -> int:
-    if heading in ("case", "time"):
-        return 0
-    return 1 if heading.endswith(" ×") else 2
 
 
 def _ranks(report: dict[str, Any]) -> list[str]:
     return [
         f"<h2>{report['ranks']['world']} processes at once</h2>",
-        f'<div class="scroll"><pre>{_escape(table.ranks_text(report))}</pre></div>',
+        f"<pre>{_escape(table.ranks_text(report))}</pre>",
     ]
 
 
 def _details(report: dict[str, Any]) -> str:
-    heading = ["case", "who", "time", "p20 to p80", "rounds", "host", "launches", "moved", "counted by", "extra memory"]
+    heading = ["case", "who", "time", "p20 to p80", "rounds", "host", "launches", "moved", "counted by"]
+    heading += ["GB/s", "extra memory"]
     rows = []
     for case in report["cases"]:
         for peer, m in case["peers"].items():
             cells = [table.case_name(case), plots.NAMES.get(peer, peer)]
             if m["seconds"] is None:
-                rows.append([*cells, m["missing"] or "-", *[""] * (len(heading) - 3)])
+                rows.append([*cells, m["missing"] or "not measured"])
                 continue
             cells += [
                 table.time(m["seconds"]["median"]),
@@ -171,14 +174,33 @@ def _details(report: dict[str, Any]) -> str:
                 str(m["seconds"]["rounds"]),
             ]
             cells += [table.time(m["host_seconds"]), table.count(m["launches"]), table.size(m["bytes"])]
-            rows.append([*cells, m["counted_by"] or "-", table.size(m["peak_bytes"])])
+            rate = table.number(m["bytes_per_second"], 1e-9)
+            rows.append([*cells, m["counted_by"] or "-", rate, table.size(m["peak_bytes"])])
     return f"<details><summary>Every measurement</summary>{_table(heading, rows)}</details>"
 
 
 def _table(heading: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{_escape(cell)}</th>" for cell in heading)
-    body = "".join(
-        f"<tr><th>{_escape(row[0])}</th>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = "".join(f"<tr><th>{_escape(row[0])}</th>{_cells(heading, row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cells(heading: list[str], row: list[str]) -> str:
+    """The cells behind the first; the last of a row that is too short takes the rest of it. A narrow screen shows each
+    with its heading, and leaves out those without a value."""
+    cells = []
+    for k, cell in enumerate(row[1:], 1):
+        rest = len(heading) - k
+        if k == len(row) - 1 and rest > 1:
+            cells.append(f'<td colspan="{rest}">{_escape(cell)}</td>')
+            continue
+        none = ' class="none"' if cell == "-" else ""
+        cells.append(f'<td data-is="{_escape(heading[k])}"{none}>{_unbroken(cell)}</td>')
+    return "".join(cells)
+
+
+def _unbroken(cell: str) -> str:
+    """A number and its unit stay on one line; "wide" and a spread may be on two, as words may."""
+    if cell[:1].isalpha() and not cell.startswith("wide "):
+        return _escape(cell)
+    return _escape(cell).replace(" ", "\u00a0").replace("wide\u00a0", "wide ").replace("-", "\u2011")

@@ -41,7 +41,7 @@ class Look:
 
     @property
     def width(self) -> float:
-        return 4.0 if self.narrow else 8.6
+        return 4.0 if self.narrow else 10.5
 
     @property
     def ink(self) -> str:

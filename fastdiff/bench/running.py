@@ -23,6 +23,7 @@ SWEEPS = 2  # so that the spread takes in what drifts within minutes
 BURST_SECONDS = 1e-3  # a sample is the mean of as many calls in a row as take so long
 MAX_BURST = 50  # calls
 MAX_QUEUED = 500  # launches of a burst on a GPU; its queue takes about a thousand
+LAUNCHING_SECONDS, FEW_CALLS = 3e-3, 4  # a GPU waits no longer than this for a burst of more calls to be launched
 SETTLE_SECONDS = 4e-3  # a shorter call is made once untimed before, so that its threads are awake
 MAX_SETS = 32  # sets of operands to rotate through; a case that would need more stays in the cache
 MAX_ROUNDS = 60
@@ -271,7 +272,7 @@ class Run:
         rotation, clock = _Rotation(sets), _Clock()
         once = {name: self._timed(calls, name, 1, rotation, measured) for name in list(calls)}
         once = {name: seconds for name, seconds in once.items() if seconds is not None}
-        repeats = {name: self._repeats(seconds, measured[name].count) for name, seconds in once.items()}
+        repeats = {name: self._repeats(seconds, measured[name]) for name, seconds in once.items()}
         if once.get("reference", 0.0) > HOPELESS * self._case_seconds:
             measured["reference"].seconds.append(once.pop("reference"))
         rounds: list[dict[str, float]] = []
@@ -299,12 +300,15 @@ class Run:
                 if name != "fastdiff":
                     measured[name].ratios += block_ratios(rounds, name, "fastdiff")
 
-    def _repeats(self, seconds: float, count: counting.Count | None) -> int:
-        """Calls in a burst, of a call that takes ``seconds``."""
+    def _repeats(self, seconds: float, found: Measurement) -> int:
+        """Calls in a burst, of a call that takes ``seconds``. A GPU pauses until all are launched, so there are fewer
+        of what takes the host longer than it."""
         most = MAX_BURST
         if self.device.type == "cuda":
-            launches = count.launches if count is not None and count.launches else 20
+            launches = found.count.launches if found.count is not None and found.count.launches else 20
             most = min(most, MAX_QUEUED // launches)
+            if found.host_seconds:
+                most = min(most, max(FEW_CALLS, int(LAUNCHING_SECONDS / found.host_seconds)))
         return max(1, min(most, math.ceil(BURST_SECONDS / seconds)))
 
     def _timed(

@@ -47,18 +47,45 @@ def columns(peers: list[str]) -> list[Column]:
 
 
 def text(report: dict[str, Any], width: int | None = None) -> str:
-    """Aligned columns; the least telling ones are dropped until the table fits into ``width``."""
+    """Aligned columns; the least telling ones are dropped until the table fits into ``width``.
+
+    Where that is not enough, what cases share stands in a line above them, and a wide spread is not shown.
+    """
     chosen = columns(report["peers"])
     while True:
         lines = [[column.heading for column in chosen]]
         lines += [[column.cell(case) for column in chosen] for case in report["cases"]]
-        widths = [max(len(line[index]) for line in lines) for index in range(len(chosen))]
+        rows = _rows(lines)
         expendable = max(chosen, key=lambda column: column.expendable)
-        if width is None or sum(widths) + 2 * (len(widths) - 1) <= width or not expendable.expendable:
-            break
+        if width is None or max(map(len, rows)) <= width:
+            return "\n".join(rows)
+        if not expendable.expendable:
+            return _narrow(report, chosen, width)
         chosen.remove(expendable)
-    rows = ["  ".join(_aligned(cell, widths, index) for index, cell in enumerate(line)).rstrip() for line in lines]
-    return "\n".join(rows)
+
+
+def _narrow(report: dict[str, Any], chosen: list[Column], width: int) -> str:
+    """``text`` for a terminal of 80 columns: peers are dropped from the last on where even that is too much."""
+    chosen = list(chosen)
+    while True:
+        lines, above = [["", *(column.heading.removesuffix(" ×") for column in chosen[1:])]], [""]
+        for case in report["cases"]:
+            cells = (column.cell(case) for column in chosen[1:])
+            lines.append([f"  {case['operation']}", *("wide" if cell.startswith("wide") else cell for cell in cells)])
+            above.append(f"{case['kind']} {case['dtype']} {'x'.join(map(str, case['shape']))}")
+        rows = _rows(lines)
+        if max(map(len, rows)) <= width or len(chosen) <= 3:
+            break
+        chosen.pop()
+    found = [rows[0]]
+    for before, shared, row in zip(above, above[1:], rows[1:]):
+        found += [row] if shared == before else [shared, row]
+    return "\n".join(found)
+
+
+def _rows(lines: list[list[str]]) -> list[str]:
+    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
+    return ["  ".join(_aligned(cell, widths, index) for index, cell in enumerate(line)).rstrip() for line in lines]
 
 
 def _aligned(cell: str, widths: list[int], index: int) -> str:
@@ -146,8 +173,7 @@ def ranks_text(report: dict[str, Any]) -> str:
                 number(sum(moved) or None, 1e-9),
             ]
         )
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    return "\n".join("  ".join(_aligned(cell, widths, i) for i, cell in enumerate(row)).rstrip() for row in rows)
+    return "\n".join(_rows(rows))
 
 
 def as_csv(report: dict[str, Any]) -> str:

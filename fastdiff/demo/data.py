@@ -13,6 +13,7 @@ from torch import Tensor
 from . import DemoError, extras
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
+PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}  # of a data set
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def folder(path: Path, size: int, gray: bool) -> ImageData:
     """The PNG and JPEG images under ``path``, cropped to the middle square and resized to ``size``.
 
     Each subfolder that holds images is a class; a folder without subfolders is one class.
-    Raises DemoError for a folder without images, one that mixes the two layouts and an image that cannot be read.
+    Raises DemoError for a folder without images, one that mixes the two layouts, one whose subfolders are train, val
+    and the like, and an image that cannot be read.
     """
     extras.require("PIL", "numpy")
     if not path.is_dir():
@@ -61,6 +63,12 @@ def folder(path: Path, size: int, gray: bool) -> ImageData:
         classes = {path.resolve().name or "images": loose}
     if not classes:
         raise DemoError(f"{path} holds no PNG or JPEG images.")
+    if not loose and {name.lower() for name in classes} <= PARTS:
+        part = max(classes, key=lambda name: name.lower().startswith("train"))
+        raise DemoError(
+            f"{path} holds {', '.join(classes)}: the parts of a data set, not its classes. Name one, for example "
+            f"--data {path / part}."
+        )
     images, labels = [], []
     for label, files in enumerate(classes.values()):
         images += [read_image(file, size, gray) for file in files]

@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import fastdiff
-
 from . import DemoError
 from .settings import Recipe
 from .unet import UNet
@@ -37,13 +35,11 @@ def draw(
     for first in range(0, len(labels), chunk):
         condition = labels[first : first + chunk].to(device)
         try:
-            part = fastdiff.sample(
+            part = recipe.objective.sample(
                 network,
                 (len(condition), channels, size, size),
-                recipe.process,
                 recipe.sampler,
                 steps,
-                recipe.objective.prediction,
                 cond=condition,
                 uncond=torch.full_like(condition, network.null_class),
                 guidance=guidance,

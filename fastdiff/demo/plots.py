@@ -29,7 +29,9 @@ def loss_plot(path: Path, losses: Tensor, time_loss: Tensor, process: Process, t
     steps = torch.arange(1, len(losses) + 1)
     curve.plot(steps, losses, color=COLOURS[0], linewidth=0.6, label="each step")
     window = max(1, len(losses) // 40)
-    curve.plot(steps[window - 1 :], _running_mean(losses, window), color=COLOURS[-1], label=f"mean of {window} steps")
+    centres = steps[: len(losses) - window + 1] + (window - 1) / 2
+    label = f"mean of the {window} steps around" if window > 1 else "the same"
+    curve.plot(centres, _running_mean(losses, window), color=COLOURS[-1], label=label)
     curve.set(xlabel="training step", ylabel="loss", title="Loss during training")
     by_time.set(ylabel="mean loss", title="Loss against time", xlabel=_time_label(process))
     times = _bin_centres(process, time_loss.shape[-1])
@@ -65,12 +67,13 @@ def trajectory_plot(
     """From noise to image: x and the network's estimate of x0, each [columns, rows, C, H, W]."""
     figure = _figure(max(MIN_WIDTH, CELL * 1.25 * (2 * len(columns) + 1) + 1.2), CELL * 1.25 * len(names) + 1.5)
     figure.suptitle(title, fontsize=11)
+    figure.get_layout_engine().set(h_pad=0.1)  # inches: between the title and the headings
     # A process that does not keep the variance starts far outside of [-1, 1]: show it as noise, not as black and white.
     seen = seen / seen.std(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1)
     grids = figure.subplots(1, 2)
     for axes, images, heading in zip(grids, (seen, estimates), ("x after the step", "estimate of x0"), strict=True):
         _show_grid(axes, list(images.transpose(0, 1)))
-        axes.set_title(heading, pad=30)
+        axes.set_title(heading, fontsize=10, pad=24)
         axes.set_xticks(_centres(len(columns), images.shape[-1]), columns, fontsize=7)
         axes.xaxis.tick_top()
     _name_rows(grids[0], names)

@@ -173,8 +173,7 @@ def _settings_of(options: DemoOptions) -> tuple[Settings, checkpoint.Checkpoint 
     if "checkpoint.pt" not in present:
         if present:
             raise DemoError(f"{options.out} holds {', '.join(present)} but no checkpoint.pt to resume: choose another.")
-        print(f"{options.out} holds no checkpoint yet: starting from the beginning.")
-        return resolve(options.settings), None
+        raise DemoError(f"{options.out} holds no run to resume: name its folder, or leave out --resume to begin one.")
     resumed = checkpoint.load(options.out / "checkpoint.pt")
     if differences := differing(resumed.settings, options.settings):
         raise DemoError(

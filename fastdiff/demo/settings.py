@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -80,8 +81,9 @@ def resolve(given: dict[str, Any]) -> Settings:
     given = {name: value for name, value in given.items() if value is not None}
     for name in given.keys() & {"prediction", "weighting", "loss"}:
         given[name] = given[name].replace("-", "_")
-    if given.get("prediction") == "v":
-        given["prediction"] = "v_prediction"
+    if "prediction" in given:
+        with contextlib.suppress(ValueError):  # an unknown one is reported by ``build``
+            given["prediction"] = fastdiff.prediction.get(given["prediction"]).name
     from_folder = "data" in given
     if from_folder:
         # Absolute, so that a run can be resumed from anywhere.

@@ -1,4 +1,4 @@
-"""Objects of denoising-diffusion-pytorch, fused: GaussianDiffusion, its continuous-time kin and ElucidatedDiffusion.
+"""Objects of denoising-diffusion-pytorch, fused: GaussianDiffusion, its continuous-time kin and ElucidatedDiffusion::
 
     diffusion = GaussianDiffusion(unet, image_size=32)
     fastdiff.integrations.denoising_diffusion.fuse(diffusion)      # unfuse(diffusion) undoes it
@@ -19,6 +19,7 @@ from .. import ops
 from ..backends.native import torch_noise
 from ..ops import COLUMNS
 from .fusing import fuse_methods, fused_methods, left_alone, unfuse
+from .tables import kept
 
 __all__ = ["fuse", "fused_methods", "left_alone", "unfuse"]
 
@@ -170,53 +171,42 @@ def _table(like: Tensor, **columns: Tensor) -> Tensor:
     return table.float()
 
 
-def _kept(self, key: Any, make: Any) -> Tensor:
-    """A table, made again if the schedule was loaded or moved since."""
-    tables, betas = self._fastdiff.tables, self.betas
-    stamp = (key, betas.device, betas.data_ptr(), None if betas.is_inference() else betas._version)
-    if stamp not in tables:
-        tables.clear()
-        tables[stamp] = make()
-    return tables[stamp]
-
-
 def _posterior(self) -> Tensor:
-    return _kept(
-        self,
-        "posterior",
-        lambda: _table(
-            self.betas,
-            c_x0=self.posterior_mean_coef1,
-            c_x=self.posterior_mean_coef2,
-            c_noise=(0.5 * self.posterior_log_variance_clipped.double()).exp(),
-            **_x0_columns(self),
-        ),
-    )
+    def make(d: Any) -> Tensor:
+        return _table(
+            d.betas,
+            c_x0=d.posterior_mean_coef1,
+            c_x=d.posterior_mean_coef2,
+            c_noise=(0.5 * d.posterior_log_variance_clipped.double()).exp(),
+            **_x0_columns(d),
+        )
+
+    return kept(self._fastdiff.tables, "posterior", self, make)
 
 
 def _ddim(self, times: list[int]) -> Tensor:
-    def make() -> Tensor:
-        index = torch.tensor(times[:-1], device=self.betas.device)
-        following = torch.tensor(times[1:], device=self.betas.device)
+    def make(d: Any) -> Tensor:
+        eta = d.ddim_sampling_eta
+        index = torch.tensor(times[:-1], device=d.betas.device)
+        following = torch.tensor(times[1:], device=d.betas.device)
         last = following < 0
-        abar = self.alphas_cumprod.double()
+        abar = d.alphas_cumprod.double()
         a, a_next = abar[index], torch.where(last, 1.0, abar[following.clamp(min=0)])
         variance = eta**2 * (1 - a / a_next) * (1 - a_next) / (1 - a)
         direction = (1 - a_next - variance).clamp(min=0).sqrt()
         # The noise is taken from the clamped x0: (x / sqrt(abar) - x0) / sqrt(1 / abar - 1).
         recip, recipm1 = (
-            column.double()[index] for column in (self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod)
+            column.double()[index] for column in (d.sqrt_recip_alphas_cumprod, d.sqrt_recipm1_alphas_cumprod)
         )
         return _table(
             index,
             c_x=torch.where(last, 0.0, direction * recip / recipm1),
             c_x0=torch.where(last, 1.0, a_next.sqrt() - direction / recipm1),
             c_noise=torch.where(last, 0.0, variance.sqrt()),
-            **{name: column.double()[index] for name, column in _x0_columns(self).items()},
+            **{name: column.double()[index] for name, column in _x0_columns(d).items()},
         )
 
-    eta = self.ddim_sampling_eta
-    return _kept(self, ("ddim", eta, tuple(times)), make)
+    return kept(self._fastdiff.tables, ("ddim", tuple(times)), self, make)
 
 
 # ------------------------------------------------------------------------------------------------- continuous time

@@ -1,4 +1,4 @@
-"""Flow-matching libraries: paths of flow_matching, matchers of torchcfm, transports of SiT. None of them is imported.
+"""Flow-matching libraries: paths of flow_matching, matchers of torchcfm, transports of SiT; none of them is imported::
 
     noised = flow.noise(path_or_matcher, x_1)             # in place of path.sample(...) or sample_location_and_...
     loss = flow.loss(model(noised.x_t, noised.t), noised)   # in place of the mean of (v - dx_t)^2
@@ -38,7 +38,7 @@ class _Rows:
     ds: Tensor | None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class FlowNoised:
     """A batch on its paths.
 
@@ -55,6 +55,10 @@ class FlowNoised:
     x_0: Tensor
     eps: Tensor | None
     rows: _Rows
+
+    def __repr__(self) -> str:
+        x = self.x_t
+        return f"FlowNoised(x_t {tuple(x.shape)} of {x.dtype} on {x.device}, t {tuple(self.t.shape)})"
 
     @property
     def dx_t(self) -> Tensor:
@@ -100,6 +104,8 @@ def noise(source: Any, x_1: Tensor, x_0: Tensor | None = None, t: Tensor | None 
         raise ValueError(f"t must be [batch] = {tuple(x_1.shape[:1])}; got {tuple(t.shape)}.")
     eps = torch_noise.randn_like(x_0) if matcher else None
     rows = _matcher_rows(source, t) if matcher else _path_rows(source, t)
+    if not matcher:
+        _check_affine(source, x_1, x_0)
     if rows.b is None:
         x_t = ops.noise(x_1, rows.a, rows.s, eps)[0]
     else:
@@ -124,6 +130,30 @@ def loss(
         velocity, noised.x_1, n, p=noised.rows.da, q=q, weight=weight, mask=mask, function=function,
         reduction=reduction, row_shape=tuple(noised.t.shape),
     )  # fmt: skip
+
+
+_affine: WeakKeyDictionary = WeakKeyDictionary()  # the paths that were found to be
+
+
+def _check_affine(path: Any, x_1: Tensor, x_0: Tensor) -> None:
+    """Raise TypeError unless the path's own points and velocities, of two samples at most, are those of its scheduler.
+    Looked at once a path: a path along geodesics has a scheduler too."""
+    if path in _affine or not len(x_1) or not callable(getattr(path, "sample", None)):
+        return
+    with torch.no_grad():
+        a, b = (x[:2].detach().double() for x in (x_0, x_1))
+        t = torch.tensor([0.3, 0.8], dtype=torch.float64, device=b.device)[: len(b)]
+        own, rows = path.sample(x_0=a, x_1=b, t=t), _path_rows(path, t)
+        spread = [row.reshape(-1, *(1,) * (b.ndim - 1)) for row in (rows.a, rows.b, rows.da, rows.db)]
+        ours = spread[0] * b + spread[1] * a, spread[2] * b + spread[3] * a
+        size = max(float(b.abs().max()), float(a.abs().max()))
+        same = all(float((x - y).abs().max()) <= 1e-4 * size for x, y in zip((own.x_t, own.dx_t), ours))
+    if not same:
+        raise TypeError(
+            f"the path of {type(path).__name__} is not affine in x_0 and x_1: use its own sample, and "
+            f"fastdiff.ops.loss with its dx_t for the error."
+        )
+    _affine[path] = True
 
 
 def _path_rows(path: Any, t: Tensor) -> _Rows:

@@ -1,4 +1,4 @@
-"""Diffusion objects in the style of guided-diffusion and improved-diffusion, which DiT and others share.
+"""Diffusion objects in the style of guided-diffusion and improved-diffusion, which DiT and others share::
 
     diffusion = create_gaussian_diffusion(...)
     fastdiff.integrations.guided_diffusion.fuse(diffusion)      # unfuse(diffusion) undoes it
@@ -22,6 +22,7 @@ from ..backends.native import torch_noise
 from ..backends.rows import gather_rows
 from ..ops import COLUMNS
 from .fusing import fuse_methods, fused_methods, left_alone, unfuse
+from .tables import kept
 
 __all__ = ["LossSecondMomentResampler", "fuse", "fused_methods", "left_alone", "unfuse"]
 
@@ -275,11 +276,11 @@ def _table(diffusion: Any, **columns: Any) -> np.ndarray:
 
 def _kept(self, key: Any, make: Callable[[Any], np.ndarray], device: torch.device) -> Tensor:
     """float32 [steps, ...] on ``device``, made once a device."""
-    tables = self._fastdiff.tables
-    stamp = key, device, id(self.sqrt_alphas_cumprod)
-    if stamp not in tables:
-        tables[stamp] = torch.from_numpy(np.ascontiguousarray(make(self))).float().to(device)
-    return tables[stamp]
+
+    def on_device(d: Any) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(make(d))).float().to(device)
+
+    return kept(self._fastdiff.tables, (key, device), self, on_device)
 
 
 def _noise_table(d: Any) -> np.ndarray:

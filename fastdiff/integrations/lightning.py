@@ -1,4 +1,4 @@
-"""A mixin that makes a LightningModule a diffusion trainer. Lightning itself is not imported.
+"""A mixin that makes a LightningModule a diffusion trainer. Lightning itself is not imported::
 
     class Model(DiffusionTraining, lightning.LightningModule):
         def __init__(self):
@@ -11,11 +11,12 @@
 
         def configure_optimizers(self): ...
 
-A batch is x0, or a tuple (x0, further arguments of forward ...).
+A batch is x0, or a tuple (x0, further arguments of forward ...); for dictionaries override ``unpack``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +32,9 @@ _MASK = 2**64 - 1
 class DiffusionTraining:
     """``training_step`` and ``validation_step`` of a network trained with ``self.objective``.
 
-    Set on the module, or as class attributes:
+    Set on the module, or as class attributes.
+
+    Attributes:
         objective: a ``fastdiff.Objective``.
         noise_seed: an int makes t and noise of the k-th batch a function of (noise_seed, k, place in the global batch),
             whatever the number of ranks; k is kept in the checkpoint, so a resumed run goes on with the noise it would
@@ -50,7 +53,15 @@ class DiffusionTraining:
     _timestep_losses: TimestepLosses | None = None
 
     def unpack(self, batch: Any) -> tuple[Tensor, tuple]:
-        """(x0, further arguments of forward). Override for batches of another form."""
+        """(x0, further arguments of forward). Override for batches of another form.
+
+        Raises TypeError for a dictionary: which entry is x0, and what the others are, is not known.
+        """
+        if isinstance(batch, Mapping):
+            raise TypeError(
+                f"a batch is a {type(batch).__name__} with {', '.join(map(repr, batch))}: override unpack(self, batch) "
+                f"to return (x0, (further arguments of forward ...)), such as (batch[{next(iter(batch), 0)!r}], ())."
+            )
         return (batch, ()) if isinstance(batch, Tensor) else (batch[0], tuple(batch[1:]))
 
     def diffusion_loss(self, batch: Any, seed: int | None = None, reduction: str = "mean") -> Tensor:

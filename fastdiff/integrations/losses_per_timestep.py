@@ -1,11 +1,13 @@
-"""Loss by timestep, gathered on the device: nothing waits for it until the numbers are asked for.
+"""Loss by timestep, gathered on the device::
 
-per_timestep = TimestepLosses(buckets=10)
-rows = objective.loss(prediction, noised, reduction="none")
-per_timestep.update(noised, rows)
-rows.mean().backward()
-if step % 100 == 0:
-    per_timestep.log_to(writer, step)      # a TensorBoard writer, wandb, an accelerator, a Lightning logger
+    per_timestep = TimestepLosses(buckets=10)
+    rows = objective.loss(prediction, noised, reduction="none")
+    per_timestep.update(noised, rows)
+    rows.mean().backward()
+    if step % 100 == 0:
+        per_timestep.log_to(writer, step)      # a TensorBoard writer, wandb, an accelerator, a Lightning logger
+
+Nothing waits for it until the numbers are asked for.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..objective import Noised
+from ..process import check_by
 
 __all__ = ["TimestepLosses"]
 
@@ -26,13 +29,16 @@ class TimestepLosses:
     Args:
         buckets: number of intervals of the fraction t / T (t itself for processes on [0, 1]); 0 is clean data. For
             processes without one (EDM), ``update`` needs ``fraction``.
-        name: what the entries are called: "loss/t_0.00-0.10", ...
+        name: what the entries are called: "loss/t_0.00-0.10", ...; "loss/sigma_0.00-0.10" by sigma.
+        by: "fraction", which is before the shift of a shifted flow, or "sigma", the noise level that its network is
+            told.
     """
 
-    def __init__(self, buckets: int = 10, name: str = "loss"):
+    def __init__(self, buckets: int = 10, name: str = "loss", by: str = "fraction"):
         if not isinstance(buckets, int) or buckets < 1:
             raise ValueError(f"buckets must be a positive integer; got {buckets!r}.")
-        self.buckets, self.name = buckets, name
+        check_by(by)
+        self.buckets, self.name, self.by = buckets, name, by
         self._sums: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
@@ -52,7 +58,7 @@ class TimestepLosses:
                 f"objective.loss(..., reduction='none') gives them."
             )
         if fraction is None:
-            fraction = noised.objective.process.fraction(noised.t)
+            fraction = noised.objective.process.levels(noised.t).measured(self.by)
         bucket = (fraction * self.buckets).long().clamp(0, self.buckets - 1).flatten()
         losses = losses.detach().flatten()
         counted = ~losses.isnan()
@@ -78,7 +84,7 @@ class TimestepLosses:
             self._sums.clear()
         edges = [index / self.buckets for index in range(self.buckets + 1)]
         return {
-            f"{self.name}/t_{low:.2f}-{high:.2f}": loss / count
+            f"{self.name}/{'t' if self.by == 'fraction' else 'sigma'}_{low:.2f}-{high:.2f}": loss / count
             for low, high, (loss, count) in zip(edges, edges[1:], total.tolist())
             if count
         }

@@ -13,7 +13,7 @@ from ..prediction import Prediction
 from ..prediction import get as prediction_kind
 from ..process import EDM, Process, RectifiedFlow
 from ..weighting import MinSNR, WeightingLike
-from .tables import TabulatedEDM, TabulatedFlow, TabulatedVP
+from .tables import TabulatedEDM, TabulatedFlow, TabulatedVP, kept
 
 _EDM = prediction_kind("edm")
 # EDM schedulers negate c_out for v_prediction, so the network's output is Karras et al.'s F with the other sign.
@@ -49,13 +49,14 @@ def kind_of(scheduler: Any) -> str:
     )
 
 
-_made: WeakKeyDictionary = WeakKeyDictionary()
+_made: WeakKeyDictionary = WeakKeyDictionary()  # scheduler -> what ``kept`` keeps of it
 
 
 def vp_process(scheduler: Any) -> TabulatedVP:
     """The process of a scheduler's ``alphas_cumprod``, with its rounding: add_noise gives the same bits in float32.
 
-    Made once a scheduler, and again if its table is replaced. Raises TypeError where there is none.
+    Made once a scheduler, and again if its table is replaced or written into (on an accelerator, where that changes the
+    table's version). Raises TypeError where there is none.
     """
     alpha_bar = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(alpha_bar, Tensor):
@@ -66,12 +67,13 @@ def vp_process(scheduler: Any) -> TabulatedVP:
         raise ValueError(
             f"alphas_cumprod is {alpha_bar.dtype}, in which the first steps add no noise: keep schedulers in float32."
         )
-    found = _made.get(scheduler)
-    if found is None or found[0] is not alpha_bar:
-        # With the scheduler's own roundings: PyTorch's float32 root is not always the nearest number.
-        found = alpha_bar, TabulatedVP(alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
-        _made[scheduler] = found
-    return found[1]
+    # With the scheduler's own roundings: PyTorch's float32 root is not always the nearest number.
+    return kept(
+        _made.setdefault(scheduler, {}),
+        "vp",
+        scheduler,
+        lambda s: TabulatedVP(s.alphas_cumprod**0.5, (1 - s.alphas_cumprod) ** 0.5),
+    )
 
 
 def training_table(scheduler: Any) -> tuple[Tensor, Tensor]:
@@ -127,23 +129,23 @@ def process_of(scheduler: Any) -> Process:
     return RectifiedFlow(1.0 if dynamic else shift)
 
 
-def prediction_of(scheduler: Any, prediction_type: str | None = None) -> str | Prediction:
-    """The prediction kind of a scheduler's network, or of ``prediction_type`` where that is given.
+def prediction_of(scheduler: Any, prediction: str | Prediction | None = None) -> str | Prediction:
+    """The prediction kind of a scheduler's network, or ``prediction`` where that is given.
 
     Raises ValueError for an unknown one.
     """
     kind = kind_of(scheduler)
     if kind == "flow":
-        if prediction_type not in (None, "flow", "flow_prediction"):
-            raise ValueError(f"a flow-matching scheduler predicts the flow n - x0; got {prediction_type!r}.")
+        if prediction is not None and prediction_kind(prediction).name != "flow":
+            raise ValueError(f"a flow-matching scheduler predicts the flow n - x0; got {prediction!r}.")
         return "flow"
-    name = prediction_type or config_value(scheduler, "prediction_type", "epsilon")
+    found = prediction_kind(config_value(scheduler, "prediction_type", "epsilon") if prediction is None else prediction)
     if kind == "edm":
         kinds = {"epsilon": _EDM, "v_prediction": NEGATIVE_EDM}
-        if name not in kinds:
-            raise ValueError(f"an EDM scheduler has prediction_type epsilon or v_prediction; got {name!r}.")
-        return kinds[name]
-    return prediction_kind(name)
+        if found.name not in kinds:
+            raise ValueError(f"an EDM scheduler has prediction_type epsilon or v_prediction; got {found.name!r}.")
+        return kinds[found.name]
+    return found
 
 
 def objective_from_scheduler(
@@ -152,7 +154,7 @@ def objective_from_scheduler(
     *,
     snr_gamma: float | None = None,
     snr_form: str = "paper",
-    prediction_type: str | None = None,
+    prediction: str | Prediction | None = None,
     weighting: WeightingLike = None,
     **options: Any,
 ) -> Objective:
@@ -161,4 +163,4 @@ def objective_from_scheduler(
         if weighting is not None:
             raise ValueError("snr_gamma is a weighting of its own: pass snr_gamma or weighting, not both.")
         weighting = MinSNR(float(snr_gamma), snr_form)
-    return cls(process_of(scheduler), prediction_of(scheduler, prediction_type), weighting, **options)
+    return cls(process_of(scheduler), prediction_of(scheduler, prediction), weighting, **options)

@@ -1,4 +1,4 @@
-"""What the training scripts of the diffusers library compute between the latents and ``backward``, in two calls.
+"""What the training scripts of the diffusers library compute between the latents and ``backward``, in two calls::
 
     script = training_scripts.text_to_image_sdxl(noise_scheduler, snr_gamma=5.0)
     noised = script.noise(latents)                                       # noise, timesteps and add_noise
@@ -25,7 +25,7 @@ from ..backends.rows import cached, gather_rows
 from ..losses import Loss
 from ..objective import Noised, Objective
 from ..ops.checks import check_floating, compute_dtype
-from ..prediction import Prediction
+from ..prediction import SAMPLE, Prediction
 from ..prediction import get as prediction_kind
 from ..weighting import MinSNR, SigmaSqrt, WeightingLike
 from .schedulers import (
@@ -154,8 +154,9 @@ class TrainingScript:
                 f"prior preservation needs as many class images as instance images; got a batch of {batch}."
             )
         t = noised.t
-        first = torch.full((batch // 2,), 2.0, dtype=torch.float32, device=t.device)
-        second = torch.full((batch // 2,), 2.0 * self.prior_loss_weight, dtype=torch.float32, device=t.device)
+        half = (batch // 2, *t.shape[1:])  # of the shape of t, which may be one a frame
+        first = torch.full(half, 2.0, dtype=torch.float32, device=t.device)
+        second = torch.full(half, 2.0 * self.prior_loss_weight, dtype=torch.float32, device=t.device)
         if self.weighting is not None:
             first = first * self._weights_of(t[: batch // 2])
         return torch.cat([first, second])
@@ -228,8 +229,8 @@ def text_to_image_sdxl(
     learns x0 + noise, and min-SNR weights are min(S, g). Biased timesteps: draw t yourself, ``script.noise(x0, t)``.
     """
     weighting = None
-    name = prediction_type or config_value(scheduler, "prediction_type", "epsilon")
-    if name == "sample":
+    found = prediction_kind(prediction_type or config_value(scheduler, "prediction_type", "epsilon"))
+    if found is SAMPLE:
         if snr_gamma is not None:
             MinSNR(snr_gamma)  # checks it
             gamma, snr_gamma = snr_gamma, None
@@ -332,7 +333,8 @@ def sd3(
         weighting_scheme: "logit_normal" and "mode" are densities of t, "sigma_sqrt" and "cosmap" weights of the loss,
             "none" neither.
         logit_mean, logit_std, mode_scale: of the densities.
-        precondition_outputs: compare x_t - sigma m with x0 instead of m with n - x0.
+        precondition_outputs: compare x_t - sigma m with x0 instead of m with n - x0. False for scripts that do not,
+            such as Sana's; ``noised.model_time`` is the timesteps themselves.
         prior_loss_weight, own_noise: see ``TrainingScript``.
     """
     return _flow_script(
@@ -351,9 +353,11 @@ def flux(
     prior_loss_weight: float | None = None,
     own_noise: bool = False,
 ) -> TrainingScript:
-    """train_dreambooth_flux and train_dreambooth_lora_flux, and scripts like them (Sana, Qwen-Image).
+    """train_dreambooth_flux and train_dreambooth_lora_flux, and scripts whose network is given the same (Qwen-Image).
 
-    Arguments as in ``sd3``. ``noised.model_time`` is timesteps / 1000, as the Flux network is given it.
+    Arguments as in ``sd3``. ``noised.model_time`` is timesteps / 1000, as the networks of Flux and Qwen-Image are given
+    it. Sana's is given the timesteps themselves (923, not 0.923): for it use
+    ``sd3(scheduler, weighting_scheme="none", precondition_outputs=False)``.
     """
     return _flow_script(
         scheduler, weighting_scheme, logit_mean, logit_std, mode_scale, None, prior_loss_weight, own_noise, 1e-3

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..backends.rows import Gathered
+
+
+def check_tensor(what: str, value: Any, name: str) -> None:
+    """Raise TypeError for what is no tensor, and say where in it (a loader's batch, a network's output) the tensor is.
+
+    ``name`` is what the value is called in code.
+    """
+    if isinstance(value, Tensor):
+        return
+    given, found = type(value).__name__, ""
+    if isinstance(getattr(value, "sample", None), Tensor):  # the outputs of diffusers' networks
+        found = f": its tensor is {name}.sample"
+    elif isinstance(value, Mapping):
+        data = [key for key, v in value.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1]
+        if len(data) == 1:
+            found = f": its data is {name}[{data[0]!r}]"
+        else:
+            found = f": pass one of its entries, {', '.join(map(repr, value))}"
+    elif isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
+        found = f": its first tensor is {name}[0]"
+    elif hasattr(value, "__array__"):
+        found = f": write torch.from_numpy({name})"
+    raise TypeError(f"{what} must be a tensor; got {given}{found}.")
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -13,8 +39,7 @@ def check_floating(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}.")
+        check_tensor(name, tensor, name)
         raise TypeError(
             f"{name} must be floating point (float16, bfloat16, float32 or float64); got {tensor.dtype}. "
             f"Scale images to about [-1, 1] first, for example {name}.float() / 127.5 - 1."
@@ -73,6 +98,17 @@ def place_rows(name: str, rows: Tensor, shape: torch.Size) -> Tensor:
         f"{name} has shape {tuple(rows.shape)}, which fits no rows of {tuple(shape)}: it must be a single value, have "
         f"the leading dimensions (such as {tuple(shape[:1])}), or {len(shape)} dimensions, 1 where shared.{hint}"
     )
+
+
+def check_unambiguous(name: str, own: Sequence[int], shape: Sequence[int]) -> None:
+    """Raise ValueError if ``own`` is [B, F] and ``shape`` a video's, of as many channels as frames."""
+    if len(own) == 2 and len(shape) >= 5 and own[1] == shape[1] == shape[2] > 1:
+        behind, first = ([1] * len(shape) for _ in range(2))
+        behind[0], behind[2] = first[0], first[1] = own
+        raise ValueError(
+            f"{name} has shape {tuple(own)}, which could be one a frame or one a channel of {tuple(shape)}: pass it as "
+            f"{tuple(behind)} for frames behind the channels, as {tuple(first)} for frames before them."
+        )
 
 
 def place_all(shape: torch.Size, dtype: torch.dtype, device: torch.device, **rows: Tensor | float | None):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.rows import value_checks_are_free
+from ..backends.codes import FUNCTIONS, NEED_C, REDUCTIONS
+from ..backends.rows import as_tensor, value_checks_are_free
 from .checks import check_alike, check_floating, compute_dtype, place_all
 from .noise import Philox, check_noise
 
-FUNCTIONS = ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh")
-NEED_C = ("smooth_l1", "pseudo_huber")
-REDUCTIONS = ("mean", "sum", "none")
-MASK_NORMALIZATIONS = ("none", "row", "global")
+MASK_NORMALIZATIONS = ("none", "row", "sample", "global")
 
 
 def loss(
@@ -43,10 +45,12 @@ def loss(
         mask: bool or float, broadcastable to prediction; with fewer dimensions aligned at the left: [batch], or [batch,
             frames]. What it leaves out with 0, and rows of weight 0, add 0 to the
             loss and to the gradient, whatever they hold.
-        function: "mse" e^2, "l1" |e|, "smooth_l1" and "pseudo_huber" with constant c, "log_cosh".
+        function: "mse" e^2, "l1" abs(e), "smooth_l1" and "pseudo_huber" with constant c, "log_cosh".
         mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"; a row whose
-            mask is empty is 0, and left out of the mean), or all by the mask's sum ("global").
-        reduction: "mean" over all; "sum" without any division; "none": one mean a row.
+            mask is empty is 0, and left out of the mean), each sample by its mask's sum ("sample"; likewise: where a
+            sample has several rows, frames or tokens, they count by what is in their masks), or all by the mask's sum
+            ("global").
+        reduction: "mean" over all; "sum" without any division; "none": one mean a row, [batch] with "sample".
         row_shape: the shape of "none"'s result and of the rows; default: that of ``weight``, or [batch].
 
     Returns a scalar, or ``row_shape``: float32 (float64 with float64 inputs). Sums are taken in float64. Differentiable
@@ -69,10 +73,37 @@ def loss(
     p, q, weight, scale, c = place_all(shape, dtype, device, p=p, q=q, weight=weight, scale=scale, c=c)
     placed_shape = tuple(row_shape) + (1,) * (len(shape) - len(row_shape))
     weight = weight.expand(placed_shape)
-    result = backends.get(device).loss(
-        prediction, x0, n, p, q, scale, weight, c, mask, function, mask_normalization, reduction
-    )
-    return result.reshape(row_shape) if reduction == "none" else result
+    result = normalized(
+        backends.get(device).loss,
+        prediction, x0, n, p, q, scale, weight, c, mask, function, mask_normalization, reduction,
+    )  # fmt: skip
+    return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result
+
+
+def normalized(
+    loss: Callable[..., Tensor], prediction: Tensor, x0: Any, n: Any, p: Any, q: Any, scale: Any, weight: Any, c: Any,
+    mask: Tensor | None, function: str, mask_normalization: str, reduction: str,
+) -> Tensor:  # fmt: skip
+    """A backend's ``loss`` of placed arguments. "sample" is made of its means of rows, for all backends alike."""
+    arguments = prediction, x0, n, p, q, scale
+    if mask_normalization != "sample":
+        return loss(*arguments, weight, c, mask, function, mask_normalization, reduction)
+    shape, batch = prediction.shape, len(prediction)
+    weight = as_tensor(weight)
+    if weight.shape[0] != batch:  # rows that samples share
+        weight = weight.expand(batch, *weight.shape[1:])
+    rows = loss(*arguments, weight, c, mask, function, "none", "none")
+    sums = rows.double().flatten(1).sum(1) if rows.ndim > 1 else rows.double()
+    sums = sums * (math.prod(shape) // max(1, rows.numel()))  # elements in a row
+    if mask is None:
+        counts = torch.full_like(sums, math.prod(shape[1:]))
+    else:
+        own = mask.double().flatten(1).sum(1) if mask.ndim > 1 else mask.double()
+        counts = (own * (math.prod(shape[1:]) // max(1, math.prod(mask.shape[1:])))).expand(batch)
+    means = sums / torch.where(counts == 0, 1.0, counts)
+    if reduction == "none":
+        return means.to(rows.dtype)
+    return (means.sum() / (counts != 0).sum().clamp(min=1)).to(rows.dtype)
 
 
 def check_loss(

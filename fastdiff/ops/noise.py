@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.codes import OFFSET_STREAM
 from ..backends.reference.philox import check_seed
+from ..showing import brief_fields
 from .checks import check_alike, check_floating, compute_dtype, place_all
 
 
@@ -18,7 +22,7 @@ class Stream:
     """The independent streams of noise of one seed. Part of the definition of the noise: never renumbered."""
 
     NOISE = 0  # n of x_t
-    OFFSET = 1  # one normal a (sample, channel), for offset noise
+    OFFSET = OFFSET_STREAM  # one normal a (sample, channel), for offset noise
     PERTURBATION = 2  # xi of input perturbation
     TIMESTEP = 3  # the uniform behind t
     INITIAL = 4  # where sampling starts
@@ -45,9 +49,13 @@ class Philox:
     offset: float = 0.0
     rng: str = "exact"
 
+    __repr__ = brief_fields
+
     def __post_init__(self):
         check_seed(self.seed)
         check_rng(self.rng)
+        if type(self.sample_offset) is not int:
+            object.__setattr__(self, "sample_offset", whole("sample_offset", self.sample_offset))
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError unless this noise can be made for ``shape``."""
@@ -115,6 +123,14 @@ def noise(
         xi = perturbation_noise
     alpha, sigma = place_all(x0.shape, compute_dtype(x0, given), x0.device, alpha=alpha, sigma=sigma)
     return backends.get(x0.device).noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
+
+
+def whole(name: str, value: Any) -> int:
+    """``value`` as an int, NumPy's integers and tensors of one among them. Raises TypeError for a fraction."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number; got {value!r}.") from None
 
 
 def check_rng(rng: str) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.reference import COLUMNS
+from ..backends.codes import COLUMNS
+from ..backends.rows import cached
 from .checks import check_alike, check_clip, check_floating, compute_dtype, place_rows
 
 # What ``PreparedSteps.run`` is told, added up. X0, ENTRY: what is wanted besides y. MODEL_DTYPE: results in m's dtype,
@@ -28,18 +29,13 @@ class _Placed:
             raise ValueError(
                 f"table must be [rows, {columns}] on the CPU; got {tuple(table.shape)} on {table.device.type}."
             )
-        self.table = table.double().contiguous()
+        self.table = table.detach().to(torch.float64, copy=True).contiguous()
         self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.held: dict[Any, Any] = {}  # what is kept with the table, such as by a backend
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The table on ``device``; copied at the first call."""
-        found = self._placed.get((device, dtype))
-        if found is None:
-            found = self.table.to(device, dtype)
-            if not torch.compiler.is_compiling():
-                self._placed[device, dtype] = found
-        return found
+        return cached(self._placed, (device, dtype), lambda: self.table.to(device, dtype))
 
     def __len__(self) -> int:
         return len(self.table)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.reference import COLUMNS
+from ..backends.codes import COLUMNS, KEPT_STEPS
 from .checks import check_alike, check_clip, check_floating, compute_dtype, place_rows
 from .noise import Philox, check_noise
 
@@ -59,10 +59,10 @@ def step(
     """
     simple = uncond is log_variance is threshold is mask is known is known_noise is model_input is None
     if simple and not history and not return_entry and isinstance(x, Tensor):
-        direct = getattr(backends.get(x.device), "direct", None)
+        whole = getattr(getattr(backends.get(x.device), "direct", None), "step", None)
         n = noise.whole(x.shape) if isinstance(noise, Philox) else noise
-        if direct is not None and (n is not None or noise is None):
-            done = direct.step(x, m, row, clip, n, return_x0)
+        if whole is not None and (n is not None or noise is None):
+            done = whole(x, m, row, clip, n, return_x0)
             if done is not None:
                 return *done, None
     check_floating(x=x, model_output=m, row=row)
@@ -79,8 +79,8 @@ def step(
                 f"model_input must be shaped as x, {tuple(x.shape)}, or of twice its batch; "
                 f"got {tuple(model_input.shape)}."
             )
-    if len(history) > 4:
-        raise ValueError(f"at most 4 history tensors are used; got {len(history)}.")
+    if len(history) > KEPT_STEPS:
+        raise ValueError(f"at most {KEPT_STEPS} history tensors are used; got {len(history)}.")
     check_clip(clip)
     batches = () if row.ndim == 1 else x.shape[:1]
     if row.shape != (*batches, len(COLUMNS)):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from ..names import find
 from .base import Plan, Sampler
 from .ddim import DDIM
 from .ddpm import DDPM
@@ -10,6 +11,7 @@ from .dpm import DPMSolverPP
 from .euler import Euler, EulerAncestral, FlowEuler, FlowLCM
 from .heun import EDM, FlowHeun, Heun
 from .lcm import LCM
+from .schedule import SCHEDULES, Scheduled
 from .unipc import UniPC
 
 NAMES: dict[str, Callable[..., Sampler]] = {
@@ -29,6 +31,22 @@ NAMES: dict[str, Callable[..., Sampler]] = {
     "flow_euler": FlowEuler,
     "flow_heun": FlowHeun,
     "flow_lcm": FlowLCM,
+}
+# What diffusers' classes are called here, at the defaults that both have; docs/samplers.md has the others.
+_CLASSES = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
+    "EDMEulerScheduler": "euler_karras",
+    "EDMDPMSolverMultistepScheduler": "dpmpp_2m_karras",
+    "FlowMatchEulerDiscreteScheduler": "flow_euler",
+    "FlowMatchHeunDiscreteScheduler": "flow_heun",
+    "FlowMatchLCMScheduler": "flow_lcm",
 }
 __all__ = [
     "DDIM",
@@ -51,13 +69,33 @@ __all__ = [
 
 
 def get(sampler: str | Sampler) -> Sampler:
-    """A sampler from its name or itself. Raises ValueError for an unknown name."""
-    if isinstance(sampler, str):
-        if sampler not in NAMES:
-            raise ValueError(
-                f"unknown sampler {sampler!r}: use one of {', '.join(NAMES)}, or a fastdiff.samplers object."
-            )
-        return NAMES[sampler]()
-    if not isinstance(sampler, Sampler):
+    """A sampler from its name or itself. A name may end in that of a sigma schedule: "dpmpp_2m_karras".
+
+    Raises ValueError for an unknown name, TypeError for what is neither.
+    """
+    if isinstance(sampler, Sampler):
+        return sampler
+    if isinstance(sampler, type) and issubclass(sampler, Sampler):
+        raise TypeError(f"sampler is the class {sampler.__name__}: make one, {sampler.__name__}().")
+    name = sampler if isinstance(sampler, str) else type(sampler).__name__
+    if name.endswith("Scheduler"):
+        ours = f"write sampler={_CLASSES[name]!r}" if name in _CLASSES else f"use one of {', '.join(NAMES)}"
+        raise (ValueError if isinstance(sampler, str) else TypeError)(
+            f"sampler is {name} of diffusers: {ours} (docs/samplers.md says which settings are whose); or keep the "
+            f"scheduler and its loop, and fuse it: fastdiff.integrations.diffusers.fuse(scheduler)."
+        )
+    if not isinstance(sampler, str):
         raise TypeError(f"sampler must be a name or an object of fastdiff.samplers; got {sampler!r}.")
-    return sampler
+    return _made(sampler)
+
+
+def _made(name: str) -> Sampler:
+    if name in NAMES:
+        return NAMES[name]()
+    base, _, schedule = name.strip().lower().replace("-", "_").replace(" ", "_").rpartition("_")
+    if schedule not in SCHEDULES or base not in NAMES:
+        known = find("sampler", name, NAMES, {"euler_a": "euler_ancestral"}, "a fastdiff.samplers object")
+        return known()
+    if not isinstance(NAMES[base](), Scheduled):
+        raise ValueError(f"sampler {name!r}: {base!r} has no sigmas to schedule; 'euler_{schedule}' has.")
+    return NAMES[base](sigmas=schedule)

@@ -13,9 +13,10 @@ from ..ops.prepared import PreparedSteps
 from ..ops.step import COLUMNS
 from ..prediction import Prediction
 from ..process import Levels, Process
+from ..showing import brief_fields
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a sampler does, decided before the first step. A row is one call of the network; a method that calls it
     twice a step (Heun) has two rows a step.
@@ -50,6 +51,11 @@ class Plan:
     gradient: Tensor | None = None
     gradient_of_mean: bool = False
 
+    def __repr__(self) -> str:
+        steps = len(self.times) if self.steps is None else 1 + self.steps[-1]
+        times = f"t from {self.times[0]:g} to {self.times[-1]:g}" if len(self.times) else "no times"
+        return f"Plan({steps} steps, {len(self.times)} calls of the network, {sum(self.draws)} draws, {times})"
+
     @cached_property
     def rows(self) -> PreparedSteps:
         """The table, placed on a device once for all runs."""
@@ -58,6 +64,25 @@ class Plan:
 
 class Sampler:
     """Base of the samplers: ``plan`` makes the table."""
+
+    def __init_subclass__(cls, **options: object):
+        super().__init_subclass__(**options)
+        if "__repr__" not in vars(cls):  # a dataclass would write one of its own, with every field
+            cls.__repr__ = brief_fields  # type: ignore[assignment]
+
+    def _freeze(self, *names: str) -> None:
+        """Replace the fields of these names, where they are tensors or lists, by tuples of the numbers in them: what is
+        written into the tensor later does not reach the sampler."""
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                value = value.tolist()
+            elif hasattr(value, "__array__"):
+                value = torch.as_tensor(value).tolist()
+            if value is not None and not isinstance(value, (str, range)):
+                if not hasattr(value, "__iter__"):
+                    raise TypeError(f"{name} must be numbers, the noisiest first; got {value!r}.")
+                object.__setattr__(self, name, tuple(value))
 
     def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
         """The plan of a run. Raises ValueError where the combination means nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ class DDIM(Sampler):
             (``use_clipped_model_output`` in diffusers). Without a clamp they are equal.
         spacing, steps_offset, timesteps: as for ``DDPM``.
         previous: "next" goes to the next time of the list. "stride" goes to t - T // steps, as diffusers' DDIM does,
-            which is not in the list for every spacing. Discrete processes.
+            which is not in the list for every spacing; of ``timesteps`` that are given, at equal distances, it is that
+            distance. Discrete processes.
         set_alpha_to_one: the last step goes to clean data; False: to the level of t = 0. Discrete processes.
     """
 
@@ -41,6 +43,7 @@ class DDIM(Sampler):
     timesteps: Sequence[float] | None = None
 
     def __post_init__(self):
+        self._freeze("timesteps")
         check_clip(self.clip)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1]; got {self.eta!r}.")
@@ -68,9 +71,22 @@ class DDIM(Sampler):
         last = (1.0, 0.0) if self.set_alpha_to_one else (float(end.alpha), float(end.sigma))
         if self.previous == "next":
             return following(levels, last)
-        target = levels.t - process.steps // len(levels.t)
+        target = levels.t - self._stride(process, levels.t.tolist())
         alpha, sigma = process.alpha_sigma(target.clamp(min=0))
         return torch.where(target < 0, last[0], alpha), torch.where(target < 0, last[1], sigma)
+
+    def _stride(self, process: VariancePreserving, times: list[int]) -> int:
+        if self.timesteps is None:
+            return process.steps // len(times)
+        distances = {a - b for a, b in pairwise(times)}
+        if len(distances) == 1:
+            return distances.pop()
+        if times in (spacings.discrete_timesteps(process.steps, len(times), s) for s in spacings.SPACINGS):
+            return process.steps // len(times)
+        raise ValueError(
+            f"previous='stride' cannot tell the stride of timesteps that are not at equal distances, nor all of a "
+            f"spacing; got {', '.join(map(str, times[:5]))}: use previous='next'."
+        )
 
 
 def ddim_columns(

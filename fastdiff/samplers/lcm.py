@@ -34,6 +34,7 @@ class LCM(Sampler):
     clip: float | None = None
 
     def __post_init__(self):
+        self._freeze("timesteps")
         check_clip(self.clip)
         if self.original_steps < 1:
             raise ValueError(f"original_steps must be at least 1; got {self.original_steps!r}.")

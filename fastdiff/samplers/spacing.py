@@ -90,9 +90,14 @@ def times(
     if isinstance(process, VariancePreserving):
         steps = process.steps if steps is None else steps
         return torch.tensor(discrete_timesteps(process.steps, steps, spacing, steps_offset), device="cpu")
-    steps = 50 if steps is None else steps
+    if steps is None:
+        steps = process.steps if process.discrete else 50
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}.")
+    if process.discrete:  # a table of levels, the noisiest first
+        if steps > process.steps:
+            raise ValueError(f"steps must lie in [1, {process.steps}] for {process!r}; got {steps}.")
+        return torch.arange(steps, device="cpu") * process.steps // steps
     if isinstance(process, EDM):
         return karras(steps)
     if isinstance(process, RectifiedFlow):

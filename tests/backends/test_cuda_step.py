@@ -394,6 +394,8 @@ GRAPHED = {
     "noise of a function": {"noise": lambda k, shape: torch.full(shape, 1.0 + k)},
     "a trajectory": {"return_trajectory": True},
     "an estimate": {"callback": "store"},
+    "an edit": {"callback": "edit"},
+    "an edit, guided": {"callback": "edit", "cond": torch.ones(4), "uncond": torch.zeros(4), "guidance": 2.0},
     "bfloat16": {"dtype": torch.bfloat16},
     "float64": {"dtype": torch.float64},
 }
@@ -416,7 +418,9 @@ def test_graphed_runs_equal_plain_ones(host, recorded, backend, option, monkeypa
             how, stored = {"seed": 3, "progress": False} | GRAPHED[option], []
             if "generator" in how:
                 how["generator"] = [torch.Generator().manual_seed(k) for k in range(4)]
-            if "callback" in how:
+            if how.get("callback") == "edit":
+                how["callback"] = lambda k, t, x, x0: x.mul_(0.9)
+            elif "callback" in how:
                 how["callback"] = lambda k, t, x, x0, stored=stored: stored.extend((x, x0, torch.tensor(float(t))))
 
             def network(x, t, c=None):  # the time counts
@@ -438,8 +442,8 @@ def test_graphed_runs_equal_plain_ones(host, recorded, backend, option, monkeypa
 def test_a_graphed_network_of_the_wrong_shape(host, recorded):
     with pytest.raises(ValueError, match="the model returned shape"):
         fastdiff.sample(
-            lambda x, t: x[:, :1], (4, 3, 8, 8), fastdiff.VariancePreserving(), "ddim", 4, seed=1, cuda_graph=True,
-            progress=False,
+            lambda x, t: x[:, :1], (4, 3, 8, 8), fastdiff.VariancePreserving(), "ddim", 4, "epsilon", seed=1,
+            cuda_graph=True, progress=False,
         )  # fmt: skip
 
 
@@ -671,8 +675,8 @@ def test_gpu_graphed_runs_equal_plain_ones(gpu, option):
             if "callback" in how:
                 how["callback"] = lambda k, t, x, x0, stored=stored: stored.extend((x, x0))
             x = fastdiff.sample(
-                network, (4, 3, 8, 8), process, sampler, 6, seed=seed, device="cuda", cuda_graph=graphed,
-                progress=False, **how,
+                network, (4, 3, 8, 8), process, sampler, 6, "epsilon", seed=seed, device="cuda",
+                cuda_graph=graphed, progress=False, **how,
             )  # fmt: skip
             runs.append([x, *stored])
         assert all(torch.equal(a, b) for a, b in zip(*runs[:2]))

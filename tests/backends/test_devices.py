@@ -278,8 +278,9 @@ def test_every_way_into_the_step_goes_elsewhere(refusing):
         run.prepare_capture()
 
     def sampled():
+        process = fastdiff.VariancePreserving()
         return fastdiff.sample(
-            lambda x, t: 0.1 * x, (2, 3, 8, 8), fastdiff.VariancePreserving(), "ddpm", 5, seed=3, progress=False
+            lambda x, t: 0.1 * x, (2, 3, 8, 8), process, "ddpm", 5, "epsilon", seed=3, progress=False
         )
 
     got = sampled()

@@ -379,6 +379,25 @@ class TestBinding:
         with pytest.raises(ValueError, match=message):
             _C.noise(*arguments)
 
+    @pytest.mark.parametrize(
+        ("sizes", "strides"),
+        [
+            ((2, 2, 16), (1, 2**62, 1)),
+            ((4, 2, 8), (2**63 - 1, 2**62, 0)),
+            ((2**40, 2**40, 0), (0, 0, 1)),
+            ((0, 2**40, 2**40), (1, 0, 0)),
+            ((0, 2**62, 2**62, 4), (1, 0, 0, 0)),
+            ((64,), (2**62,)),
+        ],
+    )
+    def test_masks_of_sizes_beyond_64_bits(self, sizes, strides):
+        """Refused by their products, none of which overflows on the way (``make sanitize`` sees that)."""
+        arguments = [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, None, None, 0, 0, 0,
+                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, 1]  # fmt: skip
+        arguments[9] = (self.X.data_ptr(), 0, 64, sizes, strides)
+        with pytest.raises(ValueError, match="mask"):
+            _C.loss(*arguments)
+
     def test_a_run_of_good_arguments(self):
         launch, aim = _C.trajectory(*self.RUN)
         with pytest.raises(ValueError, match="y: no target"):

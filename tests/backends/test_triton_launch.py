@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
+from fastdiff.backends.triton import direct as whole_calls
 from fastdiff.backends.triton import launch, operations, workspace
 
 X = torch.zeros(1, 64)
@@ -92,6 +93,7 @@ def direct(monkeypatch):
     def compile(kernel, key, target):
         keys.append(key)
         kernels.append(Compiled())
+        kernels[-1].kernel = kernel
         return kernels[-1]
 
     class Driver:
@@ -102,8 +104,9 @@ def direct(monkeypatch):
     monkeypatch.setattr(launch, "_stream", lambda device: 77)
     monkeypatch.setattr(launch.triton.runtime, "driver", type("Drivers", (), {"active": Driver}))
     monkeypatch.setattr(operations, "_runs_on", lambda device: True)
-    for kernel in (launch.affine, launch.loss, launch.step, launch.uniforms):
+    for kernel in (launch.affine, launch.loss, launch.rational, launch.step, launch.uniforms):
         monkeypatch.setattr(kernel, "_variants", {})
+    monkeypatch.setattr(whole_calls, "_times", {})
     return keys, kernels
 
 
@@ -206,6 +209,75 @@ def test_what_a_launch_costs_the_host(direct):
         prediction.grad = None
         entered = python_calls(call)
         assert entered <= most[name], f"{name}: {entered}"
+
+
+def test_a_whole_call_makes_the_launches_of_the_general_way(direct, monkeypatch):
+    """Kernels, grids, numbers, constants, and the pointers of what is given, as they change from step to step."""
+    import fastdiff
+    from fastdiff.backends import triton
+
+    _, kernels = direct
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", fastdiff.MinSNR(5.0))
+    numbers = (launch._NUMBERS | launch._INT64 | launch._FLOATS) - {"stride"}  # the tables have other columns
+
+    def launched(samples, seed, offset, strength):
+        objective.noise_offset = strength
+        x0, t = torch.zeros(samples, 4, 8, 8), torch.arange(samples)
+        prediction, one = torch.zeros(samples, 4, 8, 8).requires_grad_(), torch.tensor(1.0)
+        given = {tensor.data_ptr(): k for k, tensor in enumerate((x0, t, prediction, one))}
+        made = {id(kernel): len(kernel.calls) for kernel in kernels}
+        noised = objective.noise(x0, t, seed=seed, sample_offset=offset, rng="fast")
+        objective.loss(prediction, noised).backward(one)
+        found = []
+        for kernel in kernels:
+            for call in kernel.calls[made.get(id(kernel), 0) :]:
+                named = dict(zip(kernel.kernel.runtime + kernel.kernel.constants, call[9:]))
+                how = {
+                    name: given.get(value, value)
+                    for name, value in named.items()
+                    if name in numbers or name.isupper() or value is None or value in given
+                }
+                found.append((kernel.kernel.name, call[:4], how))
+        return sorted(found, key=repr)
+
+    with fastdiff.use_backend("triton"):
+        for case in ((2, 3, 0, 0.1), (2, 4, 2**33, 0.2), (1, -5, 7, 0.0), (3, 6, 7, 0.1), (2, 7, 1, 0.1)):
+            with monkeypatch.context() as patch:
+                patch.setattr(triton, "direct", None)
+                want = launched(*case)
+            assert [name for name, *_ in want] == ["affine", "loss", "loss"]
+            assert launched(*case) == want
+            assert launched(*case) == want
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "flow"])
+def test_what_a_training_step_costs_the_host(direct, kind, monkeypatch):
+    import fastdiff
+
+    keys, kernels = direct
+    monkeypatch.setattr(whole_calls, "value_checks_are_free", lambda tensor: False)  # as on a GPU
+    flow = kind == "flow"
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow() if flow else fastdiff.VariancePreserving(), kind)
+    x0, prediction = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8).requires_grad_()
+    torch.use_deterministic_algorithms(False)
+    with fastdiff.use_backend("triton"):
+        for _ in range(2):
+            objective.loss(prediction, objective.noise(x0)).backward()
+        launched, compiled = sum(len(kernel.calls) for kernel in kernels), len(keys)
+        noised = objective.noise(x0)
+        loss = objective.loss(prediction, noised)
+        loss.backward()
+        # The times (and the rows of a flow), x_t, the loss with its gradient, and whether that is the one wanted.
+        assert sum(len(kernel.calls) for kernel in kernels) == launched + 4 + flow and len(keys) == compiled
+        loss = objective.loss(prediction, noised)
+        entered = {
+            "noise": python_calls(lambda: objective.noise(x0)),
+            "loss": python_calls(lambda: objective.loss(prediction, noised)),
+            "backward": python_calls(loss.backward),
+        }
+    # 57 (a flow 73), 63 and 35, and room for another PyTorch; 119, 165 and 82 the general way.
+    most = {"noise": 82 if flow else 66, "loss": 68, "backward": 42}
+    assert all(entered[name] <= most[name] for name in most), entered
 
 
 def jit_key(kernel, arguments, constants):

@@ -16,10 +16,12 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -628,7 +630,8 @@ TINY = [
 
 
 def make_tiny(patch):
-    """A preset of tiny cases, and a small ceiling."""
+    """A preset of tiny cases, a small ceiling, and a wide terminal."""
+    patch.setenv("COLUMNS", "200")
     patch.setattr(command, "choose", lambda preset, dtypes: list(TINY))
     patch.setitem(PRESETS, "quick", dataclasses.replace(PRESETS["quick"], seconds=0.2))
     patch.setattr(running, "Copy", lambda timer: measuring.Copy(timer, megabytes=1))
@@ -920,9 +923,13 @@ class TestKnownRun:
         """As many calls as take a millisecond, 50 at most; on a GPU 500 launches."""
         made = running.Run(KNOWN, ("fastdiff",), CPU, 1.0, 0.0)
         count = counting.Count(0, 100, "test")
-        assert [made._repeats(seconds, count) for seconds in (2.0, 3e-4, 1e-9)] == [1, 4, 50]
+        cpu = running.Measurement(count=count)
+        assert [made._repeats(seconds, cpu) for seconds in (2.0, 3e-4, 1e-9)] == [1, 4, 50]
         made.device = CUDA
-        assert [made._repeats(1e-9, found) for found in (count, counting.Count(0, 1, "test"), None)] == [5, 50, 25]
+        counts = (count, counting.Count(0, 1, "test"), None)
+        assert [made._repeats(1e-9, running.Measurement(count=found)) for found in counts] == [5, 50, 25]
+        slow = [running.Measurement(count=counts[1], host_seconds=host) for host in (1e-6, 1e-4, 1e-3, 1.0)]
+        assert [made._repeats(1e-9, found) for found in slow] == [50, 30, 4, 4]
 
     def test_operands(self):
         o = operands((64, 2, 3), "bf16", CPU, seed=5)
@@ -1248,12 +1255,63 @@ class TestKnownReport:
         ):
             assert f"<b>{number}</b><span>{name}</span>" in text
         assert text.count('class="tile"') == 4 and "What is missing (1)" in text
-        every = (*("eager", "13.0 ms", "-8% +8%", "9", "15.0 µs", "16", "17.0 MB", "traced", "18.0 MB"),)
-        assert "".join(f"<td>{cell}</td>" for cell in every) in text
-        order = ["case", "time", "eager ×", "compile ×", "diffusers ×", *list(self.ROW)[2:10]]
-        assert "".join(f"<th>{heading}</th>" for heading in order) in text
-        cells = "".join(f"<td>{self.ROW[heading]}</td>" for heading in order[1:])
-        assert f"<th>{self.ROW['case']}</th>{cells}" in text
+        every = "eager", "13.0 ms", "-8% +8%", "9", "15.0 µs", "16", "17.0 MB", "traced", "19.0", "18.0 MB"
+        heading = (
+            "who",
+            "time",
+            "p20 to p80",
+            "rounds",
+            "host",
+            "launches",
+            "moved",
+            "counted by",
+            "GB/s",
+            "extra memory",
+        )
+        plain = text.replace("\u00a0", " ").replace("\u2011", "-")
+        assert "".join(f'<td data-is="{name}">{cell}</td>' for name, cell in zip(heading, every, strict=True)) in plain
+        assert '<td data-is="who">diffusers</td><td colspan="9">not here</td></tr>' in plain
+        order = ["case", "time", "eager ×", "compile ×", "diffusers ×", "host", "of copy", "images/s"]
+        assert f"<tr>{''.join(f'<th>{heading}</th>' for heading in order)}</tr>" in text
+        none = {"diffusers ×": ' class="none"'}  # left out on a narrow screen
+        cells = "".join(f'<td data-is="{name}"{none.get(name, "")}>{self.ROW[name]}</td>' for name in order[1:])
+        assert f"<tr><th>{self.ROW['case']}</th>{cells}</tr>" in plain
+        # A number stays with its unit and its sign; what is wide may be on two lines.
+        assert ">2.00\u00a0ms<" in text and ">wide 2.5\u201126.0<" in text
+
+    @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+    @pytest.mark.parametrize("width", [1280, 390])
+    def test_nothing_of_the_page_is_cut_off(self, known_report, no_pictures, tmp_path, width):
+        """In a browser: neither the page nor a table is wider than the screen, and a plot is as wide as the page."""
+        case = known_report["cases"][0]
+        ratio = case["peers"]["eager"]["ratio"] | {"p20": 111.5, "p80": 222.5, "steady": False}
+        wide = {name: found | {"ratio": found["ratio"] and ratio} for name, found in case["peers"].items()}
+        shape = [64, 16, 128, 256, 256]
+        case = case | {"operation": "sampler step+noise", "shape": shape, "peers": wide | {"reference": wide["eager"]}}
+        text = page.page(known_report | {"cases": [case] * 3, "peers": [*known_report["peers"], "reference"]})
+        svg = "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 4'/%3E"
+        plot = f'<figure><img src="{svg}"></figure>'
+        ask = """<script>onload = () => parent.postMessage(JSON.stringify({
+            page: document.documentElement.scrollWidth, screen: document.documentElement.clientWidth,
+            body: document.querySelector("h1").clientWidth,
+            plot: document.querySelector("img").clientWidth,
+            tables: [...document.querySelectorAll("table")].map(t => [t.scrollWidth, t.getBoundingClientRect().right]),
+            }), "*")</script>"""
+        text = text.replace("<details>", "<details open>").replace("</body>", f"{plot}{ask}</body>")
+        (tmp_path / "inner.html").write_text(text)
+        (tmp_path / "outer.html").write_text(
+            '<p id="found"></p><script>onmessage = e => found.textContent = e.data</script>'
+            f'<iframe src="inner.html" width="{width}" height="800" style="border: 0"></iframe>'
+        )
+        line = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
+        line += ["--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path / 'outer.html'}"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+        found = json.loads(re.search(r'<p id="found">(.+?)</p>', done.stdout)[1])
+        assert width - 20 < found["page"] == found["screen"] <= width  # less a scroll bar
+        assert found["plot"] == found["body"] > 0.85 * width
+        assert len(found["tables"]) == 2
+        for inside, right in found["tables"]:
+            assert inside <= found["body"] + 2 and right <= width  # its border is 2 wide
 
     def test_comparison(self, known_report):
         after = copy.deepcopy(known_report)
@@ -1318,7 +1376,7 @@ class TestKnownReport:
     # Every word, size, colour and limit of the plots of the known report, on a desktop, in the light theme.
     LOOKS = {
         "roofline": """
-            8.6 4.2 inches, #ffffff, ConstrainedLayoutEngine
+            10.5 4.2 inches, #ffffff, ConstrainedLayoutEngine
             axes 'Bandwidth reached, against a copy' 10 bold #1a1a1a 6 above
              x: log, from 2.026e+07 4.342e+07, label 'least bytes of the operation' 8.5 #1a1a1a, GRID, BOTTOM
              y: log, from 0.7547 77, label 'GB/s' 8.5 #1a1a1a, GRID, LEFT
@@ -1336,7 +1394,7 @@ class TestKnownReport:
              #cc79a7 None o5 'diffusers' 7.5 #1a1a1a
              #6b7280 None *5 'training step' 7.5 #1a1a1a""",
         "peers": """
-            8.6 1.95 inches, #ffffff, ConstrainedLayoutEngine
+            10.5 1.95 inches, #ffffff, ConstrainedLayoutEngine
             axes 'Against the others, 16x4x128x128' 10 bold #1a1a1a 6 above
              x: log, from 0.8 9.654, label 'time, fastdiff = 1' 8.5 #1a1a1a, GRID, BOTTOM
              y: linear, from 0.6 -0.6, label '' 8.5 #1a1a1a, LEFT
@@ -1351,7 +1409,7 @@ class TestKnownReport:
              #009e73 None s5 'torch.compile' 7.5 #1a1a1a
              #cc79a7 None s5 'diffusers' 7.5 #1a1a1a""",
         "sizes": """
-            8.6 4.2 inches, #ffffff, ConstrainedLayoutEngine
+            10.5 4.2 inches, #ffffff, ConstrainedLayoutEngine
             axes 'training step, v_prediction, fp32' 10 bold #1a1a1a 6 above
              x: log, from 5.243e+05 4.194e+06, label 'elements' 8.5 #1a1a1a, GRID, BOTTOM
              y: log, from 451.7 2.773e+04, label 'time, microseconds' 8.5 #1a1a1a, GRID, LEFT
@@ -1385,7 +1443,7 @@ class TestKnownReport:
             ("LEFT", f"ticks left {ticks}"),
         ):
             wide = wide.replace(word, meaning)
-        narrow = wide.replace("8.6 4.2 inches", "4 4 inches").replace("8.6 1.95", "4 1.95")
+        narrow = wide.replace("10.5 4.2 inches", "4 4 inches").replace("10.5 1.95", "4 1.95")
         if name != "peers":
             narrow = re.sub("legend in . columns", "legend in 2 columns", narrow)
         for light, dark in self.DARK.items():
@@ -1413,13 +1471,13 @@ class TestKnownReport:
     def test_files_of_plots(self, known_report):
         """130 dots an inch; the plots one below the other, with half an inch for the title. SVG: 72 points an inch."""
         image = pytest.importorskip("PIL.Image").open(io.BytesIO(plots.png(known_report)))
-        assert (image.format, image.size) == ("PNG", (1118, int(130 * (4.2 + 1.95 + 4.2 + 0.5))))
+        assert (image.format, image.size) == ("PNG", (1365, int(130 * (4.2 + 1.95 + 4.2 + 0.5))))
         rows = np.asarray(image.convert("L")) < 128
         ends = [int(130 * height) for height in (0.5, 4.7, 6.65)]
         for begin, end in zip(ends, [*ends[1:], image.size[1]]):
             assert rows[begin:end].sum() > 1000, "one of the plots is empty"
         drawing = plots.svg(known_report, "roofline", plots.Look())
-        assert b'width="619.2pt" height="302.4pt"' in drawing and b"<dc:date>" not in drawing
+        assert b'width="756pt" height="302.4pt"' in drawing and b"<dc:date>" not in drawing
         dark = plots.darkened(drawing)
         for light, other in self.DARK.items():
             assert light.encode() in drawing and light.encode() not in dark, light
@@ -1482,6 +1540,89 @@ class TestWhatGoesWrong:
         assert (tmp_path / "bench.html").exists()
         output = capsys.readouterr().out
         assert "interrupted: 2 of 4" in output and TINY[0].name in output and TINY[2].name not in output
+
+    # Where Ctrl-C strikes, by the function that is entered then; a second one strikes while the results are written.
+    MOMENTS = {
+        "the copy's rate": (running.Run, "measure_copy"),
+        "compiling": (running.Run, "_compile"),
+        "making tensors": (running.Run, "_operand_sets"),
+        "counting": (running.Run, "_count"),
+        "timing": (running.Run, "_timed"),
+        "the notes": (running.Run, "_note_missing"),
+        "the bar": (Progress, "close"),
+        "the report": (report, "build"),
+        "the files": (command, "_write"),
+        "the page": (page, "page"),
+        "printing": (command, "_print"),
+    }
+
+    @pytest.mark.parametrize("moment", MOMENTS)
+    def test_ctrl_c_at_any_moment(self, tiny, tmp_path, monkeypatch, capsys, moment):
+        """A real signal, once at that moment and once more in the middle of writing: all files are whole."""
+
+        def struck(real, times):
+            def call(*arguments):
+                if times and times.pop() == 0:
+                    signal.raise_signal(signal.SIGINT)
+                return real(*arguments)
+
+            return call
+
+        owner, name = self.MOMENTS[moment]
+        late = 3 if name == "_timed" else 1 if name == "_count" else 0  # so many calls before
+        monkeypatch.setattr(owner, name, struck(getattr(owner, name), list(range(late + 1))))
+        monkeypatch.setattr(table, "as_csv", struck(table.as_csv, [0]))
+        before = signal.getsignal(signal.SIGINT)
+        assert run("--out", tmp_path) == 130
+        assert signal.getsignal(signal.SIGINT) is before
+        found = report.load(tmp_path / "bench.json")
+        whole = moment in ("the bar", "the report", "the files", "the page", "printing")
+        assert found["complete"] == whole
+        if whole:
+            assert len(found["cases"]) == 4
+        if moment in ("timing", "counting"):
+            assert found["cases"] and any("interrupted" in note for note in found["notes"])
+        for written in ("bench.csv", "bench.md", "bench.html"):
+            assert (tmp_path / written).stat().st_size > 100
+        assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".md", ".html"}
+        printed = capsys.readouterr()
+        assert "writing what was measured" in printed.err and "copy ceiling" in printed.out
+
+    def test_caches_go_to_the_folder_and_leave_with_the_run(self, tmp_path, monkeypatch):
+        codecache = pytest.importorskip("torch._inductor.codecache")
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR"):
+            monkeypatch.delenv(name, raising=False)
+        headers = getattr(codecache, "_HEADER_DIR", None)
+        with command._caches_in(tmp_path, compiles=True):
+            (folder,) = tmp_path.iterdir()
+            assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == os.environ["MPLCONFIGDIR"] == str(folder)
+            assert headers is None or Path(codecache._HEADER_DIR).parent == folder
+            (folder / "kernel.so").touch()
+        assert not list(tmp_path.iterdir()) and getattr(codecache, "_HEADER_DIR", None) == headers
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ and "MPLCONFIGDIR" not in os.environ
+        # A place that is set stands, and keeps what is there for another run.
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/given")
+        with command._caches_in(tmp_path, compiles=True):
+            assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/given" and "MPLCONFIGDIR" in os.environ
+            assert getattr(codecache, "_HEADER_DIR", None) == headers
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/given"
+
+    @pytest.mark.nightly
+    def test_a_run_on_a_cpu_writes_nowhere_else(self, tmp_path):
+        """With a home, a folder for temporary files and a working folder of its own."""
+        places = [tmp_path / name for name in ("home", "temporary", "here")]
+        for place in places:
+            place.mkdir()
+        environment = os.environ | {"HOME": str(places[0]), "TMPDIR": str(places[1])}
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(fastdiff.__file__).parents[1]), *sys.path])
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+            environment.pop(name, None)
+        line = [sys.executable, "-m", "fastdiff", "bench", "--device", "cpu", "--seconds", "1", "--against", "compile"]
+        subprocess.run([*line, "--out", str(tmp_path / "out")], cwd=places[2], env=environment, check=True)
+        assert [path for place in places for path in place.rglob("*") if path.is_file()] == []
+        assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+        found = report.load(tmp_path / "out" / "bench.json")
+        assert any(case["peers"]["compile"]["seconds"] for case in found["cases"])
 
     def test_out_of_memory(self, tiny, tmp_path, monkeypatch, capsys):
         real = peers.build
@@ -1594,7 +1735,31 @@ class TestTable:
             assert narrower.splitlines()[0].split() == kept.replace(heading, "").split()
             kept = narrower.splitlines()[0]
         assert kept.split() == "case time of copy eager × compile × diffusers ×".split()
-        assert table.text(known_report, 10).splitlines()[0] == kept
+
+    def test_80_columns(self, known_report):
+        """Operation, time and every ratio of each case, with what neighbours share above them."""
+        first, second = known_report["cases"]
+        alike = [first | {"operation": name} for name in ("noising", "sampler step+noise")]
+        cases = [*alike, second | {"shape": [64, 16, 128, 256, 256]}]
+        found = known_report | {"cases": cases, "peers": [*known_report["peers"], "reference"]}
+        assert table.text(found, 80).splitlines() == [
+            "                         time  of copy  eager  compile  diffusers  reference",
+            "v_prediction fp32 16x4x128x128",
+            "  noising             2.00 ms      55%   6.50     wide          -          -",
+            "  sampler step+noise  2.00 ms      55%   6.50     wide          -          -",
+            f"{second['kind']} {second['dtype']} 64x16x128x256x256",
+            table.text(found, 80).splitlines()[5],
+        ]
+        assert table.text(found, 80).splitlines()[5].startswith(f"  {second['operation']} ")
+        assert max(map(len, table.text(found, 60).splitlines())) <= 60
+        assert table.text(found, 60).splitlines()[0].split() == ["time", "of", "copy", "eager", "compile"]
+
+    def test_what_is_printed_fits(self, known_report, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("COLUMNS", "80")
+        command._print(known_report | {"model": known_model()}, tmp_path)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
+        assert "eager, compile, diffusers: how many times as long they take" in " ".join(lines)
 
 
 def test_model():

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -169,7 +170,7 @@ class TestOptions:
         elsewhere = {
             "demo": {"--data", "--size", "--gray", "--out", "--resume"},
             "sample": {"--checkpoint", "--out", "--overwrite"},
-            "doctor": {"--json"},
+            "doctor": {"--json", "--trace"},
         }
         for name, table in tables.items():
             assert options_of(name) == {option.split()[0] for option in table} | elsewhere[name]
@@ -294,10 +295,14 @@ class TestResume:
     def test_needs_out(self, capsys):
         assert "--out" in refused(capsys, "demo", "--resume")
 
-    def test_without_checkpoint_starts_from_the_beginning(self, asked, tmp_path, capsys):
-        assert main(["demo", *TINY, "--out", str(tmp_path / "new"), "--resume"]) == 0
-        assert "starting from the beginning" in capsys.readouterr().out
-        assert {path.name for path in (tmp_path / "new").iterdir()} == FILES
+    @pytest.mark.parametrize("made", [False, True], ids=["no folder", "an empty folder"])
+    def test_without_a_run_to_resume(self, tmp_path, capsys, made):
+        out = tmp_path / "new"
+        if made:
+            out.mkdir()
+        message = refused(capsys, "demo", *TINY, "--out", out, "--resume")
+        assert f"{out} holds no run to resume" in message and "leave out --resume" in message
+        assert out.exists() == made and not list(tmp_path.glob("new/*"))
 
     def test_truncated_checkpoint(self, finished, tmp_path, capsys):
         whole = (finished / "checkpoint.pt").read_bytes()
@@ -386,6 +391,17 @@ class TestDoctor:
         for status in fastdiff.backends.status():
             assert status.name in output and status.reason in output
 
+    @pytest.mark.parametrize("command", ["doctor --json", "doctor"])
+    def test_a_reader_that_has_seen_enough(self, command):
+        """As ``fastdiff doctor --json | head -1`` with a head that is gone before the first line."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        line = [sys.executable, "-m", "fastdiff", *command.split()]
+        with os.fdopen(writing, "w") as output:
+            done = subprocess.run(line, stdout=output, stderr=subprocess.PIPE, text=True)
+        assert done.stderr == ""
+        assert done.returncode == 141
+
     def test_json(self, capsys):
         assert main(["doctor", "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
@@ -465,7 +481,7 @@ VALUES = {
         **{"--preset": "NAME", "--dtype": "A,B,...", "--against": "A,B,...", "--nproc": "N", "--out": "DIR"},
         "--compare": ("A.json", "B.json"),
     },
-    "doctor": {},
+    "doctor": {"--trace": "SCRIPT"},
 }
 SAY_THEMSELVES = {"--checkpoint", "--sampler", "--guidance", "--seed", "--out"}  # of ``fastdiff sample``
 

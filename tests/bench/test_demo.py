@@ -180,6 +180,18 @@ class TestImages:
         with pytest.raises(DemoError, match="holds no PNG or JPEG images"):
             data.folder(tmp_path, 8, False)
 
+    def test_parts_of_a_data_set_are_no_classes(self, tmp_path):
+        for name in ("val", "Train"):
+            for label in ("cat", "dog"):
+                (tmp_path / name / label).mkdir(parents=True)
+                Image.new("L", (9, 9)).save(tmp_path / name / label / "a.png")
+        with pytest.raises(DemoError, match=r"holds Train, val: the parts .* --data .*/Train\."):
+            data.folder(tmp_path, 8, False)
+        assert data.folder(tmp_path / "Train", 8, False).class_names == ["cat", "dog"]
+        # A class may be called so, beside others.
+        (tmp_path / "Train").rename(tmp_path / "ship")
+        assert data.folder(tmp_path, 8, False).class_names == ["ship", "val"]
+
     def test_not_a_folder(self, tmp_path):
         with pytest.raises(DemoError, match="not a folder"):
             data.folder(tmp_path / "nowhere", 8, False)
@@ -398,7 +410,7 @@ class TestSettings:
             ({"process": "flow", "prediction": "v_prediction"}, "v_prediction is not defined for RectifiedFlow"),
             ({"process": "flow", "prediction": "epsilon"}, "does not determine x0"),
             ({"process": "vp-zero-snr", "prediction": "epsilon"}, "does not determine x0"),
-            ({"process": "flow", "weighting": "bell"}, "needs a discrete process"),
+            ({"process": "flow", "weighting": "likelihood"}, "needs a process with g"),
             ({"prediction": "nonsense"}, "unknown prediction"),
             ({"weighting": "nonsense"}, "unknown weighting"),
             ({"loss": "nonsense"}, "unknown loss"),
@@ -657,7 +669,7 @@ class TestTraining:
 
     def test_images_are_in_range(self, monkeypatch):
         beyond = torch.tensor([-3.0, 0.5, 3.0]).view(3, 1, 1, 1)
-        monkeypatch.setattr(fastdiff, "sample", lambda *_, **__: beyond)
+        monkeypatch.setattr(fastdiff.Objective, "sample", lambda *_, **__: beyond)
         recipe = settings.build(settings.resolve({}))
         images = draw(KnownNetwork([0.0, 0.0]), recipe, torch.tensor([0, 0, 0]), 3, 1.0, 0)
         assert images.flatten().tolist() == [-1.0, 0.5, 1.0]
@@ -854,7 +866,10 @@ class TestPlots:
             curve, by_time = figures.pop().axes
             every, mean = curve.lines
             assert every.get_xdata().tolist() == list(range(1, 81)) and every.get_ydata().tolist() == losses.tolist()
-            assert mean.get_xdata().tolist() == list(range(2, 81))  # of a fortieth of the run: 2 steps
+            # Of a fortieth of the run, 2 steps; it stands in their middle, so a loss that falls evenly is its own mean.
+            assert mean.get_xdata().tolist() == [step + 0.5 for step in range(1, 80)]
+            np.testing.assert_allclose(mean.get_ydata(), np.interp(mean.get_xdata(), every.get_xdata(), losses))
+            assert mean.get_label() == "mean of the 2 steps around"
             np.testing.assert_allclose(mean.get_ydata(), (losses[1:] + losses[:-1]) / 2)
             assert [line.get_label() for line in by_time.lines] == [
                 f"{q} quarter of training" for q in ("first", "last")
@@ -899,6 +914,24 @@ class TestPlots:
             assert [label.get_text() for label in axes.get_xticklabels()] == ["first", "last"]
             assert axes.get_xticks().tolist() == [3.5, 12.5]
         assert (left.get_title(), right.get_title()) == ("x after the step", "estimate of x0")
+
+    @pytest.mark.parametrize(("rows", "columns"), [(1, 2), (5, 7), (2, 7)])
+    def test_nothing_of_a_trajectory_overlaps(self, figures, tmp_path, rows, columns):
+        images = torch.zeros(columns, rows, 1, 8, 8)
+        title = "From noise to image: vp-scaled-linear, predicting v_prediction; dpmpp_2m_sde, 50 steps, guidance 1.5"
+        names = [str(row) for row in range(rows)]
+        plots.trajectory_plot(tmp_path / "a.png", ["step 50\nt = 999"] * columns, images, images, names, title)
+        figure = figures.pop()
+        figure.draw_without_rendering()
+        boxes = [figure._suptitle.get_window_extent()]
+        for axes in figure.axes:
+            boxes += [axes.title.get_window_extent(), axes.images[0].get_window_extent()]
+            boxes += [label.get_window_extent() for label in axes.get_xticklabels()]
+        for k, box in enumerate(boxes):
+            assert 0 <= box.x0 and box.x1 <= figure.bbox.width and 0 <= box.y0 and box.y1 <= figure.bbox.height
+            assert not any(box.overlaps(other) for other in boxes[k + 1 :])
+        above = boxes[0].y0 - max(box.y1 for box in boxes[1:])
+        assert above > 0.06 * figure.dpi, "room between the title and the headings"
 
     def test_grid(self, figures, tmp_path):
         images = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4)

@@ -586,9 +586,8 @@ def test_which_steps_draw_noise(sampler, draws):
         asked.append(step)
         return torch.zeros(shape)
 
-    fastdiff.sample(
-        nonlinear, SHAPE, process_of("linear"), sampler=sampler, steps=5, noise=noise, seed=0, progress=False
-    )
+    how = {"noise": noise, "seed": 0, "progress": False}
+    fastdiff.sample(nonlinear, SHAPE, process_of("linear"), sampler=sampler, steps=5, prediction="epsilon", **how)
     assert asked == draws
 
 
@@ -619,7 +618,7 @@ def test_epsilon_at_zero_terminal_snr(sampler):
         raise AssertionError("the model was called")
 
     with pytest.raises(ValueError, match="SNR|v_prediction"):
-        fastdiff.sample(never, SHAPE, process, sampler=sampler, steps=5, progress=False, seed=0)
+        fastdiff.sample(never, SHAPE, process, sampler, 5, "epsilon", progress=False, seed=0)
 
 
 def test_leading_with_offset_beyond_the_last_step():
@@ -631,6 +630,7 @@ def test_leading_with_offset_beyond_the_last_step():
             process_of("linear"),
             sampler=fastdiff.samplers.DDPM(spacing="leading", steps_offset=1),
             steps=1000,
+            prediction="epsilon",
             progress=False,
             seed=0,
         )
@@ -639,4 +639,4 @@ def test_leading_with_offset_beyond_the_last_step():
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_bad_number_of_steps(steps):
     with pytest.raises(ValueError, match=rf"steps must lie in \[1, 1000\].*got {steps}"):
-        fastdiff.sample(nonlinear, SHAPE, process_of("linear"), steps=steps, progress=False, seed=0)
+        fastdiff.sample(nonlinear, SHAPE, process_of("linear"), "ddpm", steps, "epsilon", progress=False, seed=0)

@@ -849,6 +849,47 @@ def test_configs_that_raise_raise_the_same(name, config):
     assert fused_share(name)[0] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "LCMScheduler", "DDIMParallelScheduler"])
+def test_a_timestep_of_shape_one(name, dtype):
+    """It promotes half precision to float32, as in diffusers; a plain one does not."""
+    x, m = (torch.randn(SHAPE).to(dtype) for _ in range(2))
+    for one in (True, False):
+        results = []
+        for scheduler in (make(name, {}), fused.fuse(make(name, {}))):
+            scheduler.set_timesteps(4)
+            t = scheduler.timesteps[:1] if one else scheduler.timesteps[0]
+            options = {} if "DDIM" in name else {"generator": torch.Generator().manual_seed(0)}
+            results.append(scheduler.step(m, t, x, **options))
+        for theirs, ours in zip(results[0].values(), results[1].values()):
+            assert theirs.dtype == ours.dtype == (torch.float32 if one else dtype)
+            torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    "name, config, shape",
+    [
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, SHAPE),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"}, SHAPE),
+        ("DDIMScheduler", {"thresholding": True}, (2, 3)),
+        ("DDPMScheduler", {"thresholding": True}, (4, 6)),
+        ("UniPCMultistepScheduler", {"thresholding": True}, (4, 6)),
+        ("UniPCMultistepScheduler", {}, (5,)),
+    ],
+)
+def test_what_diffusers_refuses_is_refused(name, config, shape):
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if "algorithm_type" in config else {}
+    errors = []
+    for scheduler in (make(name, config | flow), fused.fuse(make(name, config | flow))):
+        scheduler.set_timesteps(4)
+        x = torch.randn(shape)
+        with pytest.raises(Exception) as caught:
+            for t in scheduler.timesteps:
+                x = scheduler.step(torch.sin(x), t, x).prev_sample
+        errors.append((type(caught.value), str(caught.value)))
+    assert errors[0] == errors[1]
+
+
 @pytest.mark.parametrize(
     "name, config, given, reason",
     [

@@ -6,6 +6,7 @@ the largest value is about 170 float32 roundings.
 
 import enum
 import importlib.util
+import types
 
 import numpy as np
 import pytest
@@ -303,6 +304,45 @@ def test_torchcfm_itself(name, sigma):
     pytest.importorskip("ot")
     torchcfm = pytest.importorskip("torchcfm.conditional_flow_matching")
     check_matcher(getattr(torchcfm, f"{name}FlowMatcher")(sigma), *torch.randn(2, 6, 3, 4, 4))
+
+
+class Sampled(Path):
+    """A path that gives points of its own: affine, along great circles, or with a bend."""
+
+    def __init__(self, scheduler, kind):
+        super().__init__(scheduler)
+        self.kind = kind
+
+    def sample(self, x_0, x_1, t):
+        r, k = {name: spread(value, x_1) for name, value in vars(self.scheduler(t)).items()}, spread(t, x_1)
+        x_t = r["alpha_t"] * x_1 + r["sigma_t"] * x_0
+        dx_t = r["d_alpha_t"] * x_1 + r["d_sigma_t"] * x_0
+        if self.kind == "sphere":
+            angle = torch.arccos((x_0 * x_1).sum(-1, keepdim=True).clamp(-1, 1))
+            x_t = (torch.sin((1 - k) * angle) * x_0 + torch.sin(k * angle) * x_1) / torch.sin(angle)
+            dx_t = angle * (torch.cos(k * angle) * x_1 - torch.cos((1 - k) * angle) * x_0) / torch.sin(angle)
+        if self.kind == "bent":
+            dx_t = dx_t + 0.01 * x_1
+        return types.SimpleNamespace(x_t=x_t, dx_t=dx_t)
+
+
+@pytest.mark.parametrize("rows", [COND_OT, COSINE], ids=["CondOT", "cosine"])
+@pytest.mark.parametrize("shape", [(6, 3), (1, 5), (4, 2, 3)])
+def test_paths_that_are_not_affine(rows, shape):
+    """They have a scheduler too."""
+    x_1, x_0 = (nn.functional.normalize(torch.randn(shape), dim=-1) for _ in range(2))
+    t = torch.linspace(0.1, 0.9, len(x_1))
+    for kind in ("sphere", "bent"):
+        for _ in range(2):
+            with pytest.raises(TypeError, match="the path of Sampled is not affine in x_0 and x_1"):
+                flow.noise(path := Sampled(rows, kind), x_1, x_0, t)
+    path = Sampled(rows, "affine")
+    for data in (x_1[:0], x_1, x_1.half()):
+        noised = flow.noise(path, data, x_0[: len(data)].to(data.dtype), t[: len(data)].to(data.dtype))
+        found = path.sample(x_0[: len(data)].double(), data.double(), noised.t.double())
+        torch.testing.assert_close(
+            noised.x_t.double(), found.x_t, rtol=0, atol=2e-3 if data.dtype == torch.half else 1e-6
+        )
 
 
 def test_flow_matching_itself():

@@ -431,7 +431,7 @@ def test_objective_from_scheduler():
         noised.target, velocity, rtol=0, atol=4 * 2.0**-24 * float(x0.abs().max() + n.abs().max())
     )
 
-    other = fastdiff.Objective.from_scheduler(ddpm(), prediction_type="sample", loss="huber", weighting="snr")
+    other = fastdiff.Objective.from_scheduler(ddpm(), prediction="sample", loss="huber", weighting="snr")
     assert other.prediction.name == "sample" and other.loss_function.function == "smooth_l1"
 
 
@@ -511,7 +511,7 @@ def test_wrong_use():
     with pytest.raises(ValueError, match="weighting_scheme"):
         scripts.sd3(flow, weighting_scheme="cosine")
     with pytest.raises(ValueError, match="flow n - x0"):
-        fastdiff.Objective.from_scheduler(flow, prediction_type="epsilon")
+        fastdiff.Objective.from_scheduler(flow, prediction="epsilon")
     with pytest.raises(ValueError, match="unknown prediction"):
         scripts.text_to_image(ddpm(), prediction_type="noise")
     with pytest.raises(ValueError, match="form"):
@@ -545,7 +545,7 @@ def test_wrong_use():
     with pytest.raises(ValueError, match="prediction_type epsilon or v_prediction; got 'sample'"):
         scripts.dreambooth_sdxl(diffusers.EulerDiscreteScheduler(prediction_type="sample"), edm_style=True)
     with pytest.raises(ValueError, match="prediction_type epsilon or v_prediction; got 'sample'"):
-        fastdiff.Objective.from_scheduler(diffusers.EDMEulerScheduler(), prediction_type="sample")
+        fastdiff.Objective.from_scheduler(diffusers.EDMEulerScheduler(), prediction="sample")
     with pytest.raises(TypeError, match="DDPMScheduler has no sigmas and timesteps"):
         scripts.dreambooth_sdxl(ddpm(), edm_style=True)
     with pytest.raises(TypeError, match="no alphas_cumprod: a scheduler such as DDPMScheduler is needed"):

@@ -259,7 +259,7 @@ def test_unknown_prediction_lists_the_known():
     with pytest.raises(ValueError, match="(?s)(?=.*noise)(?=.*epsilon)(?=.*v_prediction)"):
         prediction.get("noise")
     with pytest.raises(ValueError, match="epsilon"):
-        fastdiff.Objective(fastdiff.EDM(), prediction="eps")
+        fastdiff.Objective(fastdiff.EDM(), prediction="epsilons")
 
 
 def test_get_passes_a_prediction_through():

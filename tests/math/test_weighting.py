@@ -327,7 +327,7 @@ def test_bad_parameters(make, parameters, words):
 @pytest.mark.parametrize(
     "process, w",
     [
-        (fastdiff.RectifiedFlow(), weighting.Bell()),
+        (fastdiff.RectifiedFlow(), weighting.PerTimestep([1.0, 2.0])),
         (fastdiff.EDM(), weighting.Bell()),
         (fastdiff.VPSDE(), weighting.PerTimestep([1.0, 2.0])),
         (fastdiff.VariancePreserving(), weighting.PerTimestep([1.0, 2.0])),
@@ -338,6 +338,7 @@ def test_bad_parameters(make, parameters, words):
     ids=lambda v: type(v).__name__,
 )
 def test_meaningless_pairs(process, w):
-    """Bell and a table need timesteps (and the table one value each), the likelihood an SDE: refused, with the name."""
+    """A bell needs a time in [0, 1], a table timesteps (and one value each), the likelihood an SDE: each is refused by
+    its name."""
     with pytest.raises(ValueError, match=type(w).__name__):
         weighting.evaluate(w, make_levels(process, [0 if process.discrete else 0.5]), "epsilon")

@@ -48,7 +48,15 @@ def run(loss, prediction, x0, n, **how):
 
 @pytest.mark.parametrize("function", ["mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_masked_elements_and_rows_of_weight_0(loss, function, dtype):
+@pytest.mark.parametrize(
+    "ways",
+    [
+        [("none", "mean"), ("none", "none"), ("row", "mean"), ("global", "mean")],
+        [("sample", "mean"), ("sample", "none")],
+    ],
+    ids=["by row", "by sample"],
+)
+def test_masked_elements_and_rows_of_weight_0(loss, function, dtype, ways):
     """NaN and infinity in each operand and in the scale: the numbers are those of the same with 1 there."""
     mask = torch.rand(SHAPE[0], 1, *SHAPE[2:]) < 0.6
     mask[1, :, 0], mask[2] = False, True
@@ -56,7 +64,7 @@ def test_masked_elements_and_rows_of_weight_0(loss, function, dtype):
     out = ~mask.expand(SHAPE) | (weight == 0).view(3, 1, 1, 1)
     how = {"p": torch.rand(3) + 0.5, "q": torch.rand(3) + 0.5, "c": 0.3, "function": function, "weight": weight}
     operands, scale = data(dtype), torch.tensor([1.0, 2.0, 3.0])
-    for normalization, reduction in (("none", "mean"), ("none", "none"), ("row", "mean"), ("global", "mean")):
+    for normalization, reduction in ways:
         how |= {"mask_normalization": normalization, "reduction": reduction}
         for mask_dtype in (torch.bool, torch.float32):
             how["mask"] = mask.to(mask_dtype)
@@ -105,9 +113,51 @@ def test_rows_with_nothing_in_their_mask_are_left_out_of_the_mean(loss, rows, dt
     torch.testing.assert_close(each.double().view(counts.shape), means, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 4, 1), (3, 2, 1, 1), (3, 1, 1, 1), (1, 1, 4, 1), (3, 2, 4, 8)], ids=str)
+@pytest.mark.parametrize("mask_shape", [SHAPE, (3, 1, 4, 1), (1, 1, 4, 8), (3,), None], ids=str)
+def test_samples_are_normalised_by_their_masks(loss, shape, mask_shape):
+    """Whatever the rows: a frame, a channel, a sample, shared by the samples, an element."""
+    prediction, _, n = data()
+    weight = torch.rand(shape) + 0.5
+    mask = None if mask_shape is None else torch.rand(mask_shape) < 0.6
+    if mask is not None and len(mask_shape) > 1 and mask_shape[0] == 3:
+        mask[1] = False
+    if mask_shape == (3,):
+        mask[:] = torch.tensor([True, False, True])
+    how = {"q": 1.0, "mask": mask, "mask_normalization": "sample", "weight": weight}
+    error, wide = (prediction - n).double(), torch.ones(SHAPE, dtype=torch.float64)
+    if mask is not None:
+        wide = mask.reshape(*mask_shape, *(1,) * (4 - len(mask_shape))).double().expand(SHAPE)
+    counts = wide.sum((1, 2, 3))
+    means = (weight * wide * error**2).sum((1, 2, 3)) / counts.clamp(min=1)
+    result, gradient = run(loss, prediction, None, n, **how)
+    kept = (counts > 0).sum()
+    torch.testing.assert_close(result.double(), means.sum() / kept, rtol=1e-6, atol=0)
+    factor = (1 / counts.clamp(min=1) / kept).view(3, 1, 1, 1)
+    torch.testing.assert_close(gradient.double(), 2 * error * wide * weight * factor, rtol=1e-5, atol=1e-12)
+    each, _ = run(loss, prediction, None, n, **how, reduction="none")
+    torch.testing.assert_close(each.double(), means, rtol=1e-6, atol=0)
+
+
+def test_a_time_a_token_normalised_by_samples():
+    """With a row a token, "row" knows tokens only: a sample with few in its mask counts as little as they are."""
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    x0, p, n = (torch.randn(2, 6, 4) for _ in range(3))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]])
+    noised = objective.noise(x0, torch.rand(2, 6), n)
+    error = ((p - (n - x0)) ** 2).mean(2)
+    found = {k: objective.loss(p, noised, mask, mask_normalization=k).item() for k in ("row", "sample", "global")}
+    assert found["row"] == pytest.approx(error[mask > 0].mean().item(), rel=1e-6)
+    assert found["sample"] == pytest.approx((error[0].mean() + error[1, 0]).item() / 2, rel=1e-6)
+    each = objective.loss(p, noised, mask, "none", mask_normalization="sample")
+    torch.testing.assert_close(each, torch.stack([error[0].mean(), error[1, 0]]))
+
+
 @pytest.mark.parametrize(
-    "how", [("none", "mean"), ("row", "mean"), ("global", "mean"), ("row", "none"), ("none", "sum")]
-)
+    "how",
+    [("none", "mean"), ("row", "mean"), ("global", "mean"), ("row", "none"), ("none", "sum"), ("sample", "mean"),
+     ("sample", "none")],
+)  # fmt: skip
 def test_a_mask_of_zeros_gives_zeros_and_a_warning(loss, how, request):
     prediction, _, n = data()
     options = {"q": 1.0, "mask": torch.zeros(3, 1, 4, 8), "mask_normalization": how[0], "reduction": how[1]}

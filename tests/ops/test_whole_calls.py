@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.backends import native
+from fastdiff.backends import native, triton
 
 _C = pytest.importorskip("fastdiff._C")
 pytestmark = pytest.mark.skipif(native.direct is None, reason="this PyTorch has no C functions for its tensors")
@@ -44,27 +44,42 @@ OBJECTIVES += [
 OBJECTIVES += [fastdiff.Objective(process, kind, **options) for process, kind, options in CONTINUOUS]
 
 
+BOTH = pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+
+
 @pytest.fixture
-def general(monkeypatch):
+def backend(request):
+    """The backend of that name, forced; "native" where a test does not say."""
+    name = getattr(request, "param", "native")
+    if name == "triton":
+        pytest.importorskip("triton")
+        if not triton.interpreted():
+            pytest.skip("on CPU tensors Triton's kernels run in its interpreter")
+    with fastdiff.use_backend(name):
+        yield {"native": native, "triton": triton}[name]
+
+
+@pytest.fixture
+def general(monkeypatch, backend):
     """Runs a function without whole calls."""
 
     def run(function, *arguments, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(native, "direct", None)
+            patch.setattr(backend, "direct", None)
             return function(*arguments, **options)
 
     return run
 
 
 @pytest.fixture
-def only_whole_calls(monkeypatch):
+def only_whole_calls(monkeypatch, backend):
     """Lets nothing but whole calls run."""
 
     def refuse(*_, **__):
         raise AssertionError("the general way was taken")
 
-    for name in ("noise", "loss", "convert", "step"):
-        monkeypatch.setattr(native, name, refuse)
+    for name in ("noise", "loss", "convert", *(["step"] if backend is native else [])):
+        monkeypatch.setattr(backend, name, refuse)
 
 
 def batch(dtype=torch.float32, shape=(3, 4, 8, 8), seed=0):
@@ -72,8 +87,13 @@ def batch(dtype=torch.float32, shape=(3, 4, 8, 8), seed=0):
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Triton's interpreter is slow: there each objective has one of the dtypes.
+CASES = [("native", objective, dtype) for objective in OBJECTIVES for dtype in DTYPES]
+CASES += [("triton", objective, DTYPES[k % 4]) for k, objective in enumerate(OBJECTIVES)]
+
+
+@pytest.mark.parametrize("backend, objective, dtype", CASES, indirect=["backend"], ids=str)
 def test_a_training_step_has_the_bits_of_the_general_way(objective, dtype, general):
     x0, _, prediction = batch(dtype)
 
@@ -88,8 +108,7 @@ def test_a_training_step_has_the_bits_of_the_general_way(objective, dtype, gener
         assert_same(got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("backend, objective, dtype", CASES, indirect=["backend"], ids=str)
 def test_given_noise_and_times_have_the_bits_of_the_general_way(objective, dtype, general):
     x0, n, prediction = batch(dtype)
     t = objective.timesteps(torch.tensor([0.1, 0.5, 0.97], dtype=torch.float64), objective.process)
@@ -103,6 +122,7 @@ def test_given_noise_and_times_have_the_bits_of_the_general_way(objective, dtype
         assert_same(got, want)
 
 
+@BOTH
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
 def test_the_plain_case_is_a_whole_call(kind, only_whole_calls):
     process = fastdiff.RectifiedFlow() if kind == "flow" else fastdiff.VariancePreserving()
@@ -122,6 +142,7 @@ def test_the_plain_case_is_a_whole_call(kind, only_whole_calls):
         ops.step(x0, m, row, noise=n, return_entry=False)
 
 
+@BOTH
 @pytest.mark.parametrize("upstream", [1.0, 3.0, 0.0])
 def test_any_upstream_gradient_and_a_second_use(upstream, general):
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", "min_snr")
@@ -139,6 +160,7 @@ def test_any_upstream_gradient_and_a_second_use(upstream, general):
     assert_same(second, want)
 
 
+@BOTH
 def test_a_scaled_float16_loss_rounds_its_gradient_once(general):
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
     x0, n, prediction = batch(torch.float16)
@@ -159,6 +181,7 @@ def test_the_gradient_of_the_gradient():
     assert torch.autograd.gradgradcheck(lambda m: objective.loss(m, noised), m.requires_grad_())
 
 
+@BOTH
 def test_what_is_not_plain_is_done_the_general_way(general):
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", "min_snr")
     x0, n, m = batch()
@@ -198,6 +221,7 @@ def test_gradients_of_x0_and_noise_are_kept():
     assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in (x0, n, m)])
 
 
+@BOTH
 def test_transforms_and_subclasses_are_left_alone(general):
     objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
     x0, n, m = batch()
@@ -215,6 +239,17 @@ def test_transforms_and_subclasses_are_left_alone(general):
     m = m.requires_grad_()
     want = torch.autograd.grad(objective.loss(m, noised), m)[0]
     torch.testing.assert_close(torch.func.grad(lambda m: objective.loss(m, noised))(m.detach()), want)
+
+
+@BOTH
+def test_a_forced_backend_leaves_other_devices_to_the_reference(backend):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+    x0 = torch.empty(3, 4, 8, 8, device="meta")
+    m = torch.empty_like(x0, requires_grad=True)
+    for seed in (None, 5, torch.zeros(1, dtype=torch.int64, device="meta")):
+        noised = objective.noise(x0, seed=seed)
+        objective.loss(m, noised).backward()
+        assert noised.x_t.shape == noised.noise.shape == x0.shape and m.grad.device.type == "meta"
 
 
 def test_unfit_input_gets_the_usual_errors():
@@ -248,6 +283,7 @@ def test_a_loss_that_is_the_same_at_all_times_still_looks_at_t(t):
         fastdiff.diffusion_loss(m, x0, n, torch.tensor([0, 1, 1]), fastdiff.RectifiedFlow(), "flow")
 
 
+@BOTH
 def test_times_of_frames_have_the_bits_of_the_general_way(general):
     objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
     x0, n, m = batch(shape=(3, 5, 7, 9))
@@ -326,6 +362,7 @@ def test_a_step_has_the_bits_of_the_general_way(dtype, noise, general):
     assert run()[2] is None
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["sample", "epsilon", "score"])
 def test_a_conversion_has_the_bits_of_the_general_way(dtype, kind, general):

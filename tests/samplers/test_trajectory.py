@@ -209,19 +209,17 @@ def test_a_network_may_change_the_time_that_it_is_given():
         return x
 
     for _ in range(2):
-        fastdiff.sample(network, (1, 4), process, "ddim", 5, seed=1, progress=False)
+        fastdiff.sample(network, (1, 4), process, "ddim", 5, "epsilon", seed=1, progress=False)
     assert torch.stack(told[:5]).tolist() == torch.stack(told[5:]).tolist() and told[0].item() > 0
 
 
 def test_runs_of_one_plan_do_not_share_a_history():
     """The rows are kept from run to run; what a run makes is its own."""
     process = fastdiff.VariancePreserving()
-    runs = [
-        fastdiff.sample(lambda x, t: x * 0.3, (2, 3, 8), process, "dpmpp_3m", 6, seed=s, progress=False)
-        for s in (1, 2, 1)
-    ]
+    how = process, "dpmpp_3m", 6, "epsilon"
+    runs = [fastdiff.sample(lambda x, t: x * 0.3, (2, 3, 8), *how, seed=s, progress=False) for s in (1, 2, 1)]
     assert torch.equal(runs[0], runs[2]) and not torch.equal(runs[0], runs[1])
     with fastdiff.use_backend("reference"):
-        again = fastdiff.sample(lambda x, t: x * 0.3, (2, 3, 8), process, "dpmpp_3m", 6, seed=1, progress=False)
+        again = fastdiff.sample(lambda x, t: x * 0.3, (2, 3, 8), *how, seed=1, progress=False)
     assert_same(again, runs[0])
     assert backends._forced is None

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..devices import Trial
 from ..native.launch import memory
+from ..native.operations import _C, unavailable_because
 
-try:
-    _C: Any = importlib.import_module("fastdiff._C")
-except ImportError as error:
-    _C, unavailable_because = None, f"{error}: install fastdiff where there is a C++ compiler and nvcc"
-else:
+if _C is not None:
     unavailable_because = "" if _C.cuda_architectures() else "fastdiff was built without nvcc"
 if torch.version.hip is not None:
     unavailable_because = "this PyTorch is for ROCm"
@@ -26,7 +23,7 @@ DATA = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MASKS = DATA | {torch.bool}
 MOST = 2**32 - 256  # elements: one thread each at worst
 _Parameter = torch.nn.Parameter
-_is_compiling, wrapping = torch.compiler.is_compiling, torch._C._functorch.peek_interpreter_stack
+_is_compiling, wrapping = torch.compiler.is_compiling, modes.wrapping
 
 
 def description() -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import modes, reference
+from ..saving import save, saved
 from .launch import FUNCTIONS, memory
 from .operations import _C, _launch_loss
 from .prepared import reads_tensors
@@ -40,15 +41,23 @@ def _source(kind: int, table: Tensor, low: float, high: float) -> Any:
     return _C.row_source(kind, *table.shape, memory(table), low, high)
 
 
-def times(steps: int, seed: int | Tensor, samples: int, stream: int, sample_offset: int) -> Tensor | None:
+def times(
+    steps: int, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: torch.device
+) -> Tensor | None:
     """floor(steps u), int64, of a uniform u in (0, 1) a sample; u itself, float64, for steps = 0."""
+    if device.type != "cpu":
+        return None
     out = torch.empty(samples, dtype=torch.int64 if steps else torch.float64, device="cpu")
     return _C.direct_times(out, seed, stream, sample_offset, steps)
 
 
-def noise(source: Any, x0: Tensor, t: Any, n: Tensor | tuple, keep: bool) -> tuple[Tensor, Tensor | None] | None:
+def noise(
+    source: Any, x0: Tensor, t: Any, n: Tensor | tuple, keep: bool, rng: str = "exact"
+) -> tuple[Tensor, Tensor | None] | None:
     """(x_t, the noise that was made and kept), one row (alpha, sigma) a sample. n: the noise, or (seed, stream,
-    sample_offset, offset) to make it from."""
+    sample_offset, offset) to make it from; on a CPU there is one way to make it, whatever ``rng``."""
+    if not x0.is_cpu:  # where this backend is forced
+        return None
     kept = None
     if keep:
         wide = x0.dtype is torch.float64
@@ -71,6 +80,8 @@ def loss(
 ) -> Tensor | None:
     """The mean loss, one row (p, q, scale, weight, c) a sample, of which the bits of ``present`` say what is used.
     ``rows`` gives them as placed tensors, for a gradient other than the usual one."""
+    if n is not None and not isinstance(n, Tensor):
+        return None
     recorded = prediction.requires_grad and _grad()
     # A float16 loss is scaled; its gradient for 1 would be of no use.
     ahead = recorded and prediction.dtype is not torch.float16
@@ -79,7 +90,7 @@ def loss(
     made = _C.direct_loss(source, present, FUNCTIONS[function], prediction, x0, n, t, one, ahead, _threads())
     if made is None or not recorded:
         return None if made is None else made[0]
-    return _apply(prediction, (made, x0, n, rows, function))
+    return _apply(prediction, (made, x0, n, t, rows, function))
 
 
 class _Loss(torch.autograd.Function):
@@ -88,22 +99,25 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, prediction, known):
-        (value, ctx.gradient), x0, n, ctx.rows, ctx.function = known
-        ctx.save_for_backward(prediction, x0, n)
+        (value, ctx.gradient), x0, n, t, ctx.rows, ctx.function = known
+        save(ctx, prediction, x0, n, t)
         return value
 
     @staticmethod
     def backward(ctx, upstream):
         graph = torch.is_grad_enabled()  # of the gradient
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is not None and not graph and float(upstream) == 1.0:
+        plain = not modes.is_many(upstream)
+        if gradient is not None and not graph and plain and float(upstream) == 1.0:
             return gradient, None
-        prediction, x0, n = ctx.saved_tensors
-        p, q, scale, weight, c = ctx.rows()
+        prediction, x0, n, _ = saved(ctx)  # t, which the rows are made from, has not changed
+        p, q, scale, weight, c = (row if row is None else row.to(upstream.dtype) for row in ctx.rows())
         rest = (c, None, ctx.function, "none", "mean")
         if graph:
             loss = reference.loss(prediction, x0, n, p, q, scale, weight, *rest)
             return torch.autograd.grad(loss, prediction, upstream, create_graph=True)[0], None
+        if not plain:  # several at once
+            return reference.loss_gradient(upstream, prediction, x0, n, p, q, scale, weight, *rest), None
         arguments = (prediction, weight, x0, n, p, q, scale, *rest)
         return _launch_loss(*arguments, upstream=upstream, result=False, gradient=True)[2], None
 

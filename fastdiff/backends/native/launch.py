@@ -11,20 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import codes
+from ..codes import DTYPES
 from ..layout import layout_of
 
-DTYPES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.uint8: 4,
-    torch.bool: 4,
-    torch.int64: 5,
-}
-FUNCTIONS = {"mse": 0, "l1": 1, "smooth_l1": 2, "pseudo_huber": 3, "log_cosh": 4}
-REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
-NORMALIZATIONS = {"none": 0, "row": 1, "global": 2}
+FUNCTIONS, REDUCTIONS, NORMALIZATIONS = (
+    {name: k for k, name in enumerate(names)} for names in (codes.FUNCTIONS, codes.REDUCTIONS, codes.NORMALIZATIONS)
+)
 
 
 def arrange(shape: torch.Size, *rows: Tensor | None) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:

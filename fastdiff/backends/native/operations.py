@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference
+from ...extension import load
+from .. import modes, reference
+from ..saving import save, saved
 from .launch import DTYPES, FUNCTIONS, NORMALIZATIONS, REDUCTIONS, arrange, fits, masked, memory, source
 
-try:
-    _C: Any = importlib.import_module("fastdiff._C")
-except ImportError as error:
-    _C, unavailable_because = None, f"{error}: install fastdiff where there is a C++ compiler"
-else:
-    unavailable_because = ""
+_C, unavailable_because = load()
 available = _C is not None
 
 
@@ -28,11 +24,12 @@ def description() -> str:
 
 _DATA = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _Parameter = torch.nn.Parameter
-_is_compiling, _wrapping = torch.compiler.is_compiling, torch._C._functorch.peek_interpreter_stack
+_is_compiling, _wrapping = torch.compiler.is_compiling, modes.wrapping
 
 
 def _plain(*tensors: Any) -> bool:
-    """Whether all tensors have memory to point at: none is traced, wrapped by torch.func or a subclass."""
+    """Whether all tensors are what their memory says: none is traced, transformed (``modes.wrapping``) or a
+    subclass."""
     if _is_compiling() or _wrapping() is not None:
         return False
     for tensor in tensors:
@@ -112,7 +109,7 @@ def normal(
 class _Noise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x0, n, alpha, sigma, perturbation, xi, keep_noise):
-        ctx.save_for_backward(alpha, sigma)
+        save(ctx, alpha, sigma)
         ctx.dtypes = x0.dtype, n.dtype if isinstance(n, Tensor) else None
         x_t, kept = _noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
         if kept is not n and isinstance(kept, Tensor):
@@ -121,7 +118,7 @@ class _Noise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, _):
-        alpha, sigma = ctx.saved_tensors
+        alpha, sigma = saved(ctx)
         wide = gradient.to(alpha.dtype)
         d_x0 = (alpha * wide).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         d_n = (sigma * wide).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
@@ -171,9 +168,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, prediction, weight, rest):
-        x0, n, *rows, ctx.function, ctx.normalization, ctx.reduction = rest
-        ctx.made, given = (n, None) if not isinstance(n, Tensor) else (None, n)
-        ctx.save_for_backward(prediction, weight, x0, given, *rows)
+        *tensors, ctx.function, ctx.normalization, ctx.reduction = rest
+        save(ctx, prediction, weight, *tensors)
         for_prediction, for_weight, _ = ctx.needs_input_grad
         # A float16 loss is scaled; its gradient for 1 would be of no use.
         ahead = for_prediction and ctx.reduction != "none" and prediction.dtype != torch.float16
@@ -184,19 +180,21 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, upstream):
         for_prediction, for_weight, _ = ctx.needs_input_grad
         graph = torch.is_grad_enabled()  # of the gradient
-        if ctx.gradient is not None and not for_weight and not graph and float(upstream) == 1.0:
+        plain = not modes.is_many(upstream)
+        if ctx.gradient is not None and not for_weight and not graph and plain and float(upstream) == 1.0:
             gradient, ctx.gradient = ctx.gradient, None
             return gradient, None, None
-        prediction, weight, x0, n, *rows = ctx.saved_tensors
-        how = ctx.function, ctx.normalization, ctx.reduction
-        rest = (x0, n if n is not None else ctx.made, *rows, *how)
+        prediction, weight, *tensors = saved(ctx)
+        rest = (*tensors, ctx.function, ctx.normalization, ctx.reduction)
         if graph:
             inputs = [t for t, needed in ((prediction, for_prediction), (weight, for_weight)) if needed]
             loss = reference.loss(prediction, *rest[:5], weight, *rest[5:])
             found = iter(torch.autograd.grad(loss, inputs, upstream, create_graph=True))
             return next(found) if for_prediction else None, next(found) if for_weight else None, None
         d_prediction = d_weight = None
-        if for_prediction:
+        if for_prediction and not plain:  # several at once
+            d_prediction = reference.loss_gradient(upstream, prediction, *rest[:5], weight, *rest[5:])
+        elif for_prediction:
             d_prediction, ctx.gradient = ctx.gradient, None
             if d_prediction is None or upstream.numel() != 1 or float(upstream) != 1.0:
                 _, _, d_prediction = _launch_loss(
@@ -204,7 +202,7 @@ class _Loss(torch.autograd.Function):
                 )
         if for_weight:
             mean = ctx.reduction == "mean"
-            count = reference.rows_of_mean(prediction, weight, rows[-1], ctx.normalization) if mean else 1
+            count = reference.rows_of_mean(prediction, weight, tensors[-1], ctx.normalization) if mean else 1
             d_weight = (upstream * ctx.means / count).to(weight.dtype)
         return d_prediction, d_weight, None
 
@@ -291,13 +289,13 @@ def _launch_loss(
 class _Convert(torch.autograd.Function):
     @staticmethod
     def forward(ctx, m, x_t, k_x, k_m):
-        ctx.save_for_backward(k_x, k_m)
+        save(ctx, k_x, k_m)
         ctx.dtypes = m.dtype, x_t.dtype
         return _convert(m, x_t, k_x, k_m)
 
     @staticmethod
     def backward(ctx, gradient):
-        k_x, k_m = ctx.saved_tensors
+        k_x, k_m = saved(ctx)
         wide = gradient.to(k_m.dtype)
         d_m = (k_m * wide).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         d_x = (k_x * wide).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None

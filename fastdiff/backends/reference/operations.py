@@ -12,10 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codes import COLUMNS
+
 
 def made(n: Any, like: Tensor) -> Any:
     """Noise as a tensor: ``n`` itself, or made from its ``Philox`` (``fastdiff.ops.Philox``). None passes through."""
     return n if n is None or isinstance(n, Tensor) else n.tensor(like.shape, like.device)
+
+
+def savable(*tensors: Any) -> list[Any]:
+    """The same, with copies of what was made under ``torch.inference_mode``, which autograd cannot save afterwards."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        return list(tensors)
+    return [t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in tensors]
 
 
 def noise(
@@ -23,6 +32,7 @@ def noise(
 ) -> tuple[Tensor, Any]:
     """(alpha x0 + sigma (n + perturbation xi), n as a tensor or, without ``keep_noise``, as it came)."""
     dtype = alpha.dtype
+    alpha, sigma = savable(alpha, sigma)
     source, n = n, made(n, x0)
     if n is not source:
         n = n.to(dtype)
@@ -34,7 +44,7 @@ def noise(
 
 
 class _Error(torch.autograd.Function):
-    """An error function and its derivative, both in the form that keeps its digits."""
+    """An error function and its derivatives, in the form that keeps their digits."""
 
     generate_vmap_rule = True
 
@@ -46,11 +56,22 @@ class _Error(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         e, c, ctx.function = inputs
         ctx.save_for_backward(e, c)
+        ctx.save_for_forward(e, c)
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         e, c = ctx.saved_tensors
-        return upstream * error_derivative(e, c, ctx.function), None, None
+        for_e, for_c, _ = ctx.needs_input_grad
+        d_e = upstream * error_derivative(e, c, ctx.function) if for_e else None
+        d_c = (upstream * _derivative_by_c(e, c, ctx.function)).sum_to_size(c.shape) if for_c else None
+        return d_e, d_c, None
+
+    @staticmethod
+    def jvp(ctx, of_e: Tensor | None, of_c: Tensor | None, _: None) -> Tensor:
+        e, c = ctx.saved_tensors
+        parts = [] if of_e is None else [of_e * error_derivative(e, c, ctx.function)]
+        parts += [] if of_c is None else [of_c * _derivative_by_c(e, c, ctx.function)]
+        return sum(parts[1:], parts[0])
 
 
 def error_function(e: Tensor, c: Any, function: str) -> Tensor:
@@ -90,6 +111,16 @@ def error_derivative(e: Tensor, c: Any, function: str) -> Tensor:
     raise AssertionError(function)
 
 
+def _derivative_by_c(e: Tensor, c: Tensor, function: str) -> Tensor:
+    """d rho / d c of the functions that have a constant."""
+    size = e.abs()
+    if function == "smooth_l1":
+        return torch.where(size < c, -0.5 * (e / c) ** 2, torch.where(e.isnan(), e, -0.5))
+    root = torch.hypot(e, c)
+    # c / root - 1, without the subtraction, which cancels for small e.
+    return torch.where(root.isinf(), -1.0, -size / root * (size / (root + c)))
+
+
 def loss(
     prediction: Tensor,
     x0: Tensor | None,
@@ -109,6 +140,7 @@ def loss(
     ``weight`` is shaped as the rows (size 1 where elements share a row); "none" returns that shape. What has a mask or
     a weight of 0 is left out: it adds 0, whatever it holds.
     """
+    p, q, scale, weight, c, mask = savable(p, q, scale, weight, c, mask)
     e = _scaled_error(prediction, x0, n, p, q, scale, weight.dtype, _kept(weight, mask))
     error = _Error.apply(e, c, function)
     if mask is not None:
@@ -199,19 +231,8 @@ def sum_rows(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def convert(m: Tensor, x_t: Tensor, k_x: Tensor, k_m: Tensor, dtype: torch.dtype) -> Tensor:
     """k_x x_t + k_m m."""
+    k_x, k_m = savable(k_x, k_m)
     return (k_x * x_t.to(k_x.dtype) + k_m * m.to(k_x.dtype)).to(dtype)
-
-
-# The columns of a table of steps, one row a step:
-#   x0 = p_x x + p_m m, clamped
-#   y  = c_x x + c_m m + c_x0 x0 + sum_j c_hj H_j + c_noise exp((l_0 + l_v v) / 2) z
-#   y  = mask (k_x0 known + k_n z_known) + (1 - mask) y, with a mask
-#   H' = h_x x + h_m m + h_x0 x0
-#   what the network sees next = c_in y
-COLUMNS = (
-    *("p_x", "p_m", "c_x", "c_m", "c_x0", "c_h1", "c_h2", "c_h3", "c_h4", "c_noise"),
-    *("l_0", "l_v", "h_x", "h_m", "h_x0", "k_x0", "k_n", "c_in"),
-)
 
 
 def step(

@@ -8,6 +8,7 @@ Triton is imported at the first call. With TRITON_INTERPRET=1 its interpreter ru
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -81,6 +82,8 @@ def description() -> str:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "direct":  # importing it sets the attribute
+        return importlib.import_module(".direct", __name__)
     if name not in _OPERATIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import operations

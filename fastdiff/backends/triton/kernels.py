@@ -24,9 +24,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import codes
 from .functions import accurate_exp, derivative, error, reciprocal
 from .pairs import pair_product, pair_quotient, pair_rest, pair_rounded, pair_sum
 from .philox import narrow, normals, widen
+
+# The columns of a table of steps.
+P_X, P_M, C_X, C_M, C_X0, C_H1, C_H2, C_H3, C_H4, C_NOISE, L_0, L_V, H_X, H_M, H_X0, K_X0, K_N, C_IN = (
+    tl.constexpr(column) for column in range(len(codes.COLUMNS))
+)
+OFFSET_STREAM = tl.constexpr(codes.OFFSET_STREAM)
 
 
 @triton.jit
@@ -166,7 +173,7 @@ def _made(seed, stream, sample_offset, strength, factor, run, block, place, unit
     if OFFSET:
         # Stream 1 is that of the channel offsets: see ops/noise.py.
         index = inner // channel_runs
-        shift = normals(key, stream * 0 + 1, sample, index >> 2, index & 3, factor, FAST, ASM, EMULATE)
+        shift = normals(key, stream * 0 + OFFSET_STREAM, sample, index >> 2, index & 3, factor, FAST, ASM, EMULATE)
         n = n + strength * shift
     return n
 
@@ -538,7 +545,7 @@ def step(
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """One sampler step: see ``reference.COLUMNS`` for what the columns of ``table`` mean.
+    """One sampler step: see ``codes.COLUMNS`` for what the columns of ``table`` mean.
 
     GUIDED: by the number ``guidance``, or by ``scale``, "one" or one a "row"; width: of the table, 0 for a single row.
     seen: the next model input, written again ``total`` elements on if TWICE.
@@ -559,37 +566,37 @@ def step(
             model = free + tl.load(scale) * (model - free)
         else:
             model = free + tl.load(scale + row) * (model - free)
-    data = tl.load(at) * state + tl.load(at + 1) * model
+    data = tl.load(at + P_X) * state + tl.load(at + P_M) * model
     if CLIPPED:
         data = tl.where(data > clip, clip, tl.where(data < -clip, -clip, data))  # NaN stays
-    value = tl.load(at + 2) * state + tl.load(at + 3) * model + tl.load(at + 4) * data
+    value = tl.load(at + C_X) * state + tl.load(at + C_M) * model + tl.load(at + C_X0) * data
     if h1 is not None:
-        value = value + tl.load(at + 5) * _load(h1, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+        value = value + tl.load(at + C_H1) * _load(h1, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     if h2 is not None:
-        value = value + tl.load(at + 6) * _load(h2, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+        value = value + tl.load(at + C_H2) * _load(h2, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     if h3 is not None:
-        value = value + tl.load(at + 7) * _load(h3, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+        value = value + tl.load(at + C_H3) * _load(h3, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     if h4 is not None:
-        value = value + tl.load(at + 8) * _load(h4, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+        value = value + tl.load(at + C_H4) * _load(h4, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     if V != "none":
         if V == "tensor":
             z = _load(v, start, place, inside, EVEN, UNIT, ASM, EMULATE)
         else:
             z = _made(seed, stream, sample_offset, strength, 1.0, run, block, place, units, sample_runs, channel_runs,
                       SEED, OFFSET, C, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
-        strong = tl.load(at + 9)
+        strong = tl.load(at + C_NOISE)
         if log_variance is not None:
             learned = _load(log_variance, start, place, inside, EVEN, UNIT, ASM, EMULATE)
-            strong = strong * accurate_exp(0.5 * (tl.load(at + 10) + tl.load(at + 11) * learned))
+            strong = strong * accurate_exp(0.5 * (tl.load(at + L_0) + tl.load(at + L_V) * learned))
         value = value + strong * z
     _store(y, start, place, value, inside, EVEN, EMULATE)
     if x0_out is not None:
         _store(x0_out, start, place, data, inside, EVEN, EMULATE)
     if entry is not None:
-        kept = tl.load(at + 12) * state + tl.load(at + 13) * model + tl.load(at + 14) * data
+        kept = tl.load(at + H_X) * state + tl.load(at + H_M) * model + tl.load(at + H_X0) * data
         _store(entry, start, place, kept, inside, EVEN, EMULATE)
     if seen is not None:
-        ahead = tl.load(at + 17) * value
+        ahead = tl.load(at + C_IN) * value
         _store(seen, start, place, ahead, inside, EVEN, EMULATE)
         if TWICE:
             _store(seen + total, start, place, ahead, inside, EVEN, EMULATE)

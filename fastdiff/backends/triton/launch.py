@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -124,15 +124,18 @@ class Kernel:
         """The compiled kernel of a key for any target; no GPU is needed."""
         return triton.compile(self.source(*key[:3]), target=target, options=self.options(key[2]))
 
-    def __call__(self, device: torch.device, grid: tuple[int, int], arguments: tuple, constants: tuple) -> None:
-        """Launch on the current stream of ``device``."""
+    def __call__(
+        self, device: torch.device, grid: tuple[int, int], arguments: tuple, constants: tuple
+    ) -> _Direct | None:
+        """Launch on the current stream of ``device``. Returns the compiled variant where it is called without
+        ``triton.jit``."""
         if _records is not None:
             names = *self.runtime, *self.constants
             _records.append(Launch.of(self.name, dict(zip(names, (*arguments, *constants)))))
         if not _direct(device):
             with _on(device), _unseen():
                 self.function[grid](*arguments, *constants, **self.options(constants))
-            return
+            return None
         # The same distinctions as ``key`` makes, from as few looks as there can be.
         values, types, bits = list(arguments), [], 0
         for k in self._vectors:
@@ -157,6 +160,7 @@ class Kernel:
             if variant is None:
                 variant = self._variants[short] = self._loaded(device, self.key(arguments, constants, index))
             variant(grid, _stream(device), values, constants)
+        return variant
 
     def _loaded(self, device: torch.device, key: tuple) -> _Direct:
         """The kernel of a key, compiled and loaded on ``device``, which is current."""
@@ -173,15 +177,79 @@ class Kernel:
 
 
 class _Direct:
-    """A compiled kernel, called with pointers and numbers, without looking at them again."""
+    """A compiled kernel, called with pointers and numbers, without looking at them again. No launch metadata, and no
+    hooks on entry or exit."""
 
     def __init__(self, compiled: Any):
-        # ``run`` loads the binary, so it comes first.
-        self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
+        run = compiled.run  # loads the binary, so it comes first
+        function, metadata = compiled.function, compiled.packed_metadata
+        sizes = getattr(run, "global_scratch_size", None), getattr(run, "profile_scratch_size", None)
+        if sizes == (0, 0):  # what Triton's launcher would do before its own function is to allocate these
+            self._launch = run.launch
+            self._head = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, *(None,) * 3)
+        else:
+            self._launch, self._head = run, (function, metadata, *(None,) * 3)
 
     def __call__(self, grid: tuple[int, int], stream: int, values: list, constants: tuple) -> None:
-        # No launch metadata, and no hooks on entry or exit.
-        self.run(*grid, 1, stream, self.function, self.metadata, None, None, None, *values, *constants)
+        self._launch(*grid, 1, stream, *self._head, *values, *constants)
+
+
+class Ready:
+    """A launch that is repeated with other tensors of the same dtypes and shapes, and with other numbers.
+
+    Args:
+        kernel, device: what is launched, and where.
+        how: (grid, arguments, constants) of one such launch.
+        data, others, numbers: the names of the arguments that change: full-size data, other tensors, numbers.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        device: torch.device,
+        how: tuple[tuple[int, int], tuple, tuple],
+        data: Sequence[str],
+        others: Sequence[str] = (),
+        numbers: Sequence[str] = (),
+    ):
+        self._kernel, self._device = kernel, device
+        self._grid, arguments, self._constants = how
+        self._data, self._others, self._numbers = (
+            [kernel.runtime.index(name) for name in names] for names in (data, others, numbers)
+        )
+        changing = {*self._data, *self._others, *self._numbers}
+        assert all(k in changing or arguments[k] is None for k in kernel.data)
+        self._kept = [None if k in changing else a for k, a in enumerate(arguments)]
+        self._values = [a.data_ptr() if isinstance(a, Tensor) else a for a in self._kept]
+        self._index = device.index if device.type == "cuda" else None
+        self._variant: _Direct | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        """An argument that does not change."""
+        return self._kept[self._kernel.runtime.index(name)]
+
+    def __call__(self, data: Sequence[Tensor], others: Sequence[Any] = (), numbers: Sequence[Any] = ()) -> None:
+        """Launch with these on the device's current stream. Where a seed is a number it is one of ``others``."""
+        variant = self._variant
+        if variant is not None and _records is None:
+            values, bits = self._values.copy(), 0
+            for k, tensor in zip(self._data, data):
+                values[k] = pointer = tensor.data_ptr()
+                bits |= pointer
+            if not bits % 16 and (self._index is None or self._index == _current_device()):
+                for k, tensor in zip(self._others, others):
+                    values[k] = tensor.data_ptr() if isinstance(tensor, Tensor) else tensor
+                for k, number in zip(self._numbers, numbers):
+                    values[k] = number
+                variant(self._grid, _stream(self._device), values, self._constants)
+                return
+        arguments = self._kept.copy()
+        for places, changing in ((self._data, data), (self._others, others), (self._numbers, numbers)):
+            for k, value in zip(places, changing):
+                arguments[k] = value
+        variant = self._kernel(self._device, self._grid, tuple(arguments), self._constants)
+        if all(tensor.data_ptr() % 16 == 0 for tensor in data):
+            self._variant = variant
 
 
 _NVIDIA = torch.version.hip is None
@@ -197,8 +265,11 @@ def has_approximate_instructions(device: torch.device) -> bool:
     return _NVIDIA and device.type == "cuda" and not INTERPRETED
 
 
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)  # of CUDA that is initialised
+
+
 def _on(device: torch.device) -> Any:
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if device.type == "cuda" and device.index != _current_device():
         return torch.cuda.device(device)
     if device.type == "xpu" and device.index != torch.xpu.current_device():
         return torch.xpu.device(device)
@@ -228,7 +299,7 @@ def try_on(device: torch.device) -> None:
     out, seed = torch.empty(1, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints what it could not assemble
-            uniforms(device, (1, 1), (out, seed, 0, 0, 1), ("tensor", 128))
+            uniforms(device, (1, 1), (out, seed, 0, 0, 1, 0), ("tensor", False, 128))
     finally:
         _records = recorded
 

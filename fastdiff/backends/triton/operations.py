@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import modes, reference
+from ..codes import KEPT_STEPS, NEED_C
 from ..layout import layout_of
 from ..rows import Gathered, as_tensor, in_two_passes
+from ..saving import save, saved
 from . import launch, unfit_because
 from .coefficients import arrange, is_one, shape_of
 from .launch import launches
@@ -46,8 +48,8 @@ def _runs_on(device: torch.device) -> bool:
 
 
 def _plain() -> bool:
-    """Whether tensors have memory to point at: none is traced or wrapped by torch.func."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    """Whether tensors are what their memory says: none is traced or transformed (``modes.wrapping``)."""
+    return not torch.compiler.is_compiling() and modes.wrapping() is None
 
 
 def _fits(*tensors: Any) -> bool:
@@ -122,13 +124,13 @@ def _seed(seed: int | Tensor, device: torch.device) -> tuple[int | Tensor, str]:
     return seed - 2**64 if seed >= 2**63 else seed, "number"
 
 
-def _affine(
+def affine_launch(
     shape: tuple[int, ...], device: torch.device, u: Tensor | None, a: Any, v: Any, b: Any,
     out: Tensor | None, kept: Tensor | None = None, gamma: float = 0.0, xi: Any = None,
     target: Tensor | None = None, p: Any = None, q: Any = None,
-) -> None:  # fmt: skip
-    """out = a u + b (v + gamma xi), kept = v, target = p u + q v. Tensors are contiguous; v and xi may be a
-    ``Philox``."""
+) -> tuple[tuple[int, int], tuple, tuple]:  # fmt: skip
+    """The launch of out = a u + b (v + gamma xi), kept = v, target = p u + q v: (grid, arguments, constants). Tensors
+    are contiguous; v and xi may be a ``Philox``."""
     rows = arrange(shape, a, b, p, q)
     (seed, stream, sample_offset, strength), (kind, seed_kind, offset) = _source(v, device)
     (xi_seed, xi_stream, xi_offset, xi_strength), (xi_kind, xi_seed_kind, xi_has_offset) = _source(xi, device)
@@ -136,8 +138,7 @@ def _affine(
     written = out if out is not None else kept
     tile = tile_of(written.numel(), written.element_size())
     how = plan(shape, rows.shape, tile, made, offset or xi_has_offset)
-    launch.affine(
-        device,
+    return (
         how.grid,
         (
             *(out, kept, target, u, v if kind == "tensor" else None, xi if xi_kind == "tensor" else None),
@@ -152,6 +153,11 @@ def _affine(
     )
 
 
+def _affine(shape: tuple[int, ...], device: torch.device, *operands: Any) -> None:
+    """Launches it: see ``affine_launch``."""
+    launch.affine(device, *affine_launch(shape, device, *operands))
+
+
 def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int = 0, device: Any = None) -> Tensor:
     """As ``reference.uniform``."""
     where = _device(device, seed)
@@ -159,10 +165,17 @@ def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int = 
         return reference.uniform(seed, samples, stream, sample_offset, device)
     u = torch.empty(samples, dtype=torch.float64, device=where)
     if samples:
-        seed, kind = _seed(seed, where)
-        arguments = (u, seed, stream, sample_offset, samples)
-        launch.uniforms(where, (-(-samples // _UNIFORMS), 1), arguments, (kind, _UNIFORMS))
+        launch.uniforms(where, *uniforms_launch(u, *_seed(seed, where), stream, sample_offset, 0))
     return u
+
+
+def uniforms_launch(
+    out: Tensor, seed: int | Tensor, kind: str, stream: int, sample_offset: int, steps: int
+) -> tuple[tuple[int, int], tuple, tuple]:
+    """The launch of a uniform u in (0, 1) a sample; for ``steps`` > 0 of the timestep floor(steps u)."""
+    samples = out.numel()
+    arguments = (out, seed, stream, sample_offset, samples, steps)
+    return (-(-samples // _UNIFORMS), 1), arguments, (kind, steps > 0, _UNIFORMS)
 
 
 def normal(
@@ -203,7 +216,7 @@ def _device(device: Any, seed: Any) -> torch.device:
 class _Noise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x0, n, alpha, sigma, perturbation, xi, keep_noise):
-        ctx.rows = alpha, sigma
+        save(ctx, alpha, sigma)
         ctx.dtypes = x0.dtype, n.dtype if isinstance(n, Tensor) else None
         x_t, kept, _ = _noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
         if kept is not n and isinstance(kept, Tensor):
@@ -213,7 +226,7 @@ class _Noise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         needed = ctx.needs_input_grad[:2]
-        return (*_scaled(gradient, zip(ctx.rows, ctx.dtypes, needed)), None, None, None, None, None)
+        return (*_scaled(gradient, zip(saved(ctx), ctx.dtypes, needed)), None, None, None, None, None)
 
 
 def _scaled(gradient: Tensor, wanted: Any) -> list[Tensor | None]:
@@ -222,7 +235,13 @@ def _scaled(gradient: Tensor, wanted: Any) -> list[Tensor | None]:
     for row, dtype, needed in wanted:
         if not needed:
             results.append(None)
-        elif _differentiable(gradient) or not _fits(gradient) or not gradient.numel() or not _plain():
+        elif (
+            _differentiable(gradient)
+            or not _fits(gradient)
+            or not gradient.numel()
+            or not _plain()
+            or modes.is_many(gradient)
+        ):
             results.append((tensors(row)[0] * gradient.to(torch.float32)).to(dtype))
         else:
             out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
@@ -306,7 +325,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, prediction, weight, x0, n, p, q, scale, c, mask, function, normalization, reduction):
         values = (prediction, weight, x0, n, p, q, scale, c, mask)
-        ctx.recipe = _pack(ctx, values)
+        save(ctx, *values)
         ctx.how = function, normalization, reduction
         # A float16 loss is scaled; the size of its gradient is known only in the backward, as is a mask's sum.
         ahead = (
@@ -322,7 +341,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        prediction, weight, x0, n, p, q, scale, c, mask = _unpack(ctx)
+        prediction, weight, x0, n, p, q, scale, c, mask = saved(ctx)
         function, normalization, reduction = ctx.how
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             inputs = [t for t, needed in zip((prediction, weight), ctx.needs_input_grad) if needed]
@@ -332,7 +351,10 @@ class _Loss(torch.autograd.Function):
             gradients = [next(found) if needed else None for needed in ctx.needs_input_grad[:2]]
             return (*gradients, *(None,) * 10)
         d_prediction = d_weight = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and modes.is_many(upstream):
+            rows = tensors(p, q, scale, weight, c)
+            d_prediction = reference.loss_gradient(upstream, prediction, x0, n, *rows, mask, *ctx.how)
+        elif ctx.needs_input_grad[0]:
             # What was written ahead is given away once; whoever gets it may add to it.
             written, ctx.gradient = ctx.gradient, None
             last, ctx.cell = ctx.cell, None
@@ -343,29 +365,6 @@ class _Loss(torch.autograd.Function):
             count = reference.rows_of_mean(prediction, weight, mask, normalization) if reduction == "mean" else 1
             d_weight = (upstream.double() * ctx.means.double().sum(0) / count).to(weight.dtype)
         return (d_prediction, d_weight, *(None,) * 10)
-
-
-def _pack(ctx: Any, values: tuple) -> tuple:
-    """Saves the tensors among ``values``, those of ``Gathered`` too; the recipe says what they were."""
-    saved: list[Tensor] = []
-    recipe = []
-    for value in values:
-        if isinstance(value, Gathered):
-            saved += value
-            recipe.append(Gathered)
-        elif isinstance(value, Tensor):
-            saved.append(value)
-            recipe.append(Tensor)
-        else:
-            recipe.append(value)
-    ctx.save_for_backward(*saved)
-    return tuple(recipe)
-
-
-def _unpack(ctx: Any) -> list:
-    saved = iter(ctx.saved_tensors)
-    made = {Tensor: lambda: next(saved), Gathered: lambda: Gathered(next(saved), next(saved))}
-    return [made[kind]() if kind is Tensor or kind is Gathered else kind for kind in ctx.recipe]
 
 
 def loss(
@@ -387,7 +386,7 @@ def loss(
         p = x0 = None
     if q is None or n is None:
         q = n = None
-    if function not in ("smooth_l1", "pseudo_huber"):
+    if function not in NEED_C:
         c = None
     own = shape_of(weight)
     if (
@@ -537,10 +536,16 @@ def _loss_gradient(
     return d if laid.back is None else d.permute(laid.back)
 
 
-def _launch_loss(
+def _launch_loss(laid: _Laid, *operands: Any, **more: Any) -> None:
+    """Launches it: see ``loss_launch``."""
+    launch.loss(laid.data[0].device, *loss_launch(laid, *operands, **more))
+
+
+def loss_launch(
     laid: _Laid, function, normalization, reduction, gradient, *,
     used=None, assumed=None, upstream=None, result=None, means=None, divisor=None,
-) -> None:  # fmt: skip
+) -> tuple[tuple[int, int], tuple, tuple]:  # fmt: skip
+    """The launch of a loss, of its gradient, or of both: (grid, arguments, constants)."""
     prediction, x0, n = laid.data
     weight, p, q, scale, c = laid.coefficients
     shape, device = laid.shape, prediction.device
@@ -554,13 +559,11 @@ def _launch_loss(
     number = how.rows if how.parts > 1 else how.grid[0]
     counters = partials = None
     if result is not None:
-        space = workspace(device, 1 + how.rows, 4 * (how.rows * how.parts + number) + 2 * how.rows)
-        counters, partials = space.counters, space.partials
+        counters, partials = loss_workspace(device, how.rows, how.parts, number)
     size = 1.0 if reduction == "sum" else elements / how.rows
     mean = 1.0 / how.rows if reduction == "mean" else 1.0
     *pointers, up = rows.pointers
-    launch.loss(
-        device,
+    return (
         how.grid,
         (
             *(prediction, x0, n if kind == "tensor" else None, gradient, laid.mask),
@@ -576,6 +579,12 @@ def _launch_loss(
             *(*how.constants, launch.has_approximate_instructions(device), launch.INTERPRETED),
         ),
     )
+
+
+def loss_workspace(device: torch.device, rows: int, parts: int, number: int) -> tuple[Tensor, Tensor]:
+    """(counters, partial sums) of a launch that gives a loss."""
+    space = workspace(device, 1 + rows, 4 * (rows * parts + number) + 2 * rows)
+    return space.counters, space.partials
 
 
 class _Convert(torch.autograd.Function):
@@ -644,7 +653,7 @@ def step(
         # Guidance by frame or token: rows of the table for each of those are for the reference.
         return reference.step(x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, **extras)
     each = row.ndim > 1 or (scale is not None and not is_one(scale))
-    operands = (x, m, uncond, *history, *(None,) * (4 - len(history)), noise, log_variance)
+    operands = (x, m, uncond, *history, *(None,) * (KEPT_STEPS - len(history)), noise, log_variance)
     free = not each or x.stride(0) == max(x.stride())  # samples stay the first dimension
     back, operands, _ = _permuted(operands, ()) if free else _plain_order(operands)
     data = operands[0]

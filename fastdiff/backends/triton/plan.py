@@ -9,8 +9,7 @@ from typing import NamedTuple
 from ..layout import layout_of
 
 # (elements from which on, elements a tile of 2-byte data, of 4-byte data), for four warps. Small data is cut finer, so
-# that all multiprocessors have some of it; offsets of 64 bits take registers. From instruction and register counts; not
-# measured on a GPU yet.
+# that all multiprocessors have some of it; offsets of 64 bits take registers. From instruction and register counts.
 TILES = (((1 << 31) - (1 << 13), 1024, 1024), (1 << 21, 4096, 4096), (0, 1024, 1024))
 
 

@@ -1,4 +1,4 @@
-"""The schedulers of diffusers, fused: the same objects, arguments, numbers and draws, with one launch a step.
+"""The schedulers of diffusers, fused: the same objects, arguments, numbers and draws, with one launch a step::
 
     from fastdiff.integrations.diffusers import fuse, patch, unpatch, fused_calls, fallbacks
 

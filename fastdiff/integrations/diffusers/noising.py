@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...backends.rows import cached
 from .counting import count, fused, left
 from .plans import UNTRACED
 from .stepping import Maker, plan_of, unfit
@@ -206,9 +207,7 @@ def scale_model_input(original: Callable, name: str, maker: Maker) -> Callable:
         if reason is not None:
             return left(name, reason, original, self, sample, timestep)
         count(name)
-        scale = plan.scales[k]
-        if scale is None:
-            scale = plan.scales[k] = plan.scale(self, self.sigmas[k])
+        scale = cached(plan.scales, k, lambda: plan.scale(self, self.sigmas[k]))
         if plan.marks:
             self.is_scale_input_called = True
         return sample / scale if plan.divides else sample * scale

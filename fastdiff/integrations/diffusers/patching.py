@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import copyreg
 import importlib.metadata
-import types
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps
@@ -63,6 +64,7 @@ def _replacement(base: type, name: str, original: Callable, shared: bool) -> Cal
     return replaced
 
 
+@cache
 def _passing(counted: str, reason: str, original: Callable) -> Callable:
     """A method that only counts why it is not fused."""
 
@@ -70,6 +72,7 @@ def _passing(counted: str, reason: str, original: Callable) -> Callable:
     def passed(self, *arguments, **named):
         return left(counted, reason, original, self, *arguments, **named)
 
+    passed._fastdiff_original = original
     return passed
 
 
@@ -96,25 +99,52 @@ def _from_diffusers(function: Any) -> bool:
     return "/diffusers/" in getattr(getattr(function, "__code__", None), "co_filename", "").replace("\\", "/")
 
 
-def _bound(scheduler: Any, name: str) -> Any:
-    """What the object itself, not its class, has under that name; None if nothing but its class's method."""
-    held = scheduler.__dict__.get(name)
-    if isinstance(held, types.MethodType) and held.__self__ is scheduler:
-        function = _unwrapped(held.__func__)
-        return None if function is own(type(scheduler), name) else held
-    return held
+def _fused_methods(cls: type, base: type) -> tuple[tuple[str, Callable], ...]:
+    """What ``fuse`` gives to an object of ``cls``, by name."""
+    chosen = []
+    for name in _methods(base):
+        original = own(cls, name)
+        if original is own(base, name) and _from_diffusers(original):
+            chosen.append((name, _replacement(base, name, original, False)))
+        elif name != SWITCH:
+            reason = f"{cls.__name__} has a {name} of its own"
+            chosen.append((name, _passing(f"{base.__name__}.{name}", reason, original)))
+    return tuple(chosen)
 
 
-def _unwrapped(function: Any) -> Any:
-    return getattr(function, "_fastdiff_original", function)
+@cache
+def _fused_class(cls: type, methods: tuple[tuple[str, Callable], ...]) -> type:
+    """A subclass of ``cls``, under its name, with these methods: so that a copy of an object steps itself."""
+    body = dict(methods) | {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"_fastdiff_class": cls, "__copy__": _copied, "__deepcopy__": _deeply_copied, "__reduce_ex__": _reduced}
+    return type(cls.__name__, (cls,), body)
+
+
+def _copied(self: Any) -> Any:
+    made = object.__new__(type(self))
+    made.__dict__ |= self.__dict__
+    return made
+
+
+def _deeply_copied(self: Any, memo: dict) -> Any:
+    made = memo[id(self)] = object.__new__(type(self))
+    made.__dict__ |= copy.deepcopy(self.__dict__, memo)
+    return made
+
+
+def _reduced(self: Any, protocol: int) -> tuple:
+    """Pickled as an object that is not fused: where it is read fastdiff need not be."""
+    state = {name: value for name, value in self.__dict__.items() if name not in plans.KEPT}
+    return copyreg._reconstructor, (type(self)._fastdiff_class, object, None), state  # type: ignore[attr-defined]
 
 
 def fuse(scheduler: Any) -> Any:
     """Fuse the methods of this scheduler object, and of no other; returns it.
 
-    A method that its class, or the object, has of its own is called as it is, and counted among ``fallbacks()``. Fusing
-    twice is fusing once; ``unfuse`` undoes it. A deep copy is fused too; what is unpickled, or made by ``from_config``,
-    is not.
+    Its class becomes a subclass of its class, of the same name. A method that its class, or the object, has of its own
+    is called as it is, and one of its class is counted among ``fallbacks()``. Fusing twice is fusing once; ``unfuse``
+    undoes it. A copy, shallow or deep, is fused too and goes by its own timesteps and state; what is unpickled is not
+    fused.
 
     Raises TypeError for what is no scheduler that is covered. Warns where this version of diffusers is not known.
     """
@@ -124,31 +154,24 @@ def fuse(scheduler: Any) -> Any:
             f"fuse() takes a scheduler of diffusers, one of {', '.join(COVERED)} or of a class made from one; "
             f"got {type(scheduler).__name__}."
         )
+    if "_fastdiff_class" in type(scheduler).__dict__:
+        return scheduler
     _warn_unknown([base])
     for name in _methods(base):
-        original, counted = own(type(scheduler), name), f"{base.__name__}.{name}"
-        if _bound(scheduler, name) is not None:
-            if not hasattr(scheduler.__dict__[name], "_fastdiff_original"):
-                warnings.warn(f"the scheduler has a {name} of its own: fastdiff leaves it alone.", stacklevel=2)
-            continue
-        if original is own(base, name) and _from_diffusers(original):
-            replaced = _replacement(base, name, original, False)
-        elif name == SWITCH:
-            continue
-        else:
-            replaced = _passing(counted, f"{type(scheduler).__name__} has a {name} of its own", original)
-            replaced._fastdiff_original = original
-        scheduler.__dict__[name] = types.MethodType(replaced, scheduler)
+        if name in scheduler.__dict__:
+            warnings.warn(f"the scheduler has a {name} of its own: fastdiff leaves it alone.", stacklevel=2)
+    cls = type(scheduler)
+    scheduler.__class__ = _fused_class(cls, _fused_methods(cls, base))
     return scheduler
 
 
 def unfuse(scheduler: Any) -> Any:
     """Take back ``fuse`` of this object; returns it. One that is not fused stays as it is."""
-    held = scheduler.__dict__
-    for name in [name for name, value in held.items() if hasattr(value, "_fastdiff_original")]:
-        del held[name]
-    for name in (plans.STEPS, plans.NOISE, plans.INPUT):
-        held.pop(name, None)
+    original = type(scheduler).__dict__.get("_fastdiff_class")
+    if original is not None:
+        scheduler.__class__ = original
+    for name in plans.KEPT:
+        scheduler.__dict__.pop(name, None)
     return scheduler
 
 

@@ -1,5 +1,9 @@
 """What is kept with a scheduler between two calls: its coefficients as placed tables, as long as the numbers that they
-were made from are the same objects with the same contents. Made when ``set_timesteps`` ends, or at the first call."""
+were made from are the same objects with the same contents. Made when ``set_timesteps`` ends, or at the first call.
+
+Contents are compared with a copy, which is cheap for the small tensors of a scheduler on the CPU: neither
+``torch.inference_mode``, nor ``.data``, nor numpy changes a tensor's version. On an accelerator a comparison would wait
+for the device, so there it is the version that is compared, where the tensor has one."""
 
 from __future__ import annotations
 
@@ -11,15 +15,13 @@ from torch import Tensor
 from ... import ops
 from ...backends.native.operations import _C
 from ...backends.native.prepared import number
+from ...backends.rows import cached
 from ...samplers.base import build_table
 from . import rows
 
 UNTRACED = torch.compiler.disable
-STEPS, NOISE, INPUT = (
-    "_fastdiff_steps",
-    "_fastdiff_noise",
-    "_fastdiff_input",
-)  # where the plans are kept, in the scheduler's __dict__
+# Where the plans are kept, in the scheduler's __dict__.
+KEPT = STEPS, NOISE, INPUT = "_fastdiff_steps", "_fastdiff_noise", "_fastdiff_input"
 
 
 class Unfit(Exception):
@@ -28,8 +30,8 @@ class Unfit(Exception):
 
 def _is_current(watched: tuple, held: dict[str, Any]) -> bool:
     tensors, versions, others, config, settings = watched
-    for name, tensor in tensors:
-        if held.get(name) is not tensor:
+    for name, tensor, before in tensors:
+        if held.get(name) is not tensor or (before is not None and not torch.equal(tensor, before)):
             return False
     for tensor, version in versions:
         if tensor._version != version:
@@ -46,7 +48,8 @@ is_current = _is_current if _C is None else _C.is_current
 
 
 class Plan:
-    """Base of the plans. ``reason`` is why there is none, or None; ``quick``: try ``run`` of what it prepared.
+    """Base of the plans. ``reason`` is why there is none, or None; ``quick``: try ``run`` of what it prepared;
+    ``lasting``: equal numbers would give it again.
 
     Args:
         scheduler: whose numbers to use.
@@ -54,7 +57,7 @@ class Plan:
         others: names of further attributes that they depend on.
     """
 
-    quick = False
+    quick, lasting = False, True
 
     def __init__(self, scheduler: Any, tensors: tuple[str, ...], others: tuple[str, ...]):
         held = scheduler.__dict__
@@ -67,34 +70,35 @@ class Plan:
     def watch(self, held: dict[str, Any], names: tuple[str, ...]) -> None:
         """Take the tensors of these names for those that the plan was made from."""
         self.tensors = tuple((name, held.get(name)) for name in names)
-        self.versions = tuple(
+        contents = tuple((name, tensor, _copy_of(tensor)) for name, tensor in self.tensors)
+        versions = tuple(
             (tensor, tensor._version)
-            for _, tensor in self.tensors
-            if isinstance(tensor, Tensor) and not tensor.is_inference()
+            for _, tensor, before in contents
+            if before is None and isinstance(tensor, Tensor) and not tensor.is_inference()
         )
-        self.watched = self.tensors, self.versions, self.others, self.config, self.settings
-        self.copies = tuple(
-            tensor.clone() if isinstance(tensor, Tensor) and tensor.is_cpu else None for _, tensor in self.tensors
-        )
+        self.watched = contents, versions, self.others, self.config, self.settings
 
-    def serves(self, scheduler: Any) -> bool:
-        """Whether the scheduler has equal numbers, on the CPU; then the plan is that of the tensors it has now."""
+    def serving(self, scheduler: Any) -> Plan | None:
+        """The plan for the tensors that the scheduler has now, if they hold the numbers that this one was made from, on
+        the CPU; else None. It is another object: a copy of the scheduler may go on with this one."""
         held = scheduler.__dict__
         config = held["_internal_dict"]
         if config is not self.config or config.__dict__ != self.settings:
-            return False
+            return None
         if any(held.get(name) != value for name, value in self.others):
-            return False
-        for (name, before), copy in zip(self.tensors, self.copies):
+            return None
+        for name, tensor, before in self.watched[0]:
             now = held.get(name)
-            if now is None and before is None:
+            if now is None and tensor is None:
                 continue
-            if copy is None or not isinstance(now, Tensor) or not now.is_cpu or now.dtype != copy.dtype:
-                return False
-            if now.shape != copy.shape or not torch.equal(now, copy):
-                return False
-        self.watch(held, tuple(name for name, _ in self.tensors))
-        return True
+            if before is None or not isinstance(now, Tensor) or not now.is_cpu or now.dtype != before.dtype:
+                return None
+            if now.shape != before.shape or not torch.equal(now, before):
+                return None
+        served = object.__new__(type(self))
+        served.__dict__ |= self.__dict__
+        served.watch(held, tuple(name for name, _ in self.tensors))
+        return served
 
     def __deepcopy__(self, memo: Any) -> None:
         return None  # a copied scheduler makes its own
@@ -103,12 +107,19 @@ class Plan:
         return type(None), ()
 
 
-class Refused(Plan):
-    """The plan of what is left to diffusers, and why."""
+def _copy_of(tensor: Any) -> Tensor | None:
+    return tensor.detach().clone() if isinstance(tensor, Tensor) and tensor.is_cpu and tensor.numel() else None
 
-    def __init__(self, scheduler: Any, tensors: tuple[str, ...], others: tuple[str, ...], reason: str):
+
+class Refused(Plan):
+    """The plan of what is left to diffusers, and why: because of its numbers and settings (``lasting``), or of what
+    it has of its own."""
+
+    def __init__(
+        self, scheduler: Any, tensors: tuple[str, ...], others: tuple[str, ...], reason: str | None, lasting: bool
+    ):
         super().__init__(scheduler, tensors, others)
-        self.reason = reason
+        self.reason, self.lasting = reason, lasting
 
 
 def host(tensor: Tensor) -> Tensor:
@@ -230,7 +241,7 @@ class DDPMPlan(StepPlan):
     other_names = ("num_inference_steps", "custom_timesteps", "variance_type")
 
     def make(self, scheduler: Any, config: Any) -> None:
-        kind = kind_of(config, VP)
+        self.kind = kind = kind_of(config, VP)
         self.learned = scheduler.variance_type == "learned_range"
         if scheduler.variance_type != config.variance_type:
             raise Unfit("variance_type differs from the config's")
@@ -285,7 +296,7 @@ class LCMPlan(StepPlan):
     other_names = ("num_inference_steps",)
 
     def make(self, scheduler: Any, config: Any) -> None:
-        kind = kind_of(config, VP)
+        self.kind = kind = kind_of(config, VP)
         self.thresholds(config)
         self.clips = self.clip is not None or self.quantile is not None
         bars, count = host(scheduler.alphas_cumprod), len(self.times)
@@ -323,10 +334,7 @@ class TwoCallsPlan(StepPlan):
 
     def step(self, k: int) -> Tensor:
         """What the scheduler keeps as ``dt`` after the first call: one tensor a call, by which it is known again."""
-        found = self.steps.get(k)
-        if found is None:
-            found = self.steps[k] = self.sigmas[k + 1] - self.sigmas[k]
-        return found
+        return cached(self.steps, k, lambda: self.sigmas[k + 1] - self.sigmas[k])
 
 
 class HeunPlan(TwoCallsPlan):
@@ -361,7 +369,9 @@ class DPMSolverPlan(StepPlan):
         need(config, algorithm_type=("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"))
         need(config, solver_type=("midpoint", "heun"), solver_order=(1, 2, 3), variance_type=(None,))
         flow = bool(config.use_flow_sigmas)
-        kind = kind_of(config, ("epsilon", "sample", "flow_prediction") if flow else VP)
+        noises = not config.algorithm_type.endswith("++")  # these know no flow_prediction
+        kinds = ("epsilon", "sample") if noises else ("epsilon", "sample", "flow_prediction")
+        kind = kind_of(config, kinds if flow else VP)
         self.algorithm, self.order = config.algorithm_type, config.solver_order
         self.sde = self.algorithm.startswith("sde")
         self.thresholds(config, clips=False)
@@ -523,7 +533,7 @@ class InputPlan(Plan):
     def __init__(self, scheduler: Any):
         super().__init__(scheduler, self.tensor_names, ())
         self.count = len(scheduler.sigmas)
-        self.scales: list[Tensor | None] = [None] * self.count
+        self.scales: dict[int, Tensor] = {}
 
     @staticmethod
     def scale(scheduler: Any, sigma: Tensor) -> Tensor:

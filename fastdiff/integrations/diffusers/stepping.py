@@ -23,10 +23,11 @@ from .plans import STEPS, UNTRACED, Refused, StepPlan, is_current
 
 _is_compiling = torch.compiler.is_compiling
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+_HALVES = frozenset({torch.float16, torch.bfloat16})
 NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
-def unfit(x: Any, m: Any, dtypes: frozenset[torch.dtype] = _FLOATS) -> str | None:
+def unfit(x: Any, m: Any, dtypes: frozenset[torch.dtype] = _FLOATS, plan: Any = None) -> str | None:
     """Why a step of these is left to diffusers; None if it is not."""
     if not (isinstance(x, Tensor) and isinstance(m, Tensor)):
         return "sample or model output is no tensor"
@@ -36,6 +37,18 @@ def unfit(x: Any, m: Any, dtypes: frozenset[torch.dtype] = _FLOATS) -> str | Non
         return "sample and model output are on different devices"
     if x.dtype not in dtypes or m.dtype not in dtypes:
         return f"sample or model output of dtype {x.dtype if x.dtype not in dtypes else m.dtype}"
+    if getattr(plan, "quantile", None) is not None and x.ndim < 3:
+        return "thresholding of samples without height and width"
+    return None
+
+
+def _promotes(plan: Any, timestep: Any, x: Tensor, m: Tensor) -> str | None:
+    """Why a step of a scheduler that looks its coefficients up by the timestep is left to it: those of a timestep [1]
+    have a dimension, and promote half precision to float32; an output that is x0 itself keeps its dtype."""
+    if plan.kind == "sample" and x.dtype is not m.dtype:
+        return "sample and predicted sample differ in dtype"
+    if isinstance(timestep, Tensor) and timestep.ndim and torch.promote_types(x.dtype, m.dtype) in _HALVES:
+        return "a timestep of shape [1] with samples in half precision"
     return None
 
 
@@ -65,17 +78,16 @@ class Maker:
     def build(self, scheduler: Any) -> Any:
         """Make the plan anew and keep it; one that was made from equal numbers serves again."""
         reason, plan = self.refuse(scheduler), None
-        before = scheduler.__dict__.get(self.where)
-        if reason is None and before is not None and before.reason is None and before.serves(scheduler):
-            return before
+        before, lasting = scheduler.__dict__.get(self.where), reason is None
         if reason is None:
             try:
-                plan = self.make(scheduler)
+                plan = before.serving(scheduler) if before is not None and before.lasting else None
+                plan = self.make(scheduler) if plan is None else plan
             except Exception as error:  # whatever is odd about a scheduler, its own method has to say
                 reason = str(error) or type(error).__name__
         if plan is None:
             names, others = self.make.tensor_names, getattr(self.make, "other_names", ())
-            plan = Refused(scheduler, names, others, reason)
+            plan = Refused(scheduler, names, others, reason, lasting)
         scheduler.__dict__[self.where] = plan
         return plan
 
@@ -230,7 +242,7 @@ def ddpm(original: Callable, name: str, maker: Maker, output: type) -> Callable:
                     m, variance = torch.split(m, sample.shape[1], dim=1)
                 else:
                     reason = "no variance was predicted"
-            reason = reason or unfit(sample, m)
+            reason = reason or unfit(sample, m, plan=plan) or _promotes(plan, timestep, sample, m)
         if reason is None:
             t = _index(plan, timestep)
             k = plan.at.get(t)
@@ -275,7 +287,9 @@ def ddim(original: Callable, name: str, maker: Maker, output: type) -> Callable:
                 if done is not None:
                     fused[name] += 1
                     return made(done[0], done[1]) if return_dict else done[:2]
-        reason = plan.reason or unfit(sample, model_output)
+        reason = (
+            plan.reason or unfit(sample, model_output, plan=plan) or _promotes(plan, timestep, sample, model_output)
+        )
         if reason is None:
             k = _index(plan, timestep)
             if not isinstance(eta, (int, float)):
@@ -331,7 +345,9 @@ def lcm(original: Callable, name: str, maker: Maker, output: type) -> Callable:
                     fused[name] += 1
                     self._step_index = k + 1
                     return made(done[0], done[1]) if return_dict else done[:2]
-        reason = plan.reason or unfit(sample, model_output)
+        reason = (
+            plan.reason or unfit(sample, model_output, plan=plan) or _promotes(plan, timestep, sample, model_output)
+        )
         if reason is None:
             k = _step_index(self, plan, timestep)
             if not _usable(plan, k):
@@ -527,7 +543,7 @@ def heun(original: Callable, name: str, maker: Maker, output: type) -> Callable:
                     self.prev_derivative = self.dt = self.sample = None
                 self._step_index += 1
                 return made(done[0], done[1]) if return_dict else done[:2]
-        reason = plan.reason or unfit(sample, model_output)
+        reason = plan.reason or unfit(sample, model_output, plan=plan)
         if reason is None and sample.dtype is not model_output.dtype:
             reason = "sample and model output differ in dtype"
         if reason is None:
@@ -567,6 +583,12 @@ def flow_heun(original: Callable, name: str, maker: Maker, output: type) -> Call
         generator=None, return_dict=True,
     ):  # fmt: skip
         plan, first = plan_of(maker, self), True
+        if "dt" not in self.__dict__:
+            reason = "set_timesteps was not called"
+            return left(
+                name, reason, original, self, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise,
+                generator, return_dict,
+            )  # fmt: skip
         if plan.quick and s_churn == 0 and type(sample) is Tensor and not _whole(timestep):
             row, first = _quick_call(self, plan, sample, torch.float32)
             past = () if first else (self.sample, self.prev_derivative)
@@ -655,7 +677,8 @@ def flow_euler(original: Callable, name: str, maker: Maker, output: type) -> Cal
 
 
 def _past(outputs: list, count: int, x: Tensor) -> tuple[Tensor, ...] | None:
-    """The latest ``count`` of the estimates kept, the latest first; None if they are not there or not as x."""
+    """The latest ``count`` of the estimates kept, the latest first; None if they are not there or not as x, whose dtype
+    may have changed between two steps."""
     if not count:
         return ()
     if count > len(outputs):
@@ -663,6 +686,8 @@ def _past(outputs: list, count: int, x: Tensor) -> tuple[Tensor, ...] | None:
     past = tuple(outputs[: -count - 1 : -1])
     for entry in past:
         if not isinstance(entry, Tensor) or entry.shape != x.shape or entry.device != x.device:
+            return None
+        if entry.dtype is not x.dtype:
             return None
     return past
 
@@ -704,7 +729,7 @@ def dpm_solver(original: Callable, name: str, maker: Maker, output: type) -> Cal
                 fused[name] += 1
                 _keep(self, plan, done[1])
                 return made(done[0]) if return_dict else done[:1]
-        reason = plan.reason or unfit(sample, m, NARROW)
+        reason = plan.reason or unfit(sample, m, NARROW, plan)
         if reason is None and sample.dtype is not m.dtype:
             reason = "sample and model output differ in dtype"
         if reason is None and self.num_inference_steps is None:
@@ -748,7 +773,9 @@ def unipc(original: Callable, name: str, maker: Maker, output: type) -> Callable
     @wraps(original)
     def step(self, model_output, timestep, sample, return_dict=True):
         plan, m = plan_of(maker, self), model_output
-        reason = plan.reason or unfit(sample, m)
+        reason = plan.reason or unfit(sample, m, plan=plan)
+        if reason is None and sample.ndim < 2:
+            reason = "samples of one dimension"
         if reason is None and sample.dtype is not m.dtype:
             reason = "sample and model output differ in dtype"
         if reason is None and self.num_inference_steps is None:

@@ -122,11 +122,12 @@ def main() -> int:
         import torch
 
         from fastdiff import backends, objective, process
-        from fastdiff.backends.triton import launch, operations
+        from fastdiff.backends.triton import direct, launch, operations
 
         # CPU tensors go where a GPU's would, and are timed as there; values are not looked at.
         gpu_numbers.DEVICE = torch.device("cpu")
-        objective.value_checks_are_free = process.value_checks_are_free = lambda tensor: False
+        for module in (direct, objective, process):
+            module.value_checks_are_free = lambda tensor: False
         launch._direct = launch.has_approximate_instructions = lambda device: True
         launch._stream = lambda device: 0
         operations._runs_on = lambda device: True

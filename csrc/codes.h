@@ -1,0 +1,34 @@
+// The numbers by which Python and both kinds of kernel mean the same things. Python has its own lists of the names, in
+// this order (fastdiff/backends/codes.py); fastdiff._C tells these, and a test compares them.
+#pragma once
+
+#define FASTDIFF_COLUMNS(X)                                                                                            \
+  X(p_x) X(p_m) X(c_x) X(c_m) X(c_x0) X(c_h1) X(c_h2) X(c_h3) X(c_h4) X(c_noise) X(l_0) X(l_v) X(h_x) X(h_m) X(h_x0)    \
+  X(k_x0) X(k_n) X(c_in)
+#define FASTDIFF_FUNCTIONS(X) X(mse) X(l1) X(smooth_l1) X(pseudo_huber) X(log_cosh)
+#define FASTDIFF_REDUCTIONS(X) X(mean) X(sum) X(none)
+#define FASTDIFF_NORMALIZATIONS(X) X(none) X(row) X(global)
+#define FASTDIFF_DTYPES(X) X(f32) X(f64) X(bf16) X(f16) X(u8)
+
+namespace fastdiff {
+
+#define FASTDIFF_NAME(name) name,
+
+// The columns of a table of sampler steps.
+enum Column { FASTDIFF_COLUMNS(FASTDIFF_NAME) kColumns };
+constexpr int kHistory = 4;
+
+enum class Function : int { FASTDIFF_FUNCTIONS(FASTDIFF_NAME) };
+enum class Reduction : int { FASTDIFF_REDUCTIONS(FASTDIFF_NAME) };
+enum class Normalization : int { FASTDIFF_NORMALIZATIONS(FASTDIFF_NAME) };
+enum class DType : int { FASTDIFF_DTYPES(FASTDIFF_NAME) };
+constexpr int kInt64 = 5;  // of indices, behind those of data
+
+#undef FASTDIFF_NAME
+
+// Whether an error function has a constant c.
+constexpr bool needs_c(Function function) {
+  return function == Function::smooth_l1 || function == Function::pseudo_huber;
+}
+
+}  // namespace fastdiff

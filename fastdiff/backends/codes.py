@@ -1,0 +1,32 @@
+"""What kernels and Python call by the same number or name, stated once for all of Python. C++ has csrc/codes.h, which
+``fastdiff._C.codes`` tells; a test compares the two."""
+
+import torch
+
+# The columns of a table of steps, one row a step:
+#   x0 = p_x x + p_m m, clamped
+#   y  = c_x x + c_m m + c_x0 x0 + sum_j c_hj H_j + c_noise exp((l_0 + l_v v) / 2) z
+#   y  = mask (k_x0 known + k_n z_known) + (1 - mask) y, with a mask
+#   H' = h_x x + h_m m + h_x0 x0
+#   what the network sees next = c_in y
+COLUMNS = (
+    *("p_x", "p_m", "c_x", "c_m", "c_x0", "c_h1", "c_h2", "c_h3", "c_h4", "c_noise"),
+    *("l_0", "l_v", "h_x", "h_m", "h_x0", "k_x0", "k_n", "c_in"),
+)
+# Error functions, and those with a constant c.
+FUNCTIONS = ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh")
+NEED_C = ("smooth_l1", "pseudo_huber")
+REDUCTIONS = ("mean", "sum", "none")
+NORMALIZATIONS = ("none", "row", "global")  # by a mask's sum, in kernels
+DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.uint8: 4,
+    torch.bool: 4,
+    torch.int64: 5,
+}
+# The stream of a seed's offset noise, which kernels name themselves: ``fastdiff.ops.noise.Stream.OFFSET``.
+OFFSET_STREAM = 1
+KEPT_STEPS = 4  # history entries that a step takes at most

@@ -1,0 +1,68 @@
+"""What PyTorch may be at around a call: transforms of ``torch.func``, forward-mode derivatives, fake tensors,
+``torch.inference_mode``. Tensors then have no memory, or more to them than their memory says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+_functorch = torch._C._functorch
+_transform, _modes = _functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
+_is_compiling = torch.compiler.is_compiling
+_get_mode, _FAKE = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE
+
+
+def fake_mode() -> Any:
+    """The ``FakeTensorMode`` that is on, or None."""
+    return _get_mode(_FAKE) if _modes() else None
+
+
+def wrapping() -> Any:
+    """None where plain tensors are all that their memory says: no transform of ``torch.func`` is at work, no
+    forward-mode derivative is taken, no tensor is made fake."""
+    transform = _transform()
+    if transform is not None or (forward_ad._current_level < 0 and not _modes()):
+        return transform
+    return True if forward_ad._current_level >= 0 else fake_mode()
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a number can be read from a tensor: not where it stands for a batch (``vmap``), or is fake."""
+    if _modes() and fake_mode() is not None:
+        return False
+    if _transform() is None:
+        return True
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return True
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Counts the writes into a tensor; None where they are not counted."""
+    return None if _is_compiling() or tensor.is_inference() else tensor._version
+
+
+def is_many(gradient: Tensor) -> bool:
+    """Whether an upstream gradient stands for several at once: ``vmap`` over a backward, ``is_grads_batched``."""
+    return _functorch.is_legacy_batchedtensor(gradient) or _functorch.is_functorch_wrapped_tensor(gradient)
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """For what is made once and kept: tensors made here are plain ones, of no transform, no mode and no graph."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _disable_current_modes(),
+        temporarily_clear_interpreter_stack(),
+    ):
+        yield

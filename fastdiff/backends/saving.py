@@ -1,0 +1,74 @@
+"""What an ``autograd.Function`` keeps for its backward. PyTorch notices when a tensor that was saved is written into
+before the backward reads it, and raises: that holds for times and seeds too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .rows import Gathered
+
+
+def save(ctx: Any, *values: Any) -> None:
+    """Save tensors, those of ``Gathered`` coefficients and seeds of a ``fastdiff.ops.Philox`` among them; anything else
+    is kept as it is. So is a tensor made under ``torch.inference_mode``: it cannot be saved, nor outside of it be
+    written into."""
+    for value in values:
+        if value is not None and (type(value) is not Tensor or value.is_inference()):
+            break
+    else:  # the common case
+        ctx.kept = None
+        ctx.save_for_backward(*values)
+        return
+    saved: list[Tensor] = []
+    ctx.kept = [_keep(value, saved) for value in values]
+    ctx.save_for_backward(*saved)
+
+
+def saved(ctx: Any) -> Sequence[Any]:
+    """The values of ``save``, in order."""
+    if ctx.kept is None:
+        return ctx.saved_tensors
+    found = iter(ctx.saved_tensors)
+    return [_found(value, found) for value in ctx.kept]
+
+
+_SAVED, _GATHERED = object(), object()
+
+
+def _keep(value: Any, saved: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        if value.is_inference():
+            return value
+        saved.append(value)
+        return _SAVED
+    if isinstance(value, Gathered):
+        if value.column.is_inference() or value.index.is_inference():
+            return value
+        saved += value
+        return _GATHERED
+    seed = getattr(value, "seed", None)
+    if isinstance(seed, Tensor) and not seed.is_inference():
+        saved.append(seed)
+        return _Seeded(value)
+    return value
+
+
+class _Seeded:
+    """Noise whose seed was saved."""
+
+    def __init__(self, noise: Any):
+        self.noise = noise
+
+
+def _found(value: Any, found: Any) -> Any:
+    if value is _SAVED:
+        return next(found)
+    if value is _GATHERED:
+        return Gathered(next(found), next(found))
+    if isinstance(value, _Seeded):
+        next(found)  # it has not changed
+        return value.noise
+    return value

@@ -1,0 +1,42 @@
+"""What kernels and Python call by the same number is the same number everywhere."""
+
+import pytest
+import torch
+
+from fastdiff import losses, ops
+from fastdiff.backends import codes, native
+from fastdiff.backends.native.launch import FUNCTIONS, NORMALIZATIONS, REDUCTIONS
+from fastdiff.ops.noise import Stream
+
+SHORT = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64"}
+
+
+def test_cpp_has_the_numbers_of_python():
+    if not native.available:
+        pytest.skip("there is no extension")
+    from fastdiff import _C
+
+    told = {name: tuple(value) if isinstance(value, list) else value for name, value in _C.codes.items()}
+    assert told["columns"] == codes.COLUMNS == ops.COLUMNS
+    assert told["functions"] == codes.FUNCTIONS == tuple(FUNCTIONS)
+    assert told["reductions"] == codes.REDUCTIONS == tuple(REDUCTIONS)
+    assert told["normalizations"] == codes.NORMALIZATIONS == tuple(NORMALIZATIONS)
+    assert told["need_c"] == codes.NEED_C
+    assert told["offset_stream"] == codes.OFFSET_STREAM == Stream.OFFSET
+    assert told["kept_steps"] == codes.KEPT_STEPS == sum(name.startswith("c_h") for name in codes.COLUMNS)
+    names = SHORT | {torch.uint8: "u8", torch.bool: "u8"}
+    assert {dtype: told["dtypes"].index(names[dtype]) for dtype in codes.DTYPES} == codes.DTYPES
+
+
+def test_triton_has_the_numbers_of_python():
+    pytest.importorskip("triton")
+    from fastdiff.backends.triton import kernels
+
+    assert tuple(getattr(kernels, name.upper()).value for name in codes.COLUMNS) == tuple(range(len(codes.COLUMNS)))
+    assert kernels.OFFSET_STREAM.value == codes.OFFSET_STREAM
+
+
+def test_every_error_function_is_a_loss_that_knows_its_constant():
+    made = [losses.get(name) for name in losses._NAMES]
+    assert {loss.function for loss in made} == set(codes.FUNCTIONS)
+    assert all(loss.uses_c == (loss.function in codes.NEED_C) for loss in made)

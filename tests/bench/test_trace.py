@@ -1,0 +1,113 @@
+"""``fastdiff doctor --trace``: which calls of a script went which way, and why."""
+
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff import cli, trace
+from fastdiff.backends import native, reference
+from fastdiff.plain import PlainCalls
+
+START = """
+    import sys, torch, fastdiff
+    o, x = fastdiff.Objective(fastdiff.VariancePreserving()), torch.randn(2, 4, 8, 8)
+    p, t = torch.randn_like(x).requires_grad_(), torch.tensor([1, 2])
+"""
+pytestmark = pytest.mark.skipif(not native.available, reason="the native backend is not there")
+
+
+def traced(tmp_path, capsys, lines, *arguments):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(START) + textwrap.dedent(lines))
+    status = cli.main(["doctor", "--trace", str(script), *arguments])
+    return status, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("for _ in range(3): o.loss(p, o.noise(x)).backward()", ["noise 3 in one call", "loss 3 in one call"]),
+        (
+            "o.loss(p, o.noise(x), mask=torch.ones(2, 1, 8, 8))",
+            ["loss 1 by the operations of a backend: it has mask", "noise 1 in one call"],
+        ),
+        (
+            "o.noise(x.clone().requires_grad_(), t)",
+            ["noise 1 by the operations of a backend: a gradient of its data is asked for"],
+        ),
+        (
+            "o.noise(x.transpose(0, 1), torch.arange(4))",
+            ["noise 1 by the operations of a backend: a tensor is not contiguous"],
+        ),
+        (
+            "n = o.noise(x, t, x)\ntorch.func.grad(lambda p: o.loss(p, n))(x)",
+            ["loss 1 by the reference: a transform of torch.func, forward-mode derivatives or fake tensors"],
+        ),
+        (
+            "o.loss(p, o.noise(x, t, x.clone().requires_grad_()))",
+            ["loss 1 by the reference: gradients of data, noise or coefficients"],
+        ),
+        (
+            "fastdiff.use_backend('reference'); o.noise(x)",
+            ["noise 1 by the reference: cpu has no other backend"],
+        ),
+        ("m = o.predict_x0(p.detach(), o.noise(x))", ["convert 1 in one call"]),
+        ("pass", ["no Objective was called", "none was called that is fused"]),
+    ],
+)
+def test_objectives_of_a_script(tmp_path, capsys, lines, expected):
+    status, printed = traced(tmp_path, capsys, lines)
+    assert status == 0
+    found = [" ".join(line.split()) for line in printed.out.splitlines()]
+    for line in expected:
+        assert any(row.startswith(line) for row in found), (line, found)
+
+
+def test_schedulers_of_a_script(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    from fastdiff.integrations import diffusers as fused
+
+    fused.reset_counts()
+    _, printed = traced(
+        tmp_path,
+        capsys,
+        """
+        from diffusers import DDIMScheduler
+        from fastdiff.integrations.diffusers import fuse
+        s = fuse(DDIMScheduler())
+        s.set_timesteps(4)
+        s.step(x, 750, x), s.step(x, 500, x), s.step(x.half(), torch.tensor([750]), x.half())
+        """,
+    )
+    assert "  DDIMScheduler.step  2  fused" in printed.out
+    assert "  DDIMScheduler.step  1  left to diffusers: a timestep of shape [1] with samples in half" in printed.out
+    fused.reset_counts()
+
+
+def test_a_script_is_run_as_python_runs_it(tmp_path, capsys):
+    """Its arguments, its name, its exit status and its errors; and all is as before afterwards."""
+    before = sys.argv, PlainCalls.noise, reference.loss, fastdiff.Objective.noise
+    status, printed = traced(tmp_path, capsys, "print(__name__, sys.argv[1:]); sys.exit(7)", "--size", "3")
+    assert status == 7 and "__main__ ['--size', '3']" in printed.out and "objectives" in printed.out
+    status, printed = traced(tmp_path, capsys, "o.noise(x)\nraise KeyError('inside')")
+    assert status == 1 and "KeyError: 'inside'" in printed.err and "noise" in printed.out
+    status, printed = traced(tmp_path, capsys, "sys.exit('no such thing')")
+    assert status == 1 and "no such thing" in printed.err
+    assert (sys.argv, PlainCalls.noise, reference.loss, fastdiff.Objective.noise) == before
+    for given in ([], [str(tmp_path / "none.py")]):
+        assert cli.main(["doctor", "--trace", *given]) == 2
+        assert "--trace needs a script; got" in capsys.readouterr().err
+
+
+def test_counting_changes_no_number():
+    objective, x = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow"), torch.randn(2, 3, 4, 4)
+    p = torch.randn_like(x)
+    expected = objective.loss(p, objective.noise(x, seed=1))
+    found = trace.Trace()
+    with found.counting():
+        assert torch.equal(objective.loss(p, objective.noise(x, seed=1)), expected)
+    objective.loss(p, objective.noise(x, seed=1))
+    assert sum(found.calls.values()) == 2
