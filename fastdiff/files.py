@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,20 @@ def remove_leftovers(path: Path) -> None:
     """Delete the temporary files of ``path`` that killed processes left behind."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process: raises BlockingIOError where another one does. The hold ends with the process,
+    however that ends. The file that it is held by stays. (Windows has no such lock.)"""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    with open(folder / ".lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,13 @@ def brief(value: Any) -> str:
         return f"tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     text = " ".join(repr(value).split())
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """Text of a file, or a file's name, as it can be shown anywhere: what is no text, and what a terminal would obey,
+    becomes a replacement character."""
+    text = os.fsencode(text).decode(errors="replace") if "\udc80" <= max(text, default="") <= "\udcff" else text
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def brief_fields(self: Any) -> str:

@@ -19,6 +19,7 @@ import torch
 
 from ..demo.run import pick_device
 from ..files import write_atomically
+from ..showing import printable
 from . import BenchError, compare, models, page, plots, report, table
 from .cases import PRESETS, choose
 from .interrupts import Interrupts
@@ -107,7 +108,14 @@ def bench(options: BenchOptions) -> dict[str, Any]:
 
 def compare_files(a: Path, b: Path) -> None:
     """Print what changed from one report to the other."""
-    print(compare.text(report.load(a), report.load(b)))
+    found = [report.load(path) for path in (a, b)]
+    try:
+        text = compare.text(*found)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BenchError(
+            f"{a} and {b} cannot be compared: one has not the fields of a report ({type(error).__name__}: {error})."
+        ) from error
+    print(printable(text))
 
 
 def in_processes(processes: int, arguments: list[str]) -> int:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomically
+from ..showing import printable
 from . import DemoError
-from .settings import Settings
+from .settings import Settings, build
 from .unet import UNet
 
 FORMAT = "fastdiff-demo-1"
@@ -80,6 +81,32 @@ def load(path: Path) -> Checkpoint:
     if not isinstance(contents, dict) or contents.pop("format", None) != FORMAT:
         raise DemoError(f"{path} is no checkpoint of this version of fastdiff's demo.")
     try:
-        return Checkpoint(**contents | {"settings": Settings(**contents["settings"])})
-    except (TypeError, KeyError) as error:
-        raise DemoError(f"{path} is no checkpoint of this version of fastdiff's demo ({error}).") from error
+        found = Checkpoint(**contents | {"settings": Settings(**contents["settings"])})
+        _check(found)
+    except Exception as error:  # whatever a file that was made up holds
+        reason = printable(str(error).strip().split("\n")[0])[:200]
+        raise DemoError(f"{path} is no checkpoint of this version of fastdiff's demo ({reason}).") from error
+    return found
+
+
+def _check(found: Checkpoint) -> None:
+    """Raises, with whatever error, unless the parts are what they should be and go together."""
+    kinds = {"str": str, "str | None": (str, type(None)), "int": int, "float": (int, float), "bool": bool}
+    for field in dataclasses.fields(Settings):
+        value = getattr(found.settings, field.name)
+        if not isinstance(value, kinds[str(field.type)]):
+            raise TypeError(f"settings: {field.name} is {value!r}")
+    names = found.data["class_names"]
+    if not names or any(type(name) is not str or printable(name) != name for name in names):
+        raise ValueError(f"class_names is {names!r}")
+    if type(found.step) is not int or len(found.losses) != found.step or found.step < 0:
+        raise ValueError(f"{len(found.losses)} losses of {found.step!r} steps")
+    if type(found.machine["threads"]) is not int or not 1 <= found.machine["threads"] <= 4096:
+        raise ValueError(f"threads is {found.machine['threads']!r}")
+    if not isinstance(found.data["fingerprint"], str) or not isinstance(found.seconds, (int, float)):
+        raise TypeError("fingerprint and seconds are no text and no number")
+    build(found.settings)
+    with torch.device("meta"):
+        network = UNet(**found.network)
+    for weights in (found.model, found.ema):
+        network.load_state_dict(weights, assign=True)

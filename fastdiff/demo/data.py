@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..showing import printable
 from . import DemoError, extras
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -73,7 +74,7 @@ def folder(path: Path, size: int, gray: bool) -> ImageData:
     for label, files in enumerate(classes.values()):
         images += [read_image(file, size, gray) for file in files]
         labels += [label] * len(files)
-    return ImageData(torch.stack(images), torch.tensor(labels), list(classes))
+    return ImageData(torch.stack(images), torch.tensor(labels), [printable(name) for name in classes])
 
 
 def read_image(path: Path, size: int, gray: bool) -> Tensor:

@@ -24,7 +24,7 @@ COLOURS = ("#b9c6d6", "#84a3c4", "#3f74a8", "#0b3c68")  # the quarters of traini
 def loss_plot(path: Path, losses: Tensor, time_loss: Tensor, process: Process, title: str) -> None:
     """The loss of every step, smoothed too, and the mean loss by time in each quarter of the training."""
     figure = _figure(10, 4.2)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_plain(title), fontsize=11)
     curve, by_time = figure.subplots(1, 2)
     steps = torch.arange(1, len(losses) + 1)
     curve.plot(steps, losses, color=COLOURS[0], linewidth=0.6, label="each step")
@@ -52,7 +52,7 @@ def samples_plot(path: Path, real: Sequence[Tensor], generated: Sequence[Tensor]
     """One row a class: real images left, generated ones right. Each entry is [n, C, H, W] of one class."""
     columns = [max(len(images) for images in side) for side in (real, generated)]
     figure = _figure(max(MIN_WIDTH, CELL * (sum(columns) + 1) + 1.2), CELL * len(names) + 1.1)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_plain(title), fontsize=11)
     grids = figure.subplots(1, 2, width_ratios=columns)
     for axes, side, width, heading in zip(grids, (real, generated), columns, ("real", "generated"), strict=True):
         _show_grid(axes, [_filled(images, width) for images in side])
@@ -66,7 +66,7 @@ def trajectory_plot(
 ) -> None:
     """From noise to image: x and the network's estimate of x0, each [columns, rows, C, H, W]."""
     figure = _figure(max(MIN_WIDTH, CELL * 1.25 * (2 * len(columns) + 1) + 1.2), CELL * 1.25 * len(names) + 1.5)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_plain(title), fontsize=11)
     figure.get_layout_engine().set(h_pad=0.1)  # inches: between the title and the headings
     # A process that does not keep the variance starts far outside of [-1, 1]: show it as noise, not as black and white.
     seen = seen / seen.std(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1)
@@ -80,11 +80,16 @@ def trajectory_plot(
     _write(figure, path)
 
 
+def _plain(text: str) -> str:
+    """Text in which dollars are dollars, and no formula."""
+    return text.replace("$", r"\$")
+
+
 def grid_plot(path: Path, images: Tensor, captions: list[str], columns: int, title: str) -> None:
     """Images [N, C, H, W] in rows of ``columns``, each with its caption above."""
     rows = -(-len(images) // columns)
     figure = _figure(max(CELL * 1.4 * columns + 0.4, 5.0), CELL * 1.75 * rows + 0.6)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_plain(title), fontsize=11)
     for axes, image, caption in zip(
         figure.subplots(rows, columns, squeeze=False).flat,
         [*images, *[None] * (rows * columns - len(images))],
@@ -94,7 +99,7 @@ def grid_plot(path: Path, images: Tensor, captions: list[str], columns: int, tit
         axes.axis("off")
         if image is not None:
             axes.imshow(_pixels(image), vmin=0, vmax=1, cmap="gray", interpolation="nearest")
-            axes.set_title(_shortened(caption), fontsize=8, pad=2)
+            axes.set_title(_plain(_shortened(caption)), fontsize=8, pad=2)
     _write(figure, path)
 
 
@@ -148,7 +153,7 @@ def _centres(count: int, size: int) -> list[float]:
 def _name_rows(axes: Any, names: list[str]) -> None:
     height = axes.images[0].get_array().shape[0] // len(names)
     size = next(size for size in range(1, height + 1) if size + _gap(size) == height)
-    axes.set_yticks(_centres(len(names), size), [_shortened(name) for name in names])
+    axes.set_yticks(_centres(len(names), size), [_plain(_shortened(name)) for name in names])
     axes.set_ylabel("class")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import fastdiff
 
-from ..files import remove_leftovers, write_atomically
+from ..files import held, remove_leftovers, write_atomically
 from . import DemoError, checkpoint, extras, generate, plots
 from .classifier import train_classifier
 from .data import ImageData, digits, folder
@@ -67,11 +68,20 @@ def demo(options: DemoOptions) -> dict[str, Any]:
         )
     machine = _prepare_machine(device, options.threads or _default_threads(settings, resumed), resumed)
     out = _prepare_folder(options.out)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(out))
+        except BlockingIOError as error:
+            raise DemoError(f"another run writes into {out}: wait for it, or choose another --out.") from error
+        trainer = Trainer(settings, recipe, data, device, machine, resumed)
+        return _train(trainer, options, out, started)
 
-    trainer = Trainer(settings, recipe, data, device, machine, resumed)
+
+def _train(trainer: Trainer, options: DemoOptions, out: Path, started: float) -> dict[str, Any]:
+    settings, recipe, data, device = trainer.settings, trainer.recipe, trainer.data, trainer.device
     _announce(trainer, out)
     path = out / "checkpoint.pt"
-    if resumed is None:
+    if not trainer.step:
         # So that --resume knows the settings however early the run is killed.
         checkpoint.save(trainer.checkpoint(), path)
     if trainer.step < settings.steps:

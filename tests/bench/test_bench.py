@@ -719,6 +719,34 @@ class TestRun:
         ]
         assert entry["changed"] and entry["ratio_changed"]
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda r: r.pop("device"),
+            lambda r: r.update(cases=5),
+            lambda r: r["cases"][0].pop("shape"),
+            lambda r: r["cases"][0]["peers"]["eager"].update(seconds={"median": 0.0}),
+            lambda r: r["cases"][0]["peers"]["fastdiff"].update(seconds=[1]),
+            lambda r: r.update(ceiling={"bytes_per_second": "fast"}),
+        ],
+    )
+    def test_compare_of_a_made_up_report(self, finished, tmp_path, capsys, change):
+        path, other = finished[0] / "bench.json", tmp_path / "bench.json"
+        made_up = report.load(path)
+        change(made_up)
+        other.write_text(json.dumps(made_up))
+        assert main(["bench", "--compare", str(path), str(other)]) == 2
+        assert "cannot be compared" in capsys.readouterr().err
+
+    def test_compare_shows_nothing_that_a_terminal_obeys(self, finished, tmp_path, capsys):
+        path, other = finished[0] / "bench.json", tmp_path / "bench.json"
+        changed = report.load(path)
+        changed["device"]["description"] = "\x1b[2J\x07device"
+        other.write_text(json.dumps(changed))
+        assert main(["bench", "--compare", str(path), str(other)]) == 0
+        output = capsys.readouterr().out
+        assert "device" in output and "\x1b" not in output and "\x07" not in output
+
     def test_compare_of_a_report_with_itself(self, finished):
         found = report.load(finished[0] / "bench.json")
         assert not any(entry["changed"] or entry["ratio_changed"] for entry in compare.differences(found, found))

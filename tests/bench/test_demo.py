@@ -31,7 +31,7 @@ from fastdiff.demo import DemoError, checkpoint, data, extras, plots, run, setti
 from fastdiff.demo.classifier import _features, train_classifier  # noqa: E402
 from fastdiff.demo.generate import draw, trajectory  # noqa: E402
 from fastdiff.demo.unet import Attention, ResidualBlock, UNet, sinusoidal_embedding, upsample  # noqa: E402
-from fastdiff.files import remove_leftovers, write_atomically  # noqa: E402
+from fastdiff.files import held, remove_leftovers, write_atomically  # noqa: E402
 
 TINY = {"steps": 12, "batch": 8, "width": 8, "sample_steps": 3}
 MACHINE = {"device": "cpu", "threads": 1, "torch": str(torch.__version__)}
@@ -145,6 +145,63 @@ class TestCheckpoint:
     def test_missing(self, tmp_path):
         with pytest.raises(DemoError, match="there is no checkpoint"):
             checkpoint.load(tmp_path / "c.pt")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda c: c["settings"].update(steps="many"),
+            lambda c: c["settings"].update(process="\x1b[31mred"),
+            lambda c: c["data"].update(class_names=["\x1b]0;title\x07", "b"]),
+            lambda c: c["data"].update(class_names=[]),
+            lambda c: c["data"].pop("fingerprint"),
+            lambda c: c["network"].update(width=1 << 20),
+            lambda c: c["network"].update(nothing=1),
+            lambda c: c["ema"].popitem(),
+            lambda c: c.update(model={}),
+            lambda c: c.update(step=7),
+            lambda c: c.update(losses=None),
+            lambda c: c["machine"].update(threads=0),
+        ],
+    )
+    def test_made_up(self, path, change, capsys):
+        """What a file holds is looked at before it is used, and said in one line that a terminal does not obey."""
+        contents = torch.load(path)
+        change(contents)
+        torch.save(contents, path)
+        with pytest.raises(DemoError, match="no checkpoint of this version") as found:
+            checkpoint.load(path)
+        assert str(found.value).isprintable() and len(str(found.value)) < 400 + len(str(path))
+        assert main(["sample", "--checkpoint", str(path), "--out", str(path.with_suffix(".png"))]) == 2
+        said = capsys.readouterr().err.strip()
+        assert "no checkpoint" in said and said.isprintable()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such names are for POSIX")
+def test_class_folders_of_any_name(tmp_path, capsys):
+    """Dollars are no formula, bytes that are no text and what a terminal would obey are shown as such; the run ends
+    with its report."""
+    names = ["$x", "cost $5$", os.fsdecode(b"caf\xe9"), "\x1b[31mred"]
+    for index, name in enumerate(names):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("L", (8, 8), 60 * index).save(tmp_path / "images" / name / f"{number}.png")
+    arguments = ["--steps", "1", "--batch", "4", "--width", "8", "--sample-steps", "2", "--size", "8"]
+    command = ["demo", "--data", str(tmp_path / "images"), "--out", str(tmp_path / "out"), *arguments]
+    assert main(command) == 0
+    shown = ["\ufffd[31mred", "$x", "caf\ufffd", "cost $5$"]
+    assert sorted(checkpoint.load(tmp_path / "out" / "checkpoint.pt").data["class_names"]) == sorted(shown)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["steps"] == 1
+    assert (tmp_path / "out" / "samples.png").exists()
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no such lock")
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    with held(tmp_path):
+        assert main(["demo", "--out", str(tmp_path), "--steps", "1"]) == 2
+        assert f"another run writes into {tmp_path}" in capsys.readouterr().err
+    with held(tmp_path):  # it is free again
+        pass
 
 
 class TestImages:
