@@ -107,6 +107,7 @@ def _check(found: Checkpoint) -> None:
         raise TypeError("fingerprint and seconds are no text and no number")
     build(found.settings)
     with torch.device("meta"):
-        network = UNet(**found.network)
+        wanted = {name: weight.shape for name, weight in UNet(**found.network).state_dict().items()}
     for weights in (found.model, found.ema):
-        network.load_state_dict(weights, assign=True)
+        if {name: weight.shape for name, weight in weights.items()} != wanted:
+            raise ValueError("the weights are not those of the network")

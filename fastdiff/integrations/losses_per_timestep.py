@@ -58,7 +58,8 @@ class TimestepLosses:
                 f"objective.loss(..., reduction='none') gives them."
             )
         if fraction is None:
-            fraction = noised.objective.process.levels(noised.t).measured(self.by)
+            process = noised.objective.process
+            fraction = process.fraction(noised.t) if self.by == "fraction" else process.levels(noised.t).measured(self.by)
         bucket = (fraction * self.buckets).long().clamp(0, self.buckets - 1).flatten()
         losses = losses.detach().flatten()
         counted = ~losses.isnan()

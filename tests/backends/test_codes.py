@@ -1,5 +1,9 @@
 """What kernels and Python call by the same number is the same number everywhere."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -33,7 +37,24 @@ def test_triton_has_the_numbers_of_python():
     from fastdiff.backends.triton import kernels
 
     assert tuple(getattr(kernels, name.upper()).value for name in codes.COLUMNS) == tuple(range(len(codes.COLUMNS)))
-    assert kernels.OFFSET_STREAM.value == codes.OFFSET_STREAM
+
+
+def test_triton_finds_compiled_kernels_again():
+    """Its hash of a kernel does not depend on which was looked at first."""
+    pytest.importorskip("triton")
+    code = (
+        "import sys; from fastdiff.backends.triton import launch;"
+        "print(*sorted((name, getattr(launch, name).function.cache_key) for name in sys.argv[1:]))"
+    )
+    names = ["affine", "loss", "rational", "step", "uniforms"]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code, *order], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for order in (names, names[::-1])
+    }
+    assert len(found) == 1
 
 
 def test_every_error_function_is_a_loss_that_knows_its_constant():

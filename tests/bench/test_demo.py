@@ -1007,10 +1007,10 @@ class TestPlots:
          y: log, from 0.9466 3.169, label 'loss' 10 #000000, GRID, ticks left 10 #000000 long 3.5
          frame: left #000000, right #000000, bottom #000000, top #000000 on #ffffff
          line 'each step' #b9c6d6 0.6 -
-         line 'mean of 2 steps' #0b3c68 1.5 -
+         line 'mean of the 2 steps around' #0b3c68 1.5 -
         legend in 1 columns, frame #00000000 0.85, 2 0.8
          #b9c6d6 - 'each step' 9 #000000
-         #0b3c68 - 'mean of 2 steps' 9 #000000
+         #0b3c68 - 'mean of the 2 steps around' 9 #000000
         axes 'Loss against time' 12 #000000 6 above
          x: linear, from 60 940, label 'timestep t: clean to noise' 10 #000000, GRID, ticks bottom 10 #000000 long 3.5
          y: log, from 0.9466 3.169, label 'mean loss' 10 #000000, GRID, ticks left 10 #000000 long 3.5
@@ -1038,11 +1038,11 @@ class TestPlots:
 
         8.5 2.875 inches, #ffffff, ConstrainedLayoutEngine
         title 'title' 11 #000000
-        axes 'x after the step' 12 #000000 30 above
+        axes 'x after the step' 10 #000000 24 above
          x: linear, from -0.5 17.5, label '' 10 #000000, ticks top 7 #000000 long 0
          y: linear, from 17.5 -0.5, label 'class' 10 #000000, ticks left 10 #000000 long 0
          image (18, 18) from 0 1 gray nearest
-        axes 'estimate of x0' 12 #000000 30 above
+        axes 'estimate of x0' 10 #000000 24 above
          x: linear, from -0.5 17.5, label '' 10 #000000, ticks top 7 #000000 long 0
          y: linear, from 17.5 -0.5, label '' 10 #000000
          image (18, 18) from 0 1 gray nearest

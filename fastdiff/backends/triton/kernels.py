@@ -29,11 +29,11 @@ from .functions import accurate_exp, derivative, error, reciprocal
 from .pairs import pair_product, pair_quotient, pair_rest, pair_rounded, pair_sum
 from .philox import narrow, normals, widen
 
-# The columns of a table of steps.
+# The columns of a table of steps. (Only a kernel may use such a number, not a function that kernels call: by Triton's
+# hash, under which compiled kernels are found again, it would be another one according to which was compiled first.)
 P_X, P_M, C_X, C_M, C_X0, C_H1, C_H2, C_H3, C_H4, C_NOISE, L_0, L_V, H_X, H_M, H_X0, K_X0, K_N, C_IN = (
     tl.constexpr(column) for column in range(len(codes.COLUMNS))
 )
-OFFSET_STREAM = tl.constexpr(codes.OFFSET_STREAM)
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def _made(seed, stream, sample_offset, strength, factor, run, block, place, unit
     if OFFSET:
         # Stream 1 is that of the channel offsets: see ops/noise.py.
         index = inner // channel_runs
-        shift = normals(key, stream * 0 + OFFSET_STREAM, sample, index >> 2, index & 3, factor, FAST, ASM, EMULATE)
+        shift = normals(key, stream * 0 + 1, sample, index >> 2, index & 3, factor, FAST, ASM, EMULATE)
         n = n + strength * shift
     return n
 
