@@ -59,7 +59,9 @@ class TimestepLosses:
             )
         if fraction is None:
             process = noised.objective.process
-            fraction = process.fraction(noised.t) if self.by == "fraction" else process.levels(noised.t).measured(self.by)
+            fraction = (
+                process.fraction(noised.t) if self.by == "fraction" else process.levels(noised.t).measured(self.by)
+            )
         bucket = (fraction * self.buckets).long().clamp(0, self.buckets - 1).flatten()
         losses = losses.detach().flatten()
         counted = ~losses.isnan()

@@ -211,18 +211,21 @@ def test_what_a_launch_costs_the_host(direct):
         assert entered <= most[name], f"{name}: {entered}"
 
 
-def test_a_whole_call_makes_the_launches_of_the_general_way(direct, monkeypatch):
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "flow"])
+def test_a_whole_call_makes_the_launches_of_the_general_way(direct, kind, monkeypatch):
     """Kernels, grids, numbers, constants, and the pointers of what is given, as they change from step to step."""
     import fastdiff
     from fastdiff.backends import triton
 
     _, kernels = direct
-    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", fastdiff.MinSNR(5.0))
+    flow = kind == "flow"
+    process = fastdiff.RectifiedFlow() if flow else fastdiff.VariancePreserving()
+    objective = fastdiff.Objective(process, kind, None if flow else fastdiff.MinSNR(5.0))
     numbers = (launch._NUMBERS | launch._INT64 | launch._FLOATS) - {"stride"}  # the tables have other columns
 
     def launched(samples, seed, offset, strength):
         objective.noise_offset = strength
-        x0, t = torch.zeros(samples, 4, 8, 8), torch.arange(samples)
+        x0, t = torch.zeros(samples, 4, 8, 8), torch.arange(samples) / 7 if flow else torch.arange(samples)
         prediction, one = torch.zeros(samples, 4, 8, 8).requires_grad_(), torch.tensor(1.0)
         given = {tensor.data_ptr(): k for k, tensor in enumerate((x0, t, prediction, one))}
         made = {id(kernel): len(kernel.calls) for kernel in kernels}
@@ -245,7 +248,7 @@ def test_a_whole_call_makes_the_launches_of_the_general_way(direct, monkeypatch)
             with monkeypatch.context() as patch:
                 patch.setattr(triton, "direct", None)
                 want = launched(*case)
-            assert [name for name, *_ in want] == ["affine", "loss", "loss"]
+            assert [name for name, *_ in want] == ["affine", "loss", "loss", *["rational"] * flow]
             assert launched(*case) == want
             assert launched(*case) == want
 

@@ -99,7 +99,8 @@ class _ConstantRows(_Source):
     times = (torch.float64, torch.float32)
 
     def rows(self, changing: Sequence[Tensor], shape: tuple[int, ...], device: torch.device) -> Sequence[Any]:
-        return [number.view((1,) * len(shape)) for number in self.on(device)]
+        # One number a sample, all of them the same in memory: the loss is summed by sample, as in the general way.
+        return [number.expand(shape) for number in self.on(device)]
 
 
 def gathered(table: Tensor) -> _Source:
