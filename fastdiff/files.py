@@ -33,15 +33,18 @@ def remove_leftovers(path: Path) -> None:
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Holds a folder for this process: raises BlockingIOError where another one does. The hold ends with the process,
-    however that ends. The file that it is held by stays. (Windows has no such lock.)"""
+    however that ends. (Windows has no such lock.)"""
     if os.name == "nt":
         yield
         return
     import fcntl
 
-    with open(folder / ".lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

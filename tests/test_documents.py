@@ -302,7 +302,9 @@ def test_the_notebook_runs(monkeypatch):
 def test_the_site_is_built_without_a_warning(tmp_path):
     """As ``make docs`` does; and the reference has every public name, with its docstring."""
     pytest.importorskip("sphinx")
-    make = subprocess.run(["make", "-n", "docs"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    make = subprocess.run(
+        ["make", "--no-print-directory", "-n", "docs"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     pages, site = tmp_path / "pages", tmp_path / "site"
     commands = (
         make[make.index("rm -rf build/pages") :].replace("build/pages", str(pages)).replace("build/site", str(site))
