@@ -52,10 +52,7 @@ class _Source:
 
     def allows(self, t: Tensor) -> bool:
         """Whether all times are in range. On a GPU, where looking would wait for it, one that is not gives NaN."""
-        if not t.numel() or not value_checks_are_free(t):
-            return True
-        low, high = (end.item() for end in t.aminmax())
-        return self._low <= low and high <= self._high
+        return not value_checks_are_free(t) or all(self._low <= time <= self._high for time in t.tolist())
 
     def at(self, t: Tensor) -> Sequence[Tensor]:
         """What ``changing`` are at the times ``t``."""
