@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends.rows import cached, gather_rows, value_checks_are_free
+from .names import find
 from .showing import brief
 
 # Where a posterior variance of zero must have a logarithm (Improved DDPM's and diffusers' floor).
@@ -258,7 +259,7 @@ class VariancePreserving(Process):
         zero_terminal_snr: bool = False,
     ):
         if isinstance(betas, str):
-            self.schedule = "cosine" if betas == "squaredcos_cap_v2" else betas  # diffusers' name of it
+            self.schedule = find("beta schedule", betas, _SCHEDULES, {"squaredcos_cap_v2": "cosine"}, "the betas")
             self._ends = beta_start, beta_end
             beta = _beta_schedule(self.schedule, steps, beta_start, beta_end)
         else:
@@ -515,6 +516,9 @@ class VESDE(Process):
         return (sigma / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
 
 
+_SCHEDULES = {name: name for name in ("linear", "scaled_linear", "cosine")}
+
+
 def _beta_schedule(name: str, steps: int, start: float | None, end: float | None) -> Tensor:
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer; got {steps!r}.")
@@ -526,8 +530,6 @@ def _beta_schedule(name: str, steps: int, start: float | None, end: float | None
         i = torch.arange(steps + 1, dtype=torch.float64, device="cpu")
         alpha_bar = torch.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    if name not in ("linear", "scaled_linear"):
-        raise ValueError(f"unknown beta schedule {name!r}: use 'linear', 'scaled_linear', 'cosine' or pass the betas.")
     defaults = (1e-4, 0.02) if name == "linear" else (0.00085, 0.012)
     start = defaults[0] if start is None else start
     end = defaults[1] if end is None else end

@@ -415,7 +415,8 @@ def test_continuous_rejects_masks_and_complex(name):
 @pytest.mark.parametrize(
     "betas, words",
     [
-        ("quadratic", "unknown beta schedule 'quadratic': use 'linear', 'scaled_linear', 'cosine'"),
+        ("quadratic", "unknown beta schedule 'quadratic': use one of linear, scaled_linear, cosine, or the betas"),
+        ("linaer", r"unknown beta schedule 'linaer' \(did you mean 'linear'\?\)"),
         ([], r"at least one value; got shape \(0,\)"),
         ([0.1, -0.1], r"in \(0, 1\]; got -0.1"),
         ([0.1, 1.5], r"in \(0, 1\]; got 1.5"),
@@ -423,7 +424,7 @@ def test_continuous_rejects_masks_and_complex(name):
         ([0.1, math.inf], r"in \(0, 1\]; got inf"),
         (torch.zeros(2, 2) + 0.1, r"1-D sequence of at least one value; got shape \(2, 2\)"),
     ],
-    ids=["name", "empty", "negative", "above 1", "nan", "inf", "2-d"],
+    ids=["name", "nearly a name", "empty", "negative", "above 1", "nan", "inf", "2-d"],
 )
 def test_bad_betas(betas, words):
     with pytest.raises(ValueError, match=words):
