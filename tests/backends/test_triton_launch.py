@@ -253,6 +253,23 @@ def test_a_whole_call_makes_the_launches_of_the_general_way(direct, kind, monkey
             assert launched(*case) == want
 
 
+def test_losses_of_two_objectives_are_told_apart(direct, monkeypatch):
+    """Each has the upstream gradient that came last to it, so that neither computes its gradient twice."""
+    import fastdiff
+
+    kinds = []
+    monkeypatch.setattr(
+        whole_calls, "cell", lambda device, kind: kinds.append(kind) or workspace.Cell(torch.zeros(1), (kind,))
+    )
+    x0, n, t = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8), torch.tensor([3, 700])
+    prediction = torch.zeros(2, 4, 8, 8).requires_grad_()
+    with fastdiff.use_backend("triton"):
+        objectives = [fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon", loss=loss) for loss in ("mse", "l1")]
+        for objective in [*objectives, *objectives]:
+            objective.loss(prediction, objective.noise(x0, t, n))
+    assert kinds[:2] == kinds[2:] and kinds[0] != kinds[1]
+
+
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "flow"])
 def test_what_a_training_step_costs_the_host(direct, kind, monkeypatch):
     import fastdiff

@@ -15,6 +15,7 @@ from ..rows import Gathered, value_checks_are_free
 from ..saving import save, saved
 from . import launch, operations
 from .launch import Ready
+from .operations import Seeded
 from .workspace import cell, of_this_stream
 
 _grad, _wrapping = torch.is_grad_enabled, modes.wrapping
@@ -138,16 +139,6 @@ def _has_rows(source: _Source, t: Any, data: Tensor) -> bool:
     return t is not None and t.dtype in source.times and t.shape == data.shape[:1] and source.allows(t)
 
 
-class _Seeded(NamedTuple):
-    """Noise that is made by the kernel: a ``fastdiff.ops.Philox`` that is known to be right."""
-
-    seed: int | Tensor
-    stream: int
-    sample_offset: int
-    offset: float
-    rng: str
-
-
 # ---- times
 
 _times: dict[tuple, Ready] = {}
@@ -185,7 +176,7 @@ def noise(
     made = None
     if given is None:
         seed, kind = operations._seed(n[0], device)
-        made = _Seeded(seed, *n[1:], rng)
+        made = Seeded(seed, *n[1:], rng)
         how = kind, bool(made.offset), rng
     else:
         how = given.dtype
@@ -273,7 +264,7 @@ def loss(
     made = None
     if n is not None and given is None:
         seed, kind = operations._seed(n.seed, device)
-        made = _Seeded(seed, n.stream, n.sample_offset, n.offset, n.rng)
+        made = Seeded(seed, n.stream, n.sample_offset, n.offset, n.rng)
         how = kind, bool(made.offset), made.rng
     else:
         how = None if given is None else given.dtype
@@ -292,7 +283,7 @@ def loss(
         )
     if recorded:
         return _apply(prediction, (ready, source, ahead, x0, given, made, n, t, rows, function))
-    return _forward(ready, source, prediction, x0, given, made, t)[0]
+    return _forward(ready, source, prediction, x0, given, made, t)
 
 
 def _ready_losses(source, present, function, prediction, x0, given, made, t, ahead, key) -> _Losses:
@@ -316,16 +307,16 @@ def _ready_losses(source, present, function, prediction, x0, given, made, t, ahe
     return _Losses(
         of(ahead, (*data, *written), ("counters", "partials", "result", *cells), result=one),
         of(True, (*data, "gradient"), ("upstream", *cells), upstream=one),
-        key,
+        (id(source), *key),  # a hint: another objective's losses are others
     )
 
 
-def _forward(ready: _Losses, source: _Source, prediction, x0, given, made, t, written=(), cells=()) -> tuple:
+def _forward(ready: _Losses, source: _Source, prediction, x0, given, made, t, written=(), cells=()) -> Tensor:
     device, of = prediction.device, ready.forward
     result = torch.empty((), dtype=torch.float32, device=device)
     space = operations.loss_workspace(device, of["rows"], of["parts"], of["number"])
     _launch(of, source, prediction, x0, given, made, t, written, (*space, result, *cells))
-    return result, space
+    return result
 
 
 def _launch(ready: Ready, source: _Source, prediction, x0, given, made, t, written, others) -> None:
@@ -344,14 +335,12 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, prediction, call):
         ready, source, ahead, x0, given, made, n, t, rows, function = call
         device = prediction.device
-        written, last = (), None
-        ctx.written = None
+        written, cells, ctx.written = (), (), None
         if ahead:
             d, used = torch.empty_like(prediction), torch.empty(1, dtype=torch.float32, device=device)
             last = cell(device, ready.kind)
-            written, ctx.written = (d,), (d, used, last)
-        cells = (used, last.value) if ahead else ()
-        result, _ = _forward(ready, source, prediction, x0, given, made, t, written, cells)
+            written, cells, ctx.written = (d,), (used, last.value), (d, used, last)
+        result = _forward(ready, source, prediction, x0, given, made, t, written, cells)
         seed = made.seed if made is not None and isinstance(made.seed, Tensor) else None
         save(ctx, prediction, x0, given, t, seed)
         ctx.call = ready, source, made, n if given is None else None, rows, function

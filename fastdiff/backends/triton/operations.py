@@ -193,15 +193,18 @@ def normal(
         return reference.normal(seed, shape, stream, sample_offset, dtype, device)
     z = torch.empty(shape, dtype=dtype, device=where)
     if z.numel():
-        _affine(tuple(shape), where, None, None, _Normals(seed, sample_offset, stream, 0.0, rng), None, None, z)
+        _affine(tuple(shape), where, None, None, Seeded(seed, stream, sample_offset, 0.0, rng), None, None, z)
     return z
 
 
-class _Normals:
-    """What ``_source`` asks of a ``Philox``, unchecked."""
+class Seeded(NamedTuple):
+    """Noise that a kernel makes: what it asks of a ``fastdiff.ops.Philox``, known to be right."""
 
-    def __init__(self, seed, sample_offset, stream, offset, rng):
-        self.seed, self.sample_offset, self.stream, self.offset, self.rng = seed, sample_offset, stream, offset, rng
+    seed: int | Tensor
+    stream: int
+    sample_offset: int
+    offset: float
+    rng: str
 
 
 def _device(device: Any, seed: Any) -> torch.device:
