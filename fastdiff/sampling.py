@@ -267,7 +267,7 @@ def _planned(sampler: samplers.Sampler, process: Process, steps: int | None, pre
 def _never_changes(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_never_changes, value))
-    return value is None or isinstance(value, (bool, int, float, str, Prediction))
+    return value is None or isinstance(value, (bool, int, float, str, range, Prediction))
 
 
 class _Noise:

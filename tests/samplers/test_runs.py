@@ -288,3 +288,15 @@ def test_prior_preservation_by_frames(frames, kind):
         found = script.loss(p, script.noise(x0, t, n))
         right = (weight * error)[:2].mean() + prior * error[2:].mean()
         torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=0)
+
+
+def test_a_plan_of_a_range_of_timesteps_is_kept(monkeypatch):
+    """A range never changes, so neither does what was made from it."""
+    made = []
+    plan = fastdiff.samplers.DDIM.plan
+    monkeypatch.setattr(fastdiff.samplers.DDIM, "plan", lambda *given: made.append(1) or plan(*given))
+    process = fastdiff.VariancePreserving()
+    for _ in range(3):
+        sampler = fastdiff.samplers.DDIM(timesteps=range(999, 0, -250))
+        fastdiff.sample(lambda x, t: x * 0.3, (2, 3), process, sampler, None, "epsilon", seed=1, progress=False)
+    assert len(made) == 1
