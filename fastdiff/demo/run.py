@@ -73,6 +73,8 @@ def demo(options: DemoOptions) -> dict[str, Any]:
             stack.enter_context(held(out))
         except BlockingIOError as error:
             raise DemoError(f"another run writes into {out}: wait for it, or choose another --out.") from error
+        for name in OUTPUTS:  # of killed runs: nobody else writes there now
+            remove_leftovers(out / name)
         trainer = Trainer(settings, recipe, data, device, machine, resumed)
         return _train(trainer, options, out, started)
 
@@ -226,8 +228,6 @@ def _prepare_folder(out: Path | None) -> Path:
         if out.exists() and not out.is_dir():
             raise DemoError(f"--out {out} is not a folder.")
         out.mkdir(parents=True, exist_ok=True)
-        for name in OUTPUTS:
-            remove_leftovers(out / name)
         return out
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):

@@ -197,9 +197,12 @@ def test_class_folders_of_any_name(tmp_path, capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no such lock")
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    written = tmp_path / ".checkpoint.pt.1.tmp"  # what the other run is writing
+    written.touch()
     with held(tmp_path):
         assert main(["demo", "--out", str(tmp_path), "--steps", "1"]) == 2
         assert f"another run writes into {tmp_path}" in capsys.readouterr().err
+        assert written.exists()
     with held(tmp_path):  # it is free again
         pass
 
