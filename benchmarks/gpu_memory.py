@@ -22,21 +22,25 @@ from typing import Any
 from unittest import mock
 
 import torch
+from asked import cuda, reference
+from asked import triton as operations
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from fastdiff import ops
-from fastdiff.backends import cuda, reference
-from fastdiff.backends.triton import launch, operations
-from fastdiff.tensors import Gathered, as_tensor, in_two_passes
+from fastdiff.backends.triton import arguments as taken
+from fastdiff.backends.triton import launch
+from fastdiff.tensors import Gathered, as_tensor
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 EVEN, ODD, TILES, FRAMES = (2, 4, 8, 8), (3, 2, 33), (2, 1301), (2, 3, 4, 7)  # TILES: several, the last not full
 FAST = 1e-3  # the largest difference of a fast normal from the exact one
 # The reference, with the functions that only the Triton backend has: what is expected.
 EXPECTED = SimpleNamespace(
-    **{name: getattr(reference, name) for name in ("noise", "loss", "convert", "step", "normal", "uniform")},
-    noise_and_target=lambda *arguments: in_two_passes(reference.noise, *arguments),
+    **{
+        name: getattr(reference, name)
+        for name in ("noise", "noise_and_target", "loss", "convert", "step", "normal", "uniform")
+    },
     rational=lambda f, t: [((a + b * t.double()) / (1 + d * t.double())).float() for a, b, d in f.t()],
 )
 
@@ -113,7 +117,7 @@ def _noising() -> Iterator[Case]:
     unaligned = data((199,), FP32)[1:].view(3, 2, 33)
     yield Case("noising, not aligned", noise, (unaligned, n, alpha, sigma, 0.0, None, False))
     yield Case("noising, backward", backward, (x0, n, alpha, sigma, 0.0, None, False))
-    yield Case("convert", lambda backend, *given: (backend.convert(*given, BF16),), (x0, n, alpha, sigma))
+    yield Case("convert", lambda backend, *given: (backend.convert(*given),), (x0, n, alpha, sigma))
 
 
 def _losses() -> Iterator[Case]:
@@ -171,7 +175,7 @@ def _steps() -> Iterator[Case]:
             seen = x.new_full((copies * x.shape[0], *x.shape[1:]), torch.nan)
         return *backend.step(*given, model_input=seen), seen
 
-    backends = {"triton": operations} | ({"cuda": cuda} if cuda.built and torch.cuda.is_available() else {})
+    backends = {"triton": operations} | ({"cuda": cuda} if cuda.available and torch.cuda.is_available() else {})
     for (name, backend), shape, dtype in itertools.product(backends.items(), (EVEN, ODD, TILES), (FP32, BF16, FP16)):
         x, m, uncond, z, v, *history = (data(shape, dtype) for _ in range(9))
         rows = data((shape[0], len(ops.COLUMNS)), FP32)
@@ -233,7 +237,7 @@ def variants(chosen: list[Case]) -> list[tuple[str, tuple]]:
 
     with (
         mock.patch.object(launch.Kernel, "__call__", record),
-        mock.patch.object(operations, "_runs_on", lambda device: True),
+        mock.patch.object(taken, "runs_on", lambda device: True),
         mock.patch.object(launch, "has_approximate_instructions", lambda device: True),
     ):
         for case in chosen:

@@ -36,6 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu_records
 import torch
 import triton
+from asked import cuda, reference
+from asked import triton as operations
 from roofline import GPU, gpu_of, share_of_copy
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
@@ -43,8 +45,7 @@ from triton_compiled import machine_code
 
 import fastdiff
 from fastdiff import doctor, ops
-from fastdiff.backends import cuda, reference
-from fastdiff.backends.triton import launch, operations
+from fastdiff.backends.triton import launch
 from fastdiff.bench import peers
 from fastdiff.bench.cases import Case, operands
 from fastdiff.bench.measuring import Timer, cache_bytes, summary
@@ -113,7 +114,11 @@ def measurements(exponents: Sequence[int]) -> list[Measurement]:
         *(("loss", kind, rng) for kind in ("v", "epsilon", "flow") for rng in ("exact", "fast", "given")),
         *(("noising", "flow", rng) for rng in ("exact", "fast", "given")),
         *(("step", "", rng) for rng in ("exact", "given")),
-        *((("step in CUDA", "", rng) for rng in ("exact", "given")) if cuda.built and DEVICE.type == "cuda" else ()),
+        *(
+            (("step in CUDA", "", rng) for rng in ("exact", "given"))
+            if cuda.available and DEVICE.type == "cuda"
+            else ()
+        ),
         ("convert", "", ""),
     ]
     found = [Measurement("copy", "", "", dtype, exponent) for exponent in exponents for dtype in ("fp32", "bf16")]
@@ -159,7 +164,7 @@ def _call(m: Measurement, seed: int, filled: bool) -> Call:
         return lambda: operations.noise(x, n, *rows[:2], 0.0, None, False)[0]
     y = data()
     if m.operation == "convert":
-        return lambda: operations.convert(y, x, *rows[:2], dtype)
+        return lambda: operations.convert(y, x, *rows[:2])
     if m.operation.startswith("step"):
         row = peers.sampling_plan("v_prediction").table[peers.STEP].float().to(DEVICE)
         backend = operations if m.operation == "step" else cuda

@@ -25,11 +25,13 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
+from asked import triton as operations
 from roofline import GPUS, share_of_copy, warps
 from triton.backends.compiler import GPUTarget
 
 from fastdiff import ops
-from fastdiff.backends.triton import launch, operations
+from fastdiff.backends.triton import arguments as taken
+from fastdiff.backends.triton import launch
 from fastdiff.backends.triton.traffic import Launch
 from fastdiff.tensors import Gathered
 
@@ -56,16 +58,16 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def captured(call: Any, approximate: bool) -> list[tuple[launch.Kernel, tuple, float]]:
     """(kernel, key, bytes an element) of every launch of ``call``, none of which happens."""
     found: list[tuple[launch.Kernel, tuple, float]] = []
-    before = launch.Kernel.__call__, operations._runs_on, launch.has_approximate_instructions
+    before = launch.Kernel.__call__, taken.runs_on, launch.has_approximate_instructions
     launch.Kernel.__call__ = lambda self, device, grid, arguments, constants: found.append(
         (self, self.key(arguments, constants, None), element_bytes(self, arguments, constants))
     )
-    operations._runs_on = lambda device: True
+    taken.runs_on = lambda device: True
     launch.has_approximate_instructions = lambda device: approximate
     try:
         call()
     finally:
-        launch.Kernel.__call__, operations._runs_on, launch.has_approximate_instructions = before
+        launch.Kernel.__call__, taken.runs_on, launch.has_approximate_instructions = before
     return found
 
 
@@ -135,7 +137,7 @@ def cases() -> dict[str, Any]:
     found["step, exact, bf16"] = lambda: operations.step(
         x, given, given, 5.0, table, 1.0, entries, made, given, bf16, (True, True)
     )
-    found["convert, bf16"] = lambda: operations.convert(given, x, *column[:2], bf16)
+    found["convert, bf16"] = lambda: operations.convert(given, x, *column[:2])
 
     def shaped(shape, rows, normalization, reduction, n=None, mask=None, x0=False):
         def call():

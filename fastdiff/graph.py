@@ -112,7 +112,8 @@ class Graphed:
         the device, nothing is waited for."""
         if noise is not None and self._z is not None:
             if not isinstance(noise, Tensor):
-                noise = dataclasses.replace(self._philox, stream=noise).tensor(self.x.shape, self.x.device)
+                made = dataclasses.replace(self._philox, stream=noise)
+                noise = ops.materialize(made, self.x.shape, self.x.device)
             self._z.copy_(noise)
         self._replay()
 

@@ -15,7 +15,9 @@ from . import from_scheduler, losses, ops, sampling
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
+from .backends.interface import able
 from .backends.registry import remakes_noise
+from .calls import LossCall, NoiseCall
 from .losses import Loss
 from .modes import lasting, version_of, wrapping
 from .ops.checks import check_alike, check_floating, check_tensor, check_unambiguous, compute_dtype, place_rows
@@ -28,7 +30,7 @@ from .prediction import Prediction
 from .process import Levels, Process, as_times, check_process
 from .samplers import Sampler
 from .showing import brief
-from .tensors import as_tensor, cached, in_two_passes, value_checks_are_free
+from .tensors import as_tensor, cached, value_checks_are_free
 from .timesteps import Timesteps
 from .weighting import WeightingLike
 
@@ -117,7 +119,7 @@ class Noised:
         if isinstance(self.noise_source, Tensor):
             return self.noise_source
         self.check_unchanged()
-        return self.noise_source.tensor(self.x0.shape, self.x0.device).to(self.rows.alpha.dtype)
+        return ops.materialize(self.noise_source, self.x0.shape, self.x0.device).to(self.rows.alpha.dtype)
 
     @property
     def alpha(self) -> Tensor:
@@ -399,14 +401,13 @@ class Objective:
             )
         rows, t = self._rows_for(t, x0, compute_dtype(x0, noise))
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
-        arguments = x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise
+        call = NoiseCall(x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise)
         target = None
         if with_target:
-            both = getattr(backend, "noise_and_target", None) or partial(in_two_passes, backend.noise)
             p, q = rows.p if self.prediction.uses_x0 else None, rows.q if self.prediction.uses_noise else None
-            x_t, n, target = both(*arguments, p, q)
+            x_t, n, target = backend.noise_and_target(call, p, q)
         else:
-            x_t, n = backend.noise(*arguments)
+            x_t, n = able(backend, call).noise(call)
         return Noised(self, x0, x_t, t, n, rows, target)
 
     def _offset_noise(self, x0: Tensor, seed: int | Tensor, sample_offset: int, rng: str) -> Tensor:
@@ -417,15 +418,15 @@ class Objective:
                 f"noise_offset_dim={self.noise_offset_dim} is no channels' dimension of {tuple(x0.shape)}: offset "
                 f"noise needs a batch, channels, and what shares them."
             )
-        n = ops.Philox(seed, sample_offset, rng=rng).tensor(x0.shape, x0.device)
+        n = ops.materialize(ops.Philox(seed, sample_offset, rng=rng), x0.shape, x0.device)
         shape = [len(x0), x0.shape[dim]]
-        offsets = ops.Philox(seed, sample_offset, Stream.OFFSET).tensor(shape, x0.device)
+        offsets = ops.materialize(ops.Philox(seed, sample_offset, Stream.OFFSET), shape, x0.device)
         spread = [len(x0), *(x0.shape[d] if d == dim else 1 for d in range(1, x0.ndim))]
         return (n + self.noise_offset * offsets.reshape(spread)).to(compute_dtype(x0))
 
     def _plain(self, backend: Any) -> PlainCalls | None:
         """The whole calls of ``backend`` for this objective, if it has such."""
-        direct = getattr(backend, "direct", None)
+        direct = backend.direct
         if direct is None:
             return None
         calls = self._plain_calls.get(direct)
@@ -540,9 +541,10 @@ class Objective:
             row if row is None or row.dtype == dtype else as_tensor(row).to(dtype) for row in coefficients
         )
         result = normalized(
-            backend_of(prediction.device).loss,
-            prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction,
-        )  # fmt: skip
+            LossCall(
+                prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction
+            )  # fmt: skip
+        )
         return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result
 
     def _rows_of_loss(self, rows: Rows) -> tuple[Any, ...]:
@@ -648,15 +650,15 @@ class Objective:
 
     def _rational(self, t: Tensor, backend: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         """alpha and sigma of a continuous process if ``backend`` has one launch for them, else nothing."""
-        rational = getattr(backend, "rational", None)
-        fractions = None if rational is None or dtype != torch.float32 else self.process.linear_fractional()
+        traced = torch.compiler.is_compiling()
+        fractions = None if traced or dtype != torch.float32 else self.process.linear_fractional()
         if fractions is None:
             return {}
 
         def make() -> Tensor:
             return torch.tensor(fractions, dtype=torch.float64, device="cpu").T.contiguous().to(t.device)
 
-        rows = rational(cached(self._tables, ("fractions", t.device), make), t)
+        rows = backend.rational(cached(self._tables, ("fractions", t.device), make), t)
         return {} if rows is None else dict(zip(("alpha", "sigma"), rows))
 
     def _number(self, value: float, device: torch.device, dtype: torch.dtype) -> Tensor:

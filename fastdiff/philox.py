@@ -6,7 +6,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,22 +66,6 @@ class Philox:
         if (isinstance(self.seed, Tensor) and not self.seed.is_cpu) or (self.offset and len(shape) < 3):
             return None
         return self.seed, self.stream, self.sample_offset, self.offset
-
-    def tensor(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """The noise itself: float32 of ``shape``."""
-        from .ops.dispatch import get
-
-        backend = get(device)
-        normal = backend.normal
-        if self.rng == "fast" and getattr(backend, "fast_rng", False):
-            normal = partial(normal, rng="fast")
-        n = normal(self.seed, tuple(shape), self.stream, self.sample_offset, device=device)
-        if self.offset:
-            channels = normal(self.seed, tuple(shape[:2]), Stream.OFFSET, self.sample_offset, device=device).reshape(
-                *shape[:2], *(1,) * (len(shape) - 2)
-            )
-            n = n + self.offset * channels
-        return n
 
 
 def whole(name: str, value: Any) -> int:

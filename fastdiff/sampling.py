@@ -146,7 +146,7 @@ def sample(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if x is None:
         assert z is not None
-        x = plan.initial_std * (z if isinstance(z, Tensor) else z.tensor(shape, device)).to(wide)
+        x = plan.initial_std * (z if isinstance(z, Tensor) else ops.materialize(z, shape, device)).to(wide)
     x = x.to(device, dtype)
     if plan.start is not None:
         factor, strength = plan.start
@@ -321,7 +321,8 @@ class _Noise:
             return self._noise(self._first, self._shape).to(self._device)
         if self._generators is not None:
             return self._drawn()
-        return dataclasses.replace(self.philox, stream=Stream.STEP + self._first).tensor(self._shape, self._device)
+        first = dataclasses.replace(self.philox, stream=Stream.STEP + self._first)
+        return ops.materialize(first, self._shape, self._device)
 
     def _drawn(self) -> Tensor:
         assert self._generators is not None

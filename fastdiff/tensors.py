@@ -60,16 +60,6 @@ def as_tensor(row: Tensor | Gathered) -> Tensor:
     return torch.where(inside, column[torch.where(inside, index, 0)], math.nan)
 
 
-def in_two_passes(
-    noise: Callable, x0: Tensor, n: Any, alpha: Any, sigma: Any, perturbation: float, xi: Any, keep_noise: bool,
-    p: Any, q: Any,
-) -> tuple[Tensor, Any, Tensor]:  # fmt: skip
-    """(x_t, n, target = p x0 + q n) by a backend's ``noise`` called twice; a row that is None counts as 0."""
-    x_t, n = noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
-    zero = torch.zeros((1,) * x0.ndim, dtype=alpha.dtype, device=x0.device)
-    return x_t, n, noise(x0, n, zero if p is None else p, zero if q is None else q, 0.0, None, False)[0]
-
-
 def gather(table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Tensor]:
     """The columns of ``table`` [steps, K] at ``t``, each of the shape of ``t``. ``check`` raises for a wrong ``t``;
     where its values cannot be looked at, one out of range gives NaN."""

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, modes
-from .backends import reference
+from . import backends
+from .backends import registry
+from .backends.reference import Reference
+from .calls import Call
 from .objective import Objective
 from .plain import PlainCalls
 
@@ -37,7 +39,7 @@ class Trace:
         """Count what is called inside."""
         replaced = [(Objective, name, self._method(name, getattr(Objective, name))) for name in _METHODS]
         replaced += [(PlainCalls, name, self._fast(getattr(PlainCalls, name))) for name in _METHODS]
-        replaced += [(reference, name, self._reference(getattr(reference, name))) for name in _METHODS]
+        replaced += [(Reference, name, self._reference(getattr(Reference, name))) for name in _METHODS]
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
         for owner, name, function in replaced:
             setattr(owner, name, function)
@@ -78,31 +80,22 @@ class Trace:
         return call
 
     def _reference(self, own: Callable) -> Callable:
-        def operation(*arguments: Any, **named: Any) -> Any:
+        def operation(backend: Reference, call: Call) -> Any:
             if self._open and not self._open[-1]:
-                self._open[-1].update(way=REFERENCE, reason=_why(arguments))
-            return own(*arguments, **named)
+                self._open[-1].update(way=REFERENCE, reason=_why(call))
+            return own(backend, call)
 
         return operation
 
 
-def _why(arguments: Sequence[Any]) -> str:
+def _why(call: Call) -> str:
     """Why the reference does what a backend was asked."""
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    if modes.wrapping() is not None:
-        return "a transform of torch.func, forward-mode derivatives or fake tensors"
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            return f"a {type(tensor).__name__}, which is a subclass of Tensor"
-    device = tensors[0].device
-    chosen = backends.choose(device)
-    if chosen == "reference":
-        status = {s.name: s for s in backends.status()}
-        others = [s for s in status.values() if device.type in s.devices and s.name != "reference" and not s.available]
-        return f"{device.type} has no other backend" + "".join(f"; {s.name}: {s.reason}" for s in others)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors[1:]):
-        return "gradients of data, noise or coefficients"
-    return f"{chosen} does not do it: {', '.join(sorted({str(t.dtype).removeprefix('torch.') for t in tensors}))}"
+    device = call[0].device
+    first = registry.get(device)
+    if first.name != "reference":
+        return first.supports(call)[1]
+    others = [s for s in backends.status() if device.type in s.devices and s.name != "reference" and not s.available]
+    return f"{device.type} has no other backend" + "".join(f"; {s.name}: {s.reason}" for s in others)
 
 
 def _general(method: str, arguments: Sequence[Any], named: dict[str, Any]) -> str:

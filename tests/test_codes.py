@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+from asked import native
 
 from fastdiff import codes, losses, ops
-from fastdiff.backends import native
 from fastdiff.backends.native.launch import FUNCTIONS, NORMALIZATIONS, REDUCTIONS
 from fastdiff.philox import Stream
 

@@ -80,7 +80,7 @@ def look(folder, **variables):
 
 
 def test_the_module_here_is_of_the_sources_here():
-    if not fastdiff.backends.native.available:
+    if fastdiff.backends.native.backend.unavailable_because:
         pytest.skip("there is no extension")
     from fastdiff import _C
 

@@ -14,11 +14,11 @@ from collections import Counter
 
 import pytest
 import torch
+from asked import native, triton
 from devices import NIGHTLY
 
 import fastdiff
 from fastdiff import losses, weighting
-from fastdiff.backends import native, triton
 
 CASES = 20_000 if NIGHTLY else 2_000
 PARTS = 20
@@ -230,11 +230,12 @@ class Case:
 @contextlib.contextmanager
 def patched():
     """Without whole calls."""
-    direct, native.direct = native.direct, None
+    backend = native.backend
+    direct, backend.direct = backend.direct, None
     try:
         yield
     finally:
-        native.direct = direct
+        backend.direct = direct
 
 
 def run_cases(seeds, slow=None):

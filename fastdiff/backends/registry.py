@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 
 from . import cuda, devices, native, reference, triton
+from .interface import Backend
+from .native import prepared
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,21 @@ class Status:
     devices: tuple[str, ...]
 
 
-_MODULES: dict[str, ModuleType] = {"native": native, "cuda": cuda, "triton": triton, "reference": reference}
-_STATUS = (
-    Status("native", native.available, native.unavailable_because or native.description(), ("cpu",)),
-    Status("cuda", cuda.built, cuda.unavailable_because, ("cuda",)),
-    Status("triton", triton.available, triton.unavailable_because, ("cuda", "xpu")),
-    Status("reference", True, "plain PyTorch, on every device", ("cpu", "cuda", "mps", "xpu")),
-)
+# In the order of preference.
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (native.backend, cuda.backend, triton.backend, reference.backend)}
+
+
+def _status(backend: Backend) -> Status:
+    because = backend.unavailable_because
+    # What is tried on a device is described once it is.
+    reason = because or ("" if backend.trial else backend.description())
+    return Status(backend.name, not because, reason, backend.devices)
+
+
+_STATUS = tuple(_status(backend) for backend in _BACKENDS.values())
 _CHOICE = {kind: backend.name for backend in reversed(_STATUS) if backend.available for kind in backend.devices}
 # What runs on these is compiled for each of their models, so a backend is tried on a device before it is chosen.
-_TRIED = {"cuda": cuda.unfit_because, "triton": triton.unfit_because}
+_TRIED = {backend.name: backend.trial for backend in _BACKENDS.values() if backend.trial}
 _forced: str | None = None
 _chosen: dict[tuple[str | None, torch.device], str] = {}  # for what is forced, and a device
 
@@ -45,7 +51,7 @@ def _with_device(backend: Status) -> Status:
     when asked for: it initialises CUDA."""
     if backend.name not in _TRIED or not backend.available:
         return backend
-    module, unfit_because = _MODULES[backend.name], _TRIED[backend.name]
+    module, unfit_because = _BACKENDS[backend.name], _TRIED[backend.name]
     because = module.no_device_because()
     if because:
         return replace(backend, available=False, reason=because)
@@ -100,9 +106,9 @@ def _unfit_because(name: str, device: torch.device) -> str:
     return _TRIED[name](device) if name in _TRIED and for_it else ""
 
 
-def get(device: torch.device) -> ModuleType:
-    """The module with the operations for ``device``."""
-    return _MODULES[_name(device)]
+def get(device: torch.device) -> Backend:
+    """The backend that is asked first on ``device``."""
+    return _BACKENDS[_name(device)]
 
 
 def remakes_noise(device: torch.device | str) -> bool:
@@ -112,7 +118,7 @@ def remakes_noise(device: torch.device | str) -> bool:
     if name == "cuda" and device.type == "cuda" and not torch.compiler.is_compiling():
         if _unfit_because("triton", device):
             return False  # "cuda" has Triton's noise
-    return getattr(_MODULES[name], "remakes_noise", False)
+    return _BACKENDS[name].remakes_noise
 
 
 class use_backend:
@@ -146,4 +152,4 @@ class use_backend:
 def _force(name: str | None) -> None:
     global _forced
     _forced = name
-    native.prepared.allow(choose("cpu") == "native")
+    prepared.allow(choose("cpu") == "native")

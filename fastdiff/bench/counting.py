@@ -229,10 +229,8 @@ def recorded(call: Callable[[], Any]) -> Count | None:
     """Count a call with the launch recorder of the Triton backend, and PyTorch's operations around those launches by
     tracing them; None where there is no recorder, or nothing is launched."""
     try:
-        launches = getattr(importlib.import_module("fastdiff.backends.triton"), "launches", None)
+        launches = importlib.import_module("fastdiff.backends.triton.launch").launches
     except ImportError:
-        return None
-    if launches is None:
         return None
     with launches() as records:
         others = trace(call)

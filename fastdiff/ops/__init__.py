@@ -3,9 +3,20 @@
 from ..philox import Philox
 from .convert import convert
 from .loss import loss
-from .noise import noise
+from .noise import materialize, noise
 from .prepared import PreparedNoise, PreparedSteps
 from .step import COLUMNS, step
 from .trajectory import trajectory
 
-__all__ = ["COLUMNS", "Philox", "PreparedNoise", "PreparedSteps", "convert", "loss", "noise", "step", "trajectory"]
+__all__ = [
+    "COLUMNS",
+    "Philox",
+    "PreparedNoise",
+    "PreparedSteps",
+    "convert",
+    "loss",
+    "materialize",
+    "noise",
+    "step",
+    "trajectory",
+]

@@ -1,16 +1,21 @@
 """Which implementation an operation runs: while a program is traced the operators of ``torch_library``, else the
-backend of the device."""
+backend of the device; for what that does not do, the next one."""
 
 from __future__ import annotations
-
-from types import ModuleType
 
 import torch
 
 from ..backends import registry
-from . import torch_library
+from ..backends.interface import Backend, able
+from ..calls import Call
+from .torch_library import operators
 
 
-def get(device: torch.device) -> ModuleType:
-    """The module with the operations for ``device``; while a program is traced, their operators."""
-    return torch_library if torch.compiler.is_compiling() else registry.get(device)
+def get(device: torch.device) -> Backend:
+    """What is asked first for data on ``device``."""
+    return operators if torch.compiler.is_compiling() else registry.get(device)
+
+
+def runs(call: Call, device: torch.device) -> Backend:
+    """What runs ``call``, whose data is on ``device``."""
+    return able(get(device), call)

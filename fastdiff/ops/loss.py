@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..calls import LossCall
 from ..codes import FUNCTIONS, NEED_C, REDUCTIONS
 from ..philox import Philox
 from ..tensors import as_tensor, value_checks_are_free
@@ -75,25 +74,22 @@ def loss(
     placed_shape = tuple(row_shape) + (1,) * (len(shape) - len(row_shape))
     weight = weight.expand(placed_shape)
     result = normalized(
-        dispatch.get(device).loss,
-        prediction, x0, n, p, q, scale, weight, c, mask, function, mask_normalization, reduction,
-    )  # fmt: skip
+        LossCall(prediction, x0, n, p, q, scale, weight, c, mask, function, mask_normalization, reduction)
+    )
     return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result
 
 
-def normalized(
-    loss: Callable[..., Tensor], prediction: Tensor, x0: Any, n: Any, p: Any, q: Any, scale: Any, weight: Any, c: Any,
-    mask: Tensor | None, function: str, mask_normalization: str, reduction: str,
-) -> Tensor:  # fmt: skip
-    """A backend's ``loss`` of placed arguments. "sample" is made of its means of rows, for all backends alike."""
-    arguments = prediction, x0, n, p, q, scale
-    if mask_normalization != "sample":
-        return loss(*arguments, weight, c, mask, function, mask_normalization, reduction)
+def normalized(call: LossCall) -> Tensor:
+    """The loss of ``call``. "sample" is made of its means of rows, for all backends alike."""
+    prediction, weight, mask = call.prediction, call.weight, call.mask
+    if call.mask_normalization != "sample":
+        return dispatch.runs(call, prediction.device).loss(call)
     shape, batch = prediction.shape, len(prediction)
     weight = as_tensor(weight)
     if weight.shape[0] != batch:  # rows that samples share
         weight = weight.expand(batch, *weight.shape[1:])
-    rows = loss(*arguments, weight, c, mask, function, "none", "none")
+    by_row = call._replace(weight=weight, mask_normalization="none", reduction="none")
+    rows = dispatch.runs(by_row, prediction.device).loss(by_row)
     sums = rows.double().flatten(1).sum(1) if rows.ndim > 1 else rows.double()
     sums = sums * (math.prod(shape) // max(1, rows.numel()))  # elements in a row
     if mask is None:
@@ -102,7 +98,7 @@ def normalized(
         own = mask.double().flatten(1).sum(1) if mask.ndim > 1 else mask.double()
         counts = (own * (math.prod(shape[1:]) // max(1, math.prod(mask.shape[1:])))).expand(batch)
     means = sums / torch.where(counts == 0, 1.0, counts)
-    if reduction == "none":
+    if call.reduction == "none":
         return means.to(rows.dtype)
     return (means.sum() / (counts != 0).sum().clamp(min=1)).to(rows.dtype)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from ..calls import NoiseCall
 from ..philox import Philox
 from . import dispatch
 from .checks import check_alike, check_floating, compute_dtype, place_all
@@ -46,7 +50,13 @@ def noise(
         check_noise(x0=x0, perturbation_noise=perturbation_noise)
         xi = perturbation_noise
     alpha, sigma = place_all(x0.shape, compute_dtype(x0, given), x0.device, alpha=alpha, sigma=sigma)
-    return dispatch.get(x0.device).noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
+    call = NoiseCall(x0, n, alpha, sigma, perturbation, xi, keep_noise)
+    return dispatch.runs(call, x0.device).noise(call)
+
+
+def materialize(noise: Philox, shape: Sequence[int], device: torch.device) -> Tensor:
+    """The noise itself: float32 of ``shape`` on ``device``."""
+    return dispatch.get(torch.device(device)).materialize(noise, shape, torch.device(device))
 
 
 def check_noise(**tensors: Tensor | Philox | None) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.native.prepared import noise_runner, row_runner
+from ..calls import NoiseCall, StepCall
 from ..codes import COLUMNS
 from ..tensors import cached
 from . import dispatch
@@ -78,13 +79,6 @@ class PreparedSteps(_Placed):
         if not isinstance(x, Tensor):
             check_floating(x=x)
         dtype = x.dtype if dtype is None else dtype
-        wanted = (return_x0, return_entry)
-        backend = dispatch.get(x.device)
-        run = getattr(backend, "run_row", None)
-        if run is not None and threshold is None:
-            done = run(self, k, x, m, clip, history, noise, log_variance, dtype, wanted)
-            if done is not None:
-                return done
         tensors = {"model_output": m, "noise": noise, "log_variance": log_variance}
         tensors |= {f"history[{j}]": entry for j, entry in enumerate(history)}
         check_floating(x=x, **{name: tensor for name, tensor in tensors.items() if tensor is not None})
@@ -94,9 +88,10 @@ class PreparedSteps(_Placed):
         if threshold is not None:
             threshold = place_rows("threshold", threshold.to(x.device, compute), x.shape)
         row = self.placed(x.device, compute)[k]
-        return backend.step(
-            x, m, None, 1.0, row, clip, tuple(history), noise, log_variance, dtype, wanted, threshold=threshold
+        call = StepCall(
+            x, m, row, None, 1.0, clip, tuple(history), noise, log_variance, dtype, return_x0, return_entry, threshold
         )
+        return dispatch.runs(call, x.device).step(call)
 
 
 class PreparedNoise(_Placed):
@@ -122,14 +117,9 @@ class PreparedNoise(_Placed):
         """
         if not isinstance(x0, Tensor):
             check_floating(x0=x0)
-        backend = dispatch.get(x0.device)
-        run = getattr(backend, "run_noise", None)
-        if run is not None:
-            done = run(self, index, x0, n)
-            if done is not None:
-                return done
         check_floating(x0=x0, noise=n)
         check_alike(x0=x0, noise=n)
         rows = self.placed(x0.device, compute_dtype(x0, n))[index]
         alpha, sigma = (place_rows("index", column, x0.shape) for column in rows.unbind(-1))
-        return backend.noise(x0, n, alpha, sigma, 0.0, None, True)[0]
+        call = NoiseCall(x0, n, alpha, sigma)
+        return dispatch.runs(call, x0.device).noise(call)[0]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..calls import StepCall
 from ..codes import COLUMNS, KEPT_STEPS
 from ..philox import Philox
 from . import dispatch
@@ -60,10 +61,9 @@ def step(
     """
     simple = uncond is log_variance is threshold is mask is known is known_noise is model_input is None
     if simple and not history and not return_entry and isinstance(x, Tensor):
-        whole = getattr(getattr(dispatch.get(x.device), "direct", None), "step", None)
         n = noise.whole(x.shape) if isinstance(noise, Philox) else noise
-        if whole is not None and (n is not None or noise is None):
-            done = whole(x, m, row, clip, n, return_x0)
+        if n is not None or noise is None:
+            done = dispatch.get(x.device).fast_step(x, m, row, clip, n, return_x0)
             if done is not None:
                 return *done, None
     check_floating(x=x, model_output=m, row=row)
@@ -92,14 +92,11 @@ def step(
         guidance = place_rows("guidance", guidance.to(x.device, dtype), x.shape)
     if threshold is not None:
         threshold = place_rows("threshold", threshold.to(x.device, dtype), x.shape)
-    extras = {
-        "threshold": threshold, "mask": mask, "known": known, "known_noise": known_noise, "model_input": model_input,
-    }  # fmt: skip
-    wanted = (return_x0, return_entry)
-    return dispatch.get(x.device).step(
-        x, m, uncond, guidance, row, clip, tuple(history), noise, log_variance, x.dtype, wanted,
-        **{name: value for name, value in extras.items() if value is not None},
+    call = StepCall(
+        x, m, row, uncond, guidance, clip, tuple(history), noise, log_variance, x.dtype, return_x0, return_entry,
+        threshold, mask, known, known_noise, model_input,
     )  # fmt: skip
+    return dispatch.runs(call, x.device).step(call)
 
 
 def check_inpainting(x: Tensor, mask: Tensor | None, known: Tensor | None, known_noise: Tensor | Philox | None) -> None:

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
+from ..backends.interface import COEFFICIENTS, YES, Backend, able, differentiable
 from ..backends.registry import get
+from ..calls import Call, ConvertCall, LossCall, NoiseCall, RunCall, StepCall
 from ..philox import Philox, seed_tensor
-from ..tensors import gather
 
-__all__ = ["convert", "gather", "loss", "noise", "normal", "step", "uniform"]
-
-fast_rng = True  # ``normal`` takes ``rng``
 _MADE = "Tensor? {0}, Tensor? {0}_seed, int {0}_stream, SymInt {0}_sample_offset, float {0}_offset, str {0}_rng"
 _LOSS = (
     f"Tensor prediction, Tensor weight, Tensor? x0, {_MADE.format('n')}, Tensor? p, Tensor? q, Tensor? scale, "
@@ -53,8 +51,9 @@ def _operator(implementation: Callable) -> Callable:
     return implementation
 
 
-def _backend(tensor: Tensor) -> Any:
-    return get(tensor.device)
+def _runs(call: Call, tensor: Tensor) -> Backend:
+    """The backend that runs ``call``, whose data is on the device of ``tensor``."""
+    return able(get(tensor.device), call)
 
 
 def _source(n: Tensor | None, seed: Tensor | None, stream: int, sample_offset: int, offset: float, rng: str) -> Any:
@@ -78,7 +77,7 @@ def _strided(result: Tensor, like: Tensor) -> Tensor:
 
 @_operator
 def _uniform(seed, samples, stream, sample_offset):
-    return _backend(seed).uniform(seed, samples, stream, sample_offset, seed.device)
+    return get(seed.device).uniform(seed, samples, stream, sample_offset, seed.device)
 
 
 @torch.library.register_fake("fastdiff::uniform")
@@ -88,9 +87,7 @@ def _(seed, samples, stream, sample_offset):
 
 @_operator
 def _normal(seed, shape, stream, sample_offset, dtype, rng):
-    backend = _backend(seed)
-    how = {"rng": rng} if getattr(backend, "fast_rng", False) else {}
-    return backend.normal(seed, tuple(shape), stream, sample_offset, dtype, seed.device, **how).contiguous()
+    return get(seed.device).normal(seed, tuple(shape), stream, sample_offset, dtype, seed.device, rng).contiguous()
 
 
 @torch.library.register_fake("fastdiff::normal")
@@ -101,7 +98,8 @@ def _(seed, shape, stream, sample_offset, dtype, rng):
 @_operator
 def _noise(x0, *arguments):
     n, (alpha, sigma, perturbation), xi = _source(*arguments[:6]), arguments[6:9], _source(*arguments[9:15])
-    x_t, kept = _backend(x0).noise(x0, n, alpha, sigma, perturbation, xi, arguments[15])
+    call = NoiseCall(x0, n, alpha, sigma, perturbation, xi, arguments[15])
+    x_t, kept = _runs(call, x0).noise(call)
     # A result must not be an argument.
     return _strided(x_t, x0), kept if kept is not n else x0.new_empty(0, dtype=alpha.dtype)
 
@@ -112,11 +110,16 @@ def _(x0, *arguments):
     return torch.empty_like(x0), x0.new_empty(x0.shape if made else (0,), dtype=arguments[6].dtype)
 
 
+def _loss_call(prediction: Tensor, weight: Tensor, x0: Tensor | None, *arguments: Any) -> LossCall:
+    """A loss from the arguments of its operator."""
+    n, (p, q, scale, c, mask), how = _source(*arguments[:6]), arguments[6:11], arguments[11:]
+    return LossCall(prediction, x0, n, p, q, scale, weight, c, mask, *how)
+
+
 @_operator
 def _loss(prediction, weight, x0, *arguments):
-    n, rows, how = _source(*arguments[:6]), arguments[6:11], arguments[11:]
-    p, q, scale, c, mask = rows
-    return _backend(prediction).loss(prediction, x0, n, p, q, scale, weight, c, mask, *how)
+    call = _loss_call(prediction, weight, x0, *arguments)
+    return _runs(call, prediction).loss(call)
 
 
 @torch.library.register_fake("fastdiff::loss")
@@ -125,10 +128,9 @@ def _(prediction, weight, *arguments):
 
 
 @_operator
-def _loss_gradient(upstream, prediction, weight, x0, *arguments):
-    n, (p, q, scale, c, mask), how = _source(*arguments[:6]), arguments[6:11], arguments[11:]
-    backend = _backend(prediction)
-    gradient = backend.loss_gradient(upstream, prediction, x0, n, p, q, scale, weight, c, mask, *how)
+def _loss_gradient(upstream, prediction, *arguments):
+    call = _loss_call(prediction, *arguments)
+    gradient = _runs(call, prediction).loss_gradient(upstream, call)
     return _strided(gradient, prediction)
 
 
@@ -139,7 +141,8 @@ def _(upstream, prediction, *arguments):
 
 @_operator
 def _convert(m, x_t, k_x, k_m):
-    return _strided(_backend(m).convert(m, x_t, k_x, k_m, m.dtype), m)
+    call = ConvertCall(m, x_t, k_x, k_m)
+    return _strided(_runs(call, m).convert(call), m)
 
 
 @torch.library.register_fake("fastdiff::convert")
@@ -150,15 +153,13 @@ def _(m, x_t, k_x, k_m):
 @_operator
 def _step(x, m, row, history, *arguments):
     noise, known_noise = _source(*arguments[:6]), _source(*arguments[6:12])
-    uncond, guidance, scale, clip, log_variance, threshold, mask, known, *wanted, rows = arguments[12:]
-    extras = {"threshold": threshold, "mask": mask, "known": known, "known_noise": known_noise}
+    uncond, guidance, scale, clip, log_variance, threshold, mask, known, want_x0, want_entry, rows = arguments[12:]
     seen = x.new_empty((rows, *x.shape[1:]))
-    if rows:
-        extras["model_input"] = seen
-    y, x0, entry = _backend(x).step(
-        x, m, uncond, scale if guidance is None else guidance, row, clip, tuple(history), noise, log_variance, x.dtype,
-        tuple(wanted), **{name: value for name, value in extras.items() if value is not None},
+    call = StepCall(
+        x, m, row, uncond, scale if guidance is None else guidance, clip, tuple(history), noise, log_variance, x.dtype,
+        want_x0, want_entry, threshold, mask, known, known_noise, seen if rows else None,
     )  # fmt: skip
+    y, x0, entry = _runs(call, x).step(call)
     nothing = x.new_empty(0)
     return (
         _strided(y, x),
@@ -239,63 +240,62 @@ torch.library.register_autograd("fastdiff::loss", _loss_backward, setup_context=
 torch.library.register_autograd("fastdiff::convert", _convert_backward, setup_context=_convert_context)
 
 
-def _differentiable(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+class Operators(Backend):
+    """The operators as a backend: what runs while a program is traced."""
 
+    name = "operators"
 
-def uniform(seed, samples, stream, sample_offset=0, device=None):
-    """As ``reference.uniform``."""
-    return torch.ops.fastdiff.uniform(seed_tensor(seed, device), samples, stream, sample_offset)
+    def __init__(self):
+        self.otherwise = reference.Reference(self)
 
+    def supports(self, call: Call) -> tuple[bool, str]:
+        if isinstance(call, NoiseCall):
+            wanted = differentiable(call.alpha, call.sigma, call.xi)
+        elif isinstance(call, LossCall):
+            wanted = differentiable(call.x0, call.n, call.p, call.q, call.scale, call.c, call.mask)
+        elif isinstance(call, ConvertCall):
+            wanted = differentiable(call.k_x, call.k_m)
+        else:
+            wanted = differentiable(*call.data, call.guidance, call.row, call.threshold, call.mask)
+            if call.dtype not in (None, call.x.dtype):
+                return False, "results in another dtype than x's"
+        return (False, COEFFICIENTS) if wanted else YES
 
-def normal(seed, shape, stream=0, sample_offset=0, dtype=torch.float32, device=None, rng="exact"):
-    """As ``reference.normal``; ``rng`` as in ``fastdiff.ops.Philox``."""
-    return torch.ops.fastdiff.normal(seed_tensor(seed, device), shape, stream, sample_offset, dtype, rng)
+    def uniform(self, seed, samples, stream, sample_offset=0, device=None):
+        return torch.ops.fastdiff.uniform(seed_tensor(seed, device), samples, stream, sample_offset)
 
+    def normal(self, seed, shape, stream=0, sample_offset=0, dtype=torch.float32, device=None, rng="exact"):
+        return torch.ops.fastdiff.normal(seed_tensor(seed, device), shape, stream, sample_offset, dtype, rng)
 
-def noise(x0, n, alpha, sigma, perturbation, xi, keep_noise):
-    """As ``reference.noise``."""
-    if _differentiable(alpha, sigma, xi):
-        return reference.noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
-    parts, xi_parts = _parts(n, x0.device), _parts(xi, x0.device)
-    x_t, kept = torch.ops.fastdiff.noise(x0, *parts, alpha, sigma, float(perturbation), *xi_parts, keep_noise)
-    return x_t, n if isinstance(n, Tensor) or not keep_noise else kept
+    def noise(self, call: NoiseCall) -> tuple[Tensor, Any]:
+        x0, n, alpha, sigma, perturbation, xi, keep = call
+        parts, xi_parts = _parts(n, x0.device), _parts(xi, x0.device)
+        x_t, kept = torch.ops.fastdiff.noise(x0, *parts, alpha, sigma, float(perturbation), *xi_parts, keep)
+        return x_t, n if isinstance(n, Tensor) or not keep else kept
 
+    def loss(self, call: LossCall) -> Tensor:
+        prediction, x0, n, p, q, scale, weight, c, mask, *how = call
+        parts = _parts(n if q is not None else None, prediction.device)
+        x0 = x0 if p is not None else None
+        return torch.ops.fastdiff.loss(prediction, weight, x0, *parts, p, q, scale, c, mask, *how)
 
-def loss(prediction, x0, n, p, q, scale, weight, c, mask, function, mask_normalization, reduction):
-    """As ``reference.loss``."""
-    how = (function, mask_normalization, reduction)
-    if _differentiable(x0, n, p, q, scale, c, mask):
-        return reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *how)
-    parts = _parts(n if q is not None else None, prediction.device)
-    x0 = x0 if p is not None else None
-    return torch.ops.fastdiff.loss(prediction, weight, x0, *parts, p, q, scale, c, mask, *how)
+    def convert(self, call: ConvertCall) -> Tensor:
+        return torch.ops.fastdiff.convert(call.m, call.x_t, call.k_x, call.k_m)
 
-
-def convert(m, x_t, k_x, k_m, dtype):
-    """As ``reference.convert``."""
-    if _differentiable(k_x, k_m) or dtype != m.dtype:
-        return reference.convert(m, x_t, k_x, k_m, dtype)
-    return torch.ops.fastdiff.convert(m, x_t, k_x, k_m)
-
-
-def step(
-    x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted,
-    *, threshold=None, mask=None, known=None, known_noise=None, model_input=None,
-):  # fmt: skip
-    """As ``reference.step``."""
-    extras = {"threshold": threshold, "mask": mask, "known": known, "known_noise": known_noise}
-    if _differentiable(x, m, uncond, guidance, row, *history, noise, log_variance, *extras.values()):
-        return reference.step(
-            x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted,
-            **extras, model_input=model_input,
+    def step(self, call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, guidance, seen = call.x, call.guidance, call.model_input
+        rows = isinstance(guidance, Tensor)
+        y, x0, entry, written = torch.ops.fastdiff.step(
+            x, call.m, call.row, list(call.history), *_parts(call.noise, x.device), *_parts(call.known_noise, x.device),
+            call.uncond, guidance if rows else None, None if rows else float(guidance), call.clip, call.log_variance,
+            call.threshold, call.mask, call.known, call.want_x0, call.want_entry, 0 if seen is None else len(seen),
         )  # fmt: skip
-    rows = isinstance(guidance, Tensor)
-    y, x0, entry, seen = torch.ops.fastdiff.step(
-        x, m, row, list(history), *_parts(noise, x.device), *_parts(known_noise, x.device), uncond,
-        guidance if rows else None, None if rows else float(guidance), clip, log_variance, threshold, mask, known,
-        *wanted, 0 if model_input is None else len(model_input),
-    )  # fmt: skip
-    if model_input is not None:
-        model_input.copy_(seen)
-    return y, x0 if wanted[0] else None, entry if wanted[1] else None
+        if seen is not None:
+            seen.copy_(written)
+        return y, x0 if call.want_x0 else None, entry if call.want_entry else None
+
+    def trajectory(self, call: RunCall) -> reference.Trajectory:
+        return reference.Trajectory(self, call)
+
+
+operators = Operators()

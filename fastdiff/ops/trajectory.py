@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import Trajectory
+from ..calls import RunCall
 from ..philox import Philox
 from . import dispatch
 from .checks import check_clip, check_floating, place_rows
@@ -48,6 +49,5 @@ def trajectory(
         guidance = place_rows("guidance", guidance.to(x.device, dtype), x.shape)
     if known is not None:
         known = known.to(x.dtype)
-    backend = dispatch.get(x.device)
-    make = getattr(backend, "Trajectory", Trajectory)
-    return make(backend.step, x, prepared, guidance, clip, mask, known, known_noise, philox, reuse)
+    call = RunCall(x, prepared, guidance, clip, mask, known, known_noise, philox, reuse)
+    return dispatch.get(x.device).trajectory(call)

@@ -22,11 +22,13 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import numpy as np
 import torch
+from asked import reference
+from asked import triton as operations
 from triton.backends.compiler import GPUTarget
 
 from fastdiff import ops
-from fastdiff.backends import reference
-from fastdiff.backends.triton import launch, operations
+from fastdiff.backends.triton import arguments as taken
+from fastdiff.backends.triton import launch
 
 THREADS = 128
 TARGET = GPUTarget("cuda", 90, 32)
@@ -335,13 +337,13 @@ def compiled() -> Iterator[None]:
                 values.append(int(bits(np.array([a]))[0]) if name in launch._FLOATS else int(a))
         program.run(grid, [*values, 0, 0], memory)  # and two that Triton adds
 
-    before = launch.Kernel.__call__, operations._runs_on, launch.has_approximate_instructions
+    before = launch.Kernel.__call__, taken.runs_on, launch.has_approximate_instructions
     launch.Kernel.__call__ = call
-    operations._runs_on = launch.has_approximate_instructions = lambda device: True
+    taken.runs_on = launch.has_approximate_instructions = lambda device: True
     try:
         yield
     finally:
-        launch.Kernel.__call__, operations._runs_on, launch.has_approximate_instructions = before
+        launch.Kernel.__call__, taken.runs_on, launch.has_approximate_instructions = before
 
 
 def findings() -> Iterator[dict[str, Any]]:
@@ -394,7 +396,7 @@ def findings() -> Iterator[dict[str, Any]]:
             f"exact noise, {'x'.join(map(str, shape))}",
             "noise of a loss",
             -0.5 * gradient,
-            n.tensor(shape, zero.device),
+            ops.materialize(n, shape, zero.device),
         )
 
     # The error functions, masks that are laid out otherwise than the data, and a sampler's step.

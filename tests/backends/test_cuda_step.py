@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import assert_same
+from asked import cuda, native, reference
 from devices import examples, in_turn, nightly
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.backends import cuda, native, reference, registry
-from fastdiff.backends.cuda import operations as on
+from fastdiff.backends import registry
+from fastdiff.backends.cuda import step as on
+from fastdiff.backends.cuda.trajectory import Trajectory as CudaTrajectory
+from fastdiff.backends.interface import able
+from fastdiff.calls import LossCall, RunCall
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILED = ROOT / "benchmarks" / "cuda_compiled.py"
@@ -270,7 +274,8 @@ def test_what_the_kernel_does_not_do_goes_elsewhere(host, monkeypatch):
         lambda v: cuda.step(v, x, None, 1.0, row, None, (), None, None, v.dtype, (True, True))[0].sum()
     )
     assert gradient(x).shape == x.shape
-    assert cuda.loss is on.elsewhere().loss and cuda.normal is on.elsewhere().normal
+    call = LossCall(x, x, None, row[0], None, None, row[0])
+    assert not cuda.supports(call)[0] and able(cuda.backend, call).name in ("triton", "reference")
 
 
 def network(x, t, cond=None):
@@ -325,16 +330,14 @@ def replayed(device, dtype, sampler, guided, replay):
     streams = torch.arange(16, 16 + steps, device=device)
     first = 1.0 if plan.model_scale is None else float(plan.model_scale[0])
 
-    want = reference.Trajectory(
-        reference.step, x, ops.PreparedSteps(plan.table), 3.0, plan.clip, None, None, None, noise, False
-    )
+    want = reference.trajectory(RunCall(x, ops.PreparedSteps(plan.table), 3.0, plan.clip, philox=noise))
     want.begin(first, copies)
     for k in range(steps):
         z = 16 + k if plan.draws[k] else None
         want.step(k, network(want.seen, None), bool(guided), z, copies)
 
     got = ops.trajectory(x, plan.table, guidance=3.0, clip=plan.clip)
-    assert isinstance(got, cuda.Trajectory)
+    assert isinstance(got, CudaTrajectory)
     got.prepare_capture(first, copies)
     index, ticket = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
 
@@ -408,8 +411,8 @@ def test_graphed_runs_equal_plain_ones(host, recorded, backend, option, monkeypa
         pytest.skip(native.unavailable_because)
     monkeypatch.setattr(registry, "_forced", backend)
     captured = []
-    real = cuda.Trajectory.captured
-    monkeypatch.setattr(cuda.Trajectory, "captured", lambda *a, **how: captured.append(1) or real(*a, **how))
+    real = CudaTrajectory.captured
+    monkeypatch.setattr(CudaTrajectory, "captured", lambda *a, **how: captured.append(1) or real(*a, **how))
     for sampler in fastdiff.samplers.NAMES if option == "plain" else [*CAPTURED, "edm", "flow_lcm"]:
         flow = sampler.startswith("flow")
         process = fastdiff.RectifiedFlow() if flow else fastdiff.VariancePreserving()
@@ -555,14 +558,14 @@ class TestBinding:
 # --- the module
 
 
-@pytest.mark.skipif(not cuda.built, reason=cuda.unavailable_because)
+@pytest.mark.skipif(not on.built, reason=on.unavailable_because)
 def test_the_module_says_what_it_was_built_for():
     from fastdiff import _C
 
     assert set(_C.cuda_architectures()) <= {80, 86, 89, 90, 100, 120}
 
 
-@pytest.mark.skipif(not cuda.built or torch.cuda.is_available(), reason="needs the kernel, and no device")
+@pytest.mark.skipif(not on.built or torch.cuda.is_available(), reason="needs the kernel, and no device")
 def test_without_a_device_a_launch_says_so():
     """It loads (this process has), and a launch raises instead of crashing."""
     from fastdiff import _C
@@ -579,8 +582,8 @@ def test_without_a_device_a_launch_says_so():
 
 @pytest.fixture
 def gpu():
-    if not cuda.built:
-        pytest.skip(cuda.unavailable_because)
+    if not on.built:
+        pytest.skip(on.unavailable_because)
     with fastdiff.use_backend("cuda"):
         yield torch.device("cuda")
 

@@ -9,11 +9,15 @@ import warnings
 
 import pytest
 import torch
+from asked import cuda, reference
 
 import fastdiff
 from fastdiff import backends, doctor, ops
-from fastdiff.backends import cuda, devices, reference, registry, triton
-from fastdiff.backends.cuda import operations as on
+from fastdiff.backends import devices, registry
+from fastdiff.backends.cuda import step as on
+from fastdiff.backends.cuda.trajectory import Trajectory as CudaTrajectory
+from fastdiff.backends.triton import availability
+from fastdiff.backends.triton.availability import unfit_because
 
 GPUS = [torch.device("cuda", k) for k in range(3)]
 NO_CODE = "the CUDA kernels cannot be loaded: no kernel image is available for execution (CUDA error 209, device 1)"
@@ -46,7 +50,7 @@ class Machine:
         for trial in registry._TRIED.values():
             monkeypatch.setattr(trial, "found", {})
         # ``Kernel.__call__`` would need a device's memory, so it is the launch as a whole that is put in its place.
-        monkeypatch.setattr(triton, "no_device_because", lambda: "")
+        monkeypatch.setattr(availability, "no_device_because", lambda: "")
         monkeypatch.setattr(registry._TRIED["triton"], "_attempt", lambda device: self.try_on("triton", device.index))
 
     @contextlib.contextmanager
@@ -81,7 +85,7 @@ def silently(call, *arguments):
 def test_each_device_is_tried_once(machine):
     for _ in range(3):
         assert silently(lambda: [backends.choose(gpu) for gpu in GPUS]) == ["cuda"] * 3
-        assert [registry.get(gpu) for gpu in GPUS] == [cuda] * 3
+        assert [registry.get(gpu).name for gpu in GPUS] == ["cuda"] * 3
     assert machine.tries == [("cuda", 0), ("cuda", 1), ("cuda", 2)]
     assert backends.choose("cuda") == "cuda", "the current one"
 
@@ -90,9 +94,9 @@ def test_a_device_without_code_for_the_step_has_tritons(machine):
     machine.unfit["cuda"][1] = RuntimeError(NO_CODE + ".")
     assert silently(backends.choose, GPUS[0]) == "cuda"
     with pytest.warns(UserWarning, match=r"'cuda' cannot run on cuda:1: .*CUDA error 209.*'triton' does") as found:
-        assert registry.get(GPUS[1]) is triton
+        assert registry.get(GPUS[1]).name == "triton"
     assert len(found) == 1
-    assert silently(registry.get, GPUS[1]) is triton and silently(registry.get, GPUS[2]) is cuda
+    assert [silently(registry.get, gpu).name for gpu in GPUS[1:]] == ["triton", "cuda"]
     assert machine.tries.count(("cuda", 1)) == 1
 
 
@@ -100,7 +104,7 @@ def test_a_device_that_nothing_fits_has_the_reference(machine):
     machine.unfit["cuda"][2] = RuntimeError(NO_CODE)
     machine.unfit["triton"][2] = RuntimeError("ptxas failed\nstderr:\nno such target.\n\n.version 8")
     with pytest.warns(UserWarning) as found:
-        assert registry.get(GPUS[2]) is reference
+        assert registry.get(GPUS[2]).name == "reference"
     assert [str(one.message) for one in found] == [
         f"the backend 'cuda' cannot run on cuda:2: {NO_CODE}. 'reference' does.",
         "the backend 'triton' cannot run on cuda:2: ptxas failed stderr: no such target. 'reference' does.",
@@ -110,20 +114,20 @@ def test_a_device_that_nothing_fits_has_the_reference(machine):
 
 def test_a_device_with_the_step_but_without_triton(machine):
     """The CUDA backend has all but the step from Triton's, whose operations go to the reference there."""
-    from fastdiff.backends.triton import operations
+    from fastdiff.backends.triton import arguments as taken
 
     machine.unfit["triton"][1] = AssertionError()
     assert silently(backends.choose, GPUS[1]) == "cuda"
-    assert not operations._runs_on(GPUS[1]) and operations._runs_on(GPUS[0])
+    assert not taken.runs_on(GPUS[1]) and taken.runs_on(GPUS[0])
     assert registry.remakes_noise(GPUS[0]) and not registry.remakes_noise(GPUS[1])
-    assert triton.unfit_because(GPUS[1]) == "AssertionError"
+    assert unfit_because(GPUS[1]) == "AssertionError"
 
 
 def test_nothing_is_tried_during_a_capture(machine):
     """And what is chosen then is not for later."""
     machine.capturing.add(1)
     assert silently(backends.choose, GPUS[1]) == "reference"
-    assert machine.tries == [] and cuda.unfit_because(GPUS[1]).startswith("nothing ran on it before")
+    assert machine.tries == [] and on.unfit_because(GPUS[1]).startswith("nothing ran on it before")
     assert silently(backends.choose, GPUS[0]) == "cuda", "the other device is not captured"
     machine.capturing.clear()
     assert silently(backends.choose, GPUS[1]) == "cuda"
@@ -203,9 +207,9 @@ def test_fake_tensors_are_not_what_is_tried(machine, monkeypatch):
     from torch._subclasses import FakeTensorMode
 
     kinds = []
-    monkeypatch.setattr(triton.unfit_because, "_attempt", lambda device: kinds.append(type(torch.empty(1))))
+    monkeypatch.setattr(unfit_because, "_attempt", lambda device: kinds.append(type(torch.empty(1))))
     with FakeTensorMode():
-        assert triton.unfit_because(GPUS[0]) == ""
+        assert unfit_because(GPUS[0]) == ""
     assert kinds == [torch.Tensor]
 
 
@@ -274,7 +278,7 @@ def test_every_way_into_the_step_goes_elsewhere(refusing):
     for a, b in zip(cuda.step(*arguments), reference.step(*arguments)):
         assert torch.equal(a, b)
     run = ops.trajectory(x, table)
-    assert type(run) is cuda.Trajectory and not run.captures
+    assert type(run) is CudaTrajectory and not run.captures
     with pytest.raises(RuntimeError, match="a captured step needs"):
         run.prepare_capture()
 
@@ -292,7 +296,8 @@ def test_every_way_into_the_step_goes_elsewhere(refusing):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
 def test_trying_triton_launches_a_kernel_and_leaves_no_record():
-    from fastdiff.backends.triton import launch, launches
+    from fastdiff.backends.triton import launch
+    from fastdiff.backends.triton.launch import launches
 
     with launches() as launched:
         if launch.INTERPRETED:
@@ -317,10 +322,10 @@ def test_what_a_compiler_prints_is_not_shown(monkeypatch, capsys):
 @pytest.mark.gpu
 def test_gpu_fits():
     gpu = torch.device("cuda", torch.cuda.current_device())
-    assert triton.unfit_because(gpu) == ""
-    if cuda.built:
-        assert cuda.unfit_because(gpu) == ""
-    assert silently(backends.choose, gpu) == ("cuda" if cuda.built else "triton")
+    assert unfit_because(gpu) == ""
+    if on.built:
+        assert on.unfit_because(gpu) == ""
+    assert silently(backends.choose, gpu) == ("cuda" if on.built else "triton")
 
 
 @pytest.mark.gpu

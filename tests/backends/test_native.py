@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 from accuracy import assert_same
+from asked import native, reference
 from devices import examples, pairwise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.backends import native, reference
 from fastdiff.ops.checks import compute_dtype
 
 if not native.available:
@@ -122,7 +122,7 @@ def test_results_larger_than_the_cache_are_those_of_their_rows(size, dtype, simd
         )
         loss.backward()
         step = native.step(x0[r], m[r], None, 1.0, table, 1.0, (), n[r], None, dtype, (True, True))
-        return [x_t, y_t, kept, predicted.grad, native.convert(m[r], x0[r], alpha[r], sigma[r], dtype), *step]
+        return [x_t, y_t, kept, predicted.grad, native.convert(m[r], x0[r], alpha[r], sigma[r]), *step]
 
     pieces = [everything(slice(k, k + 1), k) for k in range(rows)]
     for whole, *parts in zip(everything(slice(None), 0), *pieces):
@@ -231,7 +231,7 @@ def test_convert_and_step(dtype, batched, simd):
                     spread = torch.finfo(wide).eps * 4 * (exact.abs().max() if exact.numel() else 0)
                     assert bool(((got.double() - exact).abs() <= bound + ulps + spread).all())
         k_x, k_m = (random((shape[0], *ones[1:]), wide) for _ in range(2))
-        assert_same(native.convert(m, x, k_x, k_m, dtype), reference.convert(m, x, k_x, k_m, dtype))
+        assert_same(native.convert(m, x, k_x, k_m), reference.convert(m, x, k_x, k_m))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -241,8 +241,8 @@ def test_special_values_survive_storage(dtype, value, simd):
     x = torch.full((37,), value, dtype=torch.float64).to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     one, zero = torch.ones(1, dtype=wide), torch.zeros(1, dtype=wide)
-    got = native.convert(x, torch.zeros_like(x), zero, one, dtype)
-    assert_same(got, reference.convert(x, torch.zeros_like(x), zero, one, dtype))
+    got = native.convert(x, torch.zeros_like(x), zero, one)
+    assert_same(got, reference.convert(x, torch.zeros_like(x), zero, one))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -250,7 +250,7 @@ def test_every_16_bit_pattern_and_rounding(dtype, simd):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     one, half = torch.ones(1), torch.tensor([1 / 3])
     for k in (one, half):
-        arguments = (every, torch.zeros_like(every), torch.zeros(1), k, dtype)
+        arguments = (every, torch.zeros_like(every), torch.zeros(1), k)
         assert_same(native.convert(*arguments), reference.convert(*arguments))
 
 

@@ -2,17 +2,18 @@
 
 import pytest
 import torch
+from asked import reference
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.backends import reference
 from fastdiff.tensors import Gathered
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
-from fastdiff.backends.triton import launches
-from fastdiff.backends.triton import operations as triton
+from asked import triton
+
+from fastdiff.backends.triton.launch import launches
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)

@@ -7,8 +7,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
+from asked import triton as operations
+
+from fastdiff.backends.interface import able
+from fastdiff.backends.triton import arguments as taken
 from fastdiff.backends.triton import direct as whole_calls
-from fastdiff.backends.triton import launch, operations, workspace
+from fastdiff.backends.triton import launch, workspace
+from fastdiff.calls import LossCall, NoiseCall
 
 X = torch.zeros(1, 64)
 
@@ -17,7 +22,7 @@ def captured(monkeypatch, call):
     """The (kernel, arguments, constants) of a launch that does not happen."""
     found = []
     monkeypatch.setattr(launch.Kernel, "__call__", lambda kernel, device, grid, *rest: found.append((kernel, *rest)))
-    monkeypatch.setattr(operations, "_runs_on", lambda device: True)
+    monkeypatch.setattr(taken, "runs_on", lambda device: True)
     call()
     return found
 
@@ -103,7 +108,7 @@ def direct(monkeypatch):
     monkeypatch.setattr(launch, "_direct", lambda device: True)
     monkeypatch.setattr(launch, "_stream", lambda device: 77)
     monkeypatch.setattr(launch.triton.runtime, "driver", type("Drivers", (), {"active": Driver}))
-    monkeypatch.setattr(operations, "_runs_on", lambda device: True)
+    monkeypatch.setattr(taken, "runs_on", lambda device: True)
     for kernel in (launch.affine, launch.loss, launch.rational, launch.step, launch.uniforms):
         monkeypatch.setattr(kernel, "_variants", {})
     monkeypatch.setattr(whole_calls, "_times", {})
@@ -188,11 +193,19 @@ def test_what_a_launch_costs_the_host(direct):
     keys, kernels = direct
     x0, rows, seed = torch.zeros(1, 4, 8, 8), torch.rand(2, 1, 1, 1, 1), torch.tensor([3])
     prediction, one = torch.zeros(1, 4, 8, 8).requires_grad_(), torch.tensor(1.0)
-    how = None, rows[0], None, rows[1], None, None, "mse", "none", "mean"
+
+    def noise():
+        call = NoiseCall(x0, ops.Philox(seed), *rows, keep_noise=False)
+        return able(operations.backend, call).noise(call)
+
+    def loss():
+        call = LossCall(prediction, None, x0, None, rows[0], None, rows[1])
+        return able(operations.backend, call).loss(call)
+
     calls = {
-        "noising": (lambda: operations.noise(x0, ops.Philox(seed), *rows, 0.0, None, False), 1, 1),
+        "noising": (noise, 1, 1),
         # The loss, its gradient, and the upstream gradient that it is for.
-        "loss": (lambda: operations.loss(prediction, None, x0, *how).backward(one), 2, 3),
+        "loss": (lambda: loss().backward(one), 2, 3),
     }
     most = {"noising": 55, "loss": 180}  # 44 and 150, and room for another PyTorch
     torch.use_deterministic_algorithms(False)  # which fills what is empty
@@ -214,8 +227,9 @@ def test_what_a_launch_costs_the_host(direct):
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "flow"])
 def test_a_whole_call_makes_the_launches_of_the_general_way(direct, kind, monkeypatch):
     """Kernels, grids, numbers, constants, and the pointers of what is given, as they change from step to step."""
+    from asked import triton
+
     import fastdiff
-    from fastdiff.backends import triton
 
     _, kernels = direct
     flow = kind == "flow"
@@ -340,7 +354,7 @@ def test_triton_jit_makes_no_more_variants(monkeypatch):
         launched.append((kernel, arguments, constants))
 
     monkeypatch.setattr(launch.Kernel, "__call__", record)
-    monkeypatch.setattr(operations, "_runs_on", lambda device: True)
+    monkeypatch.setattr(taken, "runs_on", lambda device: True)
     for k, (samples, width) in enumerate([(1, 4096), (2, 8192), (3, 4096 * 3), (16, 4096 * 5), (17, 4096), (4, 65536)]):
         for stream, offset, seed in ((0, 0, 2**40), (1, 1, -(2**62)), (16, 2**33 + 1, 2**63 - 1)):
             calls(samples, width, stream, offset, seed, k)
@@ -397,7 +411,8 @@ def test_noise_is_kept_unless_triton_makes_it(has_triton, monkeypatch):
 
     kept = {name: not registry.remakes_noise(name) for name in ("cpu", "meta")}
     assert kept == {"cpu": True, "meta": True}
-    monkeypatch.setattr(registry._MODULES["triton"], "available", has_triton)
+    because = "" if has_triton else "not there"
+    monkeypatch.setattr(registry._BACKENDS["triton"], "unavailable_because", because)
     monkeypatch.setitem(registry._CHOICE, "cpu", "cuda")
     assert registry.remakes_noise("cpu") == has_triton
     noised = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow").noise(X, seed=1)

@@ -20,16 +20,17 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
-from fastdiff import backends, ops
+from fastdiff import ops
 from fastdiff.backends.reference import philox
 from fastdiff.tensors import Gathered
 
 pytest.importorskip("triton")
 import triton as jit
 import triton.language as tl
+from asked import reference, triton
 
-from fastdiff.backends.triton import interpreted, launches, plan
-from fastdiff.backends.triton import operations as triton
+from fastdiff.backends.triton import affine, interpreted, loss, plan, step
+from fastdiff.backends.triton.launch import launches
 from fastdiff.backends.triton.philox import fma
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -74,22 +75,6 @@ def diagonal(chosen=None, **lists):
     return pytest.mark.parametrize(list(lists), cases)
 
 
-class Reference:
-    """The reference; also for the noise that it makes, which is the chosen backend's otherwise."""
-
-    def __getattr__(self, name):
-        function = getattr(backends.reference, name)
-
-        def call(*arguments, **keywords):
-            with fastdiff.use_backend("reference"):
-                return function(*arguments, **keywords)
-
-        return call
-
-
-reference = Reference()
-
-
 def random(shape, dtype=torch.float32):
     return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
 
@@ -107,7 +92,8 @@ def assert_as_good(got, want, exact):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Rows of several tiles without large data."""
-    monkeypatch.setattr(triton, "tile_of", lambda elements, itemsize: 64)
+    for module in (affine, loss, step):
+        monkeypatch.setattr(module, "tile_of", lambda elements, itemsize: 64)
 
 
 @diagonal(1, shape=[(1,), (1, 1100), (3, 33), (2, 4, 8, 8), (0, 4), (2, 0)])
@@ -163,9 +149,9 @@ def test_fast_normals():
     assert (fast - exact).abs().max() < RNG_TOLERANCE
     source = ops.Philox(3, rng="fast")
     with fastdiff.use_backend("triton"):
-        assert_same(source.tensor((4, 2048), DEVICE), fast)
+        assert_same(ops.materialize(source, (4, 2048), DEVICE), fast)
     with fastdiff.use_backend("reference"):
-        assert_same(source.tensor((4, 2048), DEVICE), exact)
+        assert_same(ops.materialize(source, (4, 2048), DEVICE), exact)
     x0, one = random((4, 2048)), torch.ones(4, 1, device=DEVICE)
     x_t, _ = triton.noise(x0, source, one, one, 0.0, None, False)
     torch.testing.assert_close(x_t, x0 + fast)
@@ -184,7 +170,7 @@ def fast_noise(shape, stream=0, offset=0.0):
     """(source, tensor) of the same fast noise."""
     source = ops.Philox(3, 1, stream, offset=offset, rng="fast")
     with fastdiff.use_backend("triton"):
-        return source, source.tensor(shape, DEVICE)
+        return source, ops.materialize(source, shape, DEVICE)
 
 
 @diagonal(3, layout=LAYOUTS, dtype=DTYPES, xi=["none", "made", "given"], keep=[False, True])
@@ -598,7 +584,7 @@ def test_gradients_of_noising_and_conversion(dtype):
     rows = random((2, 1, 1)), random((2, 1, 1))
     calls = [
         lambda backend, a, b: backend.noise(a, b, *rows, 0.0, None, True)[0],
-        lambda backend, a, b: backend.convert(a, b, *rows, dtype),
+        lambda backend, a, b: backend.convert(a, b, *rows),
     ]
     for call in calls:
         results = []

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from asked import triton
+
 import fastdiff
 from fastdiff import ops
-from fastdiff.backends.triton import launches
-from fastdiff.backends.triton import operations as triton
+from fastdiff.backends.triton.launch import launches
 from fastdiff.bench import counting, peers
 from fastdiff.bench.cases import Case, operands
 from fastdiff.tensors import Gathered
@@ -102,7 +103,7 @@ def test_masks_count_as_what_they_store():
 def test_conversion_and_the_step(dtype):
     full, wide = ELEMENTS * dtype.itemsize, ELEMENTS * 4
     x, m, uncond = data(dtype), data(dtype), data(dtype)
-    assert moved(lambda: triton.convert(m, x, row(), row(), dtype)) == [("affine", 2 * full + 2 * ROWS, full)]
+    assert moved(lambda: triton.convert(m, x, row(), row())) == [("affine", 2 * full + 2 * ROWS, full)]
     table, history = torch.rand(18, device=DEVICE), (data(), data())
 
     def step(uncond, guidance, table, history, noise, wanted, seen=None):

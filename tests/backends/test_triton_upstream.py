@@ -7,7 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastdiff.backends.triton import interpreted, launch, operations, workspace
+from asked import triton as operations
+
+from fastdiff.backends.triton import interpreted, launch, workspace
 from fastdiff.tensors import Gathered
 
 if not interpreted():
@@ -43,7 +45,7 @@ def loss(x, weight=ONE, function="mse"):
 def poisoned(*losses):
     """What the forwards have written, overwritten: it comes out where a backward leaves it as it is."""
     for one in losses:
-        one.grad_fn.gradient[0].fill_(77.0)
+        one.grad_fn.written[0].fill_(77.0)
 
 
 def kept(gradient):
@@ -221,7 +223,7 @@ def test_a_backward_on_another_stream_leaves_the_forwards_cell(stream):
         x = prediction()
         stream["stream"], stream["capturing"] = before
         one = loss(x)
-        cell = one.grad_fn.cell.value
+        cell = one.grad_fn.written[2].value
         stream["stream"], stream["capturing"] = after
         torch.testing.assert_close(grad(0.5 * one, x)[0], expected(x, 0.5))
         assert float(cell) == 0
@@ -267,7 +269,7 @@ def captured_step(monkeypatch, stream, factors=(1.0, 0.5)):
 
     def body():
         losses = [loss(x) for x in inputs]
-        written[:] = [one.grad_fn.gradient[0] for one in losses]
+        written[:] = [one.grad_fn.written[0] for one in losses]
         total = sum(factor * one for factor, one in zip(factors, losses))
         return torch.autograd.grad(total, inputs)
 

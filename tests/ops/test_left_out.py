@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
+from asked import native, triton
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.backends import native, triton
 
 PATHS = ["reference", "native", "native, general way", "triton", "compiled"]
 # The interpreter's own: numpy's announcements, and what becomes of infinity and NaN.

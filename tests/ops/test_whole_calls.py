@@ -8,12 +8,13 @@ import threading
 import pytest
 import torch
 from accuracy import assert_same
+from asked import native, triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.backends import native, triton
+from fastdiff.backends.triton import interpreted
 
 _C = pytest.importorskip("fastdiff._C")
 pytestmark = pytest.mark.skipif(native.direct is None, reason="this PyTorch has no C functions for its tensors")
@@ -53,7 +54,7 @@ def backend(request):
     name = getattr(request, "param", "native")
     if name == "triton":
         pytest.importorskip("triton")
-        if not triton.interpreted():
+        if not interpreted():
             pytest.skip("on CPU tensors Triton's kernels run in its interpreter")
     with fastdiff.use_backend(name):
         yield {"native": native, "triton": triton}[name]

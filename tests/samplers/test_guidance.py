@@ -271,9 +271,9 @@ def test_one_launch_a_step(name, backend, monkeypatch):
 
         monkeypatch.setattr(trajectory, "_C", Counting())
     else:
-        module = registry._MODULES["reference"]
-        real = module.step
-        monkeypatch.setattr(module, "step", lambda *a, **how: calls.append(1) or real(*a, **how))
+        chosen = registry._BACKENDS["reference"]
+        real = chosen.step
+        monkeypatch.setattr(chosen, "step", lambda call: calls.append(1) or real(call))
     process, prediction = (FLOW, "flow") if name.startswith("flow") else (VP, "epsilon")
     rows = len(samplers.get(name).plan(process, 5, prediction).times)
     run(sampler=name, process=process, steps=5, prediction=prediction, cond=COND, uncond=UNCOND, guidance=2.0)

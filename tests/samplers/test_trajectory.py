@@ -3,17 +3,18 @@
 import pytest
 import torch
 from accuracy import assert_same
+from asked import native, reference
 from devices import in_turn
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.backends import native, reference, registry
-from fastdiff.backends.native import operations
+from fastdiff.backends import registry
+from fastdiff.calls import RunCall
+from fastdiff.torch_access import _C
 
 if not native.available:
     pytest.skip(native.unavailable_because, allow_module_level=True)
 
-_C = operations._C
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 K = len(ops.COLUMNS)
 AT = {name: k for k, name in enumerate(ops.COLUMNS)}
@@ -56,10 +57,11 @@ def both(x, rows, guided, network, streams, **how):
     results = []
     for backend in (native, reference):
         wanted = {"guidance": how.get("guidance", 1.0), "mask": None, "known": None, "known_noise": None} | how
-        run = backend.Trajectory(
-            backend.step, x.clone(), ops.PreparedSteps(rows), wanted["guidance"], wanted.get("clip"), wanted["mask"],
-            wanted["known"], wanted["known_noise"], philox, how.get("reuse", True),
+        call = RunCall(
+            x.clone(), ops.PreparedSteps(rows), wanted["guidance"], wanted.get("clip"), wanted["mask"], wanted["known"],
+            wanted["known_noise"], philox, how.get("reuse", True),
         )  # fmt: skip
+        run = backend.trajectory(call)
         run.begin(0.5, 1 + guided[0])
         states = []
         for k in range(len(rows)):

@@ -5,21 +5,8 @@ It is built where nvcc is found, loads without a driver, and uses the stream tha
 waits for the device.
 """
 
-from typing import Any
+from .backend import Cuda
 
-from .operations import built, description, elsewhere, no_device_because, step, unavailable_because, unfit_because
-from .trajectory import Trajectory
+backend = Cuda()
 
-__all__ = [
-    "Trajectory",
-    "built",
-    "description",
-    "no_device_because",
-    "step",
-    "unavailable_because",
-    "unfit_because",
-]
-
-
-def __getattr__(name: str) -> Any:
-    return getattr(elsewhere(), name)
+__all__ = ["Cuda", "backend"]

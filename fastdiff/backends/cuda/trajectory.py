@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...calls import RunCall, seed_of
+from ..interface import Backend, differentiable
 from ..native.launch import memory
 from ..reference import Trajectory as Any_Trajectory
-from . import operations as on
-from .operations import differentiable, numbers, of_data, of_mask, one_or_each, plain, repeated, settled, source
+from . import step as on
+from .step import numbers, of_data, of_mask, one_or_each, plain, repeated, settled, source
 
 Memory = tuple[int, int, int]
 
@@ -20,24 +21,14 @@ Memory = tuple[int, int, int]
 class Trajectory(Any_Trajectory):
     """As ``reference.Trajectory``. What the kernel does not do goes step by step through the backend's ``step``."""
 
-    def __init__(
-        self,
-        step: Callable[..., Any],
-        x: Tensor,
-        prepared: Any,
-        guidance: Tensor | float,
-        clip: float | None,
-        mask: Tensor | None,
-        known: Tensor | None,
-        known_noise: Any,
-        philox: Any,
-        reuse: bool,
-    ):
-        super().__init__(step, x, prepared, guidance, clip, mask, known, known_noise, philox, reuse)
+    def __init__(self, backend: Backend, call: RunCall):
+        super().__init__(backend, call)
+        x, _, guidance, clip, mask, known, known_noise, philox, reuse = call
+        self._clip, self._philox, self._reuse = clip, philox, reuse
         placed = self._placed
         self._prepared = (
             on.built
-            and plain(x, placed, guidance, mask, known, known_noise, getattr(known_noise, "seed", None))
+            and plain(x, placed, guidance, mask, known, known_noise, seed_of(known_noise))
             and of_data(x, known, known_noise)
             and placed.dtype == torch.float32
             and (mask is None or mask.dtype in on.MASKS)
@@ -55,7 +46,7 @@ class Trajectory(Any_Trajectory):
         self._scales = guidance.contiguous() if isinstance(guidance, Tensor) else guidance
         self._repeated = repeated(mask, x)
         self._given = known if known is None else known.contiguous()
-        self._given_noise = settled(known_noise, x)
+        self._given_noise = settled(known_noise, x, backend.otherwise)
         first, columns = self._rows.data_ptr(), self._rows.shape[1]
         self._layout = (x.shape[0], x.numel() // x.shape[0])
         self._row = [(first + 4 * columns * k, 0, columns) for k in range(len(self._rows))]
@@ -68,7 +59,7 @@ class Trajectory(Any_Trajectory):
         self._outs = [(n * x.shape[0], *x.shape[1:]) for n in (1, 2)]
         # What streams of the noise are made from; None: each step settles that.
         self._key: Any = None
-        seed = getattr(philox, "seed", None)
+        seed = seed_of(philox)
         if philox is not None and not philox.offset and plain(seed):
             self._key = memory(seed) if isinstance(seed, Tensor) else int(seed)
 
@@ -142,10 +133,10 @@ class Trajectory(Any_Trajectory):
                 noise = dataclasses.replace(self._philox, stream=noise)
             else:
                 self._check_noise(noise)
-            if not plain(noise, getattr(noise, "seed", None)) or not of_data(noise) or differentiable(noise):
+            if not plain(noise, seed_of(noise)) or not of_data(noise) or differentiable(noise):
                 self._step_elsewhere(k, m, guided, noise, copies, want_x0, None, None, None, None)
                 return
-            noise = settled(noise, self.x)  # held until the launch
+            noise = settled(noise, self.x, self._backend.otherwise)  # held until the launch
             made = source(noise)
         m = m.contiguous()
         output, uncond = self._outputs(m, guided)

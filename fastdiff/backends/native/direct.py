@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import modes
+from ...calls import LossCall
 from ...torch_access import _C, reads_tensors
 from .. import reference
-from ..saving import save, saved
 from .launch import FUNCTIONS, memory
-from .operations import _launch_loss
+from .loss import recorded as _recorded
 
 _threads, _grad = torch.get_num_threads, torch.is_grad_enabled
 
 available = reads_tensors
+_reference = reference.backend
 _ONE = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
@@ -91,40 +91,13 @@ def loss(
     made = _C.direct_loss(source, present, FUNCTIONS[function], prediction, x0, n, t, one, ahead, _threads())
     if made is None or not recorded:
         return None if made is None else made[0]
-    return _apply(prediction, (made, x0, n, t, rows, function))
+    value, gradient = made
 
+    def call_of(prediction, x0, n, _):  # t, which the rows are made from, has not changed
+        p, q, scale, weight, c = (row if row is None else row.to(value.dtype) for row in rows())
+        return LossCall(prediction, x0, n, p, q, scale, weight, c, None, function)
 
-class _Loss(torch.autograd.Function):
-    """A loss that is known, with its gradient for an upstream gradient of 1. For another it is computed again with
-    that one in it before any rounding."""
-
-    @staticmethod
-    def forward(ctx, prediction, known):
-        (value, ctx.gradient), x0, n, t, ctx.rows, ctx.function = known
-        save(ctx, prediction, x0, n, t)
-        return value
-
-    @staticmethod
-    def backward(ctx, upstream):
-        graph = torch.is_grad_enabled()  # of the gradient
-        gradient, ctx.gradient = ctx.gradient, None
-        plain = not modes.is_many(upstream)
-        if gradient is not None and not graph and plain and float(upstream) == 1.0:
-            return gradient, None
-        prediction, x0, n, _ = saved(ctx)  # t, which the rows are made from, has not changed
-        p, q, scale, weight, c = (row if row is None else row.to(upstream.dtype) for row in ctx.rows())
-        rest = (c, None, ctx.function, "none", "mean")
-        if graph:
-            loss = reference.loss(prediction, x0, n, p, q, scale, weight, *rest)
-            return torch.autograd.grad(loss, prediction, upstream, create_graph=True)[0], None
-        if not plain:  # several at once
-            return reference.loss_gradient(upstream, prediction, x0, n, p, q, scale, weight, *rest), None
-        arguments = (prediction, weight, x0, n, p, q, scale, *rest)
-        return _launch_loss(*arguments, upstream=upstream, result=False, gradient=True)[2], None
-
-
-# What Function.apply comes to where no transform is at work, which the call has seen to.
-_apply = super(torch.autograd.Function, _Loss).apply
+    return _recorded(prediction, None, (value, None, gradient), (prediction, x0, n, t), call_of, _reference)
 
 
 def convert(source: Any, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:

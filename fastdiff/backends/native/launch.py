@@ -1,4 +1,5 @@
-"""Tensors to the pointers and sizes that ``fastdiff._C`` takes. No autograd, and no checks: ``fastdiff.ops`` made them.
+"""Which tensors ``fastdiff._C`` takes, and the pointers and sizes that it takes of them. No autograd, and no checks:
+``fastdiff.ops`` made them.
 
 Rows come placed: as many dimensions as the data, 1 where shared. Tensors are contiguous; a mask may be anything.
 """
@@ -13,11 +14,49 @@ from torch import Tensor
 
 from ... import codes
 from ...codes import DTYPES
+from ...modes import wrapping
+from ..interface import TRANSFORMED
 from ..layout import layout_of
 
 FUNCTIONS, REDUCTIONS, NORMALIZATIONS = (
     {name: k for k, name in enumerate(names)} for names in (codes.FUNCTIONS, codes.REDUCTIONS, codes.NORMALIZATIONS)
 )
+
+_is_compiling, _Parameter = torch.compiler.is_compiling, torch.nn.Parameter
+
+
+def unsuited(*tensors: Any) -> str:
+    """Why one of these is not ordinary memory on the CPU; empty where all are. What is no tensor is passed over."""
+    if _is_compiling() or wrapping() is not None:
+        return TRANSFORMED
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is Tensor or kind is _Parameter:
+            if not tensor.is_cpu:
+                return f"a tensor on {tensor.device}"
+            if tensor.dtype not in DTYPES:
+                return f"a tensor of {tensor.dtype}"
+        elif isinstance(tensor, Tensor):
+            return f"a {kind.__name__}, which is a subclass of Tensor"
+    return ""
+
+
+def contiguous(tensor: Any) -> Any:
+    return tensor.contiguous() if isinstance(tensor, Tensor) else tensor
+
+
+def empty(shape: torch.Size, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A contiguous tensor to write to; ``like`` is on the CPU, and saves time if it is just so."""
+    if dtype == like.dtype and like.is_contiguous() and shape == like.shape:
+        return torch.empty_like(like)
+    return like.new_empty(shape, dtype=dtype)
+
+
+def in_format_of(tensor: Tensor, result: Tensor | None) -> Tensor | None:
+    """``result`` in the memory format of ``tensor``: a channels_last network gets a channels_last x_t."""
+    if result is None or tensor.is_contiguous():
+        return result
+    return torch.empty_like(tensor, dtype=result.dtype).copy_(result)
 
 
 def arrange(shape: torch.Size, *rows: Tensor | None) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:

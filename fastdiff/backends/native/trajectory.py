@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...calls import RunCall, seed_of
 from ...codes import DATA, DTYPES
 from ...torch_access import _C
 from .. import reference
+from ..interface import Backend
 from ..layout import layout_of
-from . import operations
-from .launch import arrange, masked, memory, source
+from .launch import arrange, masked, memory, source, unsuited
 
 _ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
@@ -24,11 +25,11 @@ class Trajectory(reference.Trajectory):
     """As ``reference.Trajectory``, a launch of the native step a row. With ``reuse`` x is written over where it is, but
     for a tensor that somebody else holds: it is left to them."""
 
-    def __init__(self, step, x, prepared, guidance, clip, mask, known, known_noise, philox, reuse):
-        super().__init__(step, x, prepared, guidance, clip, mask, known, known_noise, philox, reuse)
-        given = (x, self._placed, guidance, mask, known, known_noise, getattr(known_noise, "seed", None))
-        given += (getattr(philox, "seed", None),)
-        self._prepared = operations._plain(*given) and x.ndim > 0 and x.is_contiguous() and x.numel() > 0
+    def __init__(self, backend: Backend, call: RunCall):
+        super().__init__(backend, call)
+        x, _, guidance, clip, mask, known, known_noise, philox, self._reuse = call
+        given = (x, self._placed, guidance, mask, known, known_noise, seed_of(known_noise), seed_of(philox))
+        self._prepared = not unsuited(*given) and x.ndim > 0 and x.is_contiguous() and x.numel() > 0
         if not self._prepared:
             return
         placed, shape = self._placed, x.shape

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...calls import RunCall, StepCall
 from ...codes import COLUMNS
+from ..interface import Backend, able
 
 _AT = {name: k for k, name in enumerate(COLUMNS)}
 
@@ -37,7 +38,7 @@ class Needs(NamedTuple):
 
 class Trajectory:
     """The steps of one run, in order; checked arguments (``fastdiff.ops.trajectory``). This one works with any
-    backend's ``step``; a backend may have one of its own that does the same with less of the host's time.
+    ``backend``'s step; a backend may have one of its own that does the same with less of the host's time.
 
     Attributes:
         x: the sample now.
@@ -48,24 +49,11 @@ class Trajectory:
 
     captures = False
 
-    def __init__(
-        self,
-        step: Callable[..., Any],
-        x: Tensor,
-        prepared: Any,
-        guidance: Tensor | float,
-        clip: float | None,
-        mask: Tensor | None,
-        known: Tensor | None,
-        known_noise: Any,
-        philox: Any,
-        reuse: bool,
-    ):
-        self._step, self.x = step, x
-        self._placed = prepared.placed(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
-        self._guidance, self._clip, self._philox, self._reuse = guidance, clip, philox, reuse
-        self._mask, self._known, self._known_noise = mask, known, known_noise
-        self.keeps, self.reads, self.scales = Needs.of(prepared)
+    def __init__(self, backend: Backend, call: RunCall):
+        x = call.x
+        self._backend, self.x, self._run = backend, x, call
+        self._placed = call.steps.placed(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        self.keeps, self.reads, self.scales = Needs.of(call.steps)
         self._history: list[Tensor] = []
         self.x0: Tensor | None = None
         self.seen = x
@@ -110,18 +98,19 @@ class Trajectory:
         if isinstance(noise, Tensor):
             self._check_noise(noise)
         elif noise is not None:
-            noise = dataclasses.replace(self._philox, stream=noise)
+            noise = dataclasses.replace(self._run.philox, stream=noise)
         if guided:
             uncond, m = m[: len(x)], m[len(x) :]
         seen = None
         if copies > 1 or (copies and self.scales[k] != 1):
             seen = torch.empty((copies * len(x), *x.shape[1:]), dtype=x.dtype, device=x.device)
         entries = tuple(self._history[: self.reads[k]]) if history is None else history
-        self.x, x0, entry = self._step(
-            x, m, uncond, self._guidance if guided else 1.0, self._placed[k] if row is None else row, self._clip,
-            entries, noise, log_variance, x.dtype, (want_x0, self.keeps[k]), threshold=threshold,
-            mask=self._mask, known=self._known, known_noise=self._known_noise, model_input=seen,
+        run = self._run
+        call = StepCall(
+            x, m, self._placed[k] if row is None else row, uncond, run.guidance if guided else 1.0, run.clip, entries,
+            noise, log_variance, x.dtype, want_x0, self.keeps[k], threshold, run.mask, run.known, run.known_noise, seen,
         )  # fmt: skip
+        self.x, x0, entry = able(self._backend, call).step(call)
         self.seen = self.x if seen is None else seen
         if want_x0:
             self.x0 = x0

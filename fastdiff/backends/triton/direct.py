@@ -1,6 +1,6 @@
-"""Whole calls of the plain training step: the launches of ``operations``, kept by dtypes and shape, of which only
-pointers and numbers change from step to step. A call that is not plain gives None: ``operations`` does it, or refuses
-it. The arguments are those of ``backends/native/direct.py``."""
+"""Whole calls of the plain training step: the launches of the other modules here, kept by dtypes and shape, of which
+only pointers and numbers change from step to step. A call that is not plain gives None: the general way does it, or
+refuses it. The arguments are those of ``backends/native/direct.py``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from ... import modes
+from ...calls import LossCall
 from ...tensors import Gathered, value_checks_are_free
 from .. import reference
-from ..saving import save, saved
-from . import launch, operations
+from . import arguments, launch
+from . import loss as general
+from .affine import affine_launch
+from .arguments import Seeded, seed_of
+from .gathering import rational as rational_rows
 from .launch import Ready
-from .operations import Seeded
+from .random import uniforms_launch
 from .workspace import cell, of_this_stream
 
 _grad, _wrapping = torch.is_grad_enabled, modes.wrapping
@@ -86,7 +90,7 @@ class _RationalRows(_Source):
         return values
 
     def at(self, t: Tensor) -> Sequence[Tensor]:
-        rows = operations.rational(self.on(t.device), t)
+        rows = rational_rows(self.on(t.device), t)
         assert rows is not None  # it was looked at before
         return rows
 
@@ -147,13 +151,13 @@ _times: dict[tuple, Ready] = {}
 
 def times(steps: int, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any) -> Tensor | None:
     """floor(steps u), int64, of a uniform u in (0, 1) a sample; u itself, float64, for steps = 0."""
-    if not samples or _wrapping() is not None or not operations._runs_on(device):
+    if not samples or _wrapping() is not None or not arguments.runs_on(device):
         return None
     out = torch.empty(samples, dtype=torch.int64 if steps else torch.float64, device=device)
-    seed, kind = operations._seed(seed, device)
+    seed, kind = seed_of(seed, device)
 
     def make() -> Ready:
-        how = operations.uniforms_launch(out, seed, kind, stream, sample_offset, steps)
+        how = uniforms_launch(out, seed, kind, stream, sample_offset, steps)
         return Ready(launch.uniforms, device, how, (), ("out", "seed"), ("stream", "offset"))
 
     _kept(_times, (steps, samples, kind, device), make)((), (out, seed), (stream, sample_offset))
@@ -176,7 +180,7 @@ def noise(
         return None
     made = None
     if given is None:
-        seed, kind = operations._seed(n[0], device)
+        seed, kind = seed_of(n[0], device)
         made = Seeded(seed, *n[1:], rng)
         how = kind, bool(made.offset), rng
     else:
@@ -199,7 +203,7 @@ def noise(
 
 
 def _fits(device: torch.device, *data: Tensor | None) -> bool:
-    return operations._runs_on(device) and operations._fits(*data) and bool(data[0].numel())
+    return arguments.runs_on(device) and arguments.fits(*data) and bool(data[0].numel())
 
 
 def _ready_affine(source, changing, out, kept, u, given, made) -> Ready:
@@ -207,7 +211,7 @@ def _ready_affine(source, changing, out, kept, u, given, made) -> Ready:
     shape = (u.shape[0],) + (1,) * (u.ndim - 1)
     a, b = source.rows(changing, shape, u.device)
     n = made if given is None else given
-    how = operations.affine_launch(tuple(u.shape), u.device, u, a, n, b, out, kept)
+    how = affine_launch(tuple(u.shape), u.device, u, a, n, b, out, kept)
     data = ("out", "u") if kept is None else ("out", "u", "kept")
     if made is None:
         return Ready(launch.affine, u.device, how, (*data, "v"), source.changing)
@@ -264,7 +268,7 @@ def loss(
             return None
     made = None
     if n is not None and given is None:
-        seed, kind = operations._seed(n.seed, device)
+        seed, kind = seed_of(n.seed, device)
         made = Seeded(seed, n.stream, n.sample_offset, n.offset, n.rng)
         how = kind, bool(made.offset), made.rng
     else:
@@ -282,9 +286,32 @@ def loss(
             key,
             lambda: _ready_losses(source, present, function, prediction, x0, given, made, t, ahead, key),
         )
-    if recorded:
-        return _apply(prediction, (ready, source, ahead, x0, given, made, n, t, rows, function))
-    return _forward(ready, source, prediction, x0, given, made, t)
+    if not recorded:
+        return _forward(ready, source, prediction, x0, given, made, t)
+    written, cells, there = (), (), None
+    if ahead:
+        d, used = torch.empty_like(prediction), torch.empty(1, dtype=torch.float32, device=device)
+        last = cell(device, ready.kind)
+        written, cells, there = (d,), (used, last.value), (d, used, last)
+    value = _forward(ready, source, prediction, x0, given, made, t, written, cells)
+    seed = made.seed if made is not None and isinstance(made.seed, Tensor) else None
+    philox = n if given is None else None
+
+    def call_of(prediction, x0, given, *_):  # the times and the seed have not changed
+        p, q, scale, weight, c = rows()
+        return LossCall(prediction, x0, philox if given is None else given, p, q, scale, weight, c, None, function)
+
+    def again(tensors, upstream, there):
+        if there is None or not _plain(device, upstream) or upstream.dtype is not torch.float32:
+            return general.loss_gradient(upstream, call_of(*tensors))
+        d, used, last = there
+        cells = used, of_this_stream(last, device).value
+        prediction, x0, given, t, _ = tensors
+        _launch(ready.backward, source, prediction, x0, given, made, t, (d,), (upstream, *cells))
+        return d
+
+    kept = (prediction, x0, given, t, seed)
+    return general.recorded(prediction, None, (value, None, None, there), kept, call_of, again, reference.backend)
 
 
 def _ready_losses(source, present, function, prediction, x0, given, made, t, ahead, key) -> _Losses:
@@ -292,7 +319,7 @@ def _ready_losses(source, present, function, prediction, x0, given, made, t, ahe
     columns = source.rows(source.at(t), own, device)
     p, q, scale, weight, c = (row if k == 3 or present >> k & 1 else None for k, row in enumerate(columns))
     n = made if given is None else given
-    laid = operations._lay(prediction, weight, x0, n, p, q, scale, c, None)
+    laid = general.lay(LossCall(prediction, x0, n, p, q, scale, weight, c))
     how = function, "none", "mean"
     d, one = torch.empty_like(prediction), torch.empty((), dtype=torch.float32, device=device)
     used = one.view(1)
@@ -302,7 +329,7 @@ def _ready_losses(source, present, function, prediction, x0, given, made, t, ahe
 
     def of(gradient: bool, data: tuple, others: tuple, **more: Any) -> Ready:
         more |= {"used": used, "assumed": used} if ahead else {}
-        launched = operations.loss_launch(laid, *how, d if gradient else None, **more)
+        launched = general.loss_launch(laid, *how, d if gradient else None, **more)
         return Ready(launch.loss, device, launched, ("prediction", *data), (*source.changing, *seed, *others), numbers)
 
     return _Losses(
@@ -315,7 +342,7 @@ def _ready_losses(source, present, function, prediction, x0, given, made, t, ahe
 def _forward(ready: _Losses, source: _Source, prediction, x0, given, made, t, written=(), cells=()) -> Tensor:
     device, of = prediction.device, ready.forward
     result = torch.empty((), dtype=torch.float32, device=device)
-    space = operations.loss_workspace(device, of["rows"], of["parts"], of["number"])
+    space = general.loss_workspace(device, of["rows"], of["parts"], of["number"])
     _launch(of, source, prediction, x0, given, made, t, written, (*space, result, *cells))
     return result
 
@@ -327,46 +354,3 @@ def _launch(ready: Ready, source: _Source, prediction, x0, given, made, t, writt
         ready(data, (*changing, *others))
     else:
         ready(data, (*changing, made.seed, *others), made[1:4])
-
-
-class _Loss(torch.autograd.Function):
-    """As ``operations._Loss``, whose comments say how the gradient is written ahead."""
-
-    @staticmethod
-    def forward(ctx, prediction, call):
-        ready, source, ahead, x0, given, made, n, t, rows, function = call
-        device = prediction.device
-        written, cells, ctx.written = (), (), None
-        if ahead:
-            d, used = torch.empty_like(prediction), torch.empty(1, dtype=torch.float32, device=device)
-            last = cell(device, ready.kind)
-            written, cells, ctx.written = (d,), (used, last.value), (d, used, last)
-        result = _forward(ready, source, prediction, x0, given, made, t, written, cells)
-        seed = made.seed if made is not None and isinstance(made.seed, Tensor) else None
-        save(ctx, prediction, x0, given, t, seed)
-        ctx.call = ready, source, made, n if given is None else None, rows, function
-        return result
-
-    @staticmethod
-    def backward(ctx, upstream):
-        prediction, x0, given, t, _ = saved(ctx)
-        ready, source, made, n, rows, function = ctx.call
-        n = given if n is None else n
-        rest = None, function, "none", "mean"
-        written, ctx.written = ctx.written, None
-        device = prediction.device
-        if torch.is_grad_enabled():  # a graph of the gradient is wanted
-            loss = reference.loss(prediction, x0, n, *operations.tensors(*rows()), *rest)
-            return torch.autograd.grad(loss, prediction, upstream, create_graph=True)[0], None
-        if modes.is_many(upstream):
-            return reference.loss_gradient(upstream, prediction, x0, n, *operations.tensors(*rows()), *rest), None
-        if written is None or not _plain(device, upstream) or upstream.dtype is not torch.float32:
-            return operations.loss_gradient(upstream, prediction, x0, n, *rows(), *rest), None
-        d, used, last = written
-        cells = used, of_this_stream(last, device).value
-        _launch(ready.backward, source, prediction, x0, given, made, t, (d,), (upstream, *cells))
-        return d, None
-
-
-# What Function.apply comes to where no transform is at work, which the call has seen to.
-_apply = super(torch.autograd.Function, _Loss).apply

@@ -123,7 +123,7 @@ def main() -> int:
 
         from fastdiff import backends, objective, process
         from fastdiff.backends import registry
-        from fastdiff.backends.triton import direct, launch, operations
+        from fastdiff.backends.triton import arguments, direct, launch
 
         # CPU tensors go where a GPU's would, and are timed as there; values are not looked at.
         gpu_numbers.DEVICE = torch.device("cpu")
@@ -131,7 +131,7 @@ def main() -> int:
             module.value_checks_are_free = lambda tensor: False
         launch._direct = launch.has_approximate_instructions = lambda device: True
         launch._stream = lambda device: 0
-        operations._runs_on = lambda device: True
+        arguments.runs_on = lambda device: True
         gpu_numbers.cache_bytes = lambda device: 2**20
         if os.environ.get("STAND_IN_FEW"):
             every, steps = gpu_numbers.measurements, gpu_numbers.step_cases

@@ -1,16 +1,17 @@
-"""The step on a CUDA device: the arguments of the reference's, run by ``fastdiff._C``."""
+"""The step on a CUDA device, run by ``fastdiff._C``."""
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import modes
+from ...calls import StepCall, seed_of
 from ...torch_access import _C, unavailable_because
 from ..devices import Trial
+from ..interface import Backend, differentiable
 from ..native.launch import memory
 
 if _C is not None:
@@ -19,30 +20,12 @@ if torch.version.hip is not None:
     unavailable_because = "this PyTorch is for ROCm"
 built = not unavailable_because
 
+NO_DEVICE = "PyTorch finds no CUDA device"
 DATA = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MASKS = DATA | {torch.bool}
 MOST = 2**32 - 256  # elements: one thread each at worst
 _Parameter = torch.nn.Parameter
 _is_compiling, wrapping = torch.compiler.is_compiling, modes.wrapping
-
-
-def description() -> str:
-    """What runs, for ``fastdiff doctor``."""
-    names = ", ".join(f"{number // 10}.{number % 10}" for number in _C.cuda_architectures())
-    return f"CUDA, the sampler step, for compute capability {names} and what runs their code"
-
-
-def no_device_because() -> str:
-    """Why it cannot run on this machine; empty if it can. It looks for a device, which initialises CUDA."""
-    return "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"
-
-
-def elsewhere() -> ModuleType:
-    """The backend for what is not here."""
-    from ..registry import _MODULES
-
-    triton = _MODULES.get("triton")
-    return triton if triton is not None and triton.available else _MODULES["reference"]
 
 
 def on_device(tensor: Tensor) -> bool:
@@ -60,7 +43,7 @@ def queue(device: int) -> int:
 
 def _load(device: torch.device) -> None:
     if not torch.cuda.is_available():
-        raise RuntimeError(no_device_because())
+        raise RuntimeError(NO_DEVICE)
     _C.cuda_load(device.index)
 
 
@@ -82,14 +65,6 @@ def plain(*tensors: Any) -> bool:
         elif isinstance(tensor, Tensor):
             return False
     return True
-
-
-def differentiable(*tensors: Any) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                return True
-    return False
 
 
 def of_data(*tensors: Any) -> bool:
@@ -118,11 +93,11 @@ def source(noise: Any, streams: Tensor | None = None) -> Any:
     return key, noise.stream if streams is None else memory(streams), noise.sample_offset, 0.0
 
 
-def settled(noise: Any, x: Tensor) -> Any:
+def settled(noise: Any, x: Tensor, maker: Backend) -> Any:
     """``noise`` in one of the forms that ``source`` takes: offset noise is made into a tensor first."""
     if noise is None or isinstance(noise, Tensor):
         return noise if noise is None else noise.contiguous()
-    return noise.tensor(x.shape, x.device) if noise.offset else noise
+    return maker.materialize(noise, x.shape, x.device) if noise.offset else noise
 
 
 def repeated(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
@@ -143,54 +118,42 @@ def of_mask(mask: tuple[Tensor | None, int, int]) -> tuple | None:
     return None if mask[0] is None else (*memory(mask[0]), mask[1], mask[2])
 
 
-def step(
-    x: Tensor,
-    m: Tensor,
-    uncond: Tensor | None,
-    guidance: Tensor | float,
-    table: Tensor,
-    clip: float | None,
-    history: tuple[Tensor, ...],
-    noise: Any,
-    log_variance: Tensor | None,
-    dtype: torch.dtype,
-    wanted: tuple[bool, bool],
-    *,
-    threshold: Tensor | None = None,
-    mask: Tensor | None = None,
-    known: Tensor | None = None,
-    known_noise: Any = None,
-    model_input: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As ``reference.step``."""
-    rows = (guidance, table, threshold)
-    data = (x, m, uncond, *history, noise, log_variance, known, known_noise)
-    if (
-        not built
-        or not plain(*rows, *data, mask, model_input, getattr(noise, "seed", None), getattr(known_noise, "seed", None))
-        or differentiable(*rows, *data, mask)
-        or dtype != x.dtype
-        or table.dtype != torch.float32
-        or not of_data(*data, model_input)
-        or (mask is not None and mask.dtype not in MASKS)
-        or not (one_or_each(guidance, x) and one_or_each(threshold, x))
-        or not 0 < x.numel() < MOST
-        or x.ndim == 0
-        or (model_input is not None and not model_input.is_contiguous())
-        or unfit_because(x.device)
-    ):
-        return elsewhere().step(
-            x, m, uncond, guidance, table, clip, history, noise, log_variance, dtype, wanted, threshold=threshold,
-            mask=mask, known=known, known_noise=known_noise, model_input=model_input,
-        )  # fmt: skip
+def declines(call: StepCall) -> str:
+    """Why this step is not done here; empty where it is."""
+    x, guidance, row, mask, seen = call.x, call.guidance, call.row, call.mask, call.model_input
+    rows, data = (guidance, row, call.threshold), call.data
+    if not built:
+        return unavailable_because
+    if not plain(*rows, *data, mask, seen, seed_of(call.noise), seed_of(call.known_noise)):
+        return "what is no plain tensor on the device"
+    if differentiable(*rows, *data, mask):
+        return "gradients of a step"
+    if call.dtype not in (None, x.dtype):
+        return "results in another dtype than x's"
+    if row.dtype != torch.float32 or not of_data(*data, seen) or (mask is not None and mask.dtype not in MASKS):
+        return "another dtype than float32, bfloat16 and float16"
+    if not (one_or_each(guidance, x) and one_or_each(call.threshold, x)):
+        return "guidance or a threshold by frame or token"
+    if not 0 < x.numel() < MOST or x.ndim == 0:
+        return "no elements, or more than 2^32"
+    if seen is not None and not seen.is_contiguous():
+        return "a model_input that is not contiguous"
+    return unfit_because(x.device)
+
+
+def step(call: StepCall, maker: Backend) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See ``StepCall``. ``maker``: the backend that makes noise which the kernel does not."""
+    x, m, table, uncond, guidance, clip, history, noise, log_variance = call[:9]
+    threshold, mask, known, known_noise, model_input = call[-5:]
+    dtype = x.dtype
     device, samples = ordinal(x), x.shape[0]
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    x0 = torch.empty(x.shape, dtype=dtype, device=x.device) if wanted[0] else None
-    entry = torch.empty(x.shape, dtype=torch.float32, device=x.device) if wanted[1] else None
+    x0 = torch.empty(x.shape, dtype=dtype, device=x.device) if call.want_x0 else None
+    entry = torch.empty(x.shape, dtype=torch.float32, device=x.device) if call.want_entry else None
     # Whatever is pointed at must be held until the launch.
     held = [t if t is None else t.contiguous() for t in (x, m, uncond, table, log_variance, known, threshold)]
     entries = [t.contiguous() for t in history]
-    noise, known_noise = settled(noise, x), settled(known_noise, x)
+    noise, known_noise = settled(noise, x, maker), settled(known_noise, x, maker)
     scale = guidance.contiguous() if isinstance(guidance, Tensor) else guidance
     masked = repeated(mask, x)
     _C.cuda_step(

@@ -1,0 +1,54 @@
+"""Backends asked for one operation by its arguments, as ``fastdiff.ops`` asks them by a record: what one does not do,
+the next does."""
+
+from fastdiff.backends import cuda as _cuda
+from fastdiff.backends import native as _native
+from fastdiff.backends import reference as _reference
+from fastdiff.backends import triton as _triton
+from fastdiff.backends.interface import able
+from fastdiff.calls import ConvertCall, LossCall, NoiseCall, StepCall
+from fastdiff.ops.torch_library import operators as _operators
+
+
+class Asked:
+    """Anything but the operations is the backend's own."""
+
+    def __init__(self, backend):
+        self.backend = backend
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    @property
+    def available(self):
+        return not self.backend.unavailable_because
+
+    def _of(self, call):
+        return able(self.backend, call), call
+
+    def noise(self, *arguments):
+        backend, call = self._of(NoiseCall(*arguments))
+        return backend.noise(call)
+
+    def noise_and_target(self, *arguments):
+        return self.backend.noise_and_target(NoiseCall(*arguments[:7]), *arguments[7:])
+
+    def loss(self, *arguments):
+        backend, call = self._of(LossCall(*arguments))
+        return backend.loss(call)
+
+    def loss_gradient(self, upstream, *arguments):
+        backend, call = self._of(LossCall(*arguments))
+        return backend.loss_gradient(upstream, call)
+
+    def convert(self, m, x_t, k_x, k_m):
+        backend, call = self._of(ConvertCall(m, x_t, k_x, k_m))
+        return backend.convert(call)
+
+    def step(self, x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, **more):
+        call = StepCall(x, m, row, uncond, guidance, clip, history, noise, log_variance, dtype, *wanted, **more)
+        return self._of(call)[0].step(call)
+
+
+native, triton, cuda, reference = (Asked(b.backend) for b in (_native, _triton, _cuda, _reference))
+operators = Asked(_operators)

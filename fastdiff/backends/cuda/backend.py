@@ -1,0 +1,67 @@
+"""The CUDA kernel of the sampler step as a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...calls import Call, RunCall, StepCall
+from .. import reference, triton
+from ..interface import Backend
+from . import step
+from .trajectory import Trajectory
+
+
+class Cuda(Backend):
+    """The sampler step on a CUDA device. What else it is asked, the next backend is."""
+
+    name, devices = "cuda", ("cuda",)
+    unavailable_because = step.unavailable_because
+    trial = step.unfit_because
+
+    @property
+    def otherwise(self) -> Backend:
+        return reference.backend if triton.backend.unavailable_because else triton.backend
+
+    @property
+    def remakes_noise(self) -> bool:
+        return self.otherwise.remakes_noise
+
+    @property
+    def direct(self) -> Any:
+        return self.otherwise.direct
+
+    def description(self) -> str:
+        names = ", ".join(f"{number // 10}.{number % 10}" for number in step._C.cuda_architectures())
+        return f"CUDA, the sampler step, for compute capability {names} and what runs their code"
+
+    def no_device_because(self) -> str:
+        return "" if torch.cuda.is_available() else step.NO_DEVICE
+
+    def supports(self, call: Call) -> tuple[bool, str]:
+        because = step.declines(call) if type(call) is StepCall else "the CUDA backend has the sampler step alone"
+        return not because, because
+
+    def uniform(self, *arguments: Any, **named: Any) -> Tensor:
+        return self.otherwise.uniform(*arguments, **named)
+
+    def normal(self, *arguments: Any, **named: Any) -> Tensor:
+        return self.otherwise.normal(*arguments, **named)
+
+    def noise_and_target(self, *arguments: Any) -> tuple[Tensor, Any, Tensor]:
+        return self.otherwise.noise_and_target(*arguments)
+
+    def step(self, call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return step.step(call, self.otherwise)
+
+    def trajectory(self, call: RunCall) -> Trajectory:
+        return Trajectory(self, call)
+
+    def gather(self, table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Any]:
+        return self.otherwise.gather(table, t, check)
+
+    def rational(self, fractions: Tensor, t: Tensor) -> Sequence[Tensor] | None:
+        return self.otherwise.rational(fractions, t)

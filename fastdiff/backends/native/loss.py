@@ -1,0 +1,171 @@
+"""The loss on the CPU, and its gradient.
+
+The gradient is written in the same pass as the loss, as for an upstream gradient of 1, and given out if that is what
+comes. For another it is computed again: the upstream factor is in before any rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import modes
+from ...calls import LossCall, seed_of
+from ...torch_access import _C
+from ..interface import COEFFICIENTS, Backend, differentiable
+from ..reference import rows_of_mean
+from ..saving import save, saved
+from .launch import (
+    FUNCTIONS,
+    NORMALIZATIONS,
+    REDUCTIONS,
+    arrange,
+    contiguous,
+    empty,
+    fits,
+    masked,
+    memory,
+    source,
+    unsuited,
+)
+
+
+def declines(call: LossCall) -> str:
+    """Why this call is not done here; empty where it is."""
+    prediction, x0, n, p, q, scale, weight, c, mask = call[:9]
+    because = unsuited(prediction, x0, n, p, q, scale, weight, c, mask, seed_of(n))
+    if because:
+        return because
+    if differentiable(x0, n, p, q, scale, c, mask):
+        return COEFFICIENTS
+    return "" if fits(prediction.shape, weight, p, q, scale, c) else "rows that alternate too often for a layout"
+
+
+class Made(NamedTuple):
+    """What one pass gives: the loss, and where they were asked for, the means of the rows and the gradient of the
+    prediction."""
+
+    value: Tensor | None
+    means: Tensor | None
+    gradient: Tensor | None
+
+
+def loss(call: LossCall, otherwise: Backend) -> Tensor:
+    """See ``LossCall``."""
+    prediction, weight = call.prediction, call.weight
+    if not differentiable(prediction, weight):
+        return launch(call).value
+    made = launch(call, means=differentiable(weight), gradient=ahead(prediction) and call.reduction != "none")
+    how = call[-3:]
+    return recorded(prediction, weight, made, call[:9], lambda *tensors: LossCall(*tensors, *how), otherwise)
+
+
+def ahead(prediction: Tensor) -> bool:
+    """Whether the gradient is written with the loss. A float16 loss is scaled: that for 1 would be of no use."""
+    return differentiable(prediction) and prediction.dtype is not torch.float16
+
+
+class _Loss(torch.autograd.Function):
+    """A loss that is known.
+
+    ``kept`` are the tensors that it was made of, ``call_of`` gives the call of them: a loss of which more is to be
+    known than its gradient for 1."""
+
+    @staticmethod
+    def forward(ctx, prediction, weight, made, kept, call_of, otherwise):
+        save(ctx, *kept)
+        value, ctx.means, ctx.gradient = made
+        ctx.call_of, ctx.otherwise = call_of, otherwise
+        return value
+
+    @staticmethod
+    def backward(ctx, upstream):
+        for_prediction, for_weight = ctx.needs_input_grad[:2]
+        graph = torch.is_grad_enabled()  # of the gradient
+        one = upstream.numel() == 1 and not graph and not modes.is_many(upstream) and float(upstream) == 1.0
+        gradient, ctx.gradient = (ctx.gradient, None) if one else (None, ctx.gradient)
+        if gradient is not None and not for_weight:
+            return gradient, *(None,) * 5
+        call = ctx.call_of(*saved(ctx))
+        if graph:
+            inputs = [t for t, needed in ((call.prediction, for_prediction), (call.weight, for_weight)) if needed]
+            found = iter(torch.autograd.grad(ctx.otherwise.loss(call), inputs, upstream, create_graph=True))
+            return next(found) if for_prediction else None, next(found) if for_weight else None, *(None,) * 4
+        if for_prediction and gradient is None:
+            able = not modes.is_many(upstream)  # one gradient, not several at once
+            gradient = loss_gradient(upstream, call) if able else ctx.otherwise.loss_gradient(upstream, call)
+        d_weight = None
+        if for_weight:
+            of = call.prediction, call.weight, call.mask, call.mask_normalization
+            count = rows_of_mean(*of) if call.reduction == "mean" else 1
+            d_weight = (upstream * ctx.means / count).to(call.weight.dtype)
+        return gradient if for_prediction else None, d_weight, *(None,) * 4
+
+
+_apply = super(torch.autograd.Function, _Loss).apply  # what Function.apply comes to where no transform is at work
+
+
+def recorded(
+    prediction: Tensor,
+    weight: Tensor | None,
+    made: tuple[Tensor, Tensor | None, Tensor | None],
+    kept: Sequence[Any],
+    call_of: Callable[..., LossCall],
+    otherwise: Backend,
+) -> Tensor:
+    """The loss of ``made`` (see ``Made``) with its gradient for autograd: see ``_Loss``."""
+    return _apply(prediction, weight, made, kept, call_of, otherwise)
+
+
+def loss_gradient(upstream: Tensor, call: LossCall) -> Tensor:
+    """See ``Backend.loss_gradient``."""
+    return launch(call, upstream=upstream, value=False, gradient=True).gradient
+
+
+def launch(
+    call: LossCall,
+    *,
+    upstream: Tensor | None = None,
+    value: bool = True,
+    means: bool = False,
+    gradient: bool = False,
+) -> Made:
+    """One pass over the data, for what is wanted of it."""
+    prediction, x0, n, p, q, scale, weight, c, mask, function, normalization, reduction = call
+    dtype, shape = weight.dtype, prediction.shape
+    if reduction == "none" and upstream is not None:
+        layout, (w, p_, q_, scale_, c_, up) = arrange(shape, weight, p, q, scale, c, upstream.to(dtype))
+    else:
+        layout, (w, p_, q_, scale_, c_) = arrange(shape, weight, p, q, scale, c)
+        up = upstream if upstream is None or upstream.dtype == dtype else upstream.to(dtype)
+    rows = weight.shape
+    result = weight.new_empty(rows if reduction == "none" else ()) if value else None
+    row_means = weight.new_empty(rows, dtype=torch.float64) if means else None
+    d = empty(shape, prediction.dtype, prediction) if gradient else None
+    # What is pointed at must be held until the call returns.
+    m, x0, n = contiguous(prediction), contiguous(x0), contiguous(n)
+    if mask is not None and mask.dtype == torch.int64:
+        mask = mask.double()
+    _C.loss(
+        layout,
+        memory(m),
+        memory(x0) if p_ is not None else None,
+        source(n) if q_ is not None else None,
+        memory(p_),
+        memory(q_),
+        memory(scale_),
+        memory(w),
+        memory(c_),
+        masked(mask, shape),
+        FUNCTIONS[function],
+        NORMALIZATIONS[normalization],
+        REDUCTIONS[reduction],
+        memory(up),
+        memory(result),
+        memory(row_means),
+        memory(d),
+        torch.get_num_threads(),
+    )
+    return Made(result, row_means, d)

@@ -1,0 +1,93 @@
+"""The loss, and its gradient without autograd."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...calls import LossCall
+from .coefficients import rows
+from .error_functions import Error, error_derivative
+
+
+def loss(call: LossCall, n: Tensor | None) -> Tensor:
+    """See ``LossCall``; ``n`` is the noise as a tensor."""
+    prediction, function = call.prediction, call.function
+    p, q, scale, weight, c, mask = rows(call.p, call.q, call.scale, call.weight, call.c, call.mask)
+    e = _scaled_error(prediction, call.x0, n, p, q, scale, weight.dtype, _kept(weight, mask))
+    error = Error.apply(e, c, function)
+    if mask is not None:
+        error = mask.to(weight.dtype) * error
+    sums = weight * sum_rows(error, weight.shape)
+    if call.reduction == "sum":
+        return sums.sum().to(weight.dtype)
+    divisor, count = _divisor(prediction, weight, mask, call.mask_normalization)
+    means = sums / divisor
+    return (means.sum() / count if call.reduction == "mean" else means).to(weight.dtype)
+
+
+def loss_gradient(upstream: Tensor, call: LossCall, n: Tensor | None) -> Tensor:
+    """The gradient of ``loss`` by the prediction, times ``upstream``, without autograd."""
+    prediction = call.prediction
+    p, q, scale, weight, c, mask = rows(call.p, call.q, call.scale, call.weight, call.c, call.mask)
+    dtype = weight.dtype
+    factor = upstream * sum_rows(weight, weight.shape)
+    if call.reduction != "sum":
+        divisor, count = _divisor(prediction, weight, mask, call.mask_normalization)
+        factor = factor / divisor
+        factor = factor / count if call.reduction == "mean" and weight.numel() else factor
+    kept = _kept(weight, mask)
+    e = _scaled_error(prediction, call.x0, n, p, q, scale, dtype, kept)
+    gradient = factor.to(dtype) * error_derivative(e, c, call.function)
+    for further in (None if mask is None else mask.to(dtype), scale):
+        gradient = gradient if further is None else further * gradient
+    return torch.where(kept, gradient, 0.0).to(prediction.dtype)
+
+
+def _kept(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """What is not left out, broadcast. A weight that is learned leaves nothing out: its gradient is the row's error."""
+    kept = torch.ones_like(weight, dtype=torch.bool) if weight.requires_grad else weight != 0
+    return kept if mask is None else kept & (mask != 0)
+
+
+def _scaled_error(
+    prediction: Tensor, x0: Tensor | None, n: Tensor | None, p: Any, q: Any, scale: Tensor | None, dtype: torch.dtype,
+    kept: Tensor,
+) -> Tensor:  # fmt: skip
+    target: Tensor | float = 0.0
+    if p is not None and x0 is not None:
+        target = p * x0.to(dtype)
+    if q is not None and n is not None:
+        target = target + q * n.to(dtype)
+    # 0 before and after the scale: an infinite one makes NaN of it, forward and backward.
+    e = torch.where(kept, prediction.to(dtype) - target, 0.0)
+    return e if scale is None else torch.where(kept, scale * e, 0.0)
+
+
+def _divisor(
+    prediction: Tensor, weight: Tensor, mask: Tensor | None, normalization: str
+) -> tuple[Tensor | float, Tensor | int]:
+    """(what the sum of a row is divided by, over how many rows a mean is)"""
+    if normalization == "none" or mask is None:
+        return float(math.prod(prediction.shape) // max(1, weight.numel())), weight.numel()
+    counts = sum_rows(mask.expand(prediction.shape).to(weight.dtype), weight.shape)
+    if normalization == "row":
+        # A row with nothing in its mask has no mean, and is left out of that of the rows.
+        return torch.where(counts == 0, 1.0, counts), (counts != 0).sum().clamp(min=1)
+    total = counts.sum()
+    return torch.where(total == 0, 1.0, total / max(1, counts.numel())), weight.numel()
+
+
+def rows_of_mean(prediction: Tensor, weight: Tensor, mask: Tensor | None, normalization: str) -> Tensor | int:
+    """Over how many rows the mean of a loss is: under "row" those that have something in their mask."""
+    return _divisor(prediction, weight, mask, normalization)[1] if normalization == "row" else weight.numel()
+
+
+def sum_rows(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sum ``values`` over the dimensions in which ``shape`` is 1: float64 of that shape, in a fixed order."""
+    dims = [d for d, size in enumerate(shape) if size == 1]
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    return values.sum(dims, keepdim=True, dtype=wide) if dims else values.to(wide)

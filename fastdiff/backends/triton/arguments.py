@@ -1,0 +1,116 @@
+"""Which tensors the kernels take, and what they take of noise and of memory formats."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import modes
+from ...tensors import Gathered
+from ..interface import TRANSFORMED
+from . import launch
+from .availability import unfit_because
+
+TYPES = (Tensor, torch.nn.Parameter)
+DATA = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def runs_on(device: torch.device) -> bool:
+    if device.type == "cuda" or device.type == "xpu":
+        return not unfit_because(device)
+    return launch.INTERPRETED and device.type == "cpu"
+
+
+def untouched() -> bool:
+    """Whether tensors are what their memory says: none is traced or transformed (``modes.wrapping``)."""
+    return not torch.compiler.is_compiling() and modes.wrapping() is None
+
+
+def fits(*tensors: Any) -> bool:
+    """Whether the kernels take these tensors (anything else among the arguments is passed over)."""
+    for t in tensors:
+        if isinstance(t, Tensor) and not (type(t) in TYPES and t.dtype in DATA):
+            return False
+    return True
+
+
+def rows_fit(*rows: Any) -> bool:
+    """Whether the kernels take these coefficients: float32, in the computation's precision."""
+    for row in rows:
+        row = row.column if isinstance(row, Gathered) else row
+        if isinstance(row, Tensor) and not (type(row) in TYPES and row.dtype == torch.float32):
+            return False
+    return True
+
+
+def unsuited(device: torch.device, data: tuple, rows: tuple) -> str:
+    """Why the kernels do not take full-size ``data`` and the coefficients ``rows``; empty where they do. ``data``
+    begins with what sets the size."""
+    if not untouched():
+        return TRANSFORMED
+    if not runs_on(device):
+        return f"the kernels do not run on {device}"
+    if not fits(*data):
+        return "a subclass of Tensor, or another dtype than float32, bfloat16 and float16"
+    if not rows_fit(*rows):
+        return "coefficients in another dtype than float32"
+    return "" if data[0].numel() else "no elements"
+
+
+def permuted(tensors: tuple, rows: tuple) -> tuple[tuple[int, ...] | None, list, list]:
+    """(order, tensors, rows) with the tensors contiguous. Where the first is dense in another order of dimensions
+    (channels_last, transposed) all are taken in that order, and ``order`` leads back; but noise that is made counts
+    elements in the logical order, so then, and for what has gaps, it is a copy."""
+    first = tensors[0]
+    if not first.is_contiguous() and all(t is None or isinstance(t, Tensor) for t in tensors):
+        order = sorted(range(first.ndim), key=lambda d: -first.stride(d))
+        if first.permute(order).is_contiguous():
+            back = tuple(sorted(range(first.ndim), key=order.__getitem__))
+            rows = [
+                Gathered(row.column, row.index.permute(order))
+                if isinstance(row, Gathered)
+                else row.permute(order)
+                if isinstance(row, Tensor)
+                else row
+                for row in rows
+            ]
+            return back, [t if t is None else t.permute(order).contiguous() for t in tensors], rows
+    return None, [t.contiguous() if isinstance(t, Tensor) else t for t in tensors], list(rows)
+
+
+def in_format_of(tensor: Tensor, result: Tensor | None) -> Tensor | None:
+    """``result`` in the memory format of ``tensor``: a channels_last network gets a channels_last x_t."""
+    if result is None or tensor.is_contiguous():
+        return result
+    return torch.empty_like(tensor, dtype=result.dtype).copy_(result)
+
+
+def source_of(n: Any, device: torch.device) -> tuple[tuple, tuple]:
+    """((seed, stream, sample_offset, strength), (kind, kind of seed, whether there is an offset)) of noise: a tensor,
+    a ``fastdiff.ops.Philox`` or None."""
+    if n is None or isinstance(n, Tensor):
+        return (None, 0, 0, 0.0), ("none" if n is None else "tensor", "number", False)
+    seed, kind = seed_of(n.seed, device)
+    return (seed, n.stream, n.sample_offset, float(n.offset)), (n.rng, kind, bool(n.offset))
+
+
+def seed_of(seed: int | Tensor, device: torch.device) -> tuple[int | Tensor, str]:
+    if isinstance(seed, Tensor):
+        if seed.device == device:
+            return seed, "tensor"
+        if seed.device.type != "cpu":
+            return seed.to(device), "tensor"
+    seed = int(seed)
+    return seed - 2**64 if seed >= 2**63 else seed, "number"
+
+
+class Seeded(NamedTuple):
+    """Noise that a kernel makes: what it asks of a ``fastdiff.ops.Philox``, known to be right."""
+
+    seed: int | Tensor
+    stream: int
+    sample_offset: int
+    offset: float
+    rng: str

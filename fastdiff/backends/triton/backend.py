@@ -1,0 +1,117 @@
+"""The GPU's kernels as a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...calls import Call, ConvertCall, LossCall, NoiseCall, RunCall, StepCall
+from ...tensors import gather
+from .. import reference
+from ..interface import Backend
+from . import availability
+from .availability import interpreted
+
+
+class Triton(Backend):
+    """The operations on a GPU in Triton, one pass each."""
+
+    name, devices = "triton", ("cuda", "xpu")
+    unavailable_because = availability.unavailable_because
+    remakes_noise = True  # in the loss's launch
+    trial = availability.unfit_because
+
+    def __init__(self):
+        self.otherwise = reference.Reference(self)
+
+    def description(self) -> str:
+        import triton
+
+        return f"Triton {triton.__version__}" + (", interpreted" if interpreted() else "")
+
+    def no_device_because(self) -> str:
+        return availability.no_device_because()
+
+    # Triton is an optional package, imported when something of these is first asked.
+
+    @cached_property
+    def _modules(self) -> dict[type, ModuleType]:
+        from . import convert, loss, noise, step
+
+        return {NoiseCall: noise, LossCall: loss, ConvertCall: convert, StepCall: step}
+
+    @cached_property
+    def _random(self) -> ModuleType:
+        from . import random
+
+        return random
+
+    @cached_property
+    def _gathering(self) -> ModuleType:
+        from . import gathering
+
+        return gathering
+
+    @cached_property
+    def direct(self) -> ModuleType:
+        from . import direct
+
+        return direct
+
+    def supports(self, call: Call) -> tuple[bool, str]:
+        because = self._modules[type(call)].declines(call)
+        return not because, because
+
+    def uniform(self, seed: int | Tensor, samples: int, stream: int, sample_offset: int = 0, device: Any = None):
+        where = self._random.device_of(device, seed)
+        if not self._random.makes(where):
+            return reference.backend.uniform(seed, samples, stream, sample_offset, device)
+        return self._random.uniform(seed, samples, stream, sample_offset, where)
+
+    def normal(
+        self,
+        seed: int | Tensor,
+        shape: tuple[int, ...],
+        stream: int = 0,
+        sample_offset: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+        rng: str = "exact",
+    ) -> Tensor:
+        where = self._random.device_of(device, seed)
+        if not self._random.makes(where, dtype):
+            return reference.backend.normal(seed, shape, stream, sample_offset, dtype, device)
+        return self._random.normal(seed, shape, stream, sample_offset, dtype, where, rng)
+
+    def noise(self, call: NoiseCall) -> tuple[Tensor, Any]:
+        return self._modules[NoiseCall].noise(call)
+
+    def noise_and_target(self, call: NoiseCall, p: Any, q: Any) -> tuple[Tensor, Any, Tensor]:
+        return self._modules[NoiseCall].noise_and_target(call, p, q) or super().noise_and_target(call, p, q)
+
+    def loss(self, call: LossCall) -> Tensor:
+        return self._modules[LossCall].loss(call, self.otherwise)
+
+    def loss_gradient(self, upstream: Tensor, call: LossCall) -> Tensor:
+        return self._modules[LossCall].loss_gradient(upstream, call)
+
+    def convert(self, call: ConvertCall) -> Tensor:
+        return self._modules[ConvertCall].convert(call)
+
+    def step(self, call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self._modules[StepCall].step(call)
+
+    def trajectory(self, call: RunCall) -> reference.Trajectory:
+        return reference.Trajectory(self, call)
+
+    def gather(self, table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Any]:
+        found = self._gathering.gather(table, t, check)
+        return gather(table, t, check) if found is None else found
+
+    def rational(self, fractions: Tensor, t: Tensor) -> Sequence[Tensor] | None:
+        return self._gathering.rational(fractions, t)

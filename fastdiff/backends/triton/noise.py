@@ -1,0 +1,66 @@
+"""Noising on a GPU, with the target where it is wanted, and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...calls import NoiseCall
+from ..interface import COEFFICIENTS, differentiable
+from ..saving import save, saved
+from .affine import affine, scaled
+from .arguments import in_format_of, permuted, rows_fit, unsuited
+
+
+def declines(call: NoiseCall) -> str:
+    """Why this call is not done here; empty where it is."""
+    x0, n, alpha, sigma, _, xi, _ = call
+    because = unsuited(x0.device, (x0, n, xi), (alpha, sigma))
+    return because or (COEFFICIENTS if differentiable(alpha, sigma, xi) else "")
+
+
+def noise(call: NoiseCall) -> tuple[Tensor, Any]:
+    """See ``NoiseCall``; alpha and sigma may be ``Gathered``."""
+    x0, n = call.x0, call.n
+    if not differentiable(x0, n):
+        return _launch(call)[:2]
+    x_t, kept = _Noise.apply(x0, n, call)
+    return x_t, n if isinstance(n, Tensor) else kept
+
+
+def noise_and_target(call: NoiseCall, p: Any, q: Any) -> tuple[Tensor, Any, Tensor] | None:
+    """See ``Backend.noise_and_target``, from one launch; None where it takes two passes."""
+    if declines(call) or not rows_fit(p, q) or differentiable(call.x0, call.n, p, q):
+        return None
+    return _launch(call, True, p, q)
+
+
+class _Noise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x0, n, call):
+        save(ctx, call.alpha, call.sigma)
+        ctx.dtypes = x0.dtype, n.dtype if isinstance(n, Tensor) else None
+        x_t, kept, _ = _launch(call)
+        if kept is not n and isinstance(kept, Tensor):
+            ctx.mark_non_differentiable(kept)
+        return x_t, kept
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return (*scaled(gradient, zip(saved(ctx), ctx.dtypes, ctx.needs_input_grad[:2])), None)
+
+
+def _launch(call: NoiseCall, with_target: bool = False, p: Any = None, q: Any = None):
+    x0, n, alpha, sigma, perturbation, xi, keep_noise = call
+    shape, device = tuple(x0.shape), x0.device
+    order, (data, given, other), (alpha, sigma, p, q) = permuted((x0, n, xi), (alpha, sigma, p, q))
+    x_t, target = torch.empty_like(data), torch.empty_like(data) if with_target else None
+    kept, z = n, None
+    if keep_noise and not isinstance(n, Tensor):
+        kept = z = torch.empty(shape, dtype=torch.float32, device=device)
+    affine(tuple(data.shape), device, data, alpha, given, sigma, x_t, z, float(perturbation), other, target, p, q)
+    if order is not None:
+        return x_t.permute(order), kept, target if target is None else target.permute(order)
+    return in_format_of(x0, x_t), kept, in_format_of(x0, target)
