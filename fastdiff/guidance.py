@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .numeric import check_numbers
 from .ops.prepared import PreparedSteps
 from .ops.step import COLUMNS
 from .samplers import Plan, Sampler
@@ -38,6 +39,9 @@ class Guidance:
         most: float | None,
         cond_fn: Callable[[Tensor, Tensor], Tensor] | None,
     ):
+        check_numbers(guidance=1.0 if isinstance(guidance, Tensor) else guidance, guidance_rescale=rescale)
+        optional = {"dynamic_thresholding": quantile, "sample_max_value": most}
+        check_numbers(**{name: value for name, value in optional.items() if value is not None})
         if interval is not None and not (has_uncond and interval[0] <= interval[1]):
             raise ValueError(
                 f"guidance_interval=(low, high) needs guidance with uncond, and low <= high; got {interval}."

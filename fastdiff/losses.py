@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backends.codes import NEED_C
 from .names import find
+from .numeric import check_fields
 from .process import Levels, check_by
 
 
@@ -17,6 +18,9 @@ class Loss:
     """Base. ``function`` names the elementwise function of ``fastdiff.ops.loss``; ``rows`` gives its parameters."""
 
     function: str
+
+    def __post_init__(self):
+        check_fields(self)
 
     @property
     def uses_c(self) -> bool:
@@ -49,6 +53,7 @@ class SmoothL1(Loss):
     function = "smooth_l1"
 
     def __post_init__(self):
+        super().__post_init__()
         _positive("beta", self.beta)
 
     def rows(self, levels: Levels) -> tuple[Tensor | None, Tensor | float]:
@@ -63,6 +68,7 @@ class Huber(Loss):
     function = "smooth_l1"
 
     def __post_init__(self):
+        super().__post_init__()
         _positive("delta", self.delta)
 
     def rows(self, levels: Levels) -> tuple[Tensor | None, Tensor | float]:
@@ -85,6 +91,7 @@ class PseudoHuber(Loss):
     function = "pseudo_huber"
 
     def __post_init__(self):
+        super().__post_init__()
         _positive("c", self.c)
         if self.form not in ("plain", "scaled", "normalized"):
             raise ValueError(f"form must be one of plain, scaled, normalized; got {self.form!r}.")

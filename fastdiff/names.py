@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import TypeVar
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 Thing = TypeVar("Thing")
+P = ParamSpec("P")
 
 
 def find(what: str, name: str, known: Mapping[str, Thing], synonyms: Mapping[str, str], otherwise: str) -> Thing:
@@ -26,3 +29,33 @@ def find(what: str, name: str, known: Mapping[str, Thing], synonyms: Mapping[str
     near = difflib.get_close_matches(plain, known, 1)
     guess = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"unknown {what} {name!r}{guess}: use one of {', '.join(known)}, or {otherwise}.")
+
+
+def answers_keywords(other_names: Mapping[str, str]) -> Callable[[Callable[P, Thing]], Callable[P, Thing]]:
+    """Decorator: a keyword that the function does not have is answered by the one that it has for that.
+
+    Args:
+        other_names: other libraries' names of the keywords, and what to write here.
+
+    The function then raises TypeError for an unknown keyword, with what to write, or with the keyword most like it.
+    """
+
+    def decorate(function: Callable[P, Thing]) -> Callable[P, Thing]:
+        known = [name for name in inspect.signature(function).parameters if name != "self"]
+        what = function.__qualname__.removesuffix(".__init__")
+
+        @wraps(function)
+        def answering(*arguments: P.args, **named: P.kwargs) -> Thing:
+            for name in named:
+                if name in known:
+                    continue
+                near = difflib.get_close_matches(name, known, 1)
+                ours = other_names.get(name) or (near[0] + "=" if near else None)
+                raise TypeError(
+                    f"{what}() has no {name}=: " + (f"write {ours}." if ours else f"it has {', '.join(known)}.")
+                )
+            return function(*arguments, **named)
+
+        return answering
+
+    return decorate

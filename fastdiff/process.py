@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .backends.rows import cached, gather_rows, value_checks_are_free
-from .names import find
+from .names import answers_keywords, find
+from .numeric import check_numbers
 from .showing import brief
 
 # Where a posterior variance of zero must have a logarithm (Improved DDPM's and diffusers' floor).
@@ -250,6 +251,16 @@ class VariancePreserving(Process):
     variance_preserving = True
     _ends: tuple[float | None, float | None] = (None, None)
 
+    @answers_keywords(
+        {
+            "beta_schedule": "betas=",
+            "schedule": "betas=",
+            "trained_betas": "betas=",
+            "num_train_timesteps": "steps=",
+            "timesteps": "steps=",
+            "rescale_betas_zero_snr": "zero_terminal_snr=",
+        }
+    )
     def __init__(
         self,
         betas: str | Tensor | list | tuple = "linear",
@@ -264,6 +275,11 @@ class VariancePreserving(Process):
             beta = _beta_schedule(self.schedule, steps, beta_start, beta_end)
         else:
             self.schedule = "given"
+            if not hasattr(betas, "__len__"):
+                raise TypeError(
+                    f"betas must be a name, {', '.join(_SCHEDULES)}, or the betas themselves; got {brief(betas)}. "
+                    f"How many there are is steps=."
+                )
             beta = as_float64(betas).detach().to("cpu", torch.float64).clone()
             if beta_start is not None or beta_end is not None:
                 raise ValueError(
@@ -385,6 +401,7 @@ class RectifiedFlow(Process):
     """
 
     def __init__(self, shift: float = 1.0, sigma_min: float = 0.0):
+        check_numbers(shift=shift, sigma_min=sigma_min)
         if not shift > 0 or not math.isfinite(shift):
             raise ValueError(f"shift must be a positive number; got {shift!r}.")
         if not 0 <= sigma_min < 1:
@@ -427,6 +444,7 @@ class EDM(Process):
     t_max = math.inf
 
     def __init__(self, sigma_data: float = 0.5):
+        check_numbers(sigma_data=sigma_data)
         if not sigma_data > 0:
             raise ValueError(f"sigma_data must be positive; got {sigma_data!r}.")
         self.sigma_data = float(sigma_data)
@@ -454,6 +472,7 @@ class VPSDE(Process):
     variance_preserving = True
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        check_numbers(beta_min=beta_min, beta_max=beta_max)
         if not 0 < beta_min <= beta_max:
             raise ValueError(f"0 < beta_min <= beta_max is needed; got {beta_min!r} and {beta_max!r}.")
         self.beta_min, self.beta_max = float(beta_min), float(beta_max)
@@ -497,6 +516,7 @@ class VESDE(Process):
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
+        check_numbers(sigma_min=sigma_min, sigma_max=sigma_max)
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"0 < sigma_min < sigma_max is needed; got {sigma_min!r} and {sigma_max!r}.")
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
@@ -533,6 +553,7 @@ def _beta_schedule(name: str, steps: int, start: float | None, end: float | None
     defaults = (1e-4, 0.02) if name == "linear" else (0.00085, 0.012)
     start = defaults[0] if start is None else start
     end = defaults[1] if end is None else end
+    check_numbers(beta_start=start, beta_end=end)
     if name == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
     return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64, device="cpu") ** 2
