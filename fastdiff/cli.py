@@ -104,7 +104,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--classes", metavar="A,B,...", help="the class of each image, by name or index")
     which.add_argument("--count", type=int, help="so many images, of the classes in turn")
-    parser.add_argument("--sampler", choices=SAMPLERS)
+    parser.add_argument("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
     parser.add_argument("--steps", type=int, help="sampling steps")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, default=0)

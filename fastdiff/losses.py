@@ -12,6 +12,7 @@ from .backends.codes import NEED_C
 from .names import find
 from .numeric import check_fields
 from .process import Levels, check_by
+from .showing import brief
 
 
 class Loss:
@@ -134,7 +135,10 @@ def get(loss: Loss | str) -> Loss:
     if isinstance(loss, str):
         return find("loss", loss, _NAMES, {"l2": "mse"}, "a fastdiff.losses object")()
     if not isinstance(loss, Loss):
-        raise TypeError(f"loss must be a name or a fastdiff.losses object such as Huber(0.1); got {loss!r}.")
+        raise TypeError(
+            f"loss must be one of {', '.join(_NAMES)}, or a fastdiff.losses object such as Huber(0.1); "
+            f"got {brief(loss)}."
+        )
     return loss
 
 

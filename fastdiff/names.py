@@ -12,23 +12,29 @@ Thing = TypeVar("Thing")
 P = ParamSpec("P")
 
 
-def find(what: str, name: str, known: Mapping[str, Thing], synonyms: Mapping[str, str], otherwise: str) -> Thing:
-    """The thing of that name, in any case and with hyphens or spaces for underscores.
+def find(what: str, name: str, known: Mapping[str, Thing], synonyms: Mapping[str, str], otherwise: str = "") -> Thing:
+    """The thing of that name, in any case, with hyphens or spaces for underscores and "++" for "pp".
 
     Args:
         what: what is looked for, for the message: "prediction".
         synonyms: other libraries' names of the same thing, and the name here.
-        otherwise: what may be passed in place of a name, for the message.
+        otherwise: what may be passed in place of a name, for the message; "" for nothing.
 
     Raises ValueError for an unknown name, with the one that is most like it.
     """
-    plain = name.strip().lower().replace("-", "_").replace(" ", "_")
+    plain = plainly(name)
     plain = synonyms.get(plain, plain)
     if plain in known:
         return known[plain]
     near = difflib.get_close_matches(plain, known, 1)
     guess = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"unknown {what} {name!r}{guess}: use one of {', '.join(known)}, or {otherwise}.")
+    otherwise = f", or {otherwise}" if otherwise else ""
+    raise ValueError(f"unknown {what} {name!r}{guess}: use one of {', '.join(known)}{otherwise}.")
+
+
+def plainly(name: str) -> str:
+    """A name as it is looked up: "DPM++ 2M Karras" is "dpmpp_2m_karras"."""
+    return name.strip().lower().replace("-", "_").replace(" ", "_").replace("++", "pp")
 
 
 def answers_keywords(other_names: Mapping[str, str]) -> Callable[[Callable[P, Thing]], Callable[P, Thing]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends.rows import cached, gather_rows, value_checks_are_free
-from .names import answers_keywords, find
+from .names import answers_keywords, find, plainly
 from .numeric import check_numbers
 from .showing import brief
 
@@ -30,7 +30,10 @@ def as_float64(value: Any) -> Tensor:
 def as_times(t: Any, device: torch.device | str | None = None) -> Tensor:
     """``t`` (tensor, number or list) as a tensor of its own kind, integer or floating point, on ``device``."""
     if not isinstance(t, Tensor):
-        kind = torch.as_tensor(t, device="cpu")
+        try:
+            kind = torch.as_tensor(t, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"t must be a tensor, a number or a list of numbers; got {brief(t)}.") from error
         t = as_float64(t) if kind.is_floating_point() else kind
     return t.to(device) if device is not None else t
 
@@ -225,6 +228,8 @@ def check_process(process: Any) -> None:
         hint = f"the class {process.__name__}: make one, {process.__name__}()"
     elif hasattr(process, "config") and type(process).__name__.endswith("Scheduler"):
         hint = f"a {type(process).__name__} of diffusers: write fastdiff.Objective.from_scheduler(scheduler)"
+    elif isinstance(process, str) and plainly(process) in {*_SCHEDULES, *_SYNONYMS}:
+        hint = f"the name of a beta schedule: write VariancePreserving({process!r})"
     else:
         hint = brief(process)
     raise TypeError(f"process must be a fastdiff process such as VariancePreserving(); got {hint}.")
@@ -270,7 +275,7 @@ class VariancePreserving(Process):
         zero_terminal_snr: bool = False,
     ):
         if isinstance(betas, str):
-            self.schedule = find("beta schedule", betas, _SCHEDULES, {"squaredcos_cap_v2": "cosine"}, "the betas")
+            self.schedule = find("beta schedule", betas, _SCHEDULES, _SYNONYMS, "the betas")
             self._ends = beta_start, beta_end
             beta = _beta_schedule(self.schedule, steps, beta_start, beta_end)
         else:
@@ -537,6 +542,7 @@ class VESDE(Process):
 
 
 _SCHEDULES = {name: name for name in ("linear", "scaled_linear", "cosine")}
+_SYNONYMS = {"squaredcos_cap_v2": "cosine"}
 
 
 def _beta_schedule(name: str, steps: int, start: float | None, end: float | None) -> Tensor:

@@ -47,6 +47,9 @@ _OTHER_NAMES = {
     "guidance_scale": "guidance=",
     "cfg_scale": "guidance=",
     "latents": "x=",
+    "image": "cond=, or known= and mask= for inpainting",
+    "timesteps": "steps=, or sampler=fastdiff.samplers.DDIM(timesteps=...)",
+    "sigmas": "sampler=fastdiff.samplers.DPMSolverPP(sigmas=...)",
     "eta": "sampler=fastdiff.samplers.DDIM(eta=...)",
     "clip": "sampler=fastdiff.samplers.DDIM(clip=...)",
     "clip_denoised": "sampler=fastdiff.samplers.DDIM(clip=1.0)",
@@ -141,12 +144,19 @@ def sample(
     call of the model.
     """
     shape = _checked(model, shape)
+    process, prediction = _trained_on(process, prediction)
     sampler = samplers.get(sampler)
     steps = None if steps is None else whole("steps", steps)
     sample_offset, step_offset = whole("sample_offset", sample_offset), whole("step_offset", step_offset)
     if step_offset < 0:
         raise ValueError(f"step_offset must be at least 0; got {step_offset}.")
-    process, prediction = _trained_on(process, prediction)
+    for name, tensor in (("x", x), ("mask", mask), ("known", known)):
+        if tensor is not None:
+            check_tensor(name, tensor, name)
+    if noise is not None and not callable(noise):
+        raise TypeError(
+            f"noise must be a function (step, shape) -> tensor; got {brief(noise)}. A start is passed as x=."
+        )
     plan = _planned(sampler, process, steps, prediction)
     if uncond is not None and cond is None:
         raise ValueError("uncond was given without cond: guidance needs the condition of both halves.")

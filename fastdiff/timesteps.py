@@ -16,6 +16,7 @@ from torch import Tensor
 from .names import find
 from .numeric import check_fields
 from .process import EDM, Process, RectifiedFlow, as_float64, check_by
+from .showing import brief
 
 
 class Timesteps:
@@ -185,9 +186,11 @@ def _named(timesteps: Timesteps | str) -> Timesteps:
         return find("timestep sampler", timesteps, _NAMES, {}, "an object")()
     if not isinstance(timesteps, Timesteps):
         hint = (
-            " A function of one's own is a subclass of Timesteps with that fraction(u)." if callable(timesteps) else ""
+            " A function of one's own is a subclass of Timesteps with that fraction(u)."
+            if callable(timesteps) and not isinstance(timesteps, type)
+            else ""
         )
-        raise TypeError(f"timesteps must be None, a name or a fastdiff.timesteps object; got {timesteps!r}.{hint}")
+        raise TypeError(f"timesteps must be None, a name or a fastdiff.timesteps object; got {brief(timesteps)}.{hint}")
     return timesteps
 
 

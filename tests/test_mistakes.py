@@ -218,6 +218,29 @@ def test_keywords_are_still_documented():
         assert "Args:" in function.__doc__
 
 
+def test_what_sample_is_given_in_the_wrong_form():
+    array = X0.numpy()
+    how = {"sampler": "ddim", "steps": 2, "progress": False}
+    sample = lambda **given: EPSILON.sample(lambda x, t: x, X0.shape, **how | given)  # noqa: E731
+    for name, given in (
+        ("x", {"x": array}),
+        ("mask", {"mask": array, "known": X0}),
+        ("known", {"known": array, "mask": X0}),
+    ):
+        refused(lambda: sample(**given), f"{name} must be a tensor; got ndarray: write torch.from_numpy({name})")  # noqa: B023
+    refused(
+        lambda: sample(mask=torch.ones(4, 1, 8, 8).long(), known=X0),
+        "mask must be bool or floating point; got torch.int64: write mask.bool()",
+    )
+    refused(lambda: sample(noise=X0), "noise must be a function (step, shape) -> tensor; got tensor", "passed as x=")
+    refused(lambda: sample(cond_fn=lambda x, t: None), "the gradient of cond_fn must be a tensor; got NoneType")
+    refused(lambda: fastdiff.sample(never, (2, 3), "ddim", 5), "process must be a fastdiff process", "got 'ddim'")
+    both = {"cond": torch.ones(4), "uncond": torch.ones(4), "guidance": 2.0}
+    for interval in (0.5, (0.1,), "01", (1, 2, 3)):
+        refused(lambda: sample(**both, guidance_interval=interval), "guidance_interval must be (low, high), two times")  # noqa: B023
+    refused(lambda: sample(**both, guidance_interval=("0", 1)), "guidance_interval[0] must be a number; got '0'")
+
+
 def test_sample_with_another_prediction_than_the_objectives():
     call = lambda: fastdiff.sample(never, (2, 3), V, "ddim", 5, "epsilon")  # noqa: E731
     refused(call, "the objective predicts 'v_prediction'", "prediction is 'epsilon'", "leave it out")
@@ -245,7 +268,9 @@ def test_what_is_no_process(use):
     call = USES_OF_A_PROCESS[use]
     refused(lambda: call(DDIMScheduler()), "DDIMScheduler of diffusers", "fastdiff.Objective.from_scheduler(scheduler)")
     refused(lambda: call(fastdiff.EDM), "the class EDM", "EDM()")
-    refused(lambda: call("linear"), "process must be a fastdiff process such as VariancePreserving(); got 'linear'")
+    refused(lambda: call("linear"), "the name of a beta schedule: write VariancePreserving('linear')")
+    refused(lambda: call("Scaled-Linear"), "write VariancePreserving('Scaled-Linear')")
+    refused(lambda: call("flow"), "process must be a fastdiff process such as VariancePreserving(); got 'flow'")
     refused(lambda: call(torch.zeros(1000)), "process must be", "VariancePreserving()")
     if use != "sample":
         refused(lambda: call(EPSILON), "an Objective: write objective.process")
@@ -303,6 +328,8 @@ def test_other_libraries_names_of_beta_schedules():
         ("UniPC-beta", samplers.UniPC(sigmas="beta")),
         ("euler_a", samplers.EulerAncestral()),
         ("DDIM", samplers.DDIM()),
+        ("DPM++ 2M Karras", samplers.DPMSolverPP(sigmas="karras")),
+        ("dpm++_2m_sde", samplers.DPMSolverPP(eta=1.0)),
     ],
 )
 def test_other_libraries_names_of_samplers(given, sampler):
@@ -318,6 +345,7 @@ def test_a_schedule_of_sigmas_for_a_sampler_without_any():
     [
         (lambda: samplers.get("dpmpp_2n"), "did you mean 'dpmpp_2m'?"),
         (lambda: kinds.get("epsilom"), "did you mean 'epsilon'?"),
+        (lambda: samplers.get("dpm++"), "did you mean 'dpmpp_"),
         (lambda: fastdiff.weighting.get("minsnr"), "did you mean 'min_snr'?"),
         (lambda: fastdiff.losses.get("hubber"), "did you mean 'huber'?"),
         (lambda: fastdiff.Objective(VP, timesteps="logitnormal"), "did you mean 'logit_normal'?"),
@@ -532,6 +560,47 @@ def test_a_weighting_with_a_mistake_of_its_own():
 
     with pytest.raises(NameError, match="undefined"):
         fastdiff.Objective(VP, weighting=weighting)
+
+
+def test_a_class_for_its_object():
+    weighting, loss, timesteps = fastdiff.MinSNR, fastdiff.losses.Huber, fastdiff.timesteps.LogitNormal
+    for given in ({"weighting": weighting}, {"loss": loss}, {"timesteps": timesteps}):
+        (cls,) = given.values()
+        message = refused(lambda: fastdiff.Objective(VP, **given))  # noqa: B023
+        assert message.endswith(f"got the class {cls.__name__}, not an object of it.")
+
+
+def test_a_loss_of_pytorch():
+    for loss in (torch.nn.MSELoss(), torch.nn.functional.mse_loss):
+        refused(lambda: fastdiff.Objective(VP, loss=loss), "loss must be one of mse, l1, smooth_l1, huber")  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("DDIM", "samplers"), ("Huber", "losses"), ("LogitNormal", "timesteps"), ("Philox", "ops")]
+)
+def test_a_name_that_is_in_a_module(name, module):
+    where = f"'fastdiff' has no attribute '{name}': it is fastdiff.{module}.{name}"
+    with pytest.raises(AttributeError, match=re.escape(where) + "$"):
+        getattr(fastdiff, name)
+
+
+def test_a_name_that_is_in_none():
+    with pytest.raises(AttributeError, match="no attribute 'torch'$"):  # which each of them imports
+        fastdiff.torch  # noqa: B018
+    done = subprocess.run([sys.executable, "-c", "import fastdiff; fastdiff.MinSnr"], capture_output=True, text=True)
+    assert done.stderr.rstrip().endswith("Did you mean: 'MinSNR'?")
+
+
+def test_a_mask_of_all_channels():
+    noised = V.noise(X0)
+    refused(lambda: V.loss(X0, noised, mask=torch.ones(4, 8, 8)), "A mask of all channels is mask.view(4, 1, 8, 8)")
+    refused(lambda: V.loss(X0, noised, mask=torch.ones(8, 8)), "A mask of the last dimensions is mask.view(1, 1, 8, 8)")
+    refused(lambda: V.loss(X0, noised, mask=np.ones((4, 1, 8, 8))), "mask must be a tensor; got ndarray")
+    assert "view" not in refused(lambda: V.loss(X0, noised, mask=torch.ones(5, 5)), "mask has shape (5, 5)")
+
+
+def test_a_time_that_is_a_text():
+    refused(lambda: V.noise(X0, "500"), "t must be a tensor, a number or a list of numbers; got '500'")
 
 
 def test_a_table_of_weights():

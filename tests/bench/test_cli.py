@@ -385,6 +385,7 @@ class TestSample:
             (("--classes", ""), "no class ''"),
             (("--count", "0"), "--count must be"),
             (("--steps", "1001"), "steps must lie in"),
+            (("--sampler", "dimm"), "unknown sampler 'dimm' (did you mean 'ddim'?)"),
             (("--steps", "0"), "--steps must be"),
             (("--out", "a.jpg"), ".png"),
         ],
@@ -495,14 +496,14 @@ VALUES = {
         **dict.fromkeys(("--process", "--prediction", "--weighting", "--loss", "--sampler"), "NAME"),
         **{"--data": "DIR", "--out": "DIR", "--save-every": "STEPS"},
     },
-    "sample": {"--checkpoint": "PATH", "--classes": "A,B,...", "--out": "FILE.png"},
+    "sample": {"--checkpoint": "PATH", "--sampler": "NAME", "--classes": "A,B,...", "--out": "FILE.png"},
     "bench": {
         **{"--preset": "NAME", "--dtype": "A,B,...", "--against": "A,B,...", "--nproc": "N", "--out": "DIR"},
         "--compare": ("A.json", "B.json"),
     },
     "doctor": {"--trace": "SCRIPT"},
 }
-SAY_THEMSELVES = {"--sampler", "--guidance", "--seed", "--out"}  # of ``fastdiff sample``
+SAY_THEMSELVES = {"--guidance", "--seed", "--out"}  # of ``fastdiff sample``
 
 
 @pytest.mark.parametrize("command", VALUES)
