@@ -10,6 +10,8 @@ exclude_patterns = ["**.py"]
 html_theme = "furo"
 html_title = f"fastdiff {release}"
 html_copy_source = False
+html_static_path = html_css_files = ["site.css"]
+pygments_dark_style = "github-dark"
 myst_heading_anchors = 3
 suppress_warnings = ["toc.not_included"]  # benchmarks/results, which the documents link
 autodoc_member_order = "bysource"

@@ -70,7 +70,11 @@ def __getattr__(name: str) -> ModuleType:
     """``fastdiff.integrations``, imported when it is first used: its modules cost nothing before."""
     if name == "integrations":
         return importlib.import_module(f"{__name__}.integrations")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    where = ""
+    for module in (losses, ops, samplers, timesteps):
+        if str(getattr(vars(module).get(name), "__module__", "")).startswith(module.__name__):
+            where = f": it is {module.__name__}.{name}"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{where}")
 
 
 def __dir__() -> list[str]:

@@ -100,11 +100,11 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
         description="Draw a grid of images from a checkpoint of the demo. What is not given is as in that run.",
     )
     parser.set_defaults(command=_sample)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="the file, or its run's folder")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--classes", metavar="A,B,...", help="the class of each image, by name or index")
     which.add_argument("--count", type=int, help="so many images, of the classes in turn")
-    parser.add_argument("--sampler", choices=SAMPLERS)
+    parser.add_argument("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
     parser.add_argument("--steps", type=int, help="sampling steps")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, default=0)

@@ -23,8 +23,19 @@ NEGATIVE_EDM = Prediction(
 )
 
 
+def check_scheduler(scheduler: Any, call: str = "") -> None:
+    """Raise TypeError for a class, or a pipeline, in place of a scheduler. ``call``: what was called."""
+    if isinstance(scheduler, type):
+        name = scheduler.__name__
+        raise TypeError(f"scheduler is the class {name}: make one, such as {name}() or {name}.from_pretrained(...).")
+    if hasattr(scheduler, "scheduler"):
+        ours = f"{call}(pipeline.scheduler)" if call else "pipeline.scheduler"
+        raise TypeError(f"scheduler is a {type(scheduler).__name__}, which has a scheduler: write {ours}.")
+
+
 def config_value(scheduler: Any, name: str, default: Any = None) -> Any:
     """An entry of a scheduler's config. Raises TypeError for what has none."""
+    check_scheduler(scheduler)
     config = getattr(scheduler, "config", None)
     if config is None:
         raise TypeError(f"a scheduler of diffusers is needed, with a config; got {type(scheduler).__name__}.")
@@ -57,6 +68,7 @@ def vp_process(scheduler: Any) -> TabulatedVP:
     Made once a scheduler, and again if its table is replaced or written into (on an accelerator, where that changes the
     table's version). Raises TypeError where there is none.
     """
+    check_scheduler(scheduler)
     alpha_bar = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(alpha_bar, Tensor):
         raise TypeError(
@@ -80,6 +92,7 @@ def training_table(scheduler: Any) -> tuple[Tensor, Tensor]:
 
     Raises TypeError without them, ValueError after ``set_timesteps``.
     """
+    check_scheduler(scheduler)
     sigmas, timesteps = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)
     if not isinstance(sigmas, Tensor) or not isinstance(timesteps, Tensor):
         raise TypeError(

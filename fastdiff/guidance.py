@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .numeric import check_numbers
+from .ops.checks import check_tensor
 from .ops.prepared import PreparedSteps
 from .ops.step import COLUMNS
 from .samplers import Plan, Sampler
+from .showing import brief
 
 _AT = {name: k for k, name in enumerate(COLUMNS)}
 _OF_OUTPUT = torch.tensor([name in ("p_m", "c_m", "h_m") for name in COLUMNS], dtype=torch.float64, device="cpu")
@@ -38,6 +41,13 @@ class Guidance:
         most: float | None,
         cond_fn: Callable[[Tensor, Tensor], Tensor] | None,
     ):
+        check_numbers(guidance=1.0 if isinstance(guidance, Tensor) else guidance, guidance_rescale=rescale)
+        optional = {"dynamic_thresholding": quantile, "sample_max_value": most}
+        check_numbers(**{name: value for name, value in optional.items() if value is not None})
+        if interval is not None:
+            if not isinstance(interval, Sequence) or len(interval) != 2 or isinstance(interval, str):
+                raise TypeError(f"guidance_interval must be (low, high), two times; got {brief(interval)}.")
+            check_numbers(**dict(zip(("guidance_interval[0]", "guidance_interval[1]"), interval)))
         if interval is not None and not (has_uncond and interval[0] <= interval[1]):
             raise ValueError(
                 f"guidance_interval=(low, high) needs guidance with uncond, and low <= high; got {interval}."
@@ -102,6 +112,7 @@ class Guidance:
     def _classified(self, k, x, m, guided, variance, time, wide) -> tuple[Tensor, dict[str, Any]]:
         with torch.enable_grad():
             gradient = self._cond_fn(x.detach(), time)
+        check_tensor("the gradient of cond_fn", gradient, "gradient")
         gradient = gradient.detach().to(wide)
         if gradient.shape != x.shape:
             raise ValueError(

@@ -10,13 +10,18 @@ from torch import Tensor
 
 from .codes import NEED_C
 from .names import find
+from .numeric import check_fields
 from .process import Levels, check_by
+from .showing import brief
 
 
 class Loss:
     """Base. ``function`` names the elementwise function of ``fastdiff.ops.loss``; ``rows`` gives its parameters."""
 
     function: str
+
+    def __post_init__(self):
+        check_fields(self)
 
     @property
     def uses_c(self) -> bool:
@@ -49,6 +54,7 @@ class SmoothL1(Loss):
     function = "smooth_l1"
 
     def __post_init__(self):
+        super().__post_init__()
         _positive("beta", self.beta)
 
     def rows(self, levels: Levels) -> tuple[Tensor | None, Tensor | float]:
@@ -63,6 +69,7 @@ class Huber(Loss):
     function = "smooth_l1"
 
     def __post_init__(self):
+        super().__post_init__()
         _positive("delta", self.delta)
 
     def rows(self, levels: Levels) -> tuple[Tensor | None, Tensor | float]:
@@ -85,6 +92,7 @@ class PseudoHuber(Loss):
     function = "pseudo_huber"
 
     def __post_init__(self):
+        super().__post_init__()
         _positive("c", self.c)
         if self.form not in ("plain", "scaled", "normalized"):
             raise ValueError(f"form must be one of plain, scaled, normalized; got {self.form!r}.")
@@ -127,7 +135,10 @@ def get(loss: Loss | str) -> Loss:
     if isinstance(loss, str):
         return find("loss", loss, _NAMES, {"l2": "mse"}, "a fastdiff.losses object")()
     if not isinstance(loss, Loss):
-        raise TypeError(f"loss must be a name or a fastdiff.losses object such as Huber(0.1); got {loss!r}.")
+        raise TypeError(
+            f"loss must be one of {', '.join(_NAMES)}, or a fastdiff.losses object such as Huber(0.1); "
+            f"got {brief(loss)}."
+        )
     return loss
 
 

@@ -20,6 +20,8 @@ from .backends.registry import remakes_noise
 from .calls import LossCall, NoiseCall
 from .losses import Loss
 from .modes import lasting, version_of, wrapping
+from .names import answers_keywords
+from .numeric import check_numbers
 from .ops.checks import check_alike, check_floating, check_tensor, check_unambiguous, compute_dtype, place_rows
 from .ops.dispatch import get as backend_of
 from .ops.loss import check_loss, normalized
@@ -168,6 +170,22 @@ _CHANGED = "{} was changed in place after the batch was noised, so x_t is of ano
 # Of an objective, what its coefficients are made of.
 _FIXED = ("process", "prediction", "weighting", "loss_function", "error_space")
 
+# What other libraries call the arguments of ``Objective``.
+_OTHER_NAMES = {
+    "scheduler": "process=, or fastdiff.Objective.from_scheduler(scheduler)",
+    "noise_scheduler": "process=, or fastdiff.Objective.from_scheduler(scheduler)",
+    "prediction_type": "prediction=",
+    "parameterization": "prediction=",
+    "objective": "prediction=",
+    "snr_gamma": "weighting=fastdiff.MinSNR(gamma)",
+    "min_snr_gamma": "weighting=fastdiff.MinSNR(gamma)",
+    "weighting_scheme": "weighting=, and timesteps= for how t is drawn",
+    "loss_weight": "weighting=",
+    "loss_type": "loss=",
+    "loss_fn": "loss=",
+    "schedule_sampler": "timesteps=",
+}
+
 
 class Objective:
     """What a network is trained on: a process, a prediction kind, a weighting and an error function.
@@ -194,6 +212,7 @@ class Objective:
     ``fastdiff.weighting``: that timestep gets weight 0).
     """
 
+    @answers_keywords(_OTHER_NAMES)
     def __init__(
         self,
         process: Process,
@@ -218,7 +237,7 @@ class Objective:
         self.noise_offset_dim = noise_offset_dim
         unused = self.weighting.unused(self.prediction, self.error_space) if hasattr(self.weighting, "unused") else None
         if unused:
-            warnings.warn(unused, stacklevel=2)
+            warnings.warn(unused, stacklevel=3)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -259,6 +278,7 @@ class Objective:
         if name in _FIXED and name in self.__dict__:
             raise AttributeError(f"{name} cannot be changed: the coefficients are made of it. Make another Objective.")
         if name in ("noise_offset", "input_perturbation"):
+            check_numbers(**{name: value})
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0; got {value!r}.")
             value = float(value)
@@ -305,6 +325,7 @@ class Objective:
 
         Raises TypeError for what is no such scheduler, ValueError for combinations that mean nothing.
         """
+        from_scheduler.check_scheduler(scheduler, "Objective.from_scheduler")
         if snr_gamma is not None:
             if weighting is not None:
                 raise ValueError("snr_gamma is a weighting of its own: pass snr_gamma or weighting, not both.")
@@ -390,11 +411,20 @@ class Objective:
         if seed is not None:
             made = ops.Philox(seed, sample_offset, offset=self.noise_offset, rng=rng)
         if noise is not None:
-            check_noise(x0=x0, noise=noise)
+            try:
+                check_noise(x0=x0, noise=noise)
+            except (TypeError, ValueError):
+                _check_order(x0, t, noise, "x0, t, noise")
+                raise
             source = noise
         else:
             made.check(x0.shape)
             source = made
+            if isinstance(t, Tensor) and x0.ndim > 1 and t.shape == x0.shape and self._no_times(t):
+                raise ValueError(
+                    f"t has the shape of x0, {tuple(t.shape)}, and is no times of {self.process!r}: if it is noise, "
+                    f"write noise=."
+                )
         if t is None:
             t = self.timesteps(
                 backend.uniform(seed, x0.shape[0], Stream.TIMESTEP, sample_offset, x0.device), self.process
@@ -409,6 +439,12 @@ class Objective:
         else:
             x_t, n = able(backend, call).noise(call)
         return Noised(self, x0, x_t, t, n, rows, target)
+
+    def _no_times(self, t: Tensor) -> bool:
+        """Whether numbers like noise, where looking at them is free, cannot be times."""
+        return t.is_floating_point() and (
+            self.process.discrete or (value_checks_are_free(t) and bool((t < self.process.t_min).any()))
+        )
 
     def _offset_noise(self, x0: Tensor, seed: int | Tensor, sample_offset: int, rng: str) -> Tensor:
         """Noise with offsets along another dimension than 1: float32 (float64 for float64 data), shaped as x0."""
@@ -536,6 +572,8 @@ class Objective:
             if isinstance(weight, Tensor):
                 weight = place_rows("weight", weight.to(prediction.device), row_shape).expand(row_shape)
                 weight = place_rows("weight", weight, prediction.shape)
+            else:
+                check_numbers(weight=weight)
             coefficients[3] = as_tensor(coefficients[3]) * weight
         p, q, scale, row_weight, c = (
             row if row is None or row.dtype == dtype else as_tensor(row).to(dtype) for row in coefficients
@@ -729,9 +767,21 @@ class Objective:
             warnings.warn(
                 f"the weighting {self.weighting!r} is infinite at t = {dropped[:3]}{'...' if dropped[3:] else ''}: "
                 f"these timesteps get weight 0 and are left out of the loss.",
-                stacklevel=3,
+                stacklevel=5,
             )
         return torch.stack([rows[name] for name in COEFFICIENTS if name in rows], -1)
+
+
+def _check_order(x0: Tensor, t: Any, noise: Any, order: str) -> None:
+    """Raise ValueError where ``noise``, which does not fit x0, is t by its shape."""
+    if not isinstance(noise, Tensor) or noise.ndim >= x0.ndim or noise.shape != x0.shape[: noise.ndim]:
+        return
+    if t is None:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, but x0 {tuple(x0.shape)}: if it is t, write t=.")
+    if isinstance(t, Tensor) and t.shape == x0.shape:
+        raise ValueError(
+            f"t has shape {tuple(t.shape)}, and noise {tuple(noise.shape)}: swapped? The order is {order}."
+        )
 
 
 def _check_noised(prediction: Any, noised: Any) -> None:
@@ -756,7 +806,7 @@ def q_sample(
 
     Args as in ``Objective.noise``. Ho et al. 2020, equation 4, for any process.
     """
-    return _objective(process, "epsilon", None, "mse").noise(x0, t, noise, generator).x_t
+    return _objective(process, "epsilon", None, "mse", "x0, t, process, noise").noise(x0, t, noise, generator).x_t
 
 
 def diffusion_loss(
@@ -779,9 +829,13 @@ def diffusion_loss(
     Args as in ``Objective`` and ``Objective.loss``: ``prediction`` says what ``model_output``, shaped as x0, estimates.
     x_t itself is not needed.
     """
-    objective = _objective(process, prediction, weighting, loss)
-    check_floating(model_output=model_output, x0=x0, noise=noise)
-    check_alike(x0=x0, noise=noise)
+    objective = _objective(process, prediction, weighting, loss, "model_output, x0, noise, t, process")
+    try:
+        check_floating(model_output=model_output, x0=x0, noise=noise)
+        check_alike(x0=x0, noise=noise)
+    except (TypeError, ValueError):
+        _check_order(x0, t, noise, "model_output, x0, noise, t, process")
+        raise
     dtype = compute_dtype(x0, noise, model_output)
     if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
         result = objective._plain_loss(model_output, x0, noise, t, lambda: objective._rows_for(t, x0, dtype)[0])
@@ -791,10 +845,12 @@ def diffusion_loss(
     return objective._loss(model_output, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
 
 
-def _objective(process, kind, weights, loss) -> Objective:
+def _objective(process, kind, weights, loss, order) -> Objective:
     try:
         return _cached_objective(process, kind, weights, loss)
     except TypeError as error:
+        if isinstance(process, Tensor):
+            raise TypeError(f"{error} The order of the arguments is {order}.") from error
         if "unhashable" not in str(error):
             raise
         return Objective(process, kind, weights, loss)

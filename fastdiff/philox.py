@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .codes import OFFSET_STREAM
-from .showing import brief_fields
+from .showing import brief, brief_fields
 
 
 class Stream:
@@ -105,6 +105,8 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) ->
 
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """A 64-bit seed, int64 [1] on ``device``, from ``generator`` (None: the device's default one); no host sync."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator; got {brief(generator)}. A number is passed as seed=.")
     source = device if generator is None else generator.device
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=source, generator=generator)
     return seed.to(device, non_blocking=True)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .names import find
+from .names import answers_keywords, find, plainly
+from .numeric import check_numbers
 from .showing import brief
 from .tensors import cached, gather_rows, value_checks_are_free
 
@@ -29,7 +30,10 @@ def as_float64(value: Any) -> Tensor:
 def as_times(t: Any, device: torch.device | str | None = None) -> Tensor:
     """``t`` (tensor, number or list) as a tensor of its own kind, integer or floating point, on ``device``."""
     if not isinstance(t, Tensor):
-        kind = torch.as_tensor(t, device="cpu")
+        try:
+            kind = torch.as_tensor(t, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"t must be a tensor, a number or a list of numbers; got {brief(t)}.") from error
         t = as_float64(t) if kind.is_floating_point() else kind
     return t.to(device) if device is not None else t
 
@@ -224,6 +228,8 @@ def check_process(process: Any) -> None:
         hint = f"the class {process.__name__}: make one, {process.__name__}()"
     elif hasattr(process, "config") and type(process).__name__.endswith("Scheduler"):
         hint = f"a {type(process).__name__} of diffusers: write fastdiff.Objective.from_scheduler(scheduler)"
+    elif isinstance(process, str) and plainly(process) in {*_SCHEDULES, *_SYNONYMS}:
+        hint = f"the name of a beta schedule: write VariancePreserving({process!r})"
     else:
         hint = brief(process)
     raise TypeError(f"process must be a fastdiff process such as VariancePreserving(); got {hint}.")
@@ -250,6 +256,16 @@ class VariancePreserving(Process):
     variance_preserving = True
     _ends: tuple[float | None, float | None] = (None, None)
 
+    @answers_keywords(
+        {
+            "beta_schedule": "betas=",
+            "schedule": "betas=",
+            "trained_betas": "betas=",
+            "num_train_timesteps": "steps=",
+            "timesteps": "steps=",
+            "rescale_betas_zero_snr": "zero_terminal_snr=",
+        }
+    )
     def __init__(
         self,
         betas: str | Tensor | list | tuple = "linear",
@@ -259,11 +275,16 @@ class VariancePreserving(Process):
         zero_terminal_snr: bool = False,
     ):
         if isinstance(betas, str):
-            self.schedule = find("beta schedule", betas, _SCHEDULES, {"squaredcos_cap_v2": "cosine"}, "the betas")
+            self.schedule = find("beta schedule", betas, _SCHEDULES, _SYNONYMS, "the betas")
             self._ends = beta_start, beta_end
             beta = _beta_schedule(self.schedule, steps, beta_start, beta_end)
         else:
             self.schedule = "given"
+            if not hasattr(betas, "__len__"):
+                raise TypeError(
+                    f"betas must be a name, {', '.join(_SCHEDULES)}, or the betas themselves; got {brief(betas)}. "
+                    f"How many there are is steps=."
+                )
             beta = as_float64(betas).detach().to("cpu", torch.float64).clone()
             if beta_start is not None or beta_end is not None:
                 raise ValueError(
@@ -385,6 +406,7 @@ class RectifiedFlow(Process):
     """
 
     def __init__(self, shift: float = 1.0, sigma_min: float = 0.0):
+        check_numbers(shift=shift, sigma_min=sigma_min)
         if not shift > 0 or not math.isfinite(shift):
             raise ValueError(f"shift must be a positive number; got {shift!r}.")
         if not 0 <= sigma_min < 1:
@@ -427,6 +449,7 @@ class EDM(Process):
     t_max = math.inf
 
     def __init__(self, sigma_data: float = 0.5):
+        check_numbers(sigma_data=sigma_data)
         if not sigma_data > 0:
             raise ValueError(f"sigma_data must be positive; got {sigma_data!r}.")
         self.sigma_data = float(sigma_data)
@@ -454,6 +477,7 @@ class VPSDE(Process):
     variance_preserving = True
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        check_numbers(beta_min=beta_min, beta_max=beta_max)
         if not 0 < beta_min <= beta_max:
             raise ValueError(f"0 < beta_min <= beta_max is needed; got {beta_min!r} and {beta_max!r}.")
         self.beta_min, self.beta_max = float(beta_min), float(beta_max)
@@ -497,6 +521,7 @@ class VESDE(Process):
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
+        check_numbers(sigma_min=sigma_min, sigma_max=sigma_max)
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"0 < sigma_min < sigma_max is needed; got {sigma_min!r} and {sigma_max!r}.")
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
@@ -517,6 +542,7 @@ class VESDE(Process):
 
 
 _SCHEDULES = {name: name for name in ("linear", "scaled_linear", "cosine")}
+_SYNONYMS = {"squaredcos_cap_v2": "cosine"}
 
 
 def _beta_schedule(name: str, steps: int, start: float | None, end: float | None) -> Tensor:
@@ -533,6 +559,7 @@ def _beta_schedule(name: str, steps: int, start: float | None, end: float | None
     defaults = (1e-4, 0.02) if name == "linear" else (0.00085, 0.012)
     start = defaults[0] if start is None else start
     end = defaults[1] if end is None else end
+    check_numbers(beta_start=start, beta_end=end)
     if name == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
     return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64, device="cpu") ** 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -14,10 +15,43 @@ from . import ops, samplers, torch_randn
 from . import prediction as kinds
 from .graph import Graphed, check_capture
 from .guidance import Guidance
+from .names import answers_keywords
 from .ops.checks import check_tensor
 from .philox import Stream, draw_seed, whole
 from .prediction import Prediction
 from .process import Process, check_process
+from .showing import brief
+
+# What other libraries call the arguments of ``sample``.
+_OTHER_NAMES = {
+    "network": "model=",
+    "unet": "model=",
+    "size": "shape=",
+    "batch_size": "shape=, which begins with it",
+    "objective": "process=, which takes an Objective too",
+    "scheduler": "sampler=",
+    "num_inference_steps": "steps=",
+    "num_steps": "steps=",
+    "prediction_type": "prediction=",
+    "condition": "cond=",
+    "conditioning": "cond=",
+    "labels": "cond=",
+    "class_labels": "cond=",
+    "y": "cond=",
+    "context": "cond=",
+    "encoder_hidden_states": "cond=",
+    "prompt_embeds": "cond=",
+    "negative_prompt_embeds": "uncond=",
+    "guidance_scale": "guidance=",
+    "cfg_scale": "guidance=",
+    "latents": "x=",
+    "image": "cond=, or known= and mask= for inpainting",
+    "timesteps": "steps=, or sampler=fastdiff.samplers.DDIM(timesteps=...)",
+    "sigmas": "sampler=fastdiff.samplers.DPMSolverPP(sigmas=...)",
+    "eta": "sampler=fastdiff.samplers.DDIM(eta=...)",
+    "clip": "sampler=fastdiff.samplers.DDIM(clip=...)",
+    "clip_denoised": "sampler=fastdiff.samplers.DDIM(clip=1.0)",
+}
 
 
 class TrainedOn(Protocol):
@@ -27,6 +61,7 @@ class TrainedOn(Protocol):
     prediction: Prediction
 
 
+@answers_keywords(_OTHER_NAMES)
 @torch.no_grad()
 def sample(
     model: Callable[..., Tensor],
@@ -74,7 +109,7 @@ def sample(
         steps: the number of steps; None: all of a discrete process, 50 for others.
         cond: a tensor [batch, ...], or a tuple, list or dict of such, given to the model.
         uncond: the same for classifier-free guidance (Ho and Salimans 2022); then the model sees a batch of twice the
-            size, the unconditional half first. Tensors [1, ...] of either go with every sample.
+            size, the unconditional half first. A tensor [1, ...] or [] of either goes with every sample.
         guidance: m_uncond + guidance (m_cond - m_uncond), a number or one a sample. 1 is no guidance; other values need
             ``uncond``.
         guidance_interval: (low, high): guidance only where low <= t <= high, in the process's own t (Kynkaanniemi et
@@ -113,14 +148,21 @@ def sample(
     Returns the samples, of ``shape`` and ``dtype``. Raises ValueError or TypeError for unfit inputs, before the first
     call of the model.
     """
+    shape = _checked(model, shape)
+    process, prediction = _trained_on(process, prediction)
     sampler = samplers.get(sampler)
     steps = None if steps is None else whole("steps", steps)
     sample_offset, step_offset = whole("sample_offset", sample_offset), whole("step_offset", step_offset)
     if step_offset < 0:
         raise ValueError(f"step_offset must be at least 0; got {step_offset}.")
-    process, prediction = _trained_on(process, prediction)
+    for name, tensor in (("x", x), ("mask", mask), ("known", known)):
+        if tensor is not None:
+            check_tensor(name, tensor, name)
+    if noise is not None and not callable(noise):
+        raise TypeError(
+            f"noise must be a function (step, shape) -> tensor; got {brief(noise)}. A start is passed as x=."
+        )
     plan = _planned(sampler, process, steps, prediction)
-    shape = tuple(shape)
     if uncond is not None and cond is None:
         raise ValueError("uncond was given without cond: guidance needs the condition of both halves.")
     if isinstance(guidance, (int, float)) and guidance == 1.0:
@@ -129,8 +171,8 @@ def sample(
         raise ValueError(f"guidance={guidance} needs uncond: the condition of the unconditional half.")
     if x is not None and tuple(x.shape) != shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, but shape is {shape}.")
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be floating point; got {dtype}.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, such as torch.float32; got {dtype!r}.")
     device = _device(model, x, device)
     source = _Noise(
         plan, shape, device, dtype, seed, generator, noise, sample_offset, step_offset, x is None, mask is not None
@@ -161,10 +203,9 @@ def sample(
         "known": None if known is None else known.to(device, dtype),
         "known_noise": None if mask is None else z,
     }
-    if compile:
-        model = torch.compile(model)
+    network = torch.compile(model) if compile else model
     told = _told(plan, device, dtype)
-    both = _conditions(cond, uncond, shape[0])
+    cond, both = _conditions(cond, uncond, shape[0])
     scale = 1.0 if plan.model_scale is None else float(plan.model_scale[0])
     visited = plan.times.to(device) if callback is not None else plan.times
     index = range(len(plan.times)) if plan.steps is None else plan.steps
@@ -172,10 +213,14 @@ def sample(
     last, began = len(told) - 1, 0
     graphed = None
     if cuda_graph:
-        graphed = run = Graphed(
-            model, x, how.rows, told, both, how.guided[0], scale, plan.draws, source.streams, source.philox,
-            callback is not None, **step_options,
-        )  # fmt: skip
+        try:
+            graphed = run = Graphed(
+                network, x, how.rows, told, both, how.guided[0], scale, plan.draws, source.streams, source.philox,
+                callback is not None, **step_options,
+            )  # fmt: skip
+        except TypeError as error:
+            _explain(error, model, cond)
+            raise
         times: list[Tensor] = []
     else:
         times = _model_times(told, how.guided, len(x))
@@ -188,17 +233,23 @@ def sample(
     for k in _bar(range(len(told)), progress):
         z = source.step(k) if streams is None else streams[k]
         guided = how.guided[k]
-        if simple:
-            m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
+        if graphed is None:
+            try:
+                if cond is None:
+                    m = network(run.seen, times[k])
+                else:
+                    m = network(run.seen, times[k], both if guided else cond)
+            except TypeError as error:
+                _explain(error, model, cond)
+                raise
             check_tensor("the model's output", m, "output")
+        if simple:
             run.step(k, m, guided, z, copies[k])
             continue
         ends = k == last or index[k + 1] != index[k]
         if graphed is not None:
             graphed.step(z)
         else:
-            m = model(run.seen, times[k]) if cond is None else model(run.seen, times[k], both if guided else cond)
-            check_tensor("the model's output", m, "output")
             variance = None
             if plan.learned_variance:
                 m, variance = _variance(m, shape, guided)
@@ -222,6 +273,48 @@ def sample(
                 run.begin(run.scales[k], copies[k])
         began = k + 1
     return (run.x, torch.stack(path)) if return_trajectory else run.x
+
+
+def _checked(model: Any, shape: Any) -> tuple[int, ...]:
+    """``shape`` as a tuple. Raises TypeError where one of the two is something else, or they are swapped."""
+    if callable(shape):
+        raise TypeError("the arguments are swapped: the network comes first, then the shape of the samples.")
+    if not callable(model):
+        raise TypeError(f"model must be the network, called as model(x, t); got {brief(model)}.")
+    try:
+        return tuple(whole("shape", n) for n in shape)
+    except TypeError:
+        raise TypeError(
+            f"shape must be [batch, ...] of the samples, such as (16, 4, 64, 64); got {brief(shape)}."
+        ) from None
+
+
+def _explain(error: TypeError, model: Any, cond: Any) -> None:
+    """Raise another error for one of calling ``model``, where its signature shows that the condition is why."""
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # it has none
+        return
+
+    def takes(*arguments: str) -> bool:
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            return False
+        return True
+
+    if takes("x", "t", "cond") == takes("x", "t") or takes("x", "t") == (cond is None):
+        return
+    if cond is None:
+        name = [*signature.parameters][2]
+        raise TypeError(
+            f"the network takes a condition, {name!r}, but none was given: pass it as sample(..., cond=...)."
+        ) from error
+    raise TypeError(
+        f"the network takes no condition, its arguments are {signature}, but cond was given: leave it out, or give "
+        f"the network a third argument."
+    ) from error
 
 
 def _trained_on(process: Process | TrainedOn, prediction: str | Prediction | None) -> tuple[Process, Prediction]:
@@ -286,7 +379,7 @@ class _Noise:
         self._first, later = first, first if plan.start is None else first + 1
         self._steps = [k + later for k in (range(len(plan.times)) if plan.steps is None else plan.steps)]
         self._generators = None
-        if generator is not None and not isinstance(generator, torch.Generator):
+        if hasattr(generator, "__iter__"):
             self._generators = list(generator)
             if len(self._generators) != shape[0]:
                 raise ValueError(f"{len(self._generators)} generators for {shape[0]} samples: one each is needed.")
@@ -360,24 +453,24 @@ def _variance(m: Tensor, shape: tuple[int, ...], guided: bool) -> tuple[Tensor, 
     return m.contiguous(), variance[-shape[0] :].contiguous()
 
 
-def _conditions(cond: Any, uncond: Any, batch: int) -> Any:
-    """What the network is given: the condition, or both halves, the unconditional first. Raises ValueError for another
-    batch size."""
-    if uncond is not None:
-        return _both(uncond, cond, batch, "")
+def _conditions(cond: Any, uncond: Any, batch: int) -> tuple[Any, Any]:
+    """What the network is given: (the condition, both halves, the unconditional first; without ``uncond`` the condition
+    again). Raises ValueError for another batch size, TypeError for a text."""
+    for name, half in (("cond", cond), ("uncond", uncond)):
+        if isinstance(half, str):
+            raise TypeError(
+                f"{name} must be a tensor, or a tuple, list or dict of tensors; got str {brief(half)}: encode it first."
+            )
+    both = None if uncond is None else _both(uncond, cond, batch, "")
     if isinstance(cond, Tensor):
-        _check_batch("cond", cond, batch)
-    return cond
+        cond = _of_all("cond", cond, batch)
+    return cond, cond if both is None else both
 
 
 def _both(uncond: Any, cond: Any, batch: int, at: str) -> Any:
     """``at``: where in the condition, for messages. A tensor [1, ...] goes with all samples."""
     if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
-        halves = []
-        for name, half in (("uncond", uncond), ("cond", cond)):
-            _check_batch(name + at, half, batch)
-            halves.append(half.expand(batch, *half.shape[1:]) if half.ndim else half.expand(batch))
-        return torch.cat(halves)
+        return torch.cat([_of_all("uncond" + at, uncond, batch), _of_all("cond" + at, cond, batch)])
     for kind in (dict, tuple, list):
         if isinstance(cond, kind) and isinstance(uncond, kind):
             keys, others = ([*c] if kind is dict else [*range(len(c))] for c in (cond, uncond))
@@ -393,12 +486,16 @@ def _both(uncond: Any, cond: Any, batch: int, at: str) -> Any:
     )
 
 
-def _check_batch(name: str, cond: Tensor, batch: int) -> None:
-    if cond.ndim and len(cond) not in (1, batch):
+def _of_all(name: str, cond: Tensor, batch: int) -> Tensor:
+    """[batch, ...]: a tensor [1, ...], or a single number, goes with every sample."""
+    if cond.ndim and len(cond) == batch:
+        return cond
+    if cond.ndim and len(cond) != 1:
         raise ValueError(
             f"{name} has shape {tuple(cond.shape)}, but {batch} samples are drawn: its first dimension must be "
             f"{batch}, or 1 for all."
         )
+    return cond.expand(batch, *cond.shape[1:]).contiguous()
 
 
 def _device(model: Any, x: Tensor | None, device: torch.device | str | None) -> torch.device:

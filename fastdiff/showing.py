@@ -12,9 +12,12 @@ LONGEST = 80  # characters of a value in a message
 
 
 def brief(value: Any) -> str:
-    """A value on one line: a tensor by dtype and shape, anything else by its repr, cut to ``LONGEST``."""
+    """A value on one line: a tensor by dtype and shape, a class by its name, anything else by its repr, cut to
+    ``LONGEST``."""
     if isinstance(value, Tensor):
         return f"tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}, not an object of it"
     text = " ".join(repr(value).split())
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 

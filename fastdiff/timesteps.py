@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from .names import find
+from .numeric import check_fields
 from .process import EDM, Process, RectifiedFlow, as_float64, check_by
+from .showing import brief
 
 
 class Timesteps:
     """Base: ``fraction(u)`` maps float64 uniforms [B] to fractions in [0, 1]."""
+
+    def __post_init__(self):
+        check_fields(self)
 
     def fraction(self, u: Tensor) -> Tensor:
         raise NotImplementedError
@@ -40,6 +45,7 @@ class Uniform(Timesteps):
     by: str = "fraction"
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"0 <= low < high <= 1 is needed; got low={self.low!r}, high={self.high!r}.")
         check_by(self.by)
@@ -66,6 +72,9 @@ class Stratified(Timesteps):
 
     inner: Timesteps = field(default_factory=Uniform)
 
+    def __post_init__(self):
+        object.__setattr__(self, "inner", _named(self.inner))
+
     def __call__(self, u: Tensor, process: Process) -> Tensor:
         if not u.numel():
             return self.inner(u, process)
@@ -84,6 +93,7 @@ class LogitNormal(Timesteps):
     std: float = 1.0
 
     def __post_init__(self):
+        super().__post_init__()
         _positive("std", self.std)
 
     def fraction(self, u: Tensor) -> Tensor:
@@ -97,6 +107,7 @@ class Mode(Timesteps):
     scale: float = 1.29
 
     def __post_init__(self):
+        super().__post_init__()
         if not -1 <= self.scale <= 2 / (math.pi - 2):
             raise ValueError(f"scale must lie in [-1, {2 / (math.pi - 2):.4f}] (monotone there); got {self.scale!r}.")
 
@@ -120,6 +131,7 @@ class LogNormal(Timesteps):
     std: float = 1.2
 
     def __post_init__(self):
+        super().__post_init__()
         _positive("std", self.std)
 
     def __call__(self, u: Tensor, process: Process) -> Tensor:
@@ -136,6 +148,8 @@ class Shifted(Timesteps):
     shift: float
 
     def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "inner", _named(self.inner))
         _positive("shift", self.shift)
 
     def fraction(self, u: Tensor) -> Tensor:
@@ -164,13 +178,19 @@ def get(timesteps: Timesteps | str | None, process: Process) -> Timesteps:
     """A sampler from its name or itself; None: LogNormal for EDM's sigmas, uniform for every other process."""
     if timesteps is None:
         return LogNormal() if isinstance(process, EDM) and not process.discrete else Uniform()
+    return _named(timesteps)
+
+
+def _named(timesteps: Timesteps | str) -> Timesteps:
     if isinstance(timesteps, str):
         return find("timestep sampler", timesteps, _NAMES, {}, "an object")()
     if not isinstance(timesteps, Timesteps):
         hint = (
-            " A function of one's own is a subclass of Timesteps with that fraction(u)." if callable(timesteps) else ""
+            " A function of one's own is a subclass of Timesteps with that fraction(u)."
+            if callable(timesteps) and not isinstance(timesteps, type)
+            else ""
         )
-        raise TypeError(f"timesteps must be None, a name or a fastdiff.timesteps object; got {timesteps!r}.{hint}")
+        raise TypeError(f"timesteps must be None, a name or a fastdiff.timesteps object; got {brief(timesteps)}.{hint}")
     return timesteps
 
 

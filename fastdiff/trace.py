@@ -1,7 +1,7 @@
 """``fastdiff doctor --trace``: runs a script and counts which calls went which way, and why.
 
-The methods of ``Objective`` and the functions of the backends are wrapped while the script runs: otherwise nothing is
-counted, and nothing costs time."""
+The methods of ``Objective``, the functions of the package and those of the backends are wrapped while the script runs:
+otherwise nothing is counted, and nothing costs time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends
+import fastdiff
+
+from . import backends, objective, sampling
 from .backends import registry
 from .backends.reference import Reference
 from .calls import Call
@@ -24,22 +27,31 @@ from .objective import Objective
 from .plain import PlainCalls
 
 _METHODS = ("noise", "loss", "convert")
+_FUNCTIONS = {"q_sample": objective, "diffusion_loss": objective, "sample": sampling}  # and where they are defined
 FAST, GENERAL, REFERENCE = "in one call", "by the operations of a backend", "by the reference"
+STEPS = "each step in one call"
 
 
 class Trace:
-    """Counts of ``Objective``'s calls: {(method, way, reason): calls}."""
+    """Counts of calls of ``Objective``'s methods and of the package's functions: {(name, way, reason): calls}."""
 
     def __init__(self):
         self.calls: Counter[tuple[str, str, str]] = Counter()
         self._open: list[dict[str, str]] = []
+        self._within = False  # a function that calls an objective, which is not counted again
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count what is called inside."""
-        replaced = [(Objective, name, self._method(name, getattr(Objective, name))) for name in _METHODS]
+        replaced: list[tuple[Any, str, Callable]] = []
+        for name in _METHODS:
+            replaced.append((Objective, name, self._counted(name, getattr(Objective, name))))
+        for name, module in _FUNCTIONS.items():
+            counted = self._counted(name, getattr(module, name))
+            replaced += [(module, name, counted), (fastdiff, name, counted)]
         replaced += [(PlainCalls, name, self._fast(getattr(PlainCalls, name))) for name in _METHODS]
-        replaced += [(Reference, name, self._reference(getattr(Reference, name))) for name in _METHODS]
+        for name in (*_METHODS, "step"):
+            replaced.append((Reference, name, self._reference(getattr(Reference, name))))
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
         for owner, name, function in replaced:
             setattr(owner, name, function)
@@ -49,26 +61,23 @@ class Trace:
             for owner, name, function in before:
                 setattr(owner, name, function)
 
-    def _method(self, name: str, own: Callable) -> Callable:
-        def method(objective: Objective, *arguments: Any, **named: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return own(objective, *arguments, **named)
+    def _counted(self, name: str, own: Callable) -> Callable:
+        @wraps(own)
+        def counted(*arguments: Any, **named: Any) -> Any:
+            if self._within or torch.compiler.is_compiling():
+                return own(*arguments, **named)
             self._open.append({})
+            self._within = name in ("q_sample", "diffusion_loss")
             try:
-                return own(objective, *arguments, **named)
+                return own(*arguments, **named)
             finally:
+                self._within = False
                 noted = self._open.pop()
-                way = noted.get("way", GENERAL)
-                reason = (
-                    noted.get("reason", "")
-                    if way == REFERENCE
-                    else ""
-                    if way == FAST
-                    else _general(name, arguments, named)
-                )
+                way = noted.get("way", STEPS if name == "sample" else GENERAL)
+                reason = _general(name, arguments, named) if way == GENERAL else noted.get("reason", "")
                 self.calls[name, way, reason] += 1
 
-        return method
+        return counted
 
     def _fast(self, own: Callable) -> Callable:
         def call(calls: PlainCalls, *arguments: Any) -> Any:
@@ -106,7 +115,7 @@ def _general(method: str, arguments: Sequence[Any], named: dict[str, Any]) -> st
     tensors = [a for a in (*arguments, *named.values()) if isinstance(a, Tensor)]
     if any(not t.is_cpu for t in tensors):
         return ""  # one launch each: there is nothing quicker
-    if method != "loss" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if "loss" not in method and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "a gradient of its data is asked for"
     if any(not t.is_contiguous() for t in tensors):
         return "a tensor is not contiguous"
@@ -142,11 +151,11 @@ def _scheduler_counts() -> Any:
 
 def report(trace: Trace, schedulers: Any) -> list[str]:
     """The lines that say what was counted."""
-    lines = ["objectives"]
+    lines = ["objectives and functions"]
     for (name, way, reason), count in sorted(trace.calls.items()):
-        lines.append(f"  {name:<10} {count:>6}  {way}{': ' + reason if reason else ''}")
+        lines.append(f"  {name:<14} {count:>6}  {way}{': ' + reason if reason else ''}")
     if not trace.calls:
-        lines.append("  no Objective was called")
+        lines.append("  no Objective, and no function of fastdiff, was called")
     lines.append("schedulers of diffusers")
     fused = schedulers.fused_calls() if schedulers else {}
     left = schedulers.fallbacks() if schedulers else {}

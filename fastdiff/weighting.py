@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import prediction as kinds
 from .names import find
+from .numeric import check_fields
 from .prediction import Prediction
 from .process import EDM, Levels, as_float64, check_by
 from .showing import brief, brief_fields
@@ -31,6 +32,9 @@ _TINY, _LESS_TINY = 1e-50, 1e-40
 
 class Weighting:
     """Base of the weightings: ``formula`` gives the weights, ``on`` the kind of error they multiply."""
+
+    def __post_init__(self):
+        check_fields(self)
 
     def on(self, prediction: Prediction) -> Prediction:
         """The kind of prediction on whose squared error the formula is stated."""
@@ -66,6 +70,7 @@ class MinSNR(Weighting):
     form: str = "paper"
 
     def __post_init__(self):
+        super().__post_init__()
         _positive("gamma", self.gamma)
         _one_of("form", self.form, ("paper", "plus_one", "shifted"))
 
@@ -100,6 +105,7 @@ class SoftMinSNR(_OnX0):
     gamma: float = 5.0
 
     def __post_init__(self):
+        super().__post_init__()
         _positive("gamma", self.gamma)
 
     def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
@@ -133,6 +139,7 @@ class P2(Weighting):
     k: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.k is not None and not self.k >= 0:
             raise ValueError(f"k must be at least 0, or None; got {self.k!r}.")
 
@@ -152,6 +159,7 @@ class Debiased(Weighting):
     v_form: str = "reciprocal"
 
     def __post_init__(self):
+        super().__post_init__()
         _positive("cap", self.cap)
         _one_of("v_form", self.v_form, ("reciprocal", "reciprocal_sqrt"))
 
@@ -183,6 +191,7 @@ class EDMWeighting(_OnX0):
     sigma_data: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.sigma_data is not None:
             _positive("sigma_data", self.sigma_data)
 
@@ -221,6 +230,7 @@ class Bell(Weighting):
     by: str = "fraction"
 
     def __post_init__(self):
+        super().__post_init__()
         check_by(self.by)
 
     def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
@@ -245,6 +255,7 @@ class PerTimestep(Weighting):
     __repr__ = brief_fields
 
     def __post_init__(self):
+        super().__post_init__()
         table = as_float64(self.table).detach().clone()
         if table.ndim != 1:
             raise ValueError(f"PerTimestep needs a 1-D table, one weight a timestep; got shape {tuple(table.shape)}.")

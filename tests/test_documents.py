@@ -6,6 +6,7 @@ import json
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -324,3 +325,35 @@ def test_the_site_is_built_without_a_warning(tmp_path):
             if inspect.isclass(value) or inspect.isfunction(value):
                 assert value.__doc__, f"{name}.{public} has no docstring"
                 assert f'id="{name}.{public}"' in reference, f"{name}.{public}"
+    if shutil.which("chromium"):
+        nothing_is_cut_off(site, tmp_path / "user")
+
+
+def nothing_is_cut_off(site, user):
+    """In a browser, at 1280 and at 390 pixels: no page is wider than the screen, at 1280 no table than its page."""
+    ask = """<script>onload = () => parent.postMessage([NUMBER, document.documentElement.scrollWidth,
+        document.documentElement.clientWidth, ...[...document.querySelectorAll(".table-wrapper")]
+        .map(w => w.scrollWidth - w.clientWidth)], "*")</script>"""
+    pages = sorted(path for path in site.rglob("*.html") if path.name not in ("search.html", "outer.html"))
+    frames = []
+    for path in pages:
+        for width in (1280, 390):
+            inner = path.with_name(f"{path.stem}-{width}.html")
+            inner.write_text(path.read_text().replace("</body>", ask.replace("NUMBER", str(len(frames))) + "</body>"))
+            frames.append((inner.relative_to(site), width))
+    (site / "outer.html").write_text(
+        '<p id="found"></p><script>const all = []; onmessage = e => { all.push(e.data); '
+        "found.textContent = JSON.stringify(all) }</script>"
+        + "".join(
+            f'<iframe src="{inner}" width="{width}" height="800" style="border: 0"></iframe>' for inner, width in frames
+        )
+    )
+    line = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={user}"]
+    line += ["--virtual-time-budget=20000", "--dump-dom", f"file://{site / 'outer.html'}"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240)
+    found = json.loads(re.search(r'<p id="found">(.+?)</p>', done.stdout)[1])
+    assert len(found) == len(frames)
+    for number, page, screen, *beyond in found:
+        inner, width = frames[number]
+        assert page <= screen <= width, f"{inner}: {page} pixels wide"
+        assert width < 1280 or all(more <= 1 for more in beyond), f"{inner}: a table is {max(beyond)} pixels too wide"

@@ -1,10 +1,15 @@
 """The obvious mistakes: each is taken for what it can only mean, or answered by a line that says what to write."""
 
+import dataclasses
+import inspect
 import math
+import re
 import subprocess
 import sys
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,6 +154,93 @@ def test_sample_without_a_prediction():
     refused(call, "prediction is missing", "objective.sample(model, shape, ...)", "prediction='epsilon'")
 
 
+def test_the_network_and_the_shape():
+    for sample in (EPSILON.sample, lambda model, shape: fastdiff.sample(model, shape, EPSILON)):
+        refused(lambda: sample((2, 3), never), "swapped: the network comes first, then the shape of the samples")  # noqa: B023
+        refused(lambda: sample(None, (2, 3)), "model must be the network, called as model(x, t); got None")  # noqa: B023
+        for shape in (4, X0, ["2", 3], (2.0, 3), None):
+            refused(lambda: sample(never, shape), "shape must be [batch, ...]", "such as (16, 4, 64, 64); got")  # noqa: B023
+    x = EPSILON.sample(lambda x, t: x, torch.tensor([2, 3]), "ddim", 2, progress=False)
+    assert x.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("guidance_scale", "write guidance="),
+        ("condition", "write cond="),
+        ("encoder_hidden_states", "write cond="),
+        ("num_inference_steps", "write steps="),
+        ("size", "write shape="),
+        ("eta", "write sampler=fastdiff.samplers.DDIM(eta=...)"),
+        ("scheduler", "write sampler="),
+        ("guidence", "write guidance="),
+        ("call_back", "write callback="),
+        ("foo", "it has model, shape, process, sampler, steps, prediction, cond"),
+    ],
+)
+def test_other_libraries_keywords_of_sample(name, ours):
+    for call in (
+        lambda: EPSILON.sample(never, (2, 3), **{name: 1}),
+        lambda: fastdiff.sample(never, (2, 3), EPSILON, **{name: 1}),
+    ):
+        refused(call, f"sample() has no {name}=: {ours}")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: fastdiff.Objective(VP, snr_gamma=5.0),
+            "Objective() has no snr_gamma=: write weighting=fastdiff.MinSNR(gamma)",
+        ),
+        (lambda: fastdiff.Objective(VP, prediction_type="epsilon"), "has no prediction_type=: write prediction="),
+        (lambda: fastdiff.Objective(VP, loss_type="l1"), "has no loss_type=: write loss="),
+        (lambda: fastdiff.Objective(noise_scheduler=3), "write process=, or fastdiff.Objective.from_scheduler("),
+        (lambda: fastdiff.Objective(VP, wheighting="snr"), "has no wheighting=: write weighting="),
+        (
+            lambda: fastdiff.VariancePreserving(num_train_timesteps=100),
+            "VariancePreserving() has no num_train_timesteps=: write steps=",
+        ),
+        (lambda: fastdiff.VariancePreserving(beta_schedule="linear"), "has no beta_schedule=: write betas="),
+        (lambda: fastdiff.VariancePreserving(rescale_betas_zero_snr=True), "write zero_terminal_snr="),
+    ],
+)
+def test_other_libraries_keywords(call, words):
+    refused(call, words)
+
+
+def test_keywords_are_still_documented():
+    """What answers for unknown keywords leaves signature and docstring as they were."""
+    for function in (fastdiff.sample, fastdiff.Objective, fastdiff.VariancePreserving):
+        parameters = inspect.signature(function).parameters.values()
+        assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
+        assert "Args:" in function.__doc__
+
+
+def test_what_sample_is_given_in_the_wrong_form():
+    array = X0.numpy()
+    how = {"sampler": "ddim", "steps": 2, "progress": False}
+    sample = lambda **given: EPSILON.sample(lambda x, t: x, X0.shape, **how | given)  # noqa: E731
+    for name, given in (
+        ("x", {"x": array}),
+        ("mask", {"mask": array, "known": X0}),
+        ("known", {"known": array, "mask": X0}),
+    ):
+        refused(lambda: sample(**given), f"{name} must be a tensor; got ndarray: write torch.from_numpy({name})")  # noqa: B023
+    refused(
+        lambda: sample(mask=torch.ones(4, 1, 8, 8).long(), known=X0),
+        "mask must be bool or floating point; got torch.int64: write mask.bool()",
+    )
+    refused(lambda: sample(noise=X0), "noise must be a function (step, shape) -> tensor; got tensor", "passed as x=")
+    refused(lambda: sample(cond_fn=lambda x, t: None), "the gradient of cond_fn must be a tensor; got NoneType")
+    refused(lambda: fastdiff.sample(never, (2, 3), "ddim", 5), "process must be a fastdiff process", "got 'ddim'")
+    both = {"cond": torch.ones(4), "uncond": torch.ones(4), "guidance": 2.0}
+    for interval in (0.5, (0.1,), "01", (1, 2, 3)):
+        refused(lambda: sample(**both, guidance_interval=interval), "guidance_interval must be (low, high), two times")  # noqa: B023
+    refused(lambda: sample(**both, guidance_interval=("0", 1)), "guidance_interval[0] must be a number; got '0'")
+
+
 def test_sample_with_another_prediction_than_the_objectives():
     call = lambda: fastdiff.sample(never, (2, 3), V, "ddim", 5, "epsilon")  # noqa: E731
     refused(call, "the objective predicts 'v_prediction'", "prediction is 'epsilon'", "leave it out")
@@ -176,7 +268,9 @@ def test_what_is_no_process(use):
     call = USES_OF_A_PROCESS[use]
     refused(lambda: call(DDIMScheduler()), "DDIMScheduler of diffusers", "fastdiff.Objective.from_scheduler(scheduler)")
     refused(lambda: call(fastdiff.EDM), "the class EDM", "EDM()")
-    refused(lambda: call("linear"), "process must be a fastdiff process such as VariancePreserving(); got 'linear'")
+    refused(lambda: call("linear"), "the name of a beta schedule: write VariancePreserving('linear')")
+    refused(lambda: call("Scaled-Linear"), "write VariancePreserving('Scaled-Linear')")
+    refused(lambda: call("flow"), "process must be a fastdiff process such as VariancePreserving(); got 'flow'")
     refused(lambda: call(torch.zeros(1000)), "process must be", "VariancePreserving()")
     if use != "sample":
         refused(lambda: call(EPSILON), "an Objective: write objective.process")
@@ -234,6 +328,8 @@ def test_other_libraries_names_of_beta_schedules():
         ("UniPC-beta", samplers.UniPC(sigmas="beta")),
         ("euler_a", samplers.EulerAncestral()),
         ("DDIM", samplers.DDIM()),
+        ("DPM++ 2M Karras", samplers.DPMSolverPP(sigmas="karras")),
+        ("dpm++_2m_sde", samplers.DPMSolverPP(eta=1.0)),
     ],
 )
 def test_other_libraries_names_of_samplers(given, sampler):
@@ -249,6 +345,7 @@ def test_a_schedule_of_sigmas_for_a_sampler_without_any():
     [
         (lambda: samplers.get("dpmpp_2n"), "did you mean 'dpmpp_2m'?"),
         (lambda: kinds.get("epsilom"), "did you mean 'epsilon'?"),
+        (lambda: samplers.get("dpm++"), "did you mean 'dpmpp_"),
         (lambda: fastdiff.weighting.get("minsnr"), "did you mean 'min_snr'?"),
         (lambda: fastdiff.losses.get("hubber"), "did you mean 'huber'?"),
         (lambda: fastdiff.Objective(VP, timesteps="logitnormal"), "did you mean 'logit_normal'?"),
@@ -279,6 +376,36 @@ def test_x0_and_t_swapped(kind):
     refused(lambda: objective.noise(t, X0), words)
     refused(lambda: fastdiff.q_sample(t, X0, objective.process), words)
     assert objective.noise(X0, t).t is t
+
+
+@pytest.mark.parametrize("kind", TIMES)
+def test_t_and_noise_swapped(kind):
+    objective, t = TIMES[kind]
+    process = objective.process
+    words = "t has shape (4, 3, 8, 8), and noise (4,): swapped? The order is "
+    refused(lambda: objective.noise(X0, X0, t), words + "x0, t, noise")
+    refused(lambda: fastdiff.q_sample(X0, X0, process, t), words + "x0, t, noise")
+    refused(lambda: fastdiff.diffusion_loss(X0, X0, t, X0, process), words + "model_output, x0, noise, t, process")
+    refused(lambda: objective.noise(X0, X0), "t has the shape of x0, (4, 3, 8, 8)", "if it is noise, write noise=")
+    refused(lambda: objective.noise(X0, noise=t), "noise has shape (4,), but x0 (4, 3, 8, 8): if it is t, write t=")
+    order = "The order of the arguments is "
+    refused(lambda: fastdiff.q_sample(X0, t, X0, process), order + "x0, t, process, noise")
+    refused(lambda: fastdiff.diffusion_loss(X0, X0, X0, process, t), order + "model_output, x0, noise, t, process")
+
+
+def test_a_time_for_each_element_is_no_noise():
+    t = torch.rand(4, 5)
+    assert torch.equal(FLOW.noise(torch.randn(4, 5), t).t, t)
+
+
+def test_noise_of_integers_is_no_image():
+    message = refused(lambda: EPSILON.noise(X0, noise=X0.long()), "noise must be floating point", "got torch.int64")
+    assert "127.5" not in message
+
+
+def test_a_generator_that_is_a_seed():
+    for call in (lambda: V.noise(X0, generator=3), lambda: V.sample(never, (2, 3), generator=3)):
+        refused(call, "generator must be a torch.Generator; got 3. A number is passed as seed=")
 
 
 def test_prediction_and_noised_swapped():
@@ -341,6 +468,60 @@ def guided(cond, uncond, guidance=2.0):
     )  # fmt: skip
 
 
+def test_a_condition_that_the_network_needs():
+    class Conditional(torch.nn.Module):
+        def forward(self, x, t, labels):
+            return x + labels[:, None]
+
+    class Optional(torch.nn.Module):
+        def forward(self, x, t, labels=None):
+            return x + labels
+
+    how = {"sampler": "ddim", "steps": 2, "progress": False}
+    for model in (Conditional(), lambda x, t, labels: x + labels[:, None]):
+        message = refused(
+            lambda: EPSILON.sample(model, (2, 3), **how),  # noqa: B023
+            "the network takes a condition, 'labels', but none was given: pass it as sample(..., cond=...)",
+        )
+        with pytest.raises(TypeError, match=re.escape(message)) as caught:
+            EPSILON.sample(model, (2, 3), **how)
+        assert "missing 1 required positional argument" in str(caught.value.__cause__)
+        EPSILON.sample(model, (2, 3), cond=torch.ones(2), **how)
+    refused(
+        lambda: EPSILON.sample(lambda x, t: x, (2, 3), cond=torch.ones(2), **how),
+        "the network takes no condition, its arguments are (x, t), but cond was given: leave it out",
+    )
+    # What is the network's own error stays it.
+    with pytest.raises(TypeError, match="unsupported operand") as caught:
+        EPSILON.sample(Optional(), (2, 3), **how)
+    assert caught.value.__cause__ is None
+    with pytest.raises(TypeError, match="unsupported operand"):
+        EPSILON.sample(lambda x, t: x + None, (2, 3), **how)
+    with pytest.raises(TypeError, match="missing 2 required positional arguments: 'labels' and 'more'"):
+        EPSILON.sample(lambda x, t, labels, more: x, (2, 3), **how)
+
+
+def test_a_text_as_the_condition():
+    for call in (lambda: guided("a cat", None, 1.0), lambda: guided("a cat", "", 2.0)):
+        refused(call, "cond must be a tensor, or a tuple, list or dict of tensors", "got str 'a cat': encode it first")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_one_condition_for_all_samples(guidance):
+    """The network sees the batch, with guidance and without."""
+    wanted = guided(torch.full((3, 1), 2.0), torch.full((3, 1), 1.0), guidance)
+    one = guided(torch.full((1, 1), 2.0), torch.full((1, 1), 1.0), guidance)
+    assert torch.equal(one, wanted)
+
+    def model(x, t, c):
+        assert c.shape == (len(x),) and c.is_contiguous()
+        return c[:, None] + 0 * x
+
+    how = {"guidance": guidance, "seed": 1, "progress": False}
+    number = EPSILON.sample(model, (3, 2), "ddim", 2, cond=torch.tensor(2.0), uncond=torch.tensor(1.0), **how)
+    assert torch.equal(number, wanted)
+
+
 def test_conditions_of_another_batch_size():
     one, three, four = (torch.arange(n).float()[:, None] + 1 for n in (1, 3, 4))
     refused(lambda: guided(four, None, 1.0), "cond has shape (4, 1), but 3 samples", "must be 3, or 1 for all")
@@ -381,13 +562,152 @@ def test_a_weighting_with_a_mistake_of_its_own():
         fastdiff.Objective(VP, weighting=weighting)
 
 
+def test_a_class_for_its_object():
+    weighting, loss, timesteps = fastdiff.MinSNR, fastdiff.losses.Huber, fastdiff.timesteps.LogitNormal
+    for given in ({"weighting": weighting}, {"loss": loss}, {"timesteps": timesteps}):
+        (cls,) = given.values()
+        message = refused(lambda: fastdiff.Objective(VP, **given))  # noqa: B023
+        assert message.endswith(f"got the class {cls.__name__}, not an object of it.")
+
+
+def test_a_loss_of_pytorch():
+    for loss in (torch.nn.MSELoss(), torch.nn.functional.mse_loss):
+        refused(lambda: fastdiff.Objective(VP, loss=loss), "loss must be one of mse, l1, smooth_l1, huber")  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("DDIM", "samplers"), ("Huber", "losses"), ("LogitNormal", "timesteps"), ("Philox", "ops")]
+)
+def test_a_name_that_is_in_a_module(name, module):
+    where = f"'fastdiff' has no attribute '{name}': it is fastdiff.{module}.{name}"
+    with pytest.raises(AttributeError, match=re.escape(where) + "$"):
+        getattr(fastdiff, name)
+
+
+def test_a_name_that_is_in_none():
+    with pytest.raises(AttributeError, match="no attribute 'torch'$"):  # which each of them imports
+        fastdiff.torch  # noqa: B018
+    done = subprocess.run([sys.executable, "-c", "import fastdiff; fastdiff.MinSnr"], capture_output=True, text=True)
+    assert done.stderr.rstrip().endswith("Did you mean: 'MinSNR'?")
+
+
+def test_a_mask_of_all_channels():
+    noised = V.noise(X0)
+    refused(lambda: V.loss(X0, noised, mask=torch.ones(4, 8, 8)), "A mask of all channels is mask.view(4, 1, 8, 8)")
+    refused(lambda: V.loss(X0, noised, mask=torch.ones(8, 8)), "A mask of the last dimensions is mask.view(1, 1, 8, 8)")
+    refused(lambda: V.loss(X0, noised, mask=np.ones((4, 1, 8, 8))), "mask must be a tensor; got ndarray")
+    assert "view" not in refused(lambda: V.loss(X0, noised, mask=torch.ones(5, 5)), "mask has shape (5, 5)")
+
+
+def test_a_time_that_is_a_text():
+    refused(lambda: V.noise(X0, "500"), "t must be a tensor, a number or a list of numbers; got '500'")
+
+
 def test_a_table_of_weights():
     refused(
         lambda: fastdiff.Objective(VP, weighting=torch.ones(1000)), "a table of one weight a timestep is PerTimestep("
     )
 
 
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def numbers_of(module):
+    """(a class of the module, a field that is declared a number, whether it may be None), for all of them."""
+    for cls in vars(module).values():
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__.startswith(module.__name__):
+            for field in dataclasses.fields(cls):
+                if field.init and str(field.type).split(" | ")[0] in ("float", "int"):
+                    yield pytest.param(cls, field.name, "None" in field.type, id=f"{cls.__name__}-{field.name}")
+
+
+NUMBERS = [
+    case
+    for module in (fastdiff.weighting, fastdiff.timesteps, fastdiff.losses, samplers)
+    for case in numbers_of(module)
+    if case.id not in ("Plan-initial_std", "Plan-clip")  # made by samplers
+]
+
+
+def test_the_numbers_are_found():
+    ids = {case.id for case in NUMBERS}
+    assert {"MinSNR-gamma", "P2-k", "LogitNormal-std", "Huber-delta", "DDIM-eta", "Euler-s_churn", "UniPC-order"} <= ids
+    assert len(ids) == len(NUMBERS) > 100
+
+
+@pytest.mark.parametrize(("cls", "name", "optional"), NUMBERS)
+def test_what_is_no_number(cls, name, optional):
+    needed = {"inner": fastdiff.timesteps.Uniform(), "shift": 2.0} if cls is fastdiff.timesteps.Shifted else {}
+    for value in ("5", [5], torch.ones(2)) if optional else ("5", [5], torch.ones(2), None):
+        call = lambda: cls(**needed | {name: value})  # noqa: B023, E731
+        assert refused(call, "must be a number").startswith(f"{name} must be a number; got ")
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (fastdiff.RectifiedFlow, ("shift", "sigma_min")),
+        (fastdiff.EDM, ("sigma_data",)),
+        (fastdiff.VPSDE, ("beta_min", "beta_max")),
+        (fastdiff.SubVPSDE, ("beta_min", "beta_max")),
+        (fastdiff.VESDE, ("sigma_min", "sigma_max")),
+        (fastdiff.VariancePreserving, ("beta_start", "beta_end")),
+        (lambda **given: fastdiff.Objective(VP, **given), ("noise_offset", "input_perturbation")),
+        (lambda **given: V.sample(never, (2, 3), **given), ("guidance_rescale", "dynamic_thresholding")),
+        (
+            lambda **given: V.sample(never, (2, 3), cond=torch.ones(2), uncond=torch.ones(2), **given),
+            ("guidance",),
+        ),
+        (lambda **given: V.loss(X0, V.noise(X0), **given), ("weight",)),
+        (lambda **given: fastdiff.ops.step(X0, X0, torch.ones(18), **given), ("clip",)),
+    ],
+)
+def test_what_is_no_number_elsewhere(make, names):
+    for name in names:
+        refused(lambda: make(**{name: "0.5"}), f"{name} must be a number; got '0.5'.")  # noqa: B023
+
+
+def test_numbers_of_every_kind_are_taken():
+    for five in (5, 5.0, np.float32(5), np.int64(5), np.array(5.0), torch.tensor(5.0), Fraction(5)):
+        assert fastdiff.MinSNR(five).gamma == 5
+        assert fastdiff.EDM(five).sigma_data == 5.0
+
+
+def test_betas_that_are_none():
+    for given in (None, 1000):
+        refused(
+            lambda: fastdiff.VariancePreserving(given),  # noqa: B023
+            f"betas must be a name, linear, scaled_linear, cosine, or the betas themselves; got {given}. How many",
+        )
+    refused(lambda: samplers.DDPM(timesteps="999"), "timesteps must be numbers, the noisiest first; got '999'")
+    refused(lambda: V.sample(never, (2, 3), dtype="float32"), "such as torch.float32; got 'float32'")
+
+
+def test_a_name_inside_of_timesteps():
+    inner = fastdiff.timesteps.LogitNormal()
+    assert fastdiff.timesteps.Stratified("logit-normal") == fastdiff.timesteps.Stratified(inner)
+    assert fastdiff.timesteps.Shifted("logit_normal", 3.0) == fastdiff.timesteps.Shifted(inner, 3.0)
+    refused(lambda: fastdiff.timesteps.Stratified("logitnormal"), "did you mean 'logit_normal'?")
+
+
 # -------------------------------------------------------------------------------------------------------- integrations
+
+
+class Pipeline:
+    scheduler = DDIMScheduler()
+
+
+def test_a_pipeline_or_a_class_for_a_scheduler():
+    fuse, scripts = fastdiff.integrations.diffusers.fuse, fastdiff.integrations.training_scripts
+    calls = {"fuse": fuse, "Objective.from_scheduler": fastdiff.Objective.from_scheduler}
+    for name, call in calls.items():
+        refused(
+            lambda: call(Pipeline()),  # noqa: B023
+            f"scheduler is a Pipeline, which has a scheduler: write {name}(pipeline.scheduler)",
+        )
+    refused(lambda: scripts.text_to_image(Pipeline()), "which has a scheduler: write pipeline.scheduler")
+    for call in (*calls.values(), scripts.text_to_image, scripts.text_to_image_sdxl, scripts.sd3):
+        refused(lambda: call(DDIMScheduler), "scheduler is the class DDIMScheduler: make one, such as DDIMScheduler()")  # noqa: B023
 
 
 def test_integrations_are_reached_without_an_import_of_their_own():

@@ -102,12 +102,15 @@ PRESETS = {
 }
 
 
+_TORCH_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
 def choose(preset: str, dtypes: Iterable[str] | None = None) -> list[Case]:
     """The cases of a preset, small ones first. Raises BenchError for an unknown preset or dtype."""
     if preset not in PRESETS:
         raise BenchError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}.")
     chosen = PRESETS[preset]
-    dtypes = chosen.dtypes if dtypes is None else tuple(dtypes)
+    dtypes = chosen.dtypes if dtypes is None else tuple(_TORCH_NAMES.get(dtype, dtype) for dtype in dtypes)
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise BenchError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}.")

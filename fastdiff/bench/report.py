@@ -43,7 +43,9 @@ def build(run: Run, preset: str, seconds: float) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A report from its file. Raises BenchError if it is none."""
+    """A report from its file, or from the folder of its run. Raises BenchError if it is none."""
+    if path.is_dir():
+        path /= "bench.json"
     try:
         report = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -23,15 +23,17 @@ COLOURS = ("#b9c6d6", "#84a3c4", "#3f74a8", "#0b3c68")  # the quarters of traini
 
 def loss_plot(path: Path, losses: Tensor, time_loss: Tensor, process: Process, title: str) -> None:
     """The loss of every step, smoothed too, and the mean loss by time in each quarter of the training."""
-    figure = _figure(10, 4.2)
+    figure = _figure(10, 4.7)
     figure.suptitle(_plain(title), fontsize=11)
     curve, by_time = figure.subplots(1, 2)
     steps = torch.arange(1, len(losses) + 1)
-    curve.plot(steps, losses, color=COLOURS[0], linewidth=0.6, label="each step")
-    window = max(1, len(losses) // 40)
-    centres = steps[: len(losses) - window + 1] + (window - 1) / 2
-    label = f"mean of the {window} steps around" if window > 1 else "the same"
-    curve.plot(centres, _running_mean(losses, window), color=COLOURS[-1], label=label)
+    point = "." if len(losses) == 1 else None  # a line of one point cannot be seen
+    curve.plot(steps, losses, color=COLOURS[0], linewidth=0.6, label="each step", marker=point)
+    window = max(2, len(losses) // 40)
+    if len(losses) >= window:
+        centres = steps[: len(losses) - window + 1] + (window - 1) / 2
+        label = f"mean of the {window} steps around"
+        curve.plot(centres, _running_mean(losses, window), color=COLOURS[-1], label=label)
     curve.set(xlabel="training step", ylabel="loss", title="Loss during training")
     by_time.set(ylabel="mean loss", title="Loss against time", xlabel=_time_label(process))
     times = _bin_centres(process, time_loss.shape[-1])
@@ -44,7 +46,8 @@ def loss_plot(path: Path, losses: Tensor, time_loss: Tensor, process: Process, t
         if min(line.get_ydata().min() for line in axes.lines) > 0:
             axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
-        axes.legend(fontsize=9, edgecolor="none", framealpha=0.85)
+        # Below the axes, where no curve can be.
+        axes.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     _write(figure, path)
 
 

@@ -117,6 +117,7 @@ def draw_samples(
     """Draw a grid of images from the averaged weights of a checkpoint. None: as in the run that made it.
 
     Args:
+        path: the checkpoint, or the folder of its run.
         classes: the class of each image, by name or index. None: ``count`` images of the classes in turn.
     """
     extras.require("numpy", "matplotlib", "PIL", "tqdm")
@@ -126,6 +127,10 @@ def draw_samples(
         raise DemoError(f"{out} exists: choose another --out, or pass --overwrite.")
     if steps is not None and steps < 1:
         raise DemoError(f"--steps must be at least 1; got {steps}.")
+    if path.is_dir():
+        if not (path / "checkpoint.pt").exists():
+            raise DemoError(f"{path} holds no checkpoint.pt: name the folder of a run of fastdiff demo, or the file.")
+        path /= "checkpoint.pt"
     saved = checkpoint.load(path)
     names = saved.data["class_names"]
     if classes is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import fastdiff
 
+from ..names import find
 from . import DemoError
 
 
@@ -144,10 +145,9 @@ def build(settings: Settings) -> Recipe:
 
 def make_sampler(name: str) -> fastdiff.samplers.Sampler:
     """The sampler of that name, for images in [-1, 1]. Raises ValueError for an unknown one."""
-    if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}.")
-    how = {"rederive_epsilon": True} if name == "ddim" else {}
-    return SAMPLERS[name](clip=1.0, **how)
+    found = find("sampler", name, SAMPLERS, {"euler_a": "euler_ancestral"})
+    how = {"rederive_epsilon": True} if found is fastdiff.samplers.DDIM else {}
+    return found(clip=1.0, **how)
 
 
 def differing(old: Settings, given: dict[str, Any]) -> list[str]:

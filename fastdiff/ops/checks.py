@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..numeric import check_numbers
 from ..tensors import Gathered
 
 
@@ -40,9 +41,9 @@ def check_floating(**tensors: Tensor) -> None:
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             continue
         check_tensor(name, tensor, name)
+        scale = f" Scale images to about [-1, 1] first, for example {name}.float() / 127.5 - 1." if name == "x0" else ""
         raise TypeError(
-            f"{name} must be floating point (float16, bfloat16, float32 or float64); got {tensor.dtype}. "
-            f"Scale images to about [-1, 1] first, for example {name}.float() / 127.5 - 1."
+            f"{name} must be floating point (float16, bfloat16, float32 or float64); got {tensor.dtype}.{scale}"
         )
 
 
@@ -128,6 +129,8 @@ def place_all(shape: torch.Size, dtype: torch.dtype, device: torch.device, **row
 
 
 def check_clip(clip: float | None) -> None:
-    """Raise ValueError unless ``clip`` is None or a positive bound."""
+    """Raise TypeError or ValueError unless ``clip`` is None or a positive bound."""
+    if clip is not None:
+        check_numbers(clip=clip)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive, or None for no clamping; got {clip!r}.")

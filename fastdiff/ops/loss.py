@@ -13,7 +13,7 @@ from ..codes import FUNCTIONS, NEED_C, REDUCTIONS
 from ..philox import Philox
 from ..tensors import as_tensor, value_checks_are_free
 from . import dispatch
-from .checks import check_alike, check_floating, compute_dtype, place_all
+from .checks import check_alike, check_floating, check_tensor, compute_dtype, place_all
 from .noise import check_noise
 
 MASK_NORMALIZATIONS = ("none", "row", "sample", "global")
@@ -128,16 +128,23 @@ def check_loss(
 
 
 def _placed_mask(mask: Tensor, normalization: str, reduction: str, prediction: Tensor) -> Tensor:
+    check_tensor("mask", mask, "mask")
     if mask.device != prediction.device:
         raise ValueError(f"mask is on {mask.device}, but prediction on {prediction.device}: move it with .to(device).")
     if mask.is_complex():
         raise TypeError("mask must be bool or real; got a complex one.")
     more = max(0, prediction.ndim - mask.ndim)
     if mask.ndim > prediction.ndim or any(m not in (1, s) for m, s in zip(mask.shape, prediction.shape)):
-        last = f" A mask of the last dimensions is mask.view({', '.join(map(str, (*[1] * more, *mask.shape)))})."
+        hint = ""
+        ways = {"the last dimensions": (*[1] * more, *mask.shape)} if more else {}
+        if more and mask.ndim > 1:
+            ways["all channels"] = (mask.shape[0], *[1] * more, *mask.shape[1:])
+        for what, shape in ways.items():
+            if all(m in (1, s) for m, s in zip(shape, prediction.shape)):
+                hint = f" A mask of {what} is mask.view({', '.join(map(str, shape))})."
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}, which does not fit {tuple(prediction.shape)}: it is aligned at the "
-            f"left, as t and weight are.{last if more else ''}"
+            f"left, as t and weight are.{hint}"
         )
     if reduction == "sum" and normalization != "none":
         raise ValueError("reduction='sum' divides by nothing: use mask_normalization='none' with it.")

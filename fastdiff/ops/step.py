@@ -110,8 +110,8 @@ def check_inpainting(x: Tensor, mask: Tensor | None, known: Tensor | None, known
     check_floating(known=known)
     check_alike(x=x, known=known)
     check_noise(x=x, known_noise=known_noise)
-    if mask.dtype != torch.bool:
-        check_floating(mask=mask)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"mask must be bool or floating point; got {mask.dtype}: write mask.bool().")
     check_mask(x, mask)
 
 

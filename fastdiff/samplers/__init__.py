@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from ..names import find
+from ..names import find, plainly
 from .base import Plan, Sampler
 from .ddim import DDIM
 from .ddpm import DDPM
@@ -92,7 +92,7 @@ def get(sampler: str | Sampler) -> Sampler:
 def _made(name: str) -> Sampler:
     if name in NAMES:
         return NAMES[name]()
-    base, _, schedule = name.strip().lower().replace("-", "_").replace(" ", "_").rpartition("_")
+    base, _, schedule = plainly(name).rpartition("_")
     if schedule not in SCHEDULES or base not in NAMES:
         known = find("sampler", name, NAMES, {"euler_a": "euler_ancestral"}, "a fastdiff.samplers object")
         return known()

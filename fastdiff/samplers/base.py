@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import prediction as kinds
+from ..numeric import check_fields
 from ..ops.prepared import PreparedSteps
 from ..ops.step import COLUMNS
 from ..prediction import Prediction
@@ -70,6 +71,9 @@ class Sampler:
         if "__repr__" not in vars(cls):  # a dataclass would write one of its own, with every field
             cls.__repr__ = brief_fields  # type: ignore[assignment]
 
+    def __post_init__(self):
+        check_fields(self)
+
     def _freeze(self, *names: str) -> None:
         """Replace the fields of these names, where they are tensors or lists, by tuples of the numbers in them: what is
         written into the tensor later does not reach the sampler."""
@@ -79,8 +83,8 @@ class Sampler:
                 value = value.tolist()
             elif hasattr(value, "__array__"):
                 value = torch.as_tensor(value).tolist()
-            if value is not None and not isinstance(value, (str, range)):
-                if not hasattr(value, "__iter__"):
+            if value is not None and not isinstance(value, range) and not (name == "sigmas" and isinstance(value, str)):
+                if isinstance(value, str) or not hasattr(value, "__iter__"):
                     raise TypeError(f"{name} must be numbers, the noisiest first; got {value!r}.")
                 object.__setattr__(self, name, tuple(value))
 

@@ -43,6 +43,7 @@ class DDIM(Sampler):
     timesteps: Sequence[float] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         self._freeze("timesteps")
         check_clip(self.clip)
         if not 0 <= self.eta <= 1:

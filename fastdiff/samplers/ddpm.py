@@ -43,6 +43,7 @@ class DDPM(Sampler):
     final_noise: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         self._freeze("timesteps")
         check_clip(self.clip)
         if self.variance not in VARIANCES:

@@ -34,6 +34,7 @@ class LCM(Sampler):
     clip: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         self._freeze("timesteps")
         check_clip(self.clip)
         if self.original_steps < 1:

@@ -66,6 +66,7 @@ class Scheduled(Sampler):
     clip: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         self._freeze("timesteps", "sigmas")
         check_clip(self.clip)
         if isinstance(self.sigmas, str) and self.sigmas not in SCHEDULES:

@@ -99,6 +99,10 @@ class TestCases:
         with pytest.raises(BenchError, match="unknown dtype 'int8': use one of fp32"):
             choose("quick", ["int8"])
 
+    def test_dtypes_by_pytorchs_names(self):
+        ours, pytorchs = ["fp32", "bf16", "fp16"], ["float32", "bfloat16", "float16"]
+        assert choose("full", pytorchs) == choose("full", ours) != []
+
 
 # ---- the peers compute the same, so that their times can be compared
 
@@ -1732,6 +1736,11 @@ class TestWhatGoesWrong:
         assert "is a file" in refused(capsys, "--out", tmp_path / "file", "--device", "cpu")
         assert "is no report" in refused(capsys, "--compare", tmp_path / "file", tmp_path / "file")
         assert "cannot be read" in refused(capsys, "--compare", tmp_path / "gone", tmp_path / "file")
+        assert f"{tmp_path / 'bench.json'} cannot be read" in refused(capsys, "--compare", tmp_path, tmp_path)
+
+    def test_the_folder_of_a_run_is_its_report(self, known_report, tmp_path):
+        (tmp_path / "bench.json").write_text(json.dumps(known_report))
+        assert report.load(tmp_path) == report.load(tmp_path / "bench.json")
 
 
 class TestTable:

@@ -333,6 +333,25 @@ class TestSample:
         check_png(out)
         assert f"3 images: {out}" in capsys.readouterr().out
 
+    def test_the_folder_of_a_run_is_its_checkpoint(self, finished, tmp_path, capsys):
+        for name, given in (("a", finished), ("b", finished / "checkpoint.pt")):
+            command = [
+                "sample",
+                "--checkpoint",
+                given,
+                "--out",
+                tmp_path / f"{name}.png",
+                "--steps",
+                "2",
+                "--count",
+                "1",
+            ]
+            assert main([str(argument) for argument in command]) == 0
+        assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+        (tmp_path / "empty").mkdir()
+        message = refused(capsys, "sample", "--checkpoint", tmp_path / "empty", "--out", tmp_path / "c.png")
+        assert f"{tmp_path / 'empty'} holds no checkpoint.pt: name the folder of a run of fastdiff demo" in message
+
     def test_of_an_unfinished_run_is_said(self, asked, tmp_path, monkeypatch, capsys):
         def interrupt(trainer):
             raise KeyboardInterrupt
@@ -366,6 +385,7 @@ class TestSample:
             (("--classes", ""), "no class ''"),
             (("--count", "0"), "--count must be"),
             (("--steps", "1001"), "steps must lie in"),
+            (("--sampler", "dimm"), "unknown sampler 'dimm' (did you mean 'ddim'?)"),
             (("--steps", "0"), "--steps must be"),
             (("--out", "a.jpg"), ".png"),
         ],
@@ -476,14 +496,14 @@ VALUES = {
         **dict.fromkeys(("--process", "--prediction", "--weighting", "--loss", "--sampler"), "NAME"),
         **{"--data": "DIR", "--out": "DIR", "--save-every": "STEPS"},
     },
-    "sample": {"--checkpoint": "PATH", "--classes": "A,B,...", "--out": "FILE.png"},
+    "sample": {"--checkpoint": "PATH", "--sampler": "NAME", "--classes": "A,B,...", "--out": "FILE.png"},
     "bench": {
         **{"--preset": "NAME", "--dtype": "A,B,...", "--against": "A,B,...", "--nproc": "N", "--out": "DIR"},
         "--compare": ("A.json", "B.json"),
     },
     "doctor": {"--trace": "SCRIPT"},
 }
-SAY_THEMSELVES = {"--checkpoint", "--sampler", "--guidance", "--seed", "--out"}  # of ``fastdiff sample``
+SAY_THEMSELVES = {"--guidance", "--seed", "--out"}  # of ``fastdiff sample``
 
 
 @pytest.mark.parametrize("command", VALUES)

@@ -938,6 +938,24 @@ class TestPlots:
             assert drawn == [pytest.approx((t[0], 3.0)), pytest.approx((t[1], 0.25))]
             assert curve.get_yscale() == by_time.get_yscale() == "log"
 
+    @pytest.mark.parametrize(("steps", "labels"), [(1, 1), (2, 2), (40, 2), (800, 2)])
+    def test_the_legend_lies_over_no_curve(self, figures, tmp_path, steps, labels):
+        """And a run that is too short for a mean has none, but its one point."""
+        process, time_loss = fastdiff.VariancePreserving(), torch.ones(2, 4, 5)
+        plots.loss_plot(tmp_path / "a.png", torch.rand(steps) + 0.1, time_loss, process, "title")
+        figure = figures.pop()
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            legend = axes.get_legend().get_window_extent()
+            assert legend.y1 < axes.xaxis.label.get_window_extent().y0
+            assert 0 <= legend.x0 and legend.x1 <= figure.bbox.width and 0 <= legend.y0
+        legends = [axes.get_legend().get_window_extent() for axes in figure.axes]
+        assert not legends[0].overlaps(legends[1])
+        drawn = figure.axes[0].lines
+        names = ["each step", f"mean of the {max(2, steps // 40)} steps around"][:labels]
+        assert [line.get_label() for line in drawn] == names
+        assert (drawn[0].get_marker() == ".") == (steps == 1)
+
     def test_axis_of_sigmas(self):
         centres = plots._bin_centres(fastdiff.EDM(), 2)
         assert centres.tolist() == pytest.approx([math.log(0.01) + f * math.log(2000.0) for f in (0.25, 0.75)])
@@ -1003,7 +1021,7 @@ class TestPlots:
             assert pixels.shape == (4, 4, 4) and (pixels[..., :3] == value).all() and (pixels[..., 3] == 1).all()
 
     LOOKS = """
-        10 4.2 inches, #ffffff, ConstrainedLayoutEngine
+        10 4.7 inches, #ffffff, ConstrainedLayoutEngine
         title 'title' 11 #000000
         axes 'Loss during training' 12 #000000 6 above
          x: linear, from -2.95 83.95, label 'training step' 10 #000000, GRID, ticks bottom 10 #000000 long 3.5
@@ -1011,7 +1029,7 @@ class TestPlots:
          frame: left #000000, right #000000, bottom #000000, top #000000 on #ffffff
          line 'each step' #b9c6d6 0.6 -
          line 'mean of the 2 steps around' #0b3c68 1.5 -
-        legend in 1 columns, frame #00000000 0.85, 2 0.8
+        legend in 2 columns, no frame, 2 0.8
          #b9c6d6 - 'each step' 9 #000000
          #0b3c68 - 'mean of the 2 steps around' 9 #000000
         axes 'Loss against time' 12 #000000 6 above
@@ -1022,7 +1040,7 @@ class TestPlots:
          line 'second quarter of training' #84a3c4 1.5 - .6
          line 'third quarter of training' #3f74a8 1.5 - .6
          line 'last quarter of training' #0b3c68 1.5 - .6
-        legend in 1 columns, frame #00000000 0.85, 2 0.8
+        legend in 2 columns, no frame, 2 0.8
          #b9c6d6 - .6 'first quarter of training' 9 #000000
          #84a3c4 - .6 'second quarter of training' 9 #000000
          #3f74a8 - .6 'third quarter of training' 9 #000000

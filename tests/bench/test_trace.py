@@ -45,18 +45,49 @@ def traced(tmp_path, capsys, lines, *arguments):
         ),
         (
             "n = o.noise(x, t, x)\ntorch.func.grad(lambda p: o.loss(p, n))(x)",
-            ["loss 1 by the reference: a transform of torch.func, forward-mode derivatives or fake tensors"],
+            [
+                "loss 1 by the reference: a transform of torch.func, forward-mode derivatives or fake tensors",
+                "noise 1 in one call",
+            ],
         ),
         (
             "o.loss(p, o.noise(x, t, x.clone().requires_grad_()))",
-            ["loss 1 by the reference: gradients of data, noise or coefficients"],
+            [
+                "loss 1 by the reference: gradients of data, noise or coefficients",
+                "noise 1 by the operations of a backend: a gradient of its data is asked for",
+            ],
         ),
         (
             "fastdiff.use_backend('reference'); o.noise(x)",
             ["noise 1 by the reference: cpu has no other backend"],
         ),
-        ("m = o.predict_x0(p.detach(), o.noise(x))", ["convert 1 in one call"]),
-        ("pass", ["no Objective was called", "none was called that is fused"]),
+        ("m = o.predict_x0(p.detach(), o.noise(x))", ["convert 1 in one call", "noise 1 in one call"]),
+        ("fastdiff.q_sample(x, t, o.process)", ["q_sample 1 in one call"]),
+        (
+            "from fastdiff import q_sample\nq_sample(x.clone().requires_grad_(), t, o.process)",
+            ["q_sample 1 by the operations of a backend: a gradient of its data is asked for"],
+        ),
+        (
+            "for _ in range(3): fastdiff.diffusion_loss(p, x, x, t, o.process).backward()",
+            ["diffusion_loss 3 in one call"],
+        ),
+        (
+            "fastdiff.diffusion_loss(p, x, x, t, o.process, mask=torch.ones(2, 1, 8, 8))",
+            ["diffusion_loss 1 by the operations of a backend: it has mask"],
+        ),
+        (
+            "fastdiff.sample(lambda x, t: x, (2, 3), o, 'ddim', 2, progress=False)",
+            ["sample 1 each step in one call"],
+        ),
+        (
+            "o.sample(lambda x, t: o.noise(x, t.clone()).x_t, (2, 3), 'ddim', 2, progress=False)",
+            ["sample 1 each step in one call", "noise 2 in one call"],
+        ),
+        (
+            "fastdiff.use_backend('reference'); o.sample(lambda x, t: x, (2, 3), 'ddim', 2, progress=False)",
+            ["sample 1 by the reference: cpu has no other backend"],
+        ),
+        ("pass", ["no Objective, and no function of fastdiff, was called", "none was called that is fused"]),
     ],
 )
 def test_objectives_of_a_script(tmp_path, capsys, lines, expected):
@@ -65,6 +96,7 @@ def test_objectives_of_a_script(tmp_path, capsys, lines, expected):
     found = [" ".join(line.split()) for line in printed.out.splitlines()]
     for line in expected:
         assert any(row.startswith(line) for row in found), (line, found)
+    assert found.index("schedulers of diffusers") == 1 + len(expected) - (lines == "pass"), found  # and no other
 
 
 def test_schedulers_of_a_script(tmp_path, capsys):

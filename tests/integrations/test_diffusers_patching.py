@@ -88,9 +88,11 @@ def test_fuse_twice_is_once():
 
 
 def test_fuse_refuses_what_it_does_not_know():
-    for other in (diffusers.PNDMScheduler(), torch.nn.Linear(1, 1), None, DDPM):
+    for other in (diffusers.PNDMScheduler(), torch.nn.Linear(1, 1), None):
         with pytest.raises(TypeError, match=r"fuse\(\) takes a scheduler of diffusers, one of DDPMScheduler"):
             fused.fuse(other)
+    with pytest.raises(TypeError, match=r"the class DDPMScheduler: make one, such as DDPMScheduler\(\)"):
+        fused.fuse(DDPM)
 
 
 def test_patch_needs_diffusers(monkeypatch):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
+from ...from_scheduler import check_scheduler
 from . import plans
 from .counting import left
 from .covered import COVERED, SWITCH, own, resolve, unknown
@@ -150,6 +151,7 @@ def fuse(scheduler: Any) -> Any:
     """
     base = _base(type(scheduler))
     if base is None:
+        check_scheduler(scheduler, "fuse")
         raise TypeError(
             f"fuse() takes a scheduler of diffusers, one of {', '.join(COVERED)} or of a class made from one; "
             f"got {type(scheduler).__name__}."
