@@ -15,9 +15,8 @@ from torch import Tensor
 
 from . import reference
 from .reference.philox import seed_tensor
-from .rows import gather
 
-__all__ = ["convert", "gather", "loss", "noise", "normal", "step", "uniform"]
+__all__ = ["convert", "loss", "noise", "normal", "step", "uniform"]
 
 fast_rng = True  # ``normal`` takes ``rng``
 _MADE = "Tensor? {0}, Tensor? {0}_seed, int {0}_stream, SymInt {0}_sample_offset, float {0}_offset, str {0}_rng"

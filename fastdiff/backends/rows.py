@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -68,10 +68,3 @@ def in_two_passes(
     x_t, n = noise(x0, n, alpha, sigma, perturbation, xi, keep_noise)
     zero = torch.zeros((1,) * x0.ndim, dtype=alpha.dtype, device=x0.device)
     return x_t, n, noise(x0, n, zero if p is None else p, zero if q is None else q, 0.0, None, False)[0]
-
-
-def gather(table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Tensor]:
-    """The columns of ``table`` [steps, K] at ``t``, each of the shape of ``t``. ``check`` raises for a wrong ``t``;
-    where its values cannot be looked at, one out of range gives NaN."""
-    check(t)
-    return gather_rows(table, t).unbind(-1)

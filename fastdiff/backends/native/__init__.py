@@ -5,11 +5,11 @@ gradients are asked for that are not those of a training step (of the coefficien
 """
 
 from . import direct as _direct
+from .coefficients import evaluate, times
 from .operations import (
     available,
     convert,
     description,
-    gather,
     loss,
     loss_gradient,
     noise,
@@ -30,7 +30,7 @@ __all__ = [
     "convert",
     "description",
     "direct",
-    "gather",
+    "evaluate",
     "loss",
     "loss_gradient",
     "noise",
@@ -40,6 +40,8 @@ __all__ = [
     "run_noise",
     "run_row",
     "step",
+    "times",
     "unavailable_because",
+    "times",
     "uniform",
 ]

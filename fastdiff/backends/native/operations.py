@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,16 +67,6 @@ def _empty(shape: torch.Size, dtype: torch.dtype, like: Tensor) -> Tensor:
 def _like(result: Tensor, tensor: Tensor) -> Tensor:
     """``result`` in the memory format of ``tensor``: a channels_last network gets a channels_last x_t."""
     return result if tensor.is_contiguous() else torch.empty_like(tensor, dtype=result.dtype).copy_(result)
-
-
-def gather(table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Tensor]:
-    """As ``reference.gather``."""
-    if _plain(table, t) and t.dtype == torch.int64:
-        height, width = table.shape
-        held, rows = t.contiguous(), table.new_empty((width, *t.shape))
-        if _C.gather(memory(table), height, width, memory(held), memory(rows)) < 0:
-            return rows.unbind(0)
-    return reference.gather(table, t, check)
 
 
 def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int = 0, device: Any = None) -> Tensor:

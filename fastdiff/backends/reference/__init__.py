@@ -1,6 +1,6 @@
 """The reference backend: every operation in plain PyTorch, on any device. The others must equal it."""
 
-from ..rows import gather
+from .coefficients import evaluate, times
 from .operations import convert, loss, loss_gradient, noise, rows_of_mean, step
 from .philox import normal, uniform
 from .trajectory import Trajectory
@@ -8,12 +8,13 @@ from .trajectory import Trajectory
 __all__ = [
     "Trajectory",
     "convert",
-    "gather",
+    "evaluate",
     "loss",
     "loss_gradient",
     "noise",
     "normal",
     "rows_of_mean",
     "step",
+    "times",
     "uniform",
 ]

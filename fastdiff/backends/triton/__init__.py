@@ -19,9 +19,8 @@ import torch
 from ..devices import Trial
 
 _OPERATIONS = (
-    *("uniform", "normal", "gather", "noise", "noise_and_target", "loss", "loss_gradient", "convert", "step"),
-    "rational",
-    "launches",
+    *("uniform", "normal", "noise", "noise_and_target", "loss", "loss_gradient", "convert", "step", "launches"),
+    *("evaluate", "times"),
 )
 fast_rng = True  # ``normal`` takes ``rng``: see ``fastdiff.ops.Philox``
 remakes_noise = True  # in the loss's launch, faster than it would read it

@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...program import Program
 from .. import modes, reference
 from ..codes import KEPT_STEPS, NEED_C
 from ..layout import layout_of
-from ..rows import Gathered, as_tensor, in_two_passes
+from ..rows import Gathered, as_tensor, cached, in_two_passes
 from ..saving import save, saved
 from . import launch, unfit_because
 from .coefficients import arrange, is_one, shape_of
 from .launch import launches
 from .plan import mask_of, plan, strided, tile_of
+from .programs import flat
 from .workspace import Cell, cell, of_this_stream, workspace
 
 __all__ = [
     "convert",
-    "gather",
+    "evaluate",
     "launches",
     "loss",
     "loss_gradient",
     "noise",
     "noise_and_target",
     "normal",
-    "rational",
     "step",
+    "times",
     "uniform",
 ]
 
 _TYPES = (Tensor, torch.nn.Parameter)
 _DATA = (torch.float32, torch.bfloat16, torch.float16)
-_UNIFORMS = _ROWS = 128  # a program
+_ROWS = 128  # a program, of coefficients
 _NO_STRIDES = (1,) * 3 + (0,) * 4
 
 
@@ -165,17 +167,61 @@ def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int = 
         return reference.uniform(seed, samples, stream, sample_offset, device)
     u = torch.empty(samples, dtype=torch.float64, device=where)
     if samples:
-        launch.uniforms(where, *uniforms_launch(u, *_seed(seed, where), stream, sample_offset, 0))
+        launch.coefficients(where, *coefficients_launch(None, u, None, seed, None, stream, sample_offset, samples))
     return u
 
 
-def uniforms_launch(
-    out: Tensor, seed: int | Tensor, kind: str, stream: int, sample_offset: int, steps: int
-) -> tuple[tuple[int, int], tuple, tuple]:
-    """The launch of a uniform u in (0, 1) a sample; for ``steps`` > 0 of the timestep floor(steps u)."""
-    samples = out.numel()
-    arguments = (out, seed, stream, sample_offset, samples, steps)
-    return (-(-samples // _UNIFORMS), 1), arguments, (kind, steps > 0, _UNIFORMS)
+def coefficients_launch(
+    columns: Tensor | None, drawn: Tensor | None, times: Tensor | None, seed: int | Tensor | None,
+    constants: Tensor | None, stream: int, sample_offset: int, samples: int,
+    code: tuple[int, ...] = (0,) * 5, outputs: tuple[int, ...] = (0,),
+) -> tuple[tuple[int, int], tuple, tuple]:  # fmt: skip
+    """The launch of a program for each sample; as it stands, of the uniform itself. See ``programs.coefficients``."""
+    device = (drawn if drawn is not None else times).device
+    seed, kind = (None, "number") if seed is None else _seed(seed, device)
+    arguments = columns, drawn, times, seed, constants, stream, sample_offset, samples
+    return (-(-samples // _ROWS), 1), arguments, (code, outputs, kind, _ROWS)
+
+
+def constants_of(program: Program, device: torch.device) -> Tensor | None:
+    """The constants of a program on ``device``, float64."""
+    if not program.numbers:
+        return None
+
+    def make() -> Tensor:
+        return torch.tensor(program.numbers, dtype=torch.float64, device="cpu").to(device)
+
+    return cached(program.kept, ("constants", device), make)
+
+
+def evaluate(program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] | None:
+    """As ``reference.evaluate``; rows of a table are gathered by the kernels."""
+    usable = _plain() and type(t) in _TYPES and _runs_on(t.device) and dtype == torch.float32
+    if program.index:
+        if not usable:
+            return reference.evaluate(program, t, dtype)
+        index = t.long()
+        return [Gathered(column, index) for column in program.columns(t.device, dtype).unbind(1)]
+    if not usable or not t.is_floating_point() or not t.numel() or _differentiable(t):
+        return None
+    t = (t if t.dtype is torch.float32 else t.double()).contiguous()
+    columns = torch.empty((len(program.outputs), *t.shape), dtype=torch.float32, device=t.device)
+    how = columns, None, t, None, constants_of(program, t.device), 0, 0, t.numel()
+    launch.coefficients(t.device, *coefficients_launch(*how, flat(program.code), program.outputs))
+    return columns.unbind(0)
+
+
+def times(
+    program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any, discrete: bool
+) -> Tensor | None:
+    """As ``reference.times``."""
+    where = _device(device, seed)
+    if not _plain() or not _runs_on(where) or not samples:
+        return None
+    t = torch.empty(samples, dtype=torch.int64 if discrete else torch.float64, device=where)
+    how = None, t, None, seed, constants_of(program, where), stream, sample_offset, samples
+    launch.coefficients(where, *coefficients_launch(*how, flat(program.code), program.outputs))
+    return t
 
 
 def normal(
@@ -251,27 +297,6 @@ def _scaled(gradient: Tensor, wanted: Any) -> list[Tensor | None]:
             _affine(tuple(out.shape), out.device, gradient.contiguous(), row, None, None, out)
             results.append(out)
     return results
-
-
-def gather(table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Gathered]:
-    """As ``reference.gather``, but it is the kernels that gather."""
-    if not _runs_on(t.device):
-        return reference.gather(table, t, check)
-    check(t)
-    index = t.long()
-    return [Gathered(column, index) for column in table.unbind(1)]
-
-
-def rational(fractions: Tensor, t: Tensor) -> Sequence[Tensor] | None:
-    """Rows (a + b t) / (1 + d t) of times t, float32 in the shape of t, one for each column of ``fractions``
-    [3, columns], float64; None where they are to be computed otherwise."""
-    usable = _plain() and type(t) in _TYPES and t.dtype in (torch.float32, torch.float64) and _runs_on(t.device)
-    if not usable or not t.numel() or not t.is_contiguous() or _differentiable(t):
-        return None
-    columns, samples = fractions.shape[1], t.numel()
-    rows = torch.empty((columns, *t.shape), dtype=torch.float32, device=t.device)
-    launch.rational(t.device, (-(-samples // _ROWS), 1), (rows, t, fractions, samples), (columns, _ROWS))
-    return rows.unbind(0)
 
 
 def noise(

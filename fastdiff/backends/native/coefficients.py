@@ -1,0 +1,56 @@
+"""Coefficients on the CPU: ``fastdiff._C`` runs the program, in float64 and rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...program import Program
+from .. import reference
+from .launch import memory
+from .operations import _C, _differentiable, _on_cpu, _plain
+
+
+def handle(program: Program, names: tuple[str, ...]) -> Any:
+    """What ``fastdiff._C`` takes for the part of a program that computes ``names``."""
+    found = program.kept.get((_C, names))
+    if found is None:
+        part = program if names == program.names else program.of(*names)
+        places = {name: k for k, name in enumerate(_C.codes["operations"])}
+        code = tuple((places[operation], *(*operands, 0, 0, 0)[:3]) for operation, *operands in part.code)
+        table, height, width = None, 0, 0
+        if part.table is not None:
+            table, (height, width) = memory(part.table), part.table.shape
+        found = program.kept[_C, names] = _C.coefficient_program(
+            code, part.numbers, part.outputs, table, height, width, part.index, part.low, part.high
+        )
+    return found
+
+
+def evaluate(program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] | None:
+    """As ``reference.evaluate``."""
+    if not _plain(t) or _differentiable(t) or program.index != (not t.is_floating_point()):
+        return reference.evaluate(program, t, dtype)
+    if program.index:
+        t = t.long()
+    elif t.dtype is not torch.float32:
+        t = t.double()
+    held, columns = t.contiguous(), len(program.outputs)
+    rows = torch.empty((columns, *t.shape), dtype=dtype, device="cpu")
+    if not _C.coefficients(handle(program, program.names), columns, memory(held), memory(rows)):
+        return reference.evaluate(program, t, dtype)
+    return rows.unbind(0)
+
+
+def times(
+    program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any, discrete: bool
+) -> Tensor | None:
+    """As ``reference.times``."""
+    if not _plain(seed) or not _on_cpu(device) or not samples:
+        return None
+    out = torch.empty(samples, dtype=torch.int64 if discrete else torch.float64, device="cpu")
+    _C.times(handle(program, program.names), memory(out), int(seed), stream, sample_offset)
+    return out
