@@ -16,14 +16,14 @@ from torch import Tensor
 
 from . import prediction as kinds
 from . import weighting as weightings
-from .backends.modes import lasting, version_of
-from .backends.rows import gather_rows
 from .constancy import Constancy, NotConstant
 from .losses import Loss
+from .modes import lasting, version_of
 from .ops.checks import place_rows
 from .prediction import Prediction
 from .process import Levels, Process
 from .program import NAMES, OF_LOSS, OF_NOISE, Program, Untraceable, lookup, trace
+from .tensors import gather_rows
 from .timesteps import Timesteps
 from .weighting import WeightingLike
 

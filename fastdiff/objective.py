@@ -11,23 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, losses, ops
+from . import from_scheduler, losses, ops, sampling
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
-from .backends.modes import version_of, wrapping
-from .backends.reference.philox import check_seed
-from .backends.rows import as_tensor, in_two_passes, value_checks_are_free
+from .backends.registry import remakes_noise
 from .coefficients import CHANGED, Coefficients, Rows, Traced, drawn
 from .losses import Loss
+from .modes import version_of, wrapping
 from .ops.checks import check_alike, check_floating, check_tensor, check_unambiguous, compute_dtype, place_rows
+from .ops.dispatch import get as backend_of
 from .ops.loss import check_loss, normalized
-from .ops.noise import Stream, check_noise, check_rng, whole
+from .ops.noise import check_noise
+from .philox import Stream, check_rng, check_seed, draw_seed, whole
 from .prediction import Prediction
 from .process import Process, as_times, check_process
 from .program import NAMES, Program
 from .samplers import Sampler
 from .showing import brief
+from .tensors import as_tensor, in_two_passes, value_checks_are_free
 from .timesteps import Timesteps
 from .weighting import WeightingLike
 
@@ -274,17 +276,12 @@ class Objective:
 
         Raises TypeError for what is no such scheduler, ValueError for combinations that mean nothing.
         """
-        from .integrations.schedulers import objective_from_scheduler
-
-        return objective_from_scheduler(
-            cls,
-            scheduler,
-            snr_gamma=snr_gamma,
-            snr_form=snr_form,
-            prediction=prediction,
-            weighting=weighting,
-            **options,
-        )
+        if snr_gamma is not None:
+            if weighting is not None:
+                raise ValueError("snr_gamma is a weighting of its own: pass snr_gamma or weighting, not both.")
+            weighting = weightings.MinSNR(float(snr_gamma), snr_form)
+        process, kind = from_scheduler.process_of(scheduler), from_scheduler.prediction_of(scheduler, prediction)
+        return cls(process, kind, weighting, **options)
 
     def noise(
         self,
@@ -340,7 +337,7 @@ class Objective:
         check_rng(rng)
         if type(sample_offset) is not int and not torch.compiler.is_compiling():  # traced, it may be symbolic
             sample_offset = whole("sample_offset", sample_offset)
-        backend = backends.get(x0.device)
+        backend = backend_of(x0.device)
         if seed is not None:
             check_seed(seed)
         elif noise is None or t is None or self.input_perturbation:
@@ -348,7 +345,7 @@ class Objective:
         if noise is None and self.noise_offset and self.noise_offset_dim != 1:
             noise = self._offset_noise(x0, seed, sample_offset, rng)
         if keep_noise is None:
-            keep_noise = not backends.remakes_noise(x0.device)
+            keep_noise = not remakes_noise(x0.device)
         direct = getattr(backend, "direct", None)
         if direct is not None and not with_target and not self.input_perturbation:
             done = self._fast_noise(direct, backend, x0, t, noise, seed, sample_offset, keep_noise, rng)
@@ -433,7 +430,7 @@ class Objective:
 
     def _rows(self, t: Tensor, x0: Tensor, dtype: torch.dtype) -> Rows:
         """The coefficients at ``t``, one time a row, which is checked, for ``x0``."""
-        return Rows(self._coefficients, t, x0, dtype, backends.get(x0.device))
+        return Rows(self._coefficients, t, x0, dtype, backend_of(x0.device))
 
     def _one_a_row(self, t: Any, x0: Tensor) -> Tensor:
         """``t`` as one time a row, on the device of ``x0``."""
@@ -497,7 +494,7 @@ class Objective:
         """The mean loss if a fast call of a backend can compute it, else None. rows: where there are some."""
         if not isinstance(prediction, Tensor):
             return None
-        backend = backends.get(prediction.device)
+        backend = backend_of(prediction.device)
         direct = getattr(backend, "direct", None)
         if direct is None:
             return None
@@ -543,7 +540,7 @@ class Objective:
             row if row is None or row.dtype == dtype else as_tensor(row).to(dtype) for row in coefficients
         )
         result = normalized(
-            backends.get(prediction.device).loss,
+            backend_of(prediction.device).loss,
             prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction,
         )  # fmt: skip
         return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result
@@ -580,9 +577,15 @@ class Objective:
 
         Returns the samples, of ``shape``. Raises ValueError or TypeError for unfit inputs.
         """
-        from .sampling import sample
+        return sampling.sample(model, shape, self, sampler, steps, **options)
 
-        return sample(model, shape, self, sampler, steps, **options)
+    def _fast_convert(self, kind: Prediction, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
+        """The output as another kind if a fast call of a backend can compute it, else None."""
+        direct = getattr(backend_of(x_t.device), "direct", None)
+        program = None if direct is None else self._coefficients.conversion(kind)
+        if program is None or not program.finite or wrapping() is not None:
+            return None
+        return direct.convert(program, prediction, x_t, t)
 
     def convert(self, prediction: Tensor, noised: Noised, kind: str | Prediction) -> Tensor:
         """The network's output as another prediction kind: ``convert(m, noised, "epsilon")``.
@@ -595,17 +598,14 @@ class Objective:
         kind = kinds.get(kind)
         x_t, t = noised.x_t, noised.t
         noised.check_unchanged()
+        done = self._fast_convert(kind, prediction, x_t, t)
+        if done is not None:
+            return done
         program = self._coefficients.conversion(kind)
         if program is not None:
-            backend = backends.get(x_t.device)
-            direct = getattr(backend, "direct", None)
-            if direct is not None and program.finite and wrapping() is None:
-                done = direct.convert(program, prediction, x_t, t)
-                if done is not None:
-                    return done
-            placed, dtype = place_rows("t", t, x_t.shape), compute_dtype(prediction, x_t)
+            placed = place_rows("t", t, x_t.shape)
             self.process.check_t(placed)
-            k_x, k_m = backend.evaluate(program, placed, dtype)
+            k_x, k_m = backend_of(x_t.device).evaluate(program, placed, compute_dtype(prediction, x_t))
             singular = not program.finite
         else:  # float64, as it may be what a gradient is asked for
             k_x, k_m = kinds.conversion(self.prediction, kind, self.process.levels(t))
@@ -636,13 +636,6 @@ def _check_noised(prediction: Any, noised: Any) -> None:
 def _tensor(noise: Any) -> Tensor | None:
     """The noise if it is a tensor: what is made has no dtype of its own."""
     return noise if isinstance(noise, Tensor) else None
-
-
-def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """A 64-bit seed, int64 [1] on ``device``, from ``generator`` (None: the device's default one); no host sync."""
-    source = device if generator is None else generator.device
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=source, generator=generator)
-    return seed.to(device, non_blocking=True)
 
 
 def q_sample(

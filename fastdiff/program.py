@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.modes import Recording, lasting
-from .backends.rows import cached, gather_rows
+from .modes import Recording, lasting
+from .tensors import cached, gather_rows
 
 # What an operation of a program means. Its operands are registers, whose truth values are 1 and 0.
 OPERATIONS: dict[str, Callable[..., Tensor] | None] = {

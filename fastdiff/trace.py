@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .backends import modes, reference
+from . import backends, modes
+from .backends import reference
 from .objective import Objective
-from .plain import PlainCalls
 
 _METHODS = ("noise", "loss", "convert")
+_FAST_CALLS = tuple(f"_fast_{name}" for name in _METHODS)  # they give None where they do not do it
 FAST, GENERAL, REFERENCE = "in one call", "by the operations of a backend", "by the reference"
 
 
@@ -36,7 +36,7 @@ class Trace:
     def counting(self) -> Iterator[None]:
         """Count what is called inside."""
         replaced = [(Objective, name, self._method(name, getattr(Objective, name))) for name in _METHODS]
-        replaced += [(PlainCalls, name, self._fast(getattr(PlainCalls, name))) for name in _METHODS]
+        replaced += [(Objective, name, self._fast(getattr(Objective, name))) for name in _FAST_CALLS]
         replaced += [(reference, name, self._reference(getattr(reference, name))) for name in _METHODS]
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
         for owner, name, function in replaced:
@@ -62,15 +62,15 @@ class Trace:
                     if way == REFERENCE
                     else ""
                     if way == FAST
-                    else _general(name, arguments, named)
+                    else _general(name, objective, arguments, named)
                 )
                 self.calls[name, way, reason] += 1
 
         return method
 
     def _fast(self, own: Callable) -> Callable:
-        def call(calls: PlainCalls, *arguments: Any) -> Any:
-            done = own(calls, *arguments)
+        def call(objective: Objective, *arguments: Any) -> Any:
+            done = own(objective, *arguments)
             if done is not None and self._open:
                 self._open[-1]["way"] = FAST
             return done
@@ -105,8 +105,8 @@ def _why(arguments: Sequence[Any]) -> str:
     return f"{chosen} does not do it: {', '.join(sorted({str(t.dtype).removeprefix('torch.') for t in tensors}))}"
 
 
-def _general(method: str, arguments: Sequence[Any], named: dict[str, Any]) -> str:
-    """Why a call was not the plain one."""
+def _general(method: str, objective: Objective, arguments: Sequence[Any], named: dict[str, Any]) -> str:
+    """Why a call was not the fast one."""
     options = [name for name in ("mask", "weight", "reduction", "mask_normalization", "with_target") if name in named]
     if options:
         return f"it has {', '.join(options)}"
@@ -117,7 +117,9 @@ def _general(method: str, arguments: Sequence[Any], named: dict[str, Any]) -> st
         return "a gradient of its data is asked for"
     if any(not t.is_contiguous() for t in tensors):
         return "a tensor is not contiguous"
-    return "its times are not one a sample, its dtypes differ, or the process or loss has no such call"
+    if why := objective._coefficients.why:
+        return f"its coefficients are evaluated for each batch: {why}"
+    return "its times are not one a sample, or its dtypes differ"
 
 
 def run(script: str, arguments: Sequence[str]) -> int:

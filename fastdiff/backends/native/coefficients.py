@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ...program import Program
+from ...torch_access import _C
 from .. import reference
 from .launch import memory
-from .operations import _C, _differentiable, _on_cpu, _plain
+from .operations import _differentiable, _on_cpu, _plain
 
 
 def handle(program: Program, names: tuple[str, ...]) -> Any:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import modes
 from ...program import OF_LOSS, OF_NOISE, Program
-from .. import modes, reference
+from ...torch_access import _C, reads_tensors
+from .. import reference
 from ..saving import save, saved
 from .coefficients import handle
 from .launch import FUNCTIONS
-from .operations import _C, _launch_loss
-from .prepared import reads_tensors
+from .operations import _launch_loss
 
 _threads, _grad = torch.get_num_threads, torch.is_grad_enabled
 

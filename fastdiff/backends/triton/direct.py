@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import modes
 from ...program import NAMES, OF_LOSS, OF_NOISE, Program
-from .. import modes, reference
-from ..rows import Gathered, value_checks_are_free
+from ...tensors import Gathered, value_checks_are_free
+from .. import reference
 from ..saving import save, saved
 from . import launch, operations
 from .launch import Ready

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...backends.rows import cached
+from ...tensors import cached
 from .counting import count, fused, left
 from .plans import UNTRACED
 from .stepping import Maker, plan_of, unfit

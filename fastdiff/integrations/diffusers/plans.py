@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...backends.native.operations import _C
-from ...backends.native.prepared import number
-from ...backends.rows import cached
 from ...samplers.base import build_table
+from ...tensors import cached
+from ...torch_access import _C, number
 from . import rows
 
 UNTRACED = torch.compiler.disable

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.native import torch_noise
-from ...backends.native.operations import _C
-from ...backends.native.prepared import number
+from ... import torch_randn as torch_noise
 from ...ops.prepared import DRAW, DRAW_FLOAT, ENTRY, MODEL_DTYPE, ONE_DTYPE, X0
+from ...torch_access import _C, number
 from .counting import count, fused, left
 from .known import RANDN_TENSOR, fingerprint
 from .plans import STEPS, UNTRACED, Refused, StepPlan, is_current

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .reference.philox import seed_tensor
+from ..backends import reference
+from ..backends.registry import get
+from ..philox import Philox, seed_tensor
 
 __all__ = ["convert", "loss", "noise", "normal", "step", "uniform"]
 
@@ -52,8 +53,6 @@ def _operator(implementation: Callable) -> Callable:
 
 
 def _backend(tensor: Tensor) -> Any:
-    from . import get
-
     return get(tensor.device)
 
 
@@ -61,8 +60,6 @@ def _source(n: Tensor | None, seed: Tensor | None, stream: int, sample_offset: i
     """Noise from its arguments, as the backends take it: the inverse of ``_parts``."""
     if seed is None:
         return n
-    from ..ops.noise import Philox
-
     return Philox(seed, sample_offset, stream, offset, rng)
 
 
