@@ -28,9 +28,12 @@ import triton
 from roofline import GPUS, share_of_copy, warps
 from triton.backends.compiler import GPUTarget
 
+import fastdiff
 from fastdiff import ops
 from fastdiff.backends.triton import launch, operations
+from fastdiff.backends.triton.programs import flat
 from fastdiff.backends.triton.traffic import Launch
+from fastdiff.program import OPERATIONS, Program
 from fastdiff.tensors import Gathered
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)} | {
@@ -42,6 +45,7 @@ EVERYWHERE = {
     *("noising, fast, bf16", "noising, exact, bf16", "noising, given, bf16", "noising, given, fp32"),
     *("loss v, fast, bf16", "loss v, exact, bf16", "loss v, given, bf16", "loss v, given, fp32"),
     *("loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
+    *("coefficients of SD3, drawn", "coefficients of EDM, drawn", "coefficients of VPSDE, drawn", "all operations"),
 }
 # The GPUs whose share of the copy ceiling is predicted, by what they run.
 PREDICTED = {"sm_90": ("H100", "H200"), "sm_100": ("B200",)}
@@ -166,8 +170,45 @@ def cases() -> dict[str, Any]:
     found["noising, 2^32 elements"] = noise_of_two(meta(2**12, 2**20, dtype=bf16), meta(2**12, 1), made)
     found["noising, a row an element"] = noise_of_two(meta(64, 2), meta(64, 2), ops.Philox(5))
     found["uniforms"] = lambda: operations.uniform(seed, 64, 3, 0, seed.device)
-    found["rows of a flow"] = lambda: operations.rational(meta(3, 2, dtype=torch.float64), meta(64))
+    for name, objective in programs().items():
+        program, draw = objective._coefficients.program(), objective._times().program()
+        both = program.after(draw)
+        found[f"coefficients of {name}, drawn"] = partial(launch_program, both, seed)
+    flow = programs()["SD3"]._coefficients.program()
+    found["rows of a flow"] = lambda: operations.evaluate(flow, meta(64), torch.float32)
+    found["all operations"] = lambda: operations.evaluate(every_operation(), meta(64), torch.float32)
     return found
+
+
+def programs() -> dict[str, fastdiff.Objective]:
+    """Objectives whose coefficients are functions of a continuous time."""
+    flow = fastdiff.RectifiedFlow(3.0)
+    return {
+        "SD3": fastdiff.Objective(flow, "flow", "cosmap", timesteps="logit_normal", error_space="sample"),
+        "EDM": fastdiff.Objective(fastdiff.EDM(), "edm", "edm"),
+        "VPSDE": fastdiff.Objective(fastdiff.VPSDE(), "v_prediction", "likelihood"),
+    }
+
+
+def launch_program(program: Program, seed: torch.Tensor) -> None:
+    """The launch that draws 64 times and computes the coefficients at them."""
+    columns, t = meta(len(program.outputs) - 1, 64), meta(64, dtype=torch.float64)
+    constants = meta(len(program.numbers), dtype=torch.float64)
+    how = operations.coefficients_launch(
+        columns, t, None, seed, constants, 3, 0, 64, flat(program.code), program.outputs
+    )
+    launch.coefficients(seed.device, *how)
+
+
+def every_operation() -> Program:
+    """A program that has each operation but the lookup once."""
+    operations = [name for name, meaning in OPERATIONS.items() if meaning is not None]
+    first = operations.index("add")
+    code = [("input",), ("number", 0)]
+    for k, name in enumerate(operations):
+        last = len(code) - 1
+        code.append((name, last) if k < first else (name, last, 1, 0) if name == "where" else (name, last, 1))
+    return Program(tuple(code), (0.5,), ("y",), (len(code) - 1,))
 
 
 def noise_by_rows(x0: torch.Tensor, rows: tuple[int, ...], source: Any) -> Any:

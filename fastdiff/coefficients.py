@@ -151,9 +151,11 @@ class Coefficients:
         names = self.used if name in self.used else (name,)
         if not torch.compiler.is_compiling():
             program = self.program()
-            rows = None if program is None else backend.evaluate(program.of(*names), t, dtype)
-            if rows is not None:
-                return dict(zip(names, rows))
+            if program is not None:
+                part = program.of(*names) if program.index else program
+                rows = backend.evaluate(part, t, dtype)
+                if rows is not None:
+                    return dict(zip(part.names, rows))
         elif self.table is not None:
             columns = [NAMES.index(name) for name in names]
             return dict(zip(names, gather_rows(self.table[:, columns].to(t.device, dtype), t).unbind(-1)))
@@ -213,7 +215,7 @@ class Rows:
         t: the times, checked; x0: the data, [batch, ...].
         dtype: of the coefficients.
         backend: what computes them.
-        at_hand: [len(NAMES), batch], float32: those that a fast call has computed, if it has.
+        at_hand: [names of the program, batch], float32: those that a fast call has computed, if it has.
     """
 
     def __init__(
@@ -240,7 +242,7 @@ class Rows:
             raise RuntimeError(CHANGED.format("t"))
         coefficients, shape, backend = self._how
         if self.at_hand is not None:
-            return self.at_hand[NAMES.index(name)].view(-1, *(1,) * (len(shape) - 1))
+            return self.at_hand[coefficients.program().names.index(name)].view(-1, *(1,) * (len(shape) - 1))
         found = coefficients.rows(name, place_rows("t", self._t, shape), self.dtype, backend)
         self._learn(found)
         return found[name]

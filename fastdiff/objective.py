@@ -362,9 +362,7 @@ class Objective:
             source = made
         if t is None:
             t = self._draw(backend, seed, len(x0), sample_offset, x0.device)
-        t = self._one_a_row(t, x0)
-        self.process.check_t(t)
-        rows = self._rows(t, x0, compute_dtype(x0, noise))
+        rows, t = self._rows_at(t, x0, compute_dtype(x0, noise))
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
         arguments = x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise
         target = None
@@ -429,18 +427,19 @@ class Objective:
         return (n + self.noise_offset * offsets.reshape(spread)).to(compute_dtype(x0))
 
     def _rows(self, t: Tensor, x0: Tensor, dtype: torch.dtype) -> Rows:
-        """The coefficients at ``t``, one time a row, which is checked, for ``x0``."""
+        """The coefficients at ``t``, one time a row, which has been checked, for ``x0``."""
         return Rows(self._coefficients, t, x0, dtype, backend_of(x0.device))
 
-    def _one_a_row(self, t: Any, x0: Tensor) -> Tensor:
-        """``t`` as one time a row, on the device of ``x0``."""
+    def _rows_at(self, t: Any, x0: Tensor, dtype: torch.dtype) -> tuple[Rows, Tensor]:
+        """The coefficients at ``t`` for ``x0``, and ``t`` as one time a row, on its device. Raises for unfit times."""
         if not isinstance(t, Tensor) or t.device != x0.device:
             t = as_times(t, x0.device)
         if t.ndim != 1 or len(t) != len(x0):
             if t.numel() == 1:
                 t = t.reshape(()).expand(len(x0))
         check_unambiguous("t", t.shape, x0.shape)
-        return t
+        self.process.check_t(t)
+        return self._rows(t, x0, dtype), t
 
     def loss(
         self,
@@ -680,9 +679,7 @@ def diffusion_loss(
         result = objective._fast_loss(model_output, x0, noise, t, None)
         if result is not None:
             return result
-    t = objective._one_a_row(t, x0)
-    objective.process.check_t(t)
-    rows = objective._rows(t, x0, dtype)
+    rows, t = objective._rows_at(t, x0, dtype)
     return objective._loss(model_output, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
 
 

@@ -5,13 +5,15 @@ it. The arguments are those of ``backends/native/direct.py``."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import modes
-from ...program import NAMES, OF_LOSS, OF_NOISE, Program
+from ...program import OF_LOSS, OF_NOISE, Program
 from ...tensors import Gathered, value_checks_are_free
 from .. import reference
 from ..saving import save, saved
@@ -89,9 +91,9 @@ def _compute(
 
 
 def _columns(program: Program, t: Tensor) -> Tensor:
-    """All of ``NAMES`` at the times ``t``: [len(NAMES), batch], float32."""
-    columns = torch.empty((len(NAMES), len(t)), dtype=torch.float32, device=t.device)
-    _compute(program.of(*NAMES), t.device, t, None, 0, 0, columns, None)
+    """All that the program computes at the times ``t``: [outputs, batch], float32."""
+    columns = torch.empty((len(program.outputs), len(t)), dtype=torch.float32, device=t.device)
+    _compute(program, t.device, t, None, 0, 0, columns, None)
     return columns
 
 
@@ -103,8 +105,8 @@ def _draw(
     if program.index:
         _compute(draw[0], device, None, made[0], draw[1], made[2], None, t)
         return t, None
-    columns = torch.empty((len(NAMES), samples), dtype=torch.float32, device=device)
-    _compute(program.of(*NAMES).after(draw[0]), device, None, made[0], draw[1], made[2], columns, t)
+    columns = torch.empty((len(program.outputs), samples), dtype=torch.float32, device=device)
+    _compute(program.after(draw[0]), device, None, made[0], draw[1], made[2], columns, t)
     return t, columns
 
 
@@ -112,8 +114,11 @@ def _changing(program: Program, names: tuple[str, ...], t: Tensor, columns: Tens
     """What a launch is given that changes with the times: the index, or the coefficients of those names."""
     if columns is None:
         return (t,)
-    found = columns.unbind(0)
-    return tuple(found[NAMES.index(name)] for name in names)
+    chosen = program.kept.get((itemgetter, names))
+    if chosen is None:
+        places = [program.names.index(name) for name in names]
+        chosen = program.kept[itemgetter, names] = itemgetter(*places, 0)  # of two or more: a tuple
+    return chosen(columns.unbind(0))[:-1]
 
 
 def _placed(
@@ -262,7 +267,7 @@ def loss(
         return None
     if ready is None and made is not None and made.offset and len(shape) < 3:
         return None
-    names = tuple(name for k, name in enumerate(OF_LOSS) if present >> k & 1)
+    names = _names(present)
     if columns is None and not program.index:
         columns = _columns(program, t)
     changing = _changing(program, names, t, columns)
@@ -275,6 +280,11 @@ def loss(
     if recorded:
         return _apply(prediction, (ready, changing, ahead, x0, given, made, n, t, rows, function))
     return _forward(ready, changing, prediction, x0, given, made)
+
+
+@lru_cache
+def _names(present: int) -> tuple[str, ...]:
+    return tuple(name for k, name in enumerate(OF_LOSS) if present >> k & 1)
 
 
 _OPERANDS = {"loss_weight": "weight"}  # what the kernel calls a coefficient; any other has its own name
