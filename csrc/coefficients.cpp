@@ -67,7 +67,7 @@ double ndtri(double u) {
   return upper ? first - rest : rest - first;
 }
 
-double sign(double x) { return x > 0 ? 1.0 : x < 0 ? -1.0 : x; }
+double sign(double x) { return double(x > 0) - double(x < 0); }
 double larger(double a, double b) { return a != a ? a : b != b ? b : a < b ? b : a; }
 double smaller(double a, double b) { return a != a ? a : b != b ? b : b < a ? b : a; }
 

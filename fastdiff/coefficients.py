@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,26 +101,33 @@ class Coefficients:
         self.present = sum(1 << k for k, name in enumerate(OF_LOSS) if name in self.used)
         self.table = self._checked_table() if process.discrete else None
         parts = (process, prediction, weighting, loss, error_space)
-        self.traced: Traced | Program = Traced(parts, self._trace)
+        self.traced: Traced | Program = Traced(parts, partial(self._trace, NAMES))
+        self.traced_noise = Traced((process,), partial(self._trace, OF_NOISE))
         if process.discrete:
             self.traced = lookup(self.table, NAMES[: self.table.shape[1]])
         self._conversions: dict[Prediction, Program] = {}
 
-    def program(self) -> Program | None:
-        """What computes all that there is of ``NAMES`` from t; None where the formulas are evaluated (``why``)."""
-        return self.traced if isinstance(self.traced, Program) else self.traced.program()
+    def program(self, of_noise: bool = False) -> Program | None:
+        """What computes all that there is of ``NAMES`` from t; None where the formulas are evaluated (``why``). Where
+        only ``OF_NOISE`` is needed, these alone may have one."""
+        traced = self.traced
+        if isinstance(traced, Program):
+            return traced
+        found = traced.program()
+        return self.traced_noise.program() if found is None and of_noise else found
 
     @property
     def why(self) -> str:
         """Why there is no program; empty where there is one."""
         return "" if isinstance(self.traced, Program) else self.traced.why
 
-    def _trace(self) -> Program:
+    def _trace(self, names: tuple[str, ...]) -> Program:
         process = self.process
 
         def formula(t: Tensor) -> dict[str, Tensor]:
-            found = self.formulas(Levels(t, *process.alpha_sigma(t), process))
-            return {name: found[name] for name in NAMES if name in found}
+            levels = Levels(t, *process.alpha_sigma(t), process)
+            found = self._formula(names[0], levels) if names == OF_NOISE else self.formulas(levels)
+            return {name: found[name] for name in names if name in found}
 
         return trace(formula, process.t_min, process.t_max)
 
@@ -150,7 +158,7 @@ class Coefficients:
         float64 and rounded to ``dtype`` once."""
         names = self.used if name in self.used else (name,)
         if not torch.compiler.is_compiling():
-            program = self.program()
+            program = self.program(name in OF_NOISE)
             if program is not None:
                 part = program.of(*names) if program.index else program
                 rows = backend.evaluate(part, t, dtype)
@@ -215,7 +223,7 @@ class Rows:
         t: the times, checked; x0: the data, [batch, ...].
         dtype: of the coefficients.
         backend: what computes them.
-        at_hand: [names of the program, batch], float32: those that a fast call has computed, if it has.
+        program, at_hand: what a fast call has computed by a program, float32 [names of the program, batch]; or None.
     """
 
     def __init__(
@@ -225,11 +233,12 @@ class Rows:
         x0: Tensor,
         dtype: torch.dtype,
         backend: Any,
+        program: Program | None = None,
         at_hand: Tensor | None = None,
     ):
-        self.dtype, self.at_hand = dtype, at_hand
-        self._how = coefficients, x0.shape, backend
-        self._t, self._version = t, version_of(t)
+        self.coefficients, self.dtype, self.program, self.at_hand = coefficients, dtype, program, at_hand
+        self._how = x0.shape, backend
+        self._t, self.version = t, version_of(t)
 
     def _learn(self, known: dict[str, Any]) -> None:
         for name, row in known.items():  # one by one: an update of __dict__ is not traced by every PyTorch
@@ -238,11 +247,11 @@ class Rows:
     def __getattr__(self, name: str) -> Any:
         if name not in NAMES:
             raise AttributeError(name)
-        if not torch.compiler.is_compiling() and self._version != version_of(self._t):
+        if not torch.compiler.is_compiling() and self.version != version_of(self._t):
             raise RuntimeError(CHANGED.format("t"))
-        coefficients, shape, backend = self._how
-        if self.at_hand is not None:
-            return self.at_hand[coefficients.program().names.index(name)].view(-1, *(1,) * (len(shape) - 1))
-        found = coefficients.rows(name, place_rows("t", self._t, shape), self.dtype, backend)
+        shape, backend = self._how
+        if self.at_hand is not None and name in self.program.names:
+            return self.at_hand[self.program.names.index(name)].view(-1, *(1,) * (len(shape) - 1))
+        found = self.coefficients.rows(name, place_rows("t", self._t, shape), self.dtype, backend)
         self._learn(found)
         return found[name]

@@ -56,7 +56,7 @@ class Noised:
     written_target: Tensor | None = None
 
     def __post_init__(self):
-        self._versions = self._now()
+        self._versions = self.rows.version, self._seed_version()
 
     def __repr__(self) -> str:
         objective = f"{self.objective.process!r}, {self.objective.prediction.name!r}"
@@ -69,15 +69,16 @@ class Noised:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self.rows = self.objective._rows(self.t, self.x0, compute_dtype(self.x0, _tensor(self.noise_source)))
-        self._versions = self._now()
+        self.__post_init__()
 
-    def _now(self) -> tuple[int | None, int | None]:
+    def _seed_version(self) -> int | None:
+        """That of the seed, where the noise is made from it again."""
         seed = None if isinstance(self.noise_source, Tensor) else self.noise_source.seed
-        return version_of(self.t), version_of(seed) if isinstance(seed, Tensor) else None
+        return version_of(seed) if isinstance(seed, Tensor) else None
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if ``t``, or the seed that noise is made from again, was written into since."""
-        if not torch.compiler.is_compiling() and self._versions != self._now():
+        if not torch.compiler.is_compiling() and self._versions != (version_of(self.t), self._seed_version()):
             what = "t" if self._versions[0] != version_of(self.t) else "the seed"
             raise RuntimeError(CHANGED.format(what))
 
@@ -207,12 +208,11 @@ class Objective:
             self._prepare()
         return self._made
 
-    def _program(self) -> Program | None:
-        """What computes them, as long as they cannot change unnoticed; otherwise None."""
+    def _program(self, of_noise: bool = False) -> Program | None:
+        """``Coefficients.program`` of the process as it is now."""
         if self._made is None or self._changes != self.process._changes:
             self._prepare()
-        traced = self._made.traced
-        return traced if isinstance(traced, Program) else traced.program()
+        return self._made.program(of_noise)
 
     def _times(self) -> Traced:
         """The program that draws t."""
@@ -381,7 +381,7 @@ class Objective:
         """``noise`` if a fast call of the backend does it, else None."""
         if seed is not None and type(seed) is not int and (type(seed) is not Tensor or seed.device != x0.device):
             return None
-        program = self._program()
+        program = self._program(of_noise=True)
         if program is None:
             return None
         draw, offset = None, self.noise_offset
@@ -400,7 +400,8 @@ class Objective:
             n = noise
         elif n is None:
             n = ops.Philox(seed, sample_offset, offset=offset, rng=rng)
-        return Noised(self, x0, x_t, t, n, Rows(self._made, t, x0, compute_dtype(x0, noise), backend, known))
+        rows = Rows(self._made, t, x0, compute_dtype(x0, noise), backend, program, known)
+        return Noised(self, x0, x_t, t, n, rows)
 
     def _draw(self, backend: Any, seed: Any, samples: int, sample_offset: int, device: torch.device) -> Tensor:
         """One time a sample."""
@@ -487,6 +488,8 @@ class Objective:
             result = self._fast_loss(prediction, x0, n, t, rows)
             if result is not None:
                 return result
+        if rows.coefficients is not self._coefficients:  # the process was changed
+            rows = self._rows(t, x0, rows.dtype)
         return self._loss(prediction, x0, n, rows, t.shape, mask, reduction, weight, mask_normalization)
 
     def _fast_loss(self, prediction: Any, x0: Tensor, noise: Any, t: Any, rows: Rows | None) -> Tensor | None:
@@ -503,11 +506,13 @@ class Objective:
         x0_, n = (x0 if self.prediction.uses_x0 else None), (noise if self.prediction.uses_noise else None)
 
         def made() -> tuple[Any, ...]:
-            return self._rows_of_loss(rows or self._rows(t, x0, compute_dtype(prediction, x0, _tensor(noise))))
+            same = rows is not None and rows.coefficients is self._made
+            dtype = compute_dtype(prediction, x0, _tensor(noise))
+            return self._rows_of_loss(rows if same else self._rows(t, x0, dtype))
 
         return direct.loss(
             program, self._made.present, self.loss_function.function, prediction, x0_, n, t,
-            None if rows is None else rows.at_hand, made,
+            rows.at_hand if rows is not None and rows.program is program else None, made,
         )  # fmt: skip
 
     def _loss(

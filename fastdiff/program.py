@@ -152,7 +152,8 @@ class Program:
     def finite(self) -> bool:
         """Whether its table is."""
         if "finite" not in self.kept:
-            self.kept["finite"] = bool(self.table.isfinite().all())
+            with lasting():
+                self.kept["finite"] = bool(self.table.isfinite().all())
         return self.kept["finite"]
 
     def columns(self, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -22,6 +22,7 @@ _threads, _grad = torch.get_num_threads, torch.is_grad_enabled
 
 available = reads_tensors
 _T = ("t",)
+_OF_T, _OF_NOISE, _OF_LOSS = (_C, _T), (_C, OF_NOISE), (_C, OF_LOSS)  # where ``handle`` keeps what it makes
 _ONE = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
@@ -47,7 +48,8 @@ def noise(
         return None
     if t is None:
         t = torch.empty(x0.shape[0], dtype=torch.int64 if program.index else torch.float64, device="cpu")
-        t = _C.direct_times(handle(draw[0], _T), t, made[0], draw[1], made[2])
+        times = draw[0].kept.get(_OF_T) or handle(draw[0], _T)
+        t = _C.direct_times(times, t, made[0], draw[1], made[2])
     kept = None
     if n is None:
         n = made
@@ -56,7 +58,8 @@ def noise(
             kept = torch.empty_like(
                 x0, dtype=torch.float64 if wide else torch.float32, memory_format=torch.contiguous_format
             )
-    x_t = _C.direct_noise(handle(program, OF_NOISE), x0, t, n, kept, _threads())
+    source = program.kept.get(_OF_NOISE) or handle(program, OF_NOISE)
+    x_t = _C.direct_noise(source, x0, t, n, kept, _threads())
     return None if x_t is None else (x_t, kept, t, None)
 
 
@@ -80,7 +83,7 @@ def loss(
     ahead = recorded and prediction.dtype is not torch.float16
     wide = torch.float64 in (prediction.dtype, getattr(x0, "dtype", None), getattr(n, "dtype", None))
     one = _ONE[torch.float64 if wide else torch.float32]
-    source = handle(program, OF_LOSS)
+    source = program.kept.get(_OF_LOSS) or handle(program, OF_LOSS)
     made = _C.direct_loss(source, present, FUNCTIONS[function], prediction, x0, n, t, one, ahead, _threads())
     if made is None or not recorded:
         return None if made is None else made[0]

@@ -148,13 +148,13 @@ def coefficients(
     for k in tl.static_range(1, len(CODE) // 5):
         a, b, c = registers[CODE[5 * k + 1]], registers[CODE[5 * k + 2]], registers[CODE[5 * k + 3]]
         if CODE[5 * k] == NUMBER:
-            value = tl.load(constants + CODE[5 * k + 4]) + tl.zeros_like(x)
+            value = tl.broadcast_to(tl.load(constants + CODE[5 * k + 4]), (BLOCK,))
         elif CODE[5 * k] == NEG:
             value = -a
         elif CODE[5 * k] == ABS:
             value = tl.abs(a)
         elif CODE[5 * k] == SIGN:
-            value = tl.where(a > 0.0, 1.0, tl.where(a < 0.0, -1.0, a))
+            value = (a > 0.0).to(tl.float64) - (a < 0.0).to(tl.float64)
         elif CODE[5 * k] == SQRT:
             value = library.sqrt(a)
         elif CODE[5 * k] == RECIPROCAL:
