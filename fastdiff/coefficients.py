@@ -44,8 +44,8 @@ class Traced:
         self._parts, self._make = parts, make
         self._made: tuple[Program | None, str, Constancy | None] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:  # names are looked up anew
-        return {"_parts": self._parts, "_make": self._make, "_made": None}
+    def __getstate__(self) -> dict[str, Any]:  # a copy looks names up by itself
+        return self.__dict__ | {"_made": None}
 
     def program(self) -> Program | None:
         """The program, or None: see ``why``."""
@@ -208,10 +208,11 @@ class Coefficients:
 def drawn(timesteps: Timesteps, process: Process) -> Traced:
     """The program that makes a time of ``process`` from a uniform."""
 
-    def make() -> Program:
-        return trace(lambda u: {"t": timesteps(u, process)}, *_ENDS, integers=("t",) if process.discrete else ())
+    return Traced((timesteps, process), partial(_trace_times, timesteps, process))
 
-    return Traced((timesteps, process), make)
+
+def _trace_times(timesteps: Timesteps, process: Process) -> Program:
+    return trace(lambda u: {"t": timesteps(u, process)}, *_ENDS, integers=("t",) if process.discrete else ())
 
 
 class Rows:

@@ -26,7 +26,7 @@ from .ops.noise import check_noise
 from .philox import Stream, check_rng, check_seed, draw_seed, whole
 from .prediction import Prediction
 from .process import Process, as_times, check_process
-from .program import NAMES, Program
+from .program import Program
 from .samplers import Sampler
 from .showing import brief
 from .tensors import as_tensor, in_two_passes, value_checks_are_free
@@ -204,13 +204,13 @@ class Objective:
     @property
     def _coefficients(self) -> Coefficients:
         """Those of the process as it is now."""
-        if self._made is None or self._changes != self.process._changes:
+        if self._changes != self.process._changes:
             self._prepare()
         return self._made
 
     def _program(self, of_noise: bool = False) -> Program | None:
         """``Coefficients.program`` of the process as it is now."""
-        if self._made is None or self._changes != self.process._changes:
+        if self._changes != self.process._changes:
             self._prepare()
         return self._made.program(of_noise)
 
@@ -219,11 +219,6 @@ class Objective:
         if self._drawn is None or self._changes != self.process._changes:
             self._drawn = drawn(self.timesteps, self.process)
         return self._drawn
-
-    def coefficients(self) -> dict[str, Tensor]:
-        """The coefficients by name, float64 [steps] on the CPU, of a discrete process; of any other, nothing."""
-        table = self._coefficients.table
-        return {} if table is None else dict(zip(NAMES, table.unbind(-1)))  # of which only the last, c, may be absent
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -240,9 +235,6 @@ class Objective:
                 raise ValueError(f"noise_offset_dim must be a dimension other than the batch's, 0; got {value!r}.")
             value = value.__index__()
         super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:  # a copy makes its own programs: backends keep what they make of them
-        return self.__dict__ | {"_made": None, "_drawn": None}
 
     def __repr__(self) -> str:
         shown = [repr(self.process), repr(self.prediction.name)]

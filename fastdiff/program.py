@@ -95,10 +95,8 @@ class Program:
     high: float = 1.0
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what backends make of it
 
-    @property
-    def structure(self) -> tuple[Any, ...]:
-        """What two programs that differ in their numbers alone have in common; hashable."""
-        return self.code, self.outputs
+    def __getstate__(self) -> dict[str, Any]:  # what backends keep points into memory
+        return self.__dict__ | {"kept": {}}
 
     def of(self, *names: str) -> Program:
         """The part that computes these; a name that is not among ``names`` is 0."""

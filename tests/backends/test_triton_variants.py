@@ -35,6 +35,9 @@ def variants(tests):
 def branches(variant):
     """What a variant reaches: each of its values, and the pairs that have a branch of their own."""
     kernel = variant["kernel"]
+    if kernel == "coefficients":  # of a program, each operation that it has
+        operations, variant = variant["CODE"][::5], {k: v for k, v in variant.items() if k not in ("CODE", "OUTPUTS")}
+        return {(kernel, name, value) for name, value in variant.items()} | {(kernel, "CODE", o) for o in operations}
     found = {(kernel, name, value) for name, value in variant.items()}
     if kernel == "affine":
         found.add((kernel, "V, XI", variant["V"], variant["XI"]))
