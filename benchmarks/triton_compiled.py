@@ -205,13 +205,13 @@ def launch_program(program: Program, seed: torch.Tensor) -> None:
 
 
 def program_of(*names: str) -> Program:
-    """A program of these operations, each of what the one before gives."""
+    """A program that computes each of these operations of its input and of a constant."""
     places = list(OPERATIONS)
-    code = [("input",), ("number", 0)]
+    code: list[tuple] = [("input",), ("number", 0)]
     for name in names:
-        one, last = places.index(name) < places.index("add"), len(code) - 1
-        code.append((name, last) if one else (name, last, 1, 0) if name == "where" else (name, last, 1))
-    return Program(tuple(code), (0.5,), ("y",), (len(code) - 1,))
+        one = places.index(name) < places.index("add")
+        code.append((name, 0) if one else (name, 0, 1, 0) if name == "where" else (name, 0, 1))
+    return Program(tuple(code), (0.5,), names, tuple(range(2, len(code))))
 
 
 def noise_by_rows(x0: torch.Tensor, rows: tuple[int, ...], source: Any) -> Any:

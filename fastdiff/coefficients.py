@@ -68,6 +68,8 @@ class Traced:
                 return self._make(), "", constancy
         except (NotConstant, Untraceable) as reason:
             return None, str(reason), None
+        except Exception as error:  # the formula's own, which whoever evaluates it is to see
+            return None, f"{type(error).__name__}: {error}", None
 
 
 class Coefficients:

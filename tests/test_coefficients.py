@@ -284,6 +284,19 @@ def test_what_may_change_is_evaluated_each_time(weight, because):
     assert re.search(because, coefficients.why), coefficients.why
 
 
+def test_a_formula_that_raises_does_so_when_it_is_evaluated():
+    def picky(levels):
+        if len(levels.t) > 4:
+            raise ValueError("at most four")
+        return levels.snr
+
+    objective = fastdiff.Objective(fastdiff.VPSDE(), "epsilon", picky)
+    assert objective._coefficients.program() is None and objective._coefficients.why == "ValueError: at most four"
+    assert loss_of(objective).isfinite()
+    with pytest.raises(ValueError, match="at most four"):
+        objective.loss(torch.ones(5, 3), objective.noise(torch.ones(5, 3)))
+
+
 def loss_of(objective, backend=None):
     x0 = torch.linspace(-1, 1, 24).view(2, 3, 4)
     with fastdiff.use_backend(backend):

@@ -48,8 +48,9 @@ def test_every_kernel_compiles_without_spills_or_float64(compiled, target):
     found = [r for r in compiled if r["target"] == target]
     assert {r["kernel"] for r in found} == {"affine", "coefficients", "loss", "step"}
     for r in found:
-        # NVIDIA's functions of an angle keep what they need for a huge one in an array, which is local memory.
-        assert r["spills"] == 0 or r["case"] == "operations of angles", r
+        # A launch of a number a sample may: NVIDIA's functions of an angle have an array for huge ones, and others save
+        # registers around a division.
+        assert r["spills"] <= (12 if r["kernel"] == "coefficients" else 0), r
         assert r["kernel"] == "coefficients" or not r["float64"], r
 
 
