@@ -27,6 +27,7 @@ from asked import triton as operations
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+import fastdiff
 from fastdiff import ops
 from fastdiff.backends.triton import arguments as taken
 from fastdiff.backends.triton import launch
@@ -41,7 +42,7 @@ EXPECTED = SimpleNamespace(
         name: getattr(reference, name)
         for name in ("noise", "noise_and_target", "loss", "convert", "step", "normal", "uniform")
     },
-    rational=lambda f, t: [((a + b * t.double()) / (1 + d * t.double())).float() for a, b, d in f.t()],
+    evaluate=lambda program, t, dtype: [row.to(dtype) for row in program.run(t)],
 )
 
 
@@ -78,8 +79,9 @@ def _generators() -> Iterator[Case]:
         for shape in ((3, 33), (2, 1, 1300)):
             yield Case(f"normals {shape}, seed a {kind}", normal, (seed, shape, 3, 2**33, like))
     for dtype in (FP32, torch.float64):
-        given = torch.rand(3, 2, dtype=torch.float64), torch.rand(200, dtype=dtype)
-        yield Case(f"rows of a flow, {dtype}", lambda backend, *given: backend.rational(*given), given)
+        flow = fastdiff.Objective(fastdiff.RectifiedFlow(3.0), "flow", "cosmap")._coefficients.program()
+        given = flow, torch.rand(200, dtype=dtype), FP32
+        yield Case(f"rows of a flow, {dtype}", lambda backend, *given: backend.evaluate(*given), given)
 
 
 def _noising() -> Iterator[Case]:

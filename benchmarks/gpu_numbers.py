@@ -188,8 +188,8 @@ def launched(run: bool = True) -> Iterator[list[tuple[launch.Kernel, tuple]]]:
         found.append((self, self.key(arguments, constants, None)))
         if run:
             before(self, device, grid, arguments, constants, *more, **options)
-        elif self is launch.uniforms:
-            arguments[0].zero_()  # times are made of them, and looked up
+        elif self is launch.coefficients and arguments[1] is not None:
+            arguments[1].zero_()  # times, which are looked up
 
     launch.Kernel.__call__ = call
     try:

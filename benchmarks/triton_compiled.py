@@ -29,10 +29,14 @@ from asked import triton as operations
 from roofline import GPUS, share_of_copy, warps
 from triton.backends.compiler import GPUTarget
 
+import fastdiff
 from fastdiff import ops
 from fastdiff.backends.triton import arguments as taken
 from fastdiff.backends.triton import launch
+from fastdiff.backends.triton.programs import flat
+from fastdiff.backends.triton.times import coefficients_launch
 from fastdiff.backends.triton.traffic import Launch
+from fastdiff.program import OPERATIONS, Program
 from fastdiff.tensors import Gathered
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)} | {
@@ -44,7 +48,10 @@ EVERYWHERE = {
     *("noising, fast, bf16", "noising, exact, bf16", "noising, given, bf16", "noising, given, fp32"),
     *("loss v, fast, bf16", "loss v, exact, bf16", "loss v, given, bf16", "loss v, given, fp32"),
     *("loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
+    *("coefficients of SD3, drawn", "coefficients of EDM, drawn", "coefficients of VPSDE, drawn"),
+    *("operations of angles", "all other operations"),
 }
+ANGLES = ("sin", "cos", "tan")
 # The GPUs whose share of the copy ceiling is predicted, by what they run.
 PREDICTED = {"sm_90": ("H100", "H200"), "sm_100": ("B200",)}
 SHAPE = (64, 4, 128, 128)
@@ -168,8 +175,44 @@ def cases() -> dict[str, Any]:
     found["noising, 2^32 elements"] = noise_of_two(meta(2**12, 2**20, dtype=bf16), meta(2**12, 1), made)
     found["noising, a row an element"] = noise_of_two(meta(64, 2), meta(64, 2), ops.Philox(5))
     found["uniforms"] = lambda: operations.uniform(seed, 64, 3, 0, seed.device)
-    found["rows of a flow"] = lambda: operations.rational(meta(3, 2, dtype=torch.float64), meta(64))
+    for name, objective in programs().items():
+        program, draw = objective._coefficients.program(), objective._times().program()
+        both = program.after(draw)
+        found[f"coefficients of {name}, drawn"] = partial(launch_program, both, seed)
+    flow = programs()["SD3"]._coefficients.program()
+    found["rows of a flow"] = lambda: operations.evaluate(flow, meta(64), torch.float32)
+    found["operations of angles"] = lambda: operations.evaluate(program_of(*ANGLES), meta(64), torch.float32)
+    others = [name for name, meaning in OPERATIONS.items() if meaning is not None and name not in ANGLES]
+    found["all other operations"] = lambda: operations.evaluate(program_of(*others), meta(64), torch.float32)
     return found
+
+
+def programs() -> dict[str, fastdiff.Objective]:
+    """Objectives whose coefficients are functions of a continuous time."""
+    flow = fastdiff.RectifiedFlow(3.0)
+    return {
+        "SD3": fastdiff.Objective(flow, "flow", "cosmap", timesteps="logit_normal", error_space="sample"),
+        "EDM": fastdiff.Objective(fastdiff.EDM(), "edm", "edm"),
+        "VPSDE": fastdiff.Objective(fastdiff.VPSDE(), "v_prediction", "likelihood"),
+    }
+
+
+def launch_program(program: Program, seed: torch.Tensor) -> None:
+    """The launch that draws 64 times and computes the coefficients at them."""
+    columns, t = meta(len(program.outputs) - 1, 64), meta(64, dtype=torch.float64)
+    constants = meta(len(program.numbers), dtype=torch.float64)
+    how = coefficients_launch(columns, t, None, seed, constants, 3, 0, 64, flat(program.code), program.outputs)
+    launch.coefficients(seed.device, *how)
+
+
+def program_of(*names: str) -> Program:
+    """A program that computes each of these operations of its input and of a constant."""
+    places = list(OPERATIONS)
+    code: list[tuple] = [("input",), ("number", 0)]
+    for name in names:
+        one = places.index(name) < places.index("add")
+        code.append((name, 0) if one else (name, 0, 1, 0) if name == "where" else (name, 0, 1))
+    return Program(tuple(code), (0.5,), names, tuple(range(2, len(code))))
 
 
 def noise_by_rows(x0: torch.Tensor, rows: tuple[int, ...], source: Any) -> Any:

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "coefficients.h"
 #include "cpu/run.h"
 #include "cpu/table.h"
 #include "direct.h"
@@ -216,6 +217,7 @@ PYBIND11_MODULE(_C, module) {
   codes["functions"] = std::vector<std::string>{FASTDIFF_FUNCTIONS(FASTDIFF_NAME)};
   codes["reductions"] = std::vector<std::string>{FASTDIFF_REDUCTIONS(FASTDIFF_NAME)};
   codes["normalizations"] = std::vector<std::string>{FASTDIFF_NORMALIZATIONS(FASTDIFF_NAME)};
+  codes["operations"] = std::vector<std::string>{FASTDIFF_OPERATIONS(FASTDIFF_NAME)};
   codes["dtypes"] = std::vector<std::string>{FASTDIFF_DTYPES(FASTDIFF_NAME) "i64"};
 #undef FASTDIFF_NAME
   std::vector<std::string> needing;
@@ -234,6 +236,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("loss", loss);
   module.def("step", step);
   module.def("gather", gather);
+  bind_coefficients(module);
   bind_direct(module);
   bind_trajectory(module);
   bind_prepared(module);

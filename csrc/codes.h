@@ -9,6 +9,16 @@
 #define FASTDIFF_REDUCTIONS(X) X(mean) X(sum) X(none)
 #define FASTDIFF_NORMALIZATIONS(X) X(none) X(row) X(global)
 #define FASTDIFF_DTYPES(X) X(f32) X(f64) X(bf16) X(f16) X(u8)
+// Of a coefficient program (fastdiff/program.py): those of no, one, two and three registers.
+#define FASTDIFF_OPERATIONS_0(X) X(input) X(number) X(lookup)
+#define FASTDIFF_OPERATIONS_1(X)                                                                                       \
+  X(neg) X(abs) X(sign) X(sqrt) X(reciprocal) X(exp) X(log) X(expm1) X(log1p) X(sin) X(cos) X(tan) X(atan) X(tanh)      \
+  X(sigmoid) X(erf) X(ndtri) X(floor) X(ceil) X(trunc) X(isnan) X(isinf) X(not)
+#define FASTDIFF_OPERATIONS_2(X)                                                                                       \
+  X(add) X(sub) X(mul) X(div) X(pow) X(hypot) X(maximum) X(minimum) X(eq) X(lt) X(le) X(and) X(or)
+#define FASTDIFF_OPERATIONS_3(X) X(where)
+#define FASTDIFF_OPERATIONS(X)                                                                                         \
+  FASTDIFF_OPERATIONS_0(X) FASTDIFF_OPERATIONS_1(X) FASTDIFF_OPERATIONS_2(X) FASTDIFF_OPERATIONS_3(X)
 
 namespace fastdiff {
 

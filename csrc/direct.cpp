@@ -2,9 +2,9 @@
 
 #include <cmath>
 #include <memory>
-#include <vector>
 
 #include "checks.h"
+#include "coefficients.h"
 #include "cpu/run.h"
 #include "fastcall.h"
 #include "philox.h"
@@ -17,105 +17,52 @@ namespace {
 
 using tensors::View;
 
-// Where rows of coefficients come from, by the times t of a batch. `table` has kind * width numbers:
-//   gathered   table[t, k], t int64
-//   rational   (table[0, k] + table[1, k] t) / (1 + table[2, k] t), t floating point in [low, high]
-//   constant   table[0, k], whatever t is in [low, high]
-struct Source {
-  enum Kind { gathered, rational, constant } kind;
-  int64_t height;
-  int width;
-  double low, high;
-  std::vector<double> table;
-};
-
-constexpr const char* kSourceName = "fastdiff.rows";
-constexpr int kMostColumns = 16;
-
-// (kind, height, width, (pointer, float64, numbers), low, high): a capsule with a copy of the table.
-py::capsule make_source(py::handle kind, py::handle height, py::handle width, py::handle table, py::handle low,
-                        py::handle high) {
-  auto source = std::make_unique<Source>();
-  source->kind = Source::Kind(parse_code("kind", kind, 3));
-  source->height = parse_integer("height", height);
-  const int64_t columns = parse_integer("width", width);
-  if (columns < 1 || columns > kMostColumns) throw py::value_error("width: must be from 1 to 16");
-  source->width = int(columns);
-  const int64_t least = source->kind == Source::rational ? 3 : 1;
-  if (source->height < least || source->height > (int64_t(1) << 40) || (source->kind != Source::gathered && source->height != least))
-    throw py::value_error("height: does not go with the kind");
-  const Input numbers = parse_input("table", table, source->height * columns);
-  if (numbers.dtype != DType::f64) throw py::value_error("table: must be float64");
-  source->table.assign((const double*)numbers.data, (const double*)numbers.data + source->height * columns);
-  source->low = parse_number("low", low);
-  source->high = parse_number("high", high);
-  return py::capsule(source.release(), kSourceName, [](void* made) { delete (Source*)made; });
-}
-
-const Source* source_of(PyObject* capsule, int width) {
-  if (!PyCapsule_IsValid(capsule, kSourceName)) throw py::type_error("expected rows made by row_source");
-  const auto* source = (const Source*)PyCapsule_GetPointer(capsule, kSourceName);
-  if (source->width != width) throw py::value_error("rows: has another number of columns");
-  return source;
-}
-
-// The rows of a batch in the compute dtype, one column behind the other.
+// What a program computes for each sample of a batch, in the compute dtype, one column behind the other.
 class BatchRows {
  public:
   // False: t is not one plain time a sample, or out of range.
-  bool find(const Source& source, PyObject* times, int64_t batch, bool wide) {
+  bool find(const Program& program, PyObject* times, int64_t batch, bool wide) {
     wide_ = wide;
-    stride_ = source.kind == Source::constant ? 0 : 1;
-    count_ = stride_ ? batch : 1;
-    if (source.width * count_ > kInside) {
-      more_.reset(new double[size_t(source.width * count_)]);
-      numbers_ = more_.get();
-    }
+    count_ = batch;
     View t;
     if (!tensors::view(times, t) || t.dims != 1 || t.elements != batch) return false;
-    const double* table = source.table.data();
-    if (source.kind == Source::gathered) {
-      if (t.dtype != tensors::kIndex) return false;
-      const auto* index = (const int64_t*)t.data;
-      for (int64_t r = 0; r < batch; ++r)
-        if (index[r] < 0 || index[r] >= source.height) return false;
-      for (int64_t r = 0; r < batch; ++r)
-        for (int k = 0; k < source.width; ++k) put(k, r, table[index[r] * source.width + k]);
-      return true;
+    if (program.index != (t.dtype == tensors::kIndex)) return false;
+    if (!program.index && t.dtype != int(DType::f32) && t.dtype != int(DType::f64)) return false;
+    if (!program.index && tensors::differentiable(times)) return false;
+    columns_ = int64_t(program.outputs.size());
+    double* inputs = inside_;
+    if ((columns_ + 1) * batch > kInside) {
+      more_.reset(new double[size_t((columns_ + 1) * batch)]);
+      inputs = more_.get();
     }
-    if (t.dtype != int(DType::f32) && t.dtype != int(DType::f64)) return false;
-    if (tensors::differentiable(times)) return false;
+    numbers_ = inputs + batch;
     for (int64_t r = 0; r < batch; ++r) {
-      const double time = t.dtype == int(DType::f64) ? ((const double*)t.data)[r] : double(((const float*)t.data)[r]);
-      if (!(time >= source.low && time <= source.high && time < HUGE_VAL)) return false;
-      if (source.kind == Source::constant) continue;
-      for (int k = 0; k < source.width; ++k)
-        put(k, r, (table[k] + table[source.width + k] * time) / (1 + table[2 * source.width + k] * time));
+      inputs[r] = program.index              ? double(((const int64_t*)t.data)[r])
+                  : t.dtype == int(DType::f64) ? ((const double*)t.data)[r]
+                                               : double(((const float*)t.data)[r]);
+      if (!program.allows(inputs[r])) return false;
     }
-    if (source.kind == Source::constant)
-      for (int k = 0; k < source.width; ++k) put(k, 0, table[k]);
+    evaluate(program, inputs, batch, wide, numbers_);
     return true;
   }
 
   Rows column(int k) const {
     const int64_t size = wide_ ? 8 : 4;
-    return {(const char*)numbers_ + k * count_ * size, stride_};
+    return {(const char*)numbers_ + k * count_ * size, 1};
+  }
+
+  bool finite() const {
+    for (int64_t k = 0; k < columns_ * count_; ++k)
+      if (!std::isfinite(wide_ ? numbers_[k] : double(((const float*)numbers_)[k]))) return false;
+    return true;
   }
 
  private:
-  void put(int column, int64_t row, double value) {
-    if (wide_)
-      numbers_[column * count_ + row] = value;
-    else
-      ((float*)numbers_)[column * count_ + row] = float(value);
-  }
-
   static constexpr int64_t kInside = 256;
   double inside_[kInside];
   std::unique_ptr<double[]> more_;
-  double* numbers_ = inside_;
-  int64_t count_;
-  int stride_;
+  double* numbers_;
+  int64_t count_, columns_;
   bool wide_;
 };
 
@@ -154,10 +101,10 @@ py::object make_like(PyObject* tensor, View& view) {
   return made;
 }
 
-// noise(rows, x0, t, n, kept, threads) -> x_t, or None.
-// rows: (alpha, sigma). n: a tensor, or as parse_noise takes it. kept: where to write the noise that is made; or None.
+// noise(program, x0, t, n, kept, threads) -> x_t, or None.
+// program: of (alpha, sigma). n: a tensor, or as parse_noise takes it. kept: where to write the noise that is made; or None.
 py::object noise(PyObject* const* a) {
-  const Source& source = *source_of(a[0], 2);
+  const Program& program = program_of(a[0], 2);
   View x0, x_t, kept;
   if (!tensors::view(a[1], x0) || !x0.floating() || x0.dims < 1 || tensors::differentiable(a[1])) return py::none();
   NoiseArguments call{};
@@ -165,7 +112,7 @@ py::object noise(PyObject* const* a) {
   bool wide = is_wide(x0);
   BatchRows rows;
   if (!find_noise(a[3], x0, call.layout, call.n, wide)) return py::none();
-  if (!rows.find(source, a[2], x0.sizes[0], wide) || tensors::transformed()) return py::none();
+  if (!rows.find(program, a[2], x0.sizes[0], wide) || tensors::transformed()) return py::none();
   call.alpha = rows.column(0);
   call.sigma = rows.column(1);
   call.x0 = x0.input();
@@ -183,11 +130,11 @@ py::object noise(PyObject* const* a) {
   return result;
 }
 
-// loss(rows, present, function, prediction, x0, n, t, scalar, gradient, threads) -> (mean loss, gradient or None), or
-// None. rows: (p, q, scale, weight, c), those that the bits of `present` name are used; x0 goes with p, n with q.
+// loss(program, present, function, prediction, x0, n, t, scalar, gradient, threads) -> (mean loss, gradient or None), or
+// None. program: of (p, q, scale, weight, c), of which those that the bits of `present` name are used; x0 goes with p, n with q.
 // scalar: a tensor of one number in the compute dtype, to make the result like.
 py::object loss(PyObject* const* a) {
-  const Source& source = *source_of(a[0], 5);
+  const Program& program = program_of(a[0], 5);
   const int64_t present = parse_integer("present", a[1]);
   View prediction;
   if (!tensors::view(a[3], prediction) || !prediction.floating() || prediction.dims < 1) return py::none();
@@ -207,7 +154,7 @@ py::object loss(PyObject* const* a) {
   }
   if (has_q && !find_noise(a[5], prediction, kernel.layout, kernel.n, wide)) return py::none();
   BatchRows rows;
-  if (!rows.find(source, a[6], prediction.sizes[0], wide) || tensors::transformed()) return py::none();
+  if (!rows.find(program, a[6], prediction.sizes[0], wide) || tensors::transformed()) return py::none();
   if (has_p) kernel.p = rows.column(0);
   if (has_q) kernel.q = rows.column(1);
   if (present & 4) kernel.scale = rows.column(2);
@@ -232,16 +179,16 @@ py::object loss(PyObject* const* a) {
   return py::make_tuple(value, slope);
 }
 
-// convert(rows, m, x_t, t, threads) -> k_x x_t + k_m m, or None. rows: (k_x, k_m).
+// convert(program, m, x_t, t, threads) -> k_x x_t + k_m m, or None. program: of (k_x, k_m); None where one is not finite.
 py::object convert(PyObject* const* a) {
-  const Source& source = *source_of(a[0], 2);
+  const Program& program = program_of(a[0], 2);
   View m, x_t, out;
   if (!tensors::view(a[1], m) || !m.floating() || m.dims < 1 || tensors::differentiable(a[1])) return py::none();
   if (!tensors::view(a[2], x_t) || !x_t.floating() || !tensors::same_shape(x_t, m) || tensors::differentiable(a[2]))
     return py::none();
   const bool wide = is_wide(m) || is_wide(x_t);
   BatchRows rows;
-  if (!rows.find(source, a[3], m.sizes[0], wide) || tensors::transformed()) return py::none();
+  if (!rows.find(program, a[3], m.sizes[0], wide) || !rows.finite() || tensors::transformed()) return py::none();
   ConvertArguments call{};
   call.layout = layout_of(m);
   call.m = m.input();
@@ -302,25 +249,18 @@ py::object step(PyObject* const* a) {
   return py::make_tuple(result, x0);
 }
 
-// times(out, seed, stream, sample_offset, steps) -> out, or None. A uniform u in (0, 1) a sample into a float64 tensor
-// (steps 0), or the index floor(steps u) into one of int64.
+// times(program, out, seed, stream, sample_offset) -> out, or None. What the program makes of a uniform u in (0, 1) a
+// sample: into a tensor of float64 or, for a time that is an index, of int64.
 py::object times(PyObject* const* a) {
+  const Program& program = program_of(a[0], 1);
   View out;
-  if (!tensors::view(a[0], out) || tensors::transformed()) return py::none();
-  const int64_t steps = parse_integer("steps", a[4]), stream = parse_integer("stream", a[2]);
-  if (out.dtype != (steps ? tensors::kIndex : int(DType::f64)) || stream < 0 || stream > UINT32_MAX || steps < 0)
+  if (!tensors::view(a[1], out) || tensors::transformed()) return py::none();
+  const int64_t stream = parse_integer("stream", a[3]);
+  if ((out.dtype != tensors::kIndex && out.dtype != int(DType::f64)) || stream < 0 || stream > UINT32_MAX || program.index)
     return py::none();
-  const uint64_t seed = parse_seed(a[1]), first = uint64_t(parse_integer("sample_offset", a[3]));
-  for (int64_t k = 0; k < out.elements; ++k) {
-    const double u = philox::uniform(philox::words(seed, 0, uint32_t(stream), first + uint64_t(k)));
-    if (steps) {
-      const int64_t index = int64_t(u * double(steps));
-      ((int64_t*)out.data)[k] = index < steps ? index : steps - 1;
-    } else {
-      ((double*)out.data)[k] = u;
-    }
-  }
-  return py::reinterpret_borrow<py::object>(a[0]);
+  draw(program, parse_seed(a[2]), uint32_t(stream), uint64_t(parse_integer("sample_offset", a[4])), out.elements,
+       out.dtype == tensors::kIndex, out.data);
+  return py::reinterpret_borrow<py::object>(a[1]);
 }
 
 template <py::object (*function)(PyObject* const*)>
@@ -342,7 +282,6 @@ PyMethodDef methods[] = {fast_method<plain<noise>, 6>("direct_noise"),
 }  // namespace
 
 void bind_direct(py::module_& module) {
-  module.def("row_source", make_source);
   module.def("enable_tensors", tensors::enable);
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -72,7 +72,9 @@ def __getattr__(name: str) -> ModuleType:
         return importlib.import_module(f"{__name__}.integrations")
     where = ""
     for module in (losses, ops, samplers, timesteps):
-        if str(getattr(vars(module).get(name), "__module__", "")).startswith(module.__name__):
+        if name in getattr(module, "__all__", ()) or str(getattr(vars(module).get(name), "__module__", "")).startswith(
+            module.__name__
+        ):
             where = f": it is {module.__name__}.{name}"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{where}")
 

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 _functorch = torch._C._functorch
 _transform, _modes = _functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
 _is_compiling = torch.compiler.is_compiling
 _get_mode, _FAKE = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE
+
+
+class Recording(TorchDispatchMode):
+    """For operations that are written down to be done again with other numbers: values are not to be looked at."""
 
 
 def fake_mode() -> Any:
@@ -34,8 +38,9 @@ def wrapping() -> Any:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a number can be read from a tensor: not where it stands for a batch (``vmap``), or is fake."""
-    if _modes() and fake_mode() is not None:
+    """Whether a number can be read from a tensor: not where it stands for a batch (``vmap``), for other numbers
+    (``Recording``), or is fake."""
+    if _modes() and (fake_mode() is not None or isinstance(_get_current_dispatch_mode(), Recording)):
         return False
     if _transform() is None:
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from . import weighting as weightings
 from .backends.interface import able
 from .backends.registry import remakes_noise
 from .calls import LossCall, NoiseCall
+from .coefficients import CHANGED, Coefficients, Rows, Traced, drawn
 from .losses import Loss
-from .modes import lasting, version_of, wrapping
+from .modes import version_of, wrapping
 from .names import answers_keywords
 from .numeric import check_numbers
 from .ops.checks import check_alike, check_floating, check_tensor, check_unambiguous, compute_dtype, place_rows
@@ -27,45 +28,14 @@ from .ops.dispatch import get as backend_of
 from .ops.loss import check_loss, normalized
 from .ops.noise import check_noise
 from .philox import Stream, check_rng, check_seed, draw_seed, whole
-from .plain import PlainCalls
 from .prediction import Prediction
-from .process import Levels, Process, as_times, check_process
+from .process import Process, as_times, check_process
+from .program import Program
 from .samplers import Sampler
 from .showing import brief
-from .tensors import as_tensor, cached, value_checks_are_free
+from .tensors import as_tensor, value_checks_are_free
 from .timesteps import Timesteps
 from .weighting import WeightingLike
-
-# The coefficients of an objective, in the order of its table.
-COEFFICIENTS = ("alpha", "sigma", "p", "q", "scale", "weight", "loss_weight", "c")
-
-
-class Rows:
-    """The coefficients of an objective at the times of a batch, placed to broadcast to the data.
-
-    alpha, sigma; p, q of target = p x0 + q n; scale, which makes an error of the prediction one of the error space;
-    weight; loss_weight, the weight times the factor of the error function; c, its constant, where it has one.
-    They are computed in float64 and rounded once. ``evaluate(name)`` gives those that are not known yet, when they are
-    first asked for.
-    """
-
-    def __init__(self, known: dict[str, Any], evaluate: Callable[[str], dict[str, Tensor]] | None = None):
-        self._evaluate = evaluate
-        self._learn(known)
-
-    def _learn(self, known: dict[str, Any]) -> None:
-        for name, row in known.items():  # one by one: an update of __dict__ is not traced by every PyTorch
-            setattr(self, name, row)
-
-    def known(self) -> dict[str, Any]:
-        return {name: row for name, row in self.__dict__.items() if name in COEFFICIENTS}
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in COEFFICIENTS or self._evaluate is None:
-            raise AttributeError(name)
-        known = self._evaluate(name)
-        self._learn(known)
-        return known[name]
 
 
 @dataclass(eq=False, repr=False)
@@ -90,7 +60,7 @@ class Noised:
     written_target: Tensor | None = None
 
     def __post_init__(self):
-        self._versions = self._now()
+        self._versions = self.rows.version, self._seed_version()
 
     def __repr__(self) -> str:
         objective = f"{self.objective.process!r}, {self.objective.prediction.name!r}"
@@ -102,18 +72,19 @@ class Noised:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self.rows = Rows({}, self.objective._later(self.t, self.x0, self.noise_source))
-        self._versions = self._now()
+        self.rows = self.objective._rows(self.t, self.x0, compute_dtype(self.x0, _tensor(self.noise_source)))
+        self.__post_init__()
 
-    def _now(self) -> tuple[int | None, int | None]:
+    def _seed_version(self) -> int | None:
+        """That of the seed, where the noise is made from it again."""
         seed = None if isinstance(self.noise_source, Tensor) else self.noise_source.seed
-        return version_of(self.t), version_of(seed) if isinstance(seed, Tensor) else None
+        return version_of(seed) if isinstance(seed, Tensor) else None
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if ``t``, or the seed that noise is made from again, was written into since."""
-        if not torch.compiler.is_compiling() and self._versions != self._now():
+        if not torch.compiler.is_compiling() and self._versions != (version_of(self.t), self._seed_version()):
             what = "t" if self._versions[0] != version_of(self.t) else "the seed"
-            raise RuntimeError(_CHANGED.format(what))
+            raise RuntimeError(CHANGED.format(what))
 
     @property
     def noise(self) -> Tensor:
@@ -164,8 +135,6 @@ class Noised:
     def _model_input(self) -> tuple[Tensor | None, Tensor]:
         return kinds.model_input(self.objective.prediction, self.objective.process.levels(self.t))
 
-
-_CHANGED = "{} was changed in place after the batch was noised, so x_t is of another: give noise() a copy, .clone()."
 
 # Of an objective, what its coefficients are made of.
 _FIXED = ("process", "prediction", "weighting", "loss_function", "error_space")
@@ -243,36 +212,34 @@ class Objective:
     def _prepare(self) -> None:
         """What follows from the process as it is, and the rest."""
         process = self.process
-        self._changes = process._changes
+        self._changes, self._drawn = process._changes, None
         # A combination that means nothing should not wait for the first batch to be found.
         example = self.timesteps(torch.tensor([0.5], dtype=torch.float64, device="cpu"), process)
         levels = process.levels(example)
         weightings.check(self.weighting, levels)
-        values = self._all_coefficients(levels)
-        # Coefficients that are the same at all times are numbers. (A discrete process has them in its table.)
-        same = ("p", "q") if self.prediction.constant else ()
-        if type(self.weighting) is weightings.Uniform and isinstance(self.loss_function.rows(levels)[1], float):
-            same += ("weight", "loss_weight")
-        self._same = {} if process.discrete else {name: values[name].item() for name in same}
-        self._used = tuple(
-            name
-            for name, used in (
-                ("alpha", True),
-                ("sigma", True),
-                ("p", self.prediction.uses_x0),
-                ("q", self.prediction.uses_noise),
-                ("scale", self.error_space is not self.prediction),
-                ("loss_weight", True),
-                ("c", self.loss_function.uses_c),
-            )
-            if used
-        )
-        self._tables: dict[tuple, Tensor] = {}
-        self._plain_calls: dict[Any, PlainCalls] = {}
-        self._singular: set[Prediction] = set()  # kinds that are not determined at every time
-        if process.discrete:
-            self._table = self._checked_table()
-            self._table_of(self._used, torch.device("cpu"), torch.float32)
+        made = Coefficients(process, self.prediction, self.weighting, self.loss_function, self.error_space)
+        if not process.discrete:
+            made.formulas(levels)
+        self._made = made
+
+    @property
+    def _coefficients(self) -> Coefficients:
+        """Those of the process as it is now."""
+        if self._changes != self.process._changes:
+            self._prepare()
+        return self._made
+
+    def _program(self, of_noise: bool = False) -> Program | None:
+        """``Coefficients.program`` of the process as it is now."""
+        if self._changes != self.process._changes:
+            self._prepare()
+        return self._made.program(of_noise)
+
+    def _times(self) -> Traced:
+        """The program that draws t."""
+        if self._drawn is None or self._changes != self.process._changes:
+            self._drawn = drawn(self.timesteps, self.process)
+        return self._drawn
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -284,14 +251,12 @@ class Objective:
             value = float(value)
         if name == "timesteps":
             value = samplers_of_t.get(value, self.process)
+            super().__setattr__("_drawn", None)
         if name == "noise_offset_dim":
             if value == 0 or isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise ValueError(f"noise_offset_dim must be a dimension other than the batch's, 0; got {value!r}.")
             value = value.__index__()
         super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:  # a copy makes its own calls: they point into memory
-        return self.__dict__ | {"_plain_calls": {}}
 
     def __repr__(self) -> str:
         shown = [repr(self.process), repr(self.prediction.name)]
@@ -396,17 +361,11 @@ class Objective:
             noise = self._offset_noise(x0, seed, sample_offset, rng)
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
-        calls = self._plain(backend)
-        if calls is not None and not with_target:
-            times = calls.times(self.timesteps, seed, len(x0), sample_offset, x0.device) if t is None else t
-            done = None
-            if not self.input_perturbation:
-                done = calls.noise(x0, times, noise, seed, sample_offset, self.noise_offset, keep_noise, rng)
+        direct = getattr(backend, "direct", None)
+        if direct is not None and not with_target and not self.input_perturbation:
+            done = self._fast_noise(direct, backend, x0, t, noise, seed, sample_offset, keep_noise, rng)
             if done is not None:
-                x_t, n = done[0], noise if noise is not None else done[1]
-                if n is None:
-                    n = ops.Philox(seed, sample_offset, offset=self.noise_offset, rng=rng)
-                return Noised(self, x0, x_t, times, n, Rows({}, self._later(times, x0, n)))
+                return done
         made = source = None
         if seed is not None:
             made = ops.Philox(seed, sample_offset, offset=self.noise_offset, rng=rng)
@@ -426,10 +385,8 @@ class Objective:
                     f"write noise=."
                 )
         if t is None:
-            t = self.timesteps(
-                backend.uniform(seed, x0.shape[0], Stream.TIMESTEP, sample_offset, x0.device), self.process
-            )
-        rows, t = self._rows_for(t, x0, compute_dtype(x0, noise))
+            t = self._draw(backend, seed, len(x0), sample_offset, x0.device)
+        rows, t = self._rows_at(t, x0, compute_dtype(x0, noise))
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
         call = NoiseCall(x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise)
         target = None
@@ -446,6 +403,45 @@ class Objective:
             self.process.discrete or (value_checks_are_free(t) and bool((t < self.process.t_min).any()))
         )
 
+    def _fast_noise(
+        self, direct: Any, backend: Any, x0: Tensor, t: Any, noise: Tensor | None, seed: Any, sample_offset: int,
+        keep: bool, rng: str,
+    ) -> Noised | None:  # fmt: skip
+        """``noise`` if a fast call of the backend does it, else None."""
+        if seed is not None and type(seed) is not int and (type(seed) is not Tensor or seed.device != x0.device):
+            return None
+        program = self._program(of_noise=True)
+        if program is None:
+            return None
+        draw, offset = None, self.noise_offset
+        if t is None:
+            times = self._times().program()
+            if times is None:
+                t = self._draw(backend, seed, len(x0), sample_offset, x0.device)
+            else:
+                draw = times, Stream.TIMESTEP
+        made = seed, Stream.NOISE, sample_offset, offset
+        done = direct.noise(program, draw, x0, t, noise, made, keep, rng)
+        if done is None:
+            return None
+        x_t, n, t, known = done
+        if noise is not None:
+            n = noise
+        elif n is None:
+            n = ops.Philox(seed, sample_offset, offset=offset, rng=rng)
+        rows = Rows(self._made, t, x0, compute_dtype(x0, noise), backend, program, known)
+        return Noised(self, x0, x_t, t, n, rows)
+
+    def _draw(self, backend: Any, seed: Any, samples: int, sample_offset: int, device: torch.device) -> Tensor:
+        """One time a sample."""
+        program = None if torch.compiler.is_compiling() else self._times().program()
+        t = None
+        if program is not None:
+            t = backend.times(program, seed, samples, Stream.TIMESTEP, sample_offset, device, self.process.discrete)
+        if t is None:
+            t = self.timesteps(backend.uniform(seed, samples, Stream.TIMESTEP, sample_offset, device), self.process)
+        return t
+
     def _offset_noise(self, x0: Tensor, seed: int | Tensor, sample_offset: int, rng: str) -> Tensor:
         """Noise with offsets along another dimension than 1: float32 (float64 for float64 data), shaped as x0."""
         dim = self.noise_offset_dim + x0.ndim if self.noise_offset_dim < 0 else self.noise_offset_dim
@@ -460,36 +456,20 @@ class Objective:
         spread = [len(x0), *(x0.shape[d] if d == dim else 1 for d in range(1, x0.ndim))]
         return (n + self.noise_offset * offsets.reshape(spread)).to(compute_dtype(x0))
 
-    def _plain(self, backend: Any) -> PlainCalls | None:
-        """The whole calls of ``backend`` for this objective, if it has such."""
-        direct = backend.direct
-        if direct is None:
-            return None
-        calls = self._plain_calls.get(direct)
-        if calls is None or self._changes != self.process._changes:
-            if wrapping() is not None:
-                return None
-            if self._changes != self.process._changes:
-                self._prepare()
-            with lasting():
-                calls = self._plain_calls[direct] = PlainCalls(self, direct)
-        return calls
+    def _rows(self, t: Tensor, x0: Tensor, dtype: torch.dtype) -> Rows:
+        """The coefficients at ``t``, one time a row, which has been checked, for ``x0``."""
+        return Rows(self._coefficients, t, x0, dtype, backend_of(x0.device))
 
-    def _later(
-        self, t: Tensor, x0: Tensor, noise: Any, prediction: Tensor | None = None
-    ) -> Callable[[str], dict[str, Any]]:
-        """``Rows.evaluate`` for rows of which none is known yet."""
-
-        version = version_of(t)
-
-        def evaluate(name: str) -> dict[str, Any]:
-            if not torch.compiler.is_compiling() and version != version_of(t):
-                raise RuntimeError(_CHANGED.format("t"))
-            rows, _ = self._rows_for(t, x0, compute_dtype(x0, noise if isinstance(noise, Tensor) else None, prediction))
-            getattr(rows, name)
-            return rows.known()
-
-        return evaluate
+    def _rows_at(self, t: Any, x0: Tensor, dtype: torch.dtype) -> tuple[Rows, Tensor]:
+        """The coefficients at ``t`` for ``x0``, and ``t`` as one time a row, on its device. Raises for unfit times."""
+        if not isinstance(t, Tensor) or t.device != x0.device:
+            t = as_times(t, x0.device)
+        if t.ndim != 1 or len(t) != len(x0):
+            if t.numel() == 1:
+                t = t.reshape(()).expand(len(x0))
+        check_unambiguous("t", t.shape, x0.shape)
+        self.process.check_t(t)
+        return self._rows(t, x0, dtype), t
 
     def loss(
         self,
@@ -530,23 +510,39 @@ class Objective:
                 raise ValueError(
                     f"noised is of the process {process!r}, this objective of {self.process!r}: noise it anew."
                 )
-            rows = Rows({}, self._later(t, x0, n, prediction))
-        elif isinstance(prediction, Tensor) and prediction.dtype == torch.float64 != rows.alpha.dtype:
-            rows = Rows({}, self._later(t, x0, n, prediction))  # those of noising were rounded to float32
+            rows = self._rows(t, x0, compute_dtype(x0, _tensor(n), prediction))
+        elif isinstance(prediction, Tensor) and prediction.dtype == torch.float64 != rows.dtype:
+            rows = self._rows(t, x0, torch.float64)  # those of noising were rounded to float32
         if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
-            result = self._plain_loss(prediction, x0, n, t, lambda: rows)
+            result = self._fast_loss(prediction, x0, n, t, rows)
             if result is not None:
                 return result
+        if rows.coefficients is not self._coefficients:  # the process was changed
+            rows = self._rows(t, x0, rows.dtype)
         return self._loss(prediction, x0, n, rows, t.shape, mask, reduction, weight, mask_normalization)
 
-    def _plain_loss(
-        self, prediction: Tensor, x0: Tensor, noise: Any, t: Any, rows: Callable[[], Rows]
-    ) -> Tensor | None:
-        """The mean loss if a whole call can compute it, else None."""
-        calls = self._plain(backend_of(prediction.device)) if isinstance(prediction, Tensor) else None
-        if calls is None:
+    def _fast_loss(self, prediction: Any, x0: Tensor, noise: Any, t: Any, rows: Rows | None) -> Tensor | None:
+        """The mean loss if a fast call of a backend can compute it, else None. rows: where there are some."""
+        if not isinstance(prediction, Tensor):
             return None
-        return calls.loss(prediction, x0, noise, t, lambda: self._rows_of_loss(rows()))
+        backend = backend_of(prediction.device)
+        direct = getattr(backend, "direct", None)
+        if direct is None:
+            return None
+        program = self._program()
+        if program is None:
+            return None
+        x0_, n = (x0 if self.prediction.uses_x0 else None), (noise if self.prediction.uses_noise else None)
+
+        def made() -> tuple[Any, ...]:
+            same = rows is not None and rows.coefficients is self._made
+            dtype = compute_dtype(prediction, x0, _tensor(noise))
+            return self._rows_of_loss(rows if same else self._rows(t, x0, dtype))
+
+        return direct.loss(
+            program, self._made.present, self.loss_function.function, prediction, x0_, n, t,
+            rows.at_hand if rows is not None and rows.program is program else None, made,
+        )  # fmt: skip
 
     def _loss(
         self,
@@ -619,6 +615,14 @@ class Objective:
         """
         return sampling.sample(model, shape, self, sampler, steps, **options)
 
+    def _fast_convert(self, kind: Prediction, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
+        """The output as another kind if a fast call of a backend can compute it, else None."""
+        direct = getattr(backend_of(x_t.device), "direct", None)
+        program = None if direct is None else self._coefficients.conversion(kind)
+        if program is None or not program.finite or wrapping() is not None:
+            return None
+        return direct.convert(program, prediction, x_t, t)
+
     def convert(self, prediction: Tensor, noised: Noised, kind: str | Prediction) -> Tensor:
         """The network's output as another prediction kind: ``convert(m, noised, "epsilon")``.
 
@@ -630,18 +634,16 @@ class Objective:
         kind = kinds.get(kind)
         x_t, t = noised.x_t, noised.t
         noised.check_unchanged()
-        if self.process.discrete:
-            table = self._table_of(kind, t.device, compute_dtype(prediction, x_t))
-            calls = self._plain(backend_of(x_t.device))
-            if calls is not None and kind not in self._singular and wrapping() is None:
-                wide = partial(self._table_of, kind, torch.device("cpu"), torch.float64)
-                done = calls.convert(kind, wide, prediction, x_t, t)
-                if done is not None:
-                    return done
+        done = self._fast_convert(kind, prediction, x_t, t)
+        if done is not None:
+            return done
+        program = self._coefficients.conversion(kind)
+        if program is not None:
             placed = place_rows("t", t, x_t.shape)
-            k_x, k_m = backend_of(x_t.device).gather(table, placed, self.process.check_t)
-            singular = kind in self._singular
-        else:
+            self.process.check_t(placed)
+            k_x, k_m = backend_of(x_t.device).evaluate(program, placed, compute_dtype(prediction, x_t))
+            singular = not program.finite
+        else:  # float64, as it may be what a gradient is asked for
             k_x, k_m = kinds.conversion(self.prediction, kind, self.process.levels(t))
             singular = True
         if singular and value_checks_are_free(t):
@@ -654,122 +656,6 @@ class Objective:
                     f"'sample'."
                 )
         return ops.convert(prediction, x_t, k_x, k_m)
-
-    def _rows_for(self, t: Any, x0: Tensor, dtype: torch.dtype) -> tuple[Rows, Tensor]:
-        """The coefficients at ``t``, which is checked, for ``x0``; and ``t``, one time a row."""
-        if not isinstance(t, Tensor) or t.device != x0.device:
-            t = as_times(t, x0.device)
-        if t.ndim != 1 or len(t) != len(x0):
-            if t.numel() == 1:
-                t = t.reshape(()).expand(len(x0))
-        check_unambiguous("t", t.shape, x0.shape)
-        if self._changes != self.process._changes:
-            self._prepare()
-        placed = place_rows("t", t, x0.shape)
-        if not self.process.discrete:
-            levels: list[Levels] = []
-
-            def evaluate_at_levels(name: str) -> dict[str, Tensor]:
-                if name in self._same:
-                    return {name: self._number(self._same[name], placed.device, dtype).expand(placed.shape)}
-                if not levels:
-                    levels.append(self.process.levels(placed))
-                return {k: v.to(dtype) for k, v in self._coefficients(name, levels[0]).items()}
-
-            self.process.check_t(t)
-            return Rows(self._rational(placed, backend_of(x0.device), dtype), evaluate_at_levels), t
-        gather, check = backend_of(x0.device).gather, self.process.check_t
-        known = gather(self._table_of(self._used, t.device, dtype), placed, check)
-
-        def evaluate(name: str) -> dict[str, Any]:
-            return {name: gather(self._table_of((name,), t.device, dtype), placed, check)[0]}
-
-        return Rows(dict(zip(self._used, known)), evaluate), t
-
-    def _rational(self, t: Tensor, backend: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-        """alpha and sigma of a continuous process if ``backend`` has one launch for them, else nothing."""
-        traced = torch.compiler.is_compiling()
-        fractions = None if traced or dtype != torch.float32 else self.process.linear_fractional()
-        if fractions is None:
-            return {}
-
-        def make() -> Tensor:
-            return torch.tensor(fractions, dtype=torch.float64, device="cpu").T.contiguous().to(t.device)
-
-        rows = backend.rational(cached(self._tables, ("fractions", t.device), make), t)
-        return {} if rows is None else dict(zip(("alpha", "sigma"), rows))
-
-    def _number(self, value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-        def make() -> Tensor:
-            return torch.full((), value, dtype=dtype, device=device)
-
-        # A traced program makes its own: one that looked here would be traced again once an eager call has made it.
-        return make() if torch.compiler.is_compiling() else cached(self._tables, (value, device, dtype), make)
-
-    def _table_of(self, columns: tuple[str, ...] | Prediction, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[steps, K] of a discrete process: the coefficients of those names, or the conversion to that kind."""
-
-        def make() -> Tensor:
-            if not isinstance(columns, Prediction):
-                table = self._table[:, [COEFFICIENTS.index(name) for name in columns]]
-            else:
-                levels = self.process.levels(torch.arange(self.process.steps, device="cpu"))
-                table = torch.stack(kinds.conversion(self.prediction, columns, levels), -1)
-                if value_checks_are_free(table) and not bool(table.isfinite().all()):
-                    self._singular.add(columns)
-            return table.to(device, dtype)
-
-        return cached(self._tables, (columns, device, dtype), make)
-
-    def coefficients(self) -> dict[str, Any]:
-        """The coefficients by name: float64 [steps] on the CPU for a discrete process; for any other, numbers, of those
-        that are the same at all times."""
-        if self.process.discrete:
-            return dict(zip(COEFFICIENTS, self._table.unbind(-1)))  # of which only the last, c, may be absent
-        return self._same
-
-    def _coefficients(self, name: str, levels: Levels) -> dict[str, Tensor]:
-        """The coefficient of that name at ``levels``, and those that come with it: float64."""
-        if name in ("alpha", "sigma"):
-            return {"alpha": levels.alpha, "sigma": levels.sigma}
-        if name in ("p", "q"):
-            return dict(zip(("p", "q"), self.prediction.coefficients(levels)))
-        if name == "scale":
-            return {"scale": kinds.conversion(self.prediction, self.error_space, levels)[1]}
-        c, factor = self.loss_function.rows(levels)
-        weight = weightings.evaluate(self.weighting, levels, self.error_space)
-        rows = {
-            "weight": weight,
-            "loss_weight": weight if isinstance(factor, float) and factor == 1 else weight * factor,
-        }
-        return rows if c is None else rows | {"c": c}
-
-    def _all_coefficients(self, levels: Levels) -> dict[str, Tensor]:
-        return {
-            key: row for name in ("alpha", "p", "scale", "c") for key, row in self._coefficients(name, levels).items()
-        }
-
-    def _checked_table(self) -> Tensor:
-        """float64 [steps, len(COEFFICIENTS)] on the CPU."""
-        levels = self.process.levels(torch.arange(self.process.steps, device="cpu"))
-        rows = self._all_coefficients(levels)
-        if self.error_space is not self.prediction and not bool(rows["scale"].isfinite().all()):
-            t = (~rows["scale"].isfinite()).nonzero()[0].item()
-            raise ValueError(
-                f"an error of {self.prediction.name!r} is no finite error of {self.error_space.name!r} at t = {t} "
-                f"(SNR {levels.snr[t].item():g}): use another prediction or error_space."
-            )
-        if bool(rows["weight"].isnan().any()):
-            t = rows["weight"].isnan().nonzero()[0].item()
-            raise ValueError(f"the weighting {self.weighting!r} is NaN at t = {t} (SNR {levels.snr[t].item():g}).")
-        dropped = weightings.infinite(self.weighting, levels, self.error_space).nonzero().flatten().tolist()
-        if dropped:
-            warnings.warn(
-                f"the weighting {self.weighting!r} is infinite at t = {dropped[:3]}{'...' if dropped[3:] else ''}: "
-                f"these timesteps get weight 0 and are left out of the loss.",
-                stacklevel=5,
-            )
-        return torch.stack([rows[name] for name in COEFFICIENTS if name in rows], -1)
 
 
 def _check_order(x0: Tensor, t: Any, noise: Any, order: str) -> None:
@@ -793,6 +679,11 @@ def _check_noised(prediction: Any, noised: Any) -> None:
         f"noised must be what objective.noise returned; got {brief(noised)}. With x0, noise and t of your own: "
         f"fastdiff.diffusion_loss(model_output, x0, noise, t, process, prediction), or objective.noise(x0, t, noise)."
     )
+
+
+def _tensor(noise: Any) -> Tensor | None:
+    """The noise if it is a tensor: what is made has no dtype of its own."""
+    return noise if isinstance(noise, Tensor) else None
 
 
 def q_sample(
@@ -838,10 +729,10 @@ def diffusion_loss(
         raise
     dtype = compute_dtype(x0, noise, model_output)
     if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
-        result = objective._plain_loss(model_output, x0, noise, t, lambda: objective._rows_for(t, x0, dtype)[0])
+        result = objective._fast_loss(model_output, x0, noise, t, None)
         if result is not None:
             return result
-    rows, t = objective._rows_for(t, x0, dtype)
+    rows, t = objective._rows_at(t, x0, dtype)
     return objective._loss(model_output, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
 
 

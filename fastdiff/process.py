@@ -122,11 +122,6 @@ class Process:
         alpha, sigma = self.alpha_sigma(t)
         return Levels(t, alpha, sigma, self)
 
-    def linear_fractional(self) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
-        """(a, b, d) of alpha and of sigma where ``alpha_sigma`` computes them as (a + b t) / (1 + d t), to the bit;
-        None where it does not. Such rows need no tensors of their own."""
-        return None
-
     def has_levels_of(self, other: Process) -> bool:
         """Whether the noise levels are those of ``other`` at every t (for continuous ones: at 33 times)."""
         if self is other:
@@ -422,11 +417,6 @@ class RectifiedFlow(Process):
             alpha, sigma = alpha / below, self.shift * t / below
         return alpha, sigma + self.sigma_min * alpha if self.sigma_min else sigma
 
-    def linear_fractional(self):
-        if self.sigma_min or type(self).alpha_sigma is not RectifiedFlow.alpha_sigma:
-            return None
-        return (1.0, -1.0, self.shift - 1), (0.0, self.shift, self.shift - 1)
-
     def model_time(self, levels: Levels) -> Tensor:
         return 1 - levels.alpha
 
@@ -457,9 +447,6 @@ class EDM(Process):
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = as_float64(t)
         return torch.ones_like(t), t
-
-    def linear_fractional(self):
-        return ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)) if type(self).alpha_sigma is EDM.alpha_sigma else None
 
     def fraction(self, t: Tensor) -> Tensor:
         raise ValueError("EDM's t is sigma, which has no fraction; use a weighting, loss or timesteps made for sigma.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -58,10 +58,3 @@ def as_tensor(row: Tensor | Gathered) -> Tensor:
     column, index = row
     inside = (index >= 0) & (index < column.shape[0])
     return torch.where(inside, column[torch.where(inside, index, 0)], math.nan)
-
-
-def gather(table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Tensor]:
-    """The columns of ``table`` [steps, K] at ``t``, each of the shape of ``t``. ``check`` raises for a wrong ``t``;
-    where its values cannot be looked at, one out of range gives NaN."""
-    check(t)
-    return gather_rows(table, t).unbind(-1)

@@ -24,10 +24,10 @@ from .backends import registry
 from .backends.reference import Reference
 from .calls import Call
 from .objective import Objective
-from .plain import PlainCalls
 
 _METHODS = ("noise", "loss", "convert")
 _FUNCTIONS = {"q_sample": objective, "diffusion_loss": objective, "sample": sampling}  # and where they are defined
+_FAST_CALLS = tuple(f"_fast_{name}" for name in _METHODS)  # they give None where they do not do it
 FAST, GENERAL, REFERENCE = "in one call", "by the operations of a backend", "by the reference"
 STEPS = "each step in one call"
 
@@ -49,7 +49,7 @@ class Trace:
         for name, module in _FUNCTIONS.items():
             counted = self._counted(name, getattr(module, name))
             replaced += [(module, name, counted), (fastdiff, name, counted)]
-        replaced += [(PlainCalls, name, self._fast(getattr(PlainCalls, name))) for name in _METHODS]
+        replaced += [(Objective, name, self._fast(getattr(Objective, name))) for name in _FAST_CALLS]
         for name in (*_METHODS, "step"):
             replaced.append((Reference, name, self._reference(getattr(Reference, name))))
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
@@ -80,8 +80,8 @@ class Trace:
         return counted
 
     def _fast(self, own: Callable) -> Callable:
-        def call(calls: PlainCalls, *arguments: Any) -> Any:
-            done = own(calls, *arguments)
+        def call(objective: Objective, *arguments: Any) -> Any:
+            done = own(objective, *arguments)
             if done is not None and self._open:
                 self._open[-1]["way"] = FAST
             return done
@@ -108,7 +108,7 @@ def _why(call: Call) -> str:
 
 
 def _general(method: str, arguments: Sequence[Any], named: dict[str, Any]) -> str:
-    """Why a call was not the plain one."""
+    """Why a call was not the fast one."""
     options = [name for name in ("mask", "weight", "reduction", "mask_normalization", "with_target") if name in named]
     if options:
         return f"it has {', '.join(options)}"
@@ -119,7 +119,10 @@ def _general(method: str, arguments: Sequence[Any], named: dict[str, Any]) -> st
         return "a gradient of its data is asked for"
     if any(not t.is_contiguous() for t in tensors):
         return "a tensor is not contiguous"
-    return "its times are not one a sample, its dtypes differ, or the process or loss has no such call"
+    for objective in arguments:
+        if isinstance(objective, Objective) and (why := objective._coefficients.why):
+            return f"its coefficients are evaluated for each batch: {why}"
+    return "its times are not one a sample, or its dtypes differ"
 
 
 def run(script: str, arguments: Sequence[str]) -> int:

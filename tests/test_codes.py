@@ -34,9 +34,11 @@ def test_cpp_has_the_numbers_of_python():
 
 def test_triton_has_the_numbers_of_python():
     pytest.importorskip("triton")
-    from fastdiff.backends.triton import kernels
+    from fastdiff.backends.triton import kernels, programs
+    from fastdiff.program import OPERATIONS
 
     assert tuple(getattr(kernels, name.upper()).value for name in codes.COLUMNS) == tuple(range(len(codes.COLUMNS)))
+    assert tuple(getattr(programs, name.upper()).value for name in OPERATIONS) == tuple(range(len(OPERATIONS)))
 
 
 def test_triton_finds_compiled_kernels_again():
@@ -46,7 +48,7 @@ def test_triton_finds_compiled_kernels_again():
         "import sys; from fastdiff.backends.triton import launch;"
         "print(*sorted((name, getattr(launch, name).function.cache_key) for name in sys.argv[1:]))"
     )
-    names = ["affine", "loss", "rational", "step", "uniforms"]
+    names = ["affine", "coefficients", "loss", "step"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     found = {
         subprocess.run(

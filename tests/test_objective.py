@@ -9,7 +9,6 @@ from accuracy import to_numpy
 import fastdiff
 from fastdiff import losses, weighting
 from fastdiff import timesteps as ts
-from fastdiff.objective import Rows
 from fastdiff.philox import draw_seed
 from fastdiff.prediction import conversion
 
@@ -263,7 +262,7 @@ def test_bfloat16_noising_and_loss():
 @pytest.mark.parametrize("prediction", ["flow", "epsilon", "sample", "reversed_flow"])
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 def test_what_no_time_changes_is_computed_once(prediction, loss, backend):
-    """Rows of numbers, which take up one number in memory, give what rows of tensors do; so do frames."""
+    """Constants of the program give what rows of tensors do; so do frames."""
     process = fastdiff.RectifiedFlow()
     objective = fastdiff.Objective(process, prediction, loss=loss)
     kind = objective.prediction
@@ -280,24 +279,25 @@ def test_what_no_time_changes_is_computed_once(prediction, loss, backend):
             results.append([noised.x_t, noised.target, noised.weight, *losses, gradient])
         for got, want in zip(*results):
             assert torch.equal(got, want)
-    rows = objective.noise(x0, t, seed=1).rows
-    assert not any(rows.p.stride()) and not any(rows.weight.stride()) and any(rows.alpha.stride())
+    program = objective._coefficients.program()
+    assert program.constant("p") and program.constant("q") and program.constant("weight")
+    assert not program.constant("alpha")
 
 
-def test_rows_have_what_is_known_or_can_be_evaluated():
-    """Nothing else, so that what asks (copy, pickle, hasattr) is told that it is not there."""
+def test_rows_are_computed_when_they_are_asked_for(monkeypatch, backend):
+    """Those of noising and the loss at once, any other by itself, each only once. There is nothing else, so that what
+    asks (copy, pickle, hasattr) is told that it is not there."""
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow", "cosmap", error_space="sample")
+    rows = objective.noise(torch.randn(2, 3), torch.tensor([0.2, 0.9])).rows
     asked = []
-
-    def evaluate(name):
-        asked.append(name)
-        return {name: 2.0, "sigma": 3.0}
-
-    known = Rows({"alpha": 1.0})
-    assert known.alpha == 1.0 and not hasattr(known, "sigma") and not hasattr(known, "__deepcopy__")
-    rows = Rows({"alpha": 1.0}, evaluate)
-    assert rows.alpha == 1.0 and not hasattr(rows, "nonsense") and asked == []
-    assert rows.p == 2.0 and rows.sigma == 3.0 and rows.p == 2.0 and asked == ["p"]
-    assert rows.known() == {"alpha": 1.0, "p": 2.0, "sigma": 3.0}
+    real = fastdiff.coefficients.Coefficients.rows
+    monkeypatch.setattr(
+        fastdiff.coefficients.Coefficients, "rows", lambda *given: (asked.append(given[1]), real(*given))[1]
+    )
+    assert not hasattr(rows, "nonsense") and not hasattr(rows, "__deepcopy__") and asked == []
+    torch.testing.assert_close(rows.sigma, torch.tensor([[0.2], [0.9]]), rtol=0, atol=0)
+    assert rows.sigma is rows.sigma and len(asked) <= 1, "noising may have asked before"
+    torch.testing.assert_close(rows.weight, rows.loss_weight, rtol=0, atol=0)
 
 
 def test_a_seed_of_another_device_is_not_waited_for(monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..calls import Call, ConvertCall, LossCall, NoiseCall, RunCall, StepCall
 from ..philox import Philox, Stream
-from ..tensors import Gathered, gather
+from ..program import Program
+from ..tensors import Gathered
 from .devices import Trial
 
 YES = (True, "")
@@ -120,14 +121,17 @@ class Backend:
 
     # ---- coefficients at times
 
-    def gather(self, table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Any]:
-        """The columns of ``table`` [steps, K] at ``t``, each of the shape of ``t``. ``check`` raises for a wrong ``t``;
-        where its values cannot be looked at, one out of range gives NaN."""
-        return gather(table, t, check)
+    def evaluate(self, program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] | None:
+        """What ``program`` computes at times that were checked, each of the shape of ``t``, rounded once to ``dtype``;
+        a row that there is not is NaN. None: evaluate the formulas."""
+        return program.gathered(t, dtype) if program.index else None
 
-    def rational(self, fractions: Tensor, t: Tensor) -> Sequence[Tensor] | None:
-        """Rows (a + b t) / (1 + d t) of times t, for each column of ``fractions`` [3, columns], float64, in one launch;
-        None where there is none."""
+    def times(
+        self, program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any,
+        discrete: bool,
+    ) -> Tensor | None:  # fmt: skip
+        """One time a sample, which ``program`` makes of a uniform: int64 if ``discrete``, else float64. None: evaluate
+        the formula."""
         return None
 
     # ---- made of these, unless a backend has a better way

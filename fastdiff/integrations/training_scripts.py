@@ -131,7 +131,7 @@ class TrainingScript:
             t = self.draw_times(len(x0), x0.device, generator)
         if xi is None:
             return self.objective.noise(x0, t, noise)
-        rows, t = self.objective._rows_for(t, x0, compute_dtype(x0, noise))
+        rows, t = self.objective._rows_at(t, x0, compute_dtype(x0, noise))
         x_t, noise = ops.noise(
             x0, rows.alpha, rows.sigma, noise, perturbation=self.input_perturbation, perturbation_noise=xi
         )

@@ -313,7 +313,7 @@ def test_what_a_compiler_prints_is_not_shown(monkeypatch, capsys):
         print("a listing")
         raise RuntimeError("PTXAS error: sm_110a is not defined")
 
-    monkeypatch.setattr(launch, "uniforms", failing)
+    monkeypatch.setattr(launch, "coefficients", failing)
     trial = devices.Trial(launch.try_on)
     assert trial(torch.device("cpu")) == "PTXAS error: sm_110a is not defined"
     assert capsys.readouterr().out == ""

@@ -46,10 +46,12 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_without_spills_or_float64(compiled, target):
     found = [r for r in compiled if r["target"] == target]
-    assert {r["kernel"] for r in found} == {"affine", "loss", "rational", "step", "uniforms"}
+    assert {r["kernel"] for r in found} == {"affine", "coefficients", "loss", "step"}
     for r in found:
-        assert r["spills"] == 0, r
-        assert r["kernel"] in ("rational", "uniforms") or not r["float64"], r
+        # A launch of a number a sample may: NVIDIA's functions of an angle have an array for huge ones, and others save
+        # registers around a division.
+        assert r["spills"] <= (12 if r["kernel"] == "coefficients" else 0), r
+        assert r["kernel"] == "coefficients" or not r["float64"], r
 
 
 @pytest.mark.parametrize("target", TARGETS)

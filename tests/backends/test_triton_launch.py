@@ -109,9 +109,8 @@ def direct(monkeypatch):
     monkeypatch.setattr(launch, "_stream", lambda device: 77)
     monkeypatch.setattr(launch.triton.runtime, "driver", type("Drivers", (), {"active": Driver}))
     monkeypatch.setattr(taken, "runs_on", lambda device: True)
-    for kernel in (launch.affine, launch.loss, launch.rational, launch.step, launch.uniforms):
+    for kernel in (launch.affine, launch.coefficients, launch.loss, launch.step):
         monkeypatch.setattr(kernel, "_variants", {})
-    monkeypatch.setattr(whole_calls, "_times", {})
     return keys, kernels
 
 
@@ -262,7 +261,7 @@ def test_a_whole_call_makes_the_launches_of_the_general_way(direct, kind, monkey
             with monkeypatch.context() as patch:
                 patch.setattr(triton, "direct", None)
                 want = launched(*case)
-            assert [name for name, *_ in want] == ["affine", "loss", "loss", *["rational"] * flow]
+            assert [name for name, *_ in want] == ["affine", *["coefficients"] * flow, "loss", "loss"]
             assert launched(*case) == want
             assert launched(*case) == want
 
@@ -284,14 +283,20 @@ def test_losses_of_two_objectives_are_told_apart(direct, monkeypatch):
     assert kinds[:2] == kinds[2:] and kinds[0] != kinds[1]
 
 
-@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "flow"])
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "flow", "SD3", "edm", "VPSDE", "a function"])
 def test_what_a_training_step_costs_the_host(direct, kind, monkeypatch):
     import fastdiff
 
     keys, kernels = direct
     monkeypatch.setattr(whole_calls, "value_checks_are_free", lambda tensor: False)  # as on a GPU
-    flow = kind == "flow"
-    objective = fastdiff.Objective(fastdiff.RectifiedFlow() if flow else fastdiff.VariancePreserving(), kind)
+    shifted = fastdiff.RectifiedFlow(3.0)
+    objective = {
+        "flow": lambda: fastdiff.Objective(fastdiff.RectifiedFlow(), "flow"),
+        "SD3": lambda: fastdiff.Objective(shifted, "flow", "cosmap", timesteps="logit_normal", error_space="sample"),
+        "edm": lambda: fastdiff.Objective(fastdiff.EDM(), "edm", "edm"),
+        "VPSDE": lambda: fastdiff.Objective(fastdiff.VPSDE(), "v_prediction", "likelihood"),
+        "a function": lambda: fastdiff.Objective(fastdiff.VPSDE(), weighting=lambda levels: 1 / (1 + levels.t)),
+    }.get(kind, lambda: fastdiff.Objective(fastdiff.VariancePreserving(), kind))()
     x0, prediction = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8).requires_grad_()
     torch.use_deterministic_algorithms(False)
     with fastdiff.use_backend("triton"):
@@ -301,16 +306,16 @@ def test_what_a_training_step_costs_the_host(direct, kind, monkeypatch):
         noised = objective.noise(x0)
         loss = objective.loss(prediction, noised)
         loss.backward()
-        # The times (and the rows of a flow), x_t, the loss with its gradient, and whether that is the one wanted.
-        assert sum(len(kernel.calls) for kernel in kernels) == launched + 4 + flow and len(keys) == compiled
+        # The times (with the coefficients at them), x_t, the loss with its gradient, whether that is the one wanted.
+        assert sum(len(kernel.calls) for kernel in kernels) == launched + 4 and len(keys) == compiled
         loss = objective.loss(prediction, noised)
         entered = {
             "noise": python_calls(lambda: objective.noise(x0)),
             "loss": python_calls(lambda: objective.loss(prediction, noised)),
             "backward": python_calls(loss.backward),
         }
-    # 57 (a flow 73), 63 and 35, and room for another PyTorch; 119, 165 and 82 the general way.
-    most = {"noise": 82 if flow else 66, "loss": 68, "backward": 42}
+    # 59, 63 and 34, and room for another PyTorch.
+    most = {"noise": 66, "loss": 68, "backward": 42}
     assert all(entered[name] <= most[name] for name in most), entered
 
 
@@ -332,9 +337,11 @@ def jit_key(kernel, arguments, constants):
 def test_triton_jit_makes_no_more_variants(monkeypatch):
     """Sizes, counts, strides, streams, offsets and rows that lie anywhere: where ours is one variant, its is one."""
     from fastdiff import ops
+    from fastdiff.program import trace
     from fastdiff.tensors import Gathered
 
     table, how = torch.ones(1000, 5), ("mse", "none", "mean")
+    program = trace(lambda t: {"a": 2 * t, "b": 1 / t}, 0.0, 1.0)
     launched = []
 
     def calls(samples, width, stream, offset, seed, column):
@@ -348,7 +355,7 @@ def test_triton_jit_makes_no_more_variants(monkeypatch):
             operations.loss(x, x, n, first, second, None, row, None, None, *how)
             operations.step(x, x, None, 1.0, coefficients, None, (), n, None, x.dtype, (True, False))
         operations.uniform(torch.tensor([seed]), samples, stream, offset, x.device)
-        operations.rational(torch.ones(3, 2, dtype=torch.float64), torch.ones(samples))
+        operations.evaluate(program, torch.ones(samples), torch.float32)
 
     def record(kernel, device, grid, arguments, constants):
         launched.append((kernel, arguments, constants))
@@ -363,7 +370,7 @@ def test_triton_jit_makes_no_more_variants(monkeypatch):
         key = kernel.name, kernel.key(arguments, constants, 0)
         ours.setdefault(key, set()).add(jit_key(kernel, arguments, constants))
         theirs.setdefault((kernel.name, jit_key(kernel, arguments, constants)), set()).add(key)
-    assert {name for name, _ in ours} == {"affine", "loss", "step", "uniforms", "rational"}
+    assert {name for name, _ in ours} == {"affine", "coefficients", "loss", "step"}
     assert len(launched) > 10 * len(ours)
     assert all(len(keys) == 1 for keys in ours.values())
     assert len(theirs) == len(ours)

@@ -119,7 +119,7 @@ def test_rows_of_a_continuous_process_are_one_launch(process, dtype):
     x0 = torch.randn(300, 8, device=DEVICE)
     with fastdiff.use_backend("triton"), launches() as launched:
         noised = objective.noise(x0, t, torch.zeros_like(x0))
-    assert launched == ["rational", "affine"]
+    assert launched == ["coefficients", "affine"]
     levels = process.levels(t)
     assert_same(noised.alpha, levels.alpha.float())
     assert_same(noised.sigma, levels.sigma.float())
@@ -541,8 +541,8 @@ def test_noising_with_its_target_is_one_launch(prediction):
 @diagonal(
     case=[
         (fastdiff.VariancePreserving(), "v_prediction", fastdiff.MinSNR(5.0), []),
-        # One small launch more: alpha and sigma. The target and the weights of a flow are the same at all times.
-        (fastdiff.RectifiedFlow(), "flow", None, ["rational"]),
+        # One small launch more: all coefficients.
+        (fastdiff.RectifiedFlow(), "flow", None, ["coefficients"]),
     ],
     frames=[True, False],
 )

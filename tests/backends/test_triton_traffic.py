@@ -11,6 +11,7 @@ from fastdiff import ops
 from fastdiff.backends.triton.launch import launches
 from fastdiff.bench import counting, peers
 from fastdiff.bench.cases import Case, operands
+from fastdiff.program import trace
 from fastdiff.tensors import Gathered
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -119,9 +120,9 @@ def test_conversion_and_the_step(dtype):
 
 
 def test_small_launches():
-    assert moved(lambda: triton.uniform(3, 5, 0, 0, DEVICE)) == [("uniforms", 0, 5 * 8)]
-    fractions, t = torch.ones(3, 2, dtype=torch.float64, device=DEVICE), torch.ones(SAMPLES, device=DEVICE)
-    assert moved(lambda: triton.rational(fractions, t)) == [("rational", 48 + ROWS, 2 * ROWS)]
+    assert moved(lambda: triton.uniform(3, 5, 0, 0, DEVICE)) == [("coefficients", 0, 5 * 8)]
+    program, t = trace(lambda t: {"a": 2 * t, "b": 1 / t}, 0.0, 1.0), torch.ones(SAMPLES, device=DEVICE)
+    assert moved(lambda: triton.evaluate(program, t, torch.float32)) == [("coefficients", 8 + ROWS, 2 * ROWS)]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -141,7 +142,7 @@ def test_the_bench_says_the_same_of_the_operands(operation, kind, dtype):
     small = sum(record.bytes for record in records) - known
     assert 0 < small < 500 and known >= counting.floor_bytes(case)
     assert len(records) == {"loss+gradient": 2, "training step": 4}.get(operation, 1) + (
-        kind == "flow" and operation in ("noising", "training step")
+        kind == "flow" and operation == "noising"
     )
 
 

@@ -51,8 +51,8 @@ def test_every_case_equals_the_reference(script, capsys):
         ("loss", "means", "loss, mask, several tiles, mse global none"),
         ("step", "y", "step, triton, everything (3, 2, 33) torch.float32"),
         ("step", "seen", "step, triton, noise made (3, 2, 33) torch.float32"),
-        ("uniforms", "out", "uniforms, seed a number"),
-        ("rational", "out", "rows of a flow, torch.float64"),
+        ("coefficients", "drawn", "uniforms, seed a number"),
+        ("coefficients", "columns", "rows of a flow, torch.float64"),
     ],
 )
 def test_a_spoilt_result_is_found(kernel, result, case, script, monkeypatch, capsys):
@@ -91,4 +91,4 @@ def test_kernels_are_compiled_without_a_gpu(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "2 kernels compiled for sm_90\n"
-    assert len(list(tmp_path.rglob("uniforms.cubin"))) == 2
+    assert len(list(tmp_path.rglob("coefficients.cubin"))) == 2

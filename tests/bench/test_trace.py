@@ -10,7 +10,6 @@ from asked import native
 import fastdiff
 from fastdiff import cli, trace
 from fastdiff.backends.reference import Reference
-from fastdiff.plain import PlainCalls
 
 START = """
     import sys, torch, fastdiff
@@ -60,6 +59,11 @@ def traced(tmp_path, capsys, lines, *arguments):
         (
             "fastdiff.use_backend('reference'); o.noise(x)",
             ["noise 1 by the reference: cpu has no other backend"],
+        ),
+        (
+            "g = torch.ones(1)\no = fastdiff.Objective(fastdiff.VPSDE(), 'epsilon', lambda levels: levels.snr * g)\n"
+            "o.loss(p, o.noise(x))",
+            ["loss 1 by the operations of a backend: its coefficients are evaluated for each batch: <lambda> (g) uses"],
         ),
         ("m = o.predict_x0(p.detach(), o.noise(x))", ["convert 1 in one call", "noise 1 in one call"]),
         ("fastdiff.q_sample(x, t, o.process)", ["q_sample 1 in one call"]),
@@ -122,14 +126,14 @@ def test_schedulers_of_a_script(tmp_path, capsys):
 
 def test_a_script_is_run_as_python_runs_it(tmp_path, capsys):
     """Its arguments, its name, its exit status and its errors; and all is as before afterwards."""
-    before = sys.argv, PlainCalls.noise, Reference.loss, fastdiff.Objective.noise
+    before = sys.argv, fastdiff.Objective._fast_noise, Reference.loss, fastdiff.Objective.noise
     status, printed = traced(tmp_path, capsys, "print(__name__, sys.argv[1:]); sys.exit(7)", "--size", "3")
     assert status == 7 and "__main__ ['--size', '3']" in printed.out and "objectives" in printed.out
     status, printed = traced(tmp_path, capsys, "o.noise(x)\nraise KeyError('inside')")
     assert status == 1 and "KeyError: 'inside'" in printed.err and "noise" in printed.out
     status, printed = traced(tmp_path, capsys, "sys.exit('no such thing')")
     assert status == 1 and "no such thing" in printed.err
-    assert (sys.argv, PlainCalls.noise, Reference.loss, fastdiff.Objective.noise) == before
+    assert (sys.argv, fastdiff.Objective._fast_noise, Reference.loss, fastdiff.Objective.noise) == before
     for given in ([], [str(tmp_path / "none.py")]):
         assert cli.main(["doctor", "--trace", *given]) == 2
         assert "--trace needs a script; got" in capsys.readouterr().err

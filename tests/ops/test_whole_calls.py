@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff import ops
+from fastdiff.backends.native.coefficients import handle
 from fastdiff.backends.triton import interpreted
+from fastdiff.program import lookup, trace
 
 _C = pytest.importorskip("fastdiff._C")
 pytestmark = pytest.mark.skipif(native.direct is None, reason="this PyTorch has no C functions for its tensors")
@@ -449,16 +451,19 @@ ANYTHING = st.one_of(
 @settings(max_examples=10000, deadline=None)
 @given(st.data())
 def test_no_arguments_reach_a_kernel_unchecked(data):
-    table = torch.rand(3, 2, dtype=torch.float64)
-    wide = torch.rand(3, 5, dtype=torch.float64)
+    table, wide = (
+        handle(lookup(torch.rand(3, columns, dtype=torch.float64), names), names)
+        for columns, names in ((2, tuple("ab")), (5, tuple("abcde")))
+    )
+    draw = trace(lambda u: {"t": u * 3}, 0.0, 1.0)
     name = data.draw(st.sampled_from(["noise", "loss", "convert", "step", "times"]))
     x, t = torch.randn(2, 3), torch.tensor([0, 2])
     fit = {
-        "noise": [native.direct.gathered(table), x, t, x, x.clone(), 1],
-        "loss": [native.direct.gathered(wide), 3, 0, x, x, x, t, torch.tensor(0.0), True, 1],
-        "convert": [native.direct.gathered(table), x, x, t, 1],
+        "noise": [table, x, t, x, x.clone(), 1],
+        "loss": [wide, 3, 0, x, x, x, t, torch.tensor(0.0), True, 1],
+        "convert": [table, x, x, t, 1],
         "step": [x, x, torch.randn(len(ops.COLUMNS)), None, None, True, 1],
-        "times": [t.clone(), 3, 4, 0, 10],
+        "times": [handle(draw, ("t",)), t.clone(), 3, 4, 0],
     }[name]
     for _ in range(data.draw(st.integers(0, 3))):
         place = data.draw(st.integers(0, len(fit) - 1))
@@ -469,24 +474,6 @@ def test_no_arguments_reach_a_kernel_unchecked(data):
         getattr(_C, f"direct_{name}")(*fit)
     except (TypeError, ValueError):
         pass
-
-
-@pytest.mark.parametrize(
-    "bad, words",
-    [
-        ((3, 1, 1), "kind: must be from 0 to 2"),
-        ((0, -1, 1), "height: does not go with the kind"),
-        ((0, 1, 17), "width: must be from 1 to 16"),
-        ((1, 1, 2), "height: does not go with the kind"),
-        ((2, 2, 1), "height: does not go with the kind"),
-        ((0, 3, 2), "table: has 2 elements, but 6 are needed"),
-    ],
-)
-def test_rows_of_a_wrong_size_are_refused(bad, words):
-    kind, height, width = bad
-    table = torch.zeros(2, dtype=torch.float64)
-    with pytest.raises(ValueError, match=words):
-        _C.row_source(kind, height, width, (table.data_ptr(), 1, 2), 0.0, 1.0)
 
 
 def test_a_step_whose_noise_has_an_offset_is_a_whole_call(only_whole_calls):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,8 +60,8 @@ class Cuda(Backend):
     def trajectory(self, call: RunCall) -> Trajectory:
         return Trajectory(self, call)
 
-    def gather(self, table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Any]:
-        return self.otherwise.gather(table, t, check)
+    def evaluate(self, *arguments: Any) -> Sequence[Any] | None:
+        return self.otherwise.evaluate(*arguments)
 
-    def rational(self, fractions: Tensor, t: Tensor) -> Sequence[Tensor] | None:
-        return self.otherwise.rational(fractions, t)
+    def times(self, *arguments: Any) -> Tensor | None:
+        return self.otherwise.times(*arguments)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...calls import Call, ConvertCall, LossCall, NoiseCall, RunCall, StepCall
-from ...tensors import gather
+from ...program import Program
 from ...torch_access import _C, unavailable_because
 from .. import reference
 from ..interface import Backend
-from . import convert, direct, loss, noise, random, step
-from .launch import memory, unsuited
+from . import coefficients, convert, direct, loss, noise, random, step
 from .trajectory import Trajectory
 
 _DECLINES = {
@@ -76,13 +75,15 @@ class Native(Backend):
     def step(self, call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return step.step(call)
 
-    def gather(self, table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Tensor]:
-        if not unsuited(table, t) and t.dtype == torch.int64:
-            height, width = table.shape
-            held, rows = t.contiguous(), table.new_empty((width, *t.shape))
-            if _C.gather(memory(table), height, width, memory(held), memory(rows)) < 0:
-                return rows.unbind(0)
-        return gather(table, t, check)
+    def evaluate(self, program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] | None:
+        found = coefficients.evaluate(program, t, dtype)
+        return super().evaluate(program, t, dtype) if found is None else found
+
+    def times(
+        self, program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any,
+        discrete: bool,
+    ) -> Tensor | None:  # fmt: skip
+        return coefficients.times(program, seed, samples, stream, sample_offset, device, discrete)
 
     def fast_step(self, x: Tensor, m: Tensor, row: Tensor, clip: float | None, n: Any, want_x0: bool) -> Any:
         return None if self.direct is None else self.direct.step(x, m, row, clip, n, want_x0)

@@ -6,8 +6,8 @@ those of a training step (of the coefficients, of x0 in a loss, of a step; secon
 Triton is imported at the first call. With TRITON_INTERPRET=1 its interpreter runs the kernels on CPU tensors, slowly.
 """
 
-from .availability import interpreted
 from .backend import Triton
+from .interpreter import interpreted
 
 backend = Triton()
 

@@ -114,3 +114,12 @@ class Seeded(NamedTuple):
     sample_offset: int
     offset: float
     rng: str
+
+
+def device_of(device: Any, seed: Any) -> torch.device:
+    if device is None:
+        return seed.device if isinstance(seed, Tensor) else torch.get_default_device()
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 
 import torch
 
 from ..devices import Trial
+from .interpreter import interpreted
 
 
 def _missing() -> str:
@@ -28,11 +28,6 @@ def _missing() -> str:
 
 
 unavailable_because = _missing()
-
-
-def interpreted() -> bool:
-    """Whether kernels are run by Triton's interpreter. Triton looks when they are imported."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
 def no_device_because() -> str:

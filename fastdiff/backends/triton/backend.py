@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ...calls import Call, ConvertCall, LossCall, NoiseCall, RunCall, StepCall
-from ...tensors import gather
+from ...program import Program
 from .. import reference
 from ..interface import Backend
 from . import availability
-from .availability import interpreted
+from .interpreter import interpreted
 
 
 class Triton(Backend):
@@ -52,10 +52,10 @@ class Triton(Backend):
         return random
 
     @cached_property
-    def _gathering(self) -> ModuleType:
-        from . import gathering
+    def _times(self) -> ModuleType:
+        from . import times
 
-        return gathering
+        return times
 
     @cached_property
     def direct(self) -> ModuleType:
@@ -63,12 +63,15 @@ class Triton(Backend):
 
         return direct
 
+    def _device_of(self, device: Any, seed: Any) -> torch.device:
+        return self._random.device_of(device, seed)
+
     def supports(self, call: Call) -> tuple[bool, str]:
         because = self._modules[type(call)].declines(call)
         return not because, because
 
     def uniform(self, seed: int | Tensor, samples: int, stream: int, sample_offset: int = 0, device: Any = None):
-        where = self._random.device_of(device, seed)
+        where = self._device_of(device, seed)
         if not self._random.makes(where):
             return reference.backend.uniform(seed, samples, stream, sample_offset, device)
         return self._random.uniform(seed, samples, stream, sample_offset, where)
@@ -83,7 +86,7 @@ class Triton(Backend):
         device: Any = None,
         rng: str = "exact",
     ) -> Tensor:
-        where = self._random.device_of(device, seed)
+        where = self._device_of(device, seed)
         if not self._random.makes(where, dtype):
             return reference.backend.normal(seed, shape, stream, sample_offset, dtype, device)
         return self._random.normal(seed, shape, stream, sample_offset, dtype, where, rng)
@@ -109,9 +112,12 @@ class Triton(Backend):
     def trajectory(self, call: RunCall) -> reference.Trajectory:
         return reference.Trajectory(self, call)
 
-    def gather(self, table: Tensor, t: Tensor, check: Callable[[Tensor], None]) -> Sequence[Any]:
-        found = self._gathering.gather(table, t, check)
-        return gather(table, t, check) if found is None else found
+    def evaluate(self, program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] | None:
+        found = self._times.evaluate(program, t, dtype)
+        return super().evaluate(program, t, dtype) if found is None else found
 
-    def rational(self, fractions: Tensor, t: Tensor) -> Sequence[Tensor] | None:
-        return self._gathering.rational(fractions, t)
+    def times(
+        self, program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any,
+        discrete: bool,
+    ) -> Tensor | None:  # fmt: skip
+        return self._times.times(program, seed, samples, stream, sample_offset, device, discrete)

@@ -1,10 +1,12 @@
-"""Whole calls of the plain training step: the launches of the other modules here, kept by dtypes and shape, of which
-only pointers and numbers change from step to step. A call that is not plain gives None: the general way does it, or
-refuses it. The arguments are those of ``backends/native/direct.py``."""
+"""Fast calls of the plain training step: the launches of the other modules, kept by dtypes and shape, of which only
+pointers and numbers change from step to step. A call that is not plain gives None: the general way does it, or refuses
+it. The arguments are those of ``backends/native/direct.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -12,113 +14,21 @@ from torch import Tensor
 
 from ... import modes
 from ...calls import LossCall
+from ...program import OF_LOSS, OF_NOISE, Program
 from ...tensors import Gathered, value_checks_are_free
 from .. import reference
 from . import arguments, launch
 from . import loss as general
 from .affine import affine_launch
 from .arguments import Seeded, seed_of
-from .gathering import rational as rational_rows
 from .launch import Ready
-from .random import uniforms_launch
+from .programs import flat
+from .times import coefficients_launch, constants_of
 from .workspace import cell, of_this_stream
 
 _grad, _wrapping = torch.is_grad_enabled, modes.wrapping
 _MOST_SHAPES = 256  # an operation of an objective
 _NOISE = ("stream", "sample_offset", "strength")
-
-
-class _Source:
-    """Where coefficients come from: ``values`` (float64, on the CPU), once a device, in ``dtype``; for times in
-    [low, high]. ``ready``: the launches that are kept.
-
-    A kind of source has these:
-        times: the dtypes of the times [B] that it takes.
-        changing: the arguments of a kernel that change with the times; the kernel's a and b are its first two columns.
-    """
-
-    times: tuple[torch.dtype, ...]
-    changing: tuple[str, ...] = ()
-    dtype = torch.float32
-
-    def __init__(self, values: Tensor, low: float, high: float):
-        self._values, self._low, self._high = values, low, high
-        self._placed: dict[torch.device, Any] = {}
-        self.ready: dict[tuple, Any] = {}
-
-    def on(self, device: torch.device) -> Any:
-        found = self._placed.get(device)
-        if found is None:
-            with modes.lasting():
-                found = self._placed[device] = self.columns(self._values.to(device, self.dtype))
-        return found
-
-    def columns(self, values: Tensor) -> Any:
-        return values.unbind(-1)
-
-    def allows(self, t: Tensor) -> bool:
-        """Whether all times are in range. On a GPU, where looking would wait for it, one that is not gives NaN."""
-        return not value_checks_are_free(t) or all(self._low <= time <= self._high for time in t.tolist())
-
-    def at(self, t: Tensor) -> Sequence[Tensor]:
-        """What ``changing`` are at the times ``t``."""
-        return ()
-
-    def rows(self, changing: Sequence[Tensor], shape: tuple[int, ...], device: torch.device) -> Sequence[Any]:
-        """The coefficients, placed to broadcast to [B, ...], from what ``at`` gave."""
-        raise NotImplementedError
-
-
-class _GatheredRows(_Source):
-    times = (torch.int64,)
-    changing = ("index",)
-
-    def at(self, t: Tensor) -> Sequence[Tensor]:
-        return (t,)
-
-    def rows(self, changing: Sequence[Tensor], shape: tuple[int, ...], device: torch.device) -> Sequence[Any]:
-        index = changing[0].view(shape)
-        return [Gathered(column, index) for column in self.on(device)]
-
-
-class _RationalRows(_Source):
-    times = (torch.float64, torch.float32)
-    changing = ("a", "b")
-    dtype = torch.float64
-
-    def columns(self, values: Tensor) -> Tensor:
-        return values
-
-    def at(self, t: Tensor) -> Sequence[Tensor]:
-        rows = rational_rows(self.on(t.device), t)
-        assert rows is not None  # it was looked at before
-        return rows
-
-    def rows(self, changing: Sequence[Tensor], shape: tuple[int, ...], device: torch.device) -> Sequence[Any]:
-        return [row.view(shape) for row in changing]
-
-
-class _ConstantRows(_Source):
-    times = (torch.float64, torch.float32)
-
-    def rows(self, changing: Sequence[Tensor], shape: tuple[int, ...], device: torch.device) -> Sequence[Any]:
-        # One number a sample, all of them the same in memory: the loss is summed by sample, as in the general way.
-        return [number.expand(shape) for number in self.on(device)]
-
-
-def gathered(table: Tensor) -> _Source:
-    """Rows table[t] of a float64 [steps, columns], t int64; NaN where t is out of range."""
-    return _GatheredRows(table, 0, len(table) - 1)
-
-
-def rational(columns: Sequence[tuple[float, float, float]], low: float, high: float) -> _Source:
-    """Rows (a + b t) / (1 + d t), a column for each (a, b, d), of floating-point t in [low, high]."""
-    return _RationalRows(torch.tensor(columns, dtype=torch.float64, device="cpu").T.contiguous(), low, high)
-
-
-def constant(row: Sequence[float], low: float, high: float) -> _Source:
-    """The same numbers at every floating-point t in [low, high]."""
-    return _ConstantRows(torch.tensor(row, dtype=torch.float64, device="cpu"), low, high)
 
 
 def _kept(store: dict, key: tuple, make: Callable[[], Any]) -> Any:
@@ -139,100 +49,175 @@ def _plain(device: torch.device, *tensors: Any) -> bool:
     return _wrapping() is None
 
 
-def _has_rows(source: _Source, t: Any, data: Tensor) -> bool:
-    """Whether there is one time for each sample, of a dtype that the source takes, and in range. (``t`` is plain.)"""
-    return t is not None and t.dtype in source.times and t.shape == data.shape[:1] and source.allows(t)
+def _has_time(program: Program, t: Any, data: Tensor) -> bool:
+    """Whether there is one time for each sample, of a dtype that the program takes, and in range: on a GPU, where
+    looking would wait for it, one that is not gives NaN, or what the formula gives. (``t`` is plain.)"""
+    kinds = (torch.int64,) if program.index else (torch.float64, torch.float32)
+    if t is None or t.dtype not in kinds or t.shape != data.shape[:1] or (t.requires_grad and _grad()):
+        return False
+    return not value_checks_are_free(t) or all(program.low <= time <= program.high for time in t.tolist())
 
 
-# ---- times
+def _store(program: Program) -> dict[tuple, Any]:
+    """The launches that are kept for a program."""
+    found = program.kept.get(_store)
+    if found is None:
+        found = program.kept[_store] = {}
+    return found
 
-_times: dict[tuple, Ready] = {}
+
+# ---- coefficients
 
 
-def times(steps: int, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any) -> Tensor | None:
-    """floor(steps u), int64, of a uniform u in (0, 1) a sample; u itself, float64, for steps = 0."""
-    if not samples or _wrapping() is not None or not arguments.runs_on(device):
-        return None
-    out = torch.empty(samples, dtype=torch.int64 if steps else torch.float64, device=device)
-    seed, kind = seed_of(seed, device)
+def _compute(
+    program: Program, device: torch.device, t: Tensor | None, seed: Any, stream: int, sample_offset: int,
+    columns: Tensor | None, drawn: Tensor | None,
+) -> None:  # fmt: skip
+    """The launch that computes ``columns`` at ``t``, or ``drawn`` times and ``columns`` from uniforms."""
+    written = tuple(tensor for tensor in (columns, drawn) if tensor is not None)
+    samples = written[0].shape[-1]
+    if t is None:
+        seed, kind = seed_of(seed, device)
+        given, others = (seed,), ("seed",)
+    else:
+        given, others, kind = (t,), ("times",), t.dtype
+    key = "coefficients", samples, kind, device, columns is None, None if drawn is None else drawn.dtype
 
     def make() -> Ready:
-        how = uniforms_launch(out, seed, kind, stream, sample_offset, steps)
-        return Ready(launch.uniforms, device, how, (), ("out", "seed"), ("stream", "offset"))
+        constants = constants_of(program, device)
+        how = columns, drawn, t, seed if t is None else None, constants, stream, sample_offset, samples
+        names = tuple(n for n, tensor in (("columns", columns), ("drawn", drawn)) if tensor is not None)
+        launched = coefficients_launch(*how, flat(program.code), program.outputs)
+        return Ready(launch.coefficients, device, launched, (), (*names, *others), ("stream", "sample_offset"))
 
-    _kept(_times, (steps, samples, kind, device), make)((), (out, seed), (stream, sample_offset))
-    return out
+    _kept(_store(program), key, make)((), (*written, *given), (stream, sample_offset))
+
+
+def _columns(program: Program, t: Tensor) -> Tensor:
+    """All that the program computes at the times ``t``: [outputs, batch], float32."""
+    columns = torch.empty((len(program.outputs), len(t)), dtype=torch.float32, device=t.device)
+    _compute(program, t.device, t, None, 0, 0, columns, None)
+    return columns
+
+
+def _draw(
+    program: Program, draw: tuple[Program, int], made: tuple, samples: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Times, and ``_columns`` at them where they are not looked up."""
+    t = torch.empty(samples, dtype=torch.int64 if program.index else torch.float64, device=device)
+    if program.index:
+        _compute(draw[0], device, None, made[0], draw[1], made[2], None, t)
+        return t, None
+    columns = torch.empty((len(program.outputs), samples), dtype=torch.float32, device=device)
+    _compute(program.after(draw[0]), device, None, made[0], draw[1], made[2], columns, t)
+    return t, columns
+
+
+def _changing(program: Program, names: tuple[str, ...], t: Tensor, columns: Tensor | None) -> tuple[Tensor, ...]:
+    """What a launch is given that changes with the times: the index, or the coefficients of those names."""
+    if columns is None:
+        return (t,)
+    chosen = program.kept.get((itemgetter, names))
+    if chosen is None:
+        places = [program.names.index(name) for name in names]
+        chosen = program.kept[itemgetter, names] = itemgetter(*places, 0)  # of two or more: a tuple
+    return chosen(columns.unbind(0))[:-1]
+
+
+def _placed(
+    program: Program, names: tuple[str, ...], changing: Sequence[Tensor], shape: tuple[int, ...]
+) -> Sequence[Any]:
+    """The coefficients, placed to broadcast to [B, ...]."""
+    if not program.index:
+        return [row.view(shape) for row in changing]
+    index = changing[0].view(shape)
+    return [Gathered(column, index) for column in program.of(*names).columns(index.device, torch.float32).unbind(1)]
 
 
 # ---- noise
 
 
 def noise(
-    source: _Source, x0: Tensor, t: Any, n: Tensor | tuple, keep: bool, rng: str = "exact"
-) -> tuple[Tensor, Tensor | None] | None:
-    """(x_t, the noise that was made and kept), one row (alpha, sigma) a sample. n: the noise, or (seed, stream,
-    sample_offset, offset) to make it from."""
+    program: Program,
+    draw: tuple[Program, int] | None,
+    x0: Tensor,
+    t: Any,
+    n: Tensor | None,
+    made: tuple[int | Tensor, int, int, float],
+    keep: bool,
+    rng: str = "exact",
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
+    """(x_t, the noise that was made and kept, the times, the coefficients where they are not looked up), one time a
+    sample; see ``native/direct.py``."""
     device, shape = x0.device, x0.shape
-    given = n if isinstance(n, Tensor) else None
-    if not _plain(device, x0, given, t) or not _has_rows(source, t, x0) or (given is not None and given.shape != shape):
+    if not _plain(device, x0, n, t) or (n is not None and n.shape != shape) or (n is None and made[3] and x0.ndim < 3):
         return None
-    if _grad() and (x0.requires_grad or (given is not None and given.requires_grad)):
+    if t is not None and not _has_time(program, t, x0):
         return None
-    made = None
-    if given is None:
-        seed, kind = seed_of(n[0], device)
-        made = Seeded(seed, *n[1:], rng)
-        how = kind, bool(made.offset), rng
+    if _grad() and (x0.requires_grad or (n is not None and n.requires_grad)):
+        return None
+    seeded = None
+    if n is None:
+        seed, kind = seed_of(made[0], device)
+        seeded = Seeded(seed, *made[1:], rng)
+        how = kind, bool(seeded.offset), rng
     else:
-        how = given.dtype
-    key = ("noise", shape, x0.dtype, device, t.dtype, how, keep)
-    ready = source.ready.get(key)
-    if ready is None and not _fits(device, x0, given):
+        how = n.dtype
+    key = ("noise", shape, x0.dtype, device, how, keep)
+    store = _store(program)
+    ready = store.get(key)
+    if ready is None and not _fits(device, x0, n):
         return None
+    columns = None
+    if t is None:
+        t, columns = _draw(program, draw, made, shape[0], device)
+    elif not program.index:
+        columns = _columns(program, t)
+    changing = _changing(program, OF_NOISE, t, columns)
     x_t = torch.empty_like(x0)
-    kept = torch.empty(shape, dtype=torch.float32, device=device) if keep and made is not None else None
-    changing = source.at(t)
+    kept = torch.empty(shape, dtype=torch.float32, device=device) if keep and seeded is not None else None
     if ready is None:
-        ready = _kept(source.ready, key, lambda: _ready_affine(source, changing, x_t, kept, x0, given, made))
+        ready = _kept(store, key, lambda: _ready_affine(program, OF_NOISE, changing, x_t, kept, x0, n, seeded))
     data = (x_t, x0) if kept is None else (x_t, x0, kept)
-    if made is None:
-        ready((*data, given), changing)
+    if seeded is None:
+        ready((*data, n), changing)
     else:
-        ready(data, (*changing, made.seed), made[1:4])
-    return x_t, kept
+        ready(data, (*changing, seeded.seed), seeded[1:4])
+    return x_t, kept, t, columns
 
 
 def _fits(device: torch.device, *data: Tensor | None) -> bool:
     return arguments.runs_on(device) and arguments.fits(*data) and bool(data[0].numel())
 
 
-def _ready_affine(source, changing, out, kept, u, given, made) -> Ready:
+def _ready_affine(program, names, changing, out, kept, u, given, made) -> Ready:
     """The launch of out = a u + b n, kept = n, where n is given or made."""
     shape = (u.shape[0],) + (1,) * (u.ndim - 1)
-    a, b = source.rows(changing, shape, u.device)
+    a, b = _placed(program, names, changing, shape)
     n = made if given is None else given
     how = affine_launch(tuple(u.shape), u.device, u, a, n, b, out, kept)
     data = ("out", "u") if kept is None else ("out", "u", "kept")
+    others = ("index",) if program.index else ("a", "b")
     if made is None:
-        return Ready(launch.affine, u.device, how, (*data, "v"), source.changing)
-    return Ready(launch.affine, u.device, how, data, (*source.changing, "seed"), _NOISE)
+        return Ready(launch.affine, u.device, how, (*data, "v"), others)
+    return Ready(launch.affine, u.device, how, data, (*others, "seed"), _NOISE)
 
 
-def convert(source: _Source, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
-    """k_x x_t + k_m m in the dtype of m, one row (k_x, k_m) a sample."""
+def convert(program: Program, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
+    """k_x x_t + k_m m in the dtype of m, one row (k_x, k_m) of a table a sample."""
     device, shape = m.device, m.shape
-    if not _plain(device, m, x_t, t) or not _has_rows(source, t, m) or x_t.shape != shape:
+    if not _plain(device, m, x_t, t) or not _has_time(program, t, m) or x_t.shape != shape:
         return None
     if _grad() and (m.requires_grad or x_t.requires_grad):
         return None
-    key = ("convert", shape, m.dtype, x_t.dtype, device, t.dtype)
-    ready = source.ready.get(key)
+    key, store = ("convert", shape, m.dtype, x_t.dtype, device), _store(program)
+    ready = store.get(key)
     if ready is None and not _fits(device, m, x_t):
         return None
-    out, changing = torch.empty_like(m), source.at(t)
+    out = torch.empty_like(m)
     if ready is None:
-        ready = _kept(source.ready, key, lambda: _ready_affine(source, changing, out, None, x_t, m, None))
-    ready((out, x_t, m), changing)
+        ready = _kept(store, key, lambda: _ready_affine(program, program.names, (t,), out, None, x_t, m, None))
+    ready((out, x_t, m), (t,))
     return out
 
 
@@ -248,20 +233,22 @@ class _Losses(NamedTuple):
 
 
 def loss(
-    source: _Source,
+    program: Program,
     present: int,
     function: str,
     prediction: Tensor,
     x0: Tensor | None,
     n: Any,
     t: Any,
+    columns: Tensor | None,
     rows: Callable[[], tuple[Any, ...]],
 ) -> Tensor | None:
-    """The mean loss, one row (p, q, scale, weight, c) a sample, of which the bits of ``present`` say what is used; n: a
-    tensor, a ``fastdiff.ops.Philox`` or None. ``rows`` gives them placed, for a gradient other than the usual one."""
+    """The mean loss, one time a sample, of coefficients (p, q, scale, weight, c), of which the bits of ``present`` say
+    what is used; n: a tensor, a ``fastdiff.ops.Philox`` or None. columns: the coefficients that ``noise`` computed, if
+    there are some. ``rows`` gives them placed, for a gradient other than the usual one."""
     device, shape = prediction.device, prediction.shape
     given = n if isinstance(n, Tensor) else None
-    if not _plain(device, prediction, x0, given, t) or not _has_rows(source, t, prediction):
+    if not _plain(device, prediction, x0, given, t) or not _has_time(program, t, prediction):
         return None
     for data in (x0, given):
         if data is not None and (data.shape != shape or (data.requires_grad and _grad())):
@@ -276,28 +263,35 @@ def loss(
     recorded = prediction.requires_grad and _grad()
     # A float16 loss is scaled; the size of its gradient is known only in the backward.
     ahead = recorded and prediction.dtype is not torch.float16
-    key = (shape, prediction.dtype, device, t.dtype, None if x0 is None else x0.dtype, how, ahead)
-    ready = source.ready.get(key)
+    key = ("loss", shape, prediction.dtype, device, None if x0 is None else x0.dtype, how, ahead)
+    store = _store(program)
+    ready = store.get(key)
+    if ready is None and not _fits(device, prediction, x0, given):
+        return None
+    if ready is None and made is not None and made.offset and len(shape) < 3:
+        return None
+    names = _names(present)
+    if columns is None and not program.index:
+        columns = _columns(program, t)
+    changing = _changing(program, names, t, columns)
     if ready is None:
-        if not _fits(device, prediction, x0, given) or (made is not None and made.offset and len(shape) < 3):
-            return None
         ready = _kept(
-            source.ready,
+            store,
             key,
-            lambda: _ready_losses(source, present, function, prediction, x0, given, made, t, ahead, key),
+            lambda: _ready_losses(program, names, function, prediction, x0, given, made, changing, ahead, key),
         )
     if not recorded:
-        return _forward(ready, source, prediction, x0, given, made, t)
+        return _forward(ready, changing, prediction, x0, given, made)
     written, cells, there = (), (), None
     if ahead:
         d, used = torch.empty_like(prediction), torch.empty(1, dtype=torch.float32, device=device)
         last = cell(device, ready.kind)
         written, cells, there = (d,), (used, last.value), (d, used, last)
-    value = _forward(ready, source, prediction, x0, given, made, t, written, cells)
+    value = _forward(ready, changing, prediction, x0, given, made, written, cells)
     seed = made.seed if made is not None and isinstance(made.seed, Tensor) else None
     philox = n if given is None else None
 
-    def call_of(prediction, x0, given, *_):  # the times and the seed have not changed
+    def call_of(prediction, x0, given, *_):  # the times, which the coefficients are made from, have not changed
         p, q, scale, weight, c = rows()
         return LossCall(prediction, x0, philox if given is None else given, p, q, scale, weight, c, None, function)
 
@@ -305,51 +299,59 @@ def loss(
         if there is None or not _plain(device, upstream) or upstream.dtype is not torch.float32:
             return general.loss_gradient(upstream, call_of(*tensors))
         d, used, last = there
+        prediction, x0, given, *_ = tensors
         cells = used, of_this_stream(last, device).value
-        prediction, x0, given, t, _ = tensors
-        _launch(ready.backward, source, prediction, x0, given, made, t, (d,), (upstream, *cells))
+        _launch(ready.backward, changing, prediction, x0, given, made, (d,), (upstream, *cells))
         return d
 
     kept = (prediction, x0, given, t, seed)
     return general.recorded(prediction, None, (value, None, None, there), kept, call_of, again, reference.backend)
 
 
-def _ready_losses(source, present, function, prediction, x0, given, made, t, ahead, key) -> _Losses:
+@lru_cache
+def _names(present: int) -> tuple[str, ...]:
+    return tuple(name for k, name in enumerate(OF_LOSS) if present >> k & 1)
+
+
+_OPERANDS = {"loss_weight": "weight"}  # what the kernel calls a coefficient; any other has its own name
+
+
+def _ready_losses(program, names, function, prediction, x0, given, made, changing, ahead, key) -> _Losses:
     device, own = prediction.device, (prediction.shape[0],) + (1,) * (prediction.ndim - 1)
-    columns = source.rows(source.at(t), own, device)
-    p, q, scale, weight, c = (row if k == 3 or present >> k & 1 else None for k, row in enumerate(columns))
+    found = dict(zip(names, _placed(program, names, changing, own)))
+    p, q, scale, weight, c = (found.get(name) for name in OF_LOSS)
     n = made if given is None else given
     laid = general.lay(LossCall(prediction, x0, n, p, q, scale, weight, c))
     how = function, "none", "mean"
     d, one = torch.empty_like(prediction), torch.empty((), dtype=torch.float32, device=device)
     used = one.view(1)
     data = tuple(name for name, there in (("x0", x0), ("n", given)) if there is not None)
+    operands = ("index",) if program.index else tuple(_OPERANDS.get(name, name) for name in names)
     seed, numbers = ((), ()) if made is None else (("seed",), _NOISE)
     written, cells = (("gradient",), ("used", "assumed")) if ahead else ((), ())
 
     def of(gradient: bool, data: tuple, others: tuple, **more: Any) -> Ready:
         more |= {"used": used, "assumed": used} if ahead else {}
         launched = general.loss_launch(laid, *how, d if gradient else None, **more)
-        return Ready(launch.loss, device, launched, ("prediction", *data), (*source.changing, *seed, *others), numbers)
+        return Ready(launch.loss, device, launched, ("prediction", *data), (*operands, *seed, *others), numbers)
 
     return _Losses(
         of(ahead, (*data, *written), ("counters", "partials", "result", *cells), result=one),
         of(True, (*data, "gradient"), ("upstream", *cells), upstream=one),
-        (id(source), *key),  # a hint: another objective's losses are others
+        (id(program), *key),  # a hint: another objective's losses are others
     )
 
 
-def _forward(ready: _Losses, source: _Source, prediction, x0, given, made, t, written=(), cells=()) -> Tensor:
+def _forward(ready: _Losses, changing, prediction, x0, given, made, written=(), cells=()) -> Tensor:
     device, of = prediction.device, ready.forward
     result = torch.empty((), dtype=torch.float32, device=device)
     space = general.loss_workspace(device, of["rows"], of["parts"], of["number"])
-    _launch(of, source, prediction, x0, given, made, t, written, (*space, result, *cells))
+    _launch(of, changing, prediction, x0, given, made, written, (*space, result, *cells))
     return result
 
 
-def _launch(ready: Ready, source: _Source, prediction, x0, given, made, t, written, others) -> None:
+def _launch(ready: Ready, changing, prediction, x0, given, made, written, others) -> None:
     data = tuple(tensor for tensor in (prediction, x0, given, *written) if tensor is not None)
-    changing = source.at(t)
     if made is None:
         ready(data, (*changing, *others))
     else:

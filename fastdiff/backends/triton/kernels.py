@@ -600,15 +600,3 @@ def step(
         _store(seen, start, place, ahead, inside, EVEN, EMULATE)
         if TWICE:
             _store(seen + total, start, place, ahead, inside, EVEN, EMULATE)
-
-
-@triton.jit
-def rational(out, times, fractions, samples, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows (a + b t) / (1 + d t), a column for each of the fractions [a, b, d], in float64 and rounded once."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < samples
-    t = tl.load(times + place, mask=inside, other=0.0).to(tl.float64)
-    for column in tl.static_range(COLUMNS):
-        a, b = tl.load(fractions + column), tl.load(fractions + COLUMNS + column)
-        d = tl.load(fractions + 2 * COLUMNS + column)
-        tl.store(out + column * samples + place, ((a + b * t) / (1.0 + d * t)).to(tl.float32), mask=inside)

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..devices import is_capturing
-from . import kernels, philox
+from . import kernels, programs
 from .traffic import Launch
 
 INTERPRETED = not isinstance(kernels.affine, triton.runtime.JITFunction)
@@ -39,7 +39,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-_INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_offset", "offset"}
+_INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_offset"}
 _FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance"}
 # Sizes, counts and strides; with the two above, what is never a tensor.
 _NUMBERS = {"steps", "stride", "units", "runs", "blocks", "per", "frames", "shared", "sample_runs", "channel_runs"} | {
@@ -299,13 +299,13 @@ def try_on(device: torch.device) -> None:
     out, seed = torch.empty(1, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints what it could not assemble
-            uniforms(device, (1, 1), (out, seed, 0, 0, 1, 0), ("tensor", False, 128))
+            uniform = (0,) * 5, (0,), "tensor", 128
+            coefficients(device, (1, 1), (None, out, None, seed, None, 0, 0, 1), uniform)
     finally:
         _records = recorded
 
 
 affine = Kernel(kernels.affine)
+coefficients = Kernel(programs.coefficients)
 loss = Kernel(kernels.loss)
-rational = Kernel(kernels.rational)
 step = Kernel(kernels.step)
-uniforms = Kernel(philox.uniforms)

@@ -209,26 +209,3 @@ def normals(seed, stream, sample, group, lane, factor, FAST: tl.constexpr, ASM: 
         n0, n1 = _pair(o0, o1, ASM, EMULATE)
         n2, n3 = _pair(o2, o3, ASM, EMULATE)
     return tl.where(lane < 2, tl.where(lane == 0, n0, n1), tl.where(lane == 2, n2, n3))
-
-
-@triton.jit
-def uniforms(
-    out, seed, stream, offset, samples, steps, SEED: tl.constexpr, DISCRETE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """One float64 uniform in (0, 1) a sample, of 52 bits; DISCRETE: the timestep floor(steps u), int64."""
-    if SEED == "tensor":
-        key = tl.load(seed)
-    else:
-        key = seed.to(tl.int64)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sample = place.to(tl.int64) + offset
-    zero = place.to(tl.uint32) * 0
-    high = (sample >> 32).to(tl.uint32)
-    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    o0, o1, o2, o3 = words(zero, zero + stream.to(tl.uint32), sample.to(tl.uint32), high, k0, k1)
-    bits = (o0.to(tl.int64) << 20) | (o1 >> 12).to(tl.int64)
-    u = (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
-    if DISCRETE:  # u may be so near to 1 that the product is rounded to steps
-        tl.store(out + place, tl.minimum((u * steps.to(tl.float64)).to(tl.int64), steps - 1), mask=place < samples)
-    else:
-        tl.store(out + place, u, mask=place < samples)

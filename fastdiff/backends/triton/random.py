@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import arguments, launch
 from .affine import affine
-from .arguments import DATA, Seeded, seed_of, untouched
-
-_UNIFORMS = 128  # a program
+from .arguments import DATA, Seeded, device_of, untouched
+from .times import coefficients_launch
 
 
 def makes(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
@@ -23,17 +20,8 @@ def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int, d
     """See ``Backend.uniform``."""
     u = torch.empty(samples, dtype=torch.float64, device=device)
     if samples:
-        launch.uniforms(device, *uniforms_launch(u, *seed_of(seed, device), stream, sample_offset, 0))
+        launch.coefficients(device, *coefficients_launch(None, u, None, seed, None, stream, sample_offset, samples))
     return u
-
-
-def uniforms_launch(
-    out: Tensor, seed: int | Tensor, kind: str, stream: int, sample_offset: int, steps: int
-) -> tuple[tuple[int, int], tuple, tuple]:
-    """The launch of a uniform u in (0, 1) a sample; for ``steps`` > 0 of the timestep floor(steps u)."""
-    samples = out.numel()
-    arguments = (out, seed, stream, sample_offset, samples, steps)
-    return (-(-samples // _UNIFORMS), 1), arguments, (kind, steps > 0, _UNIFORMS)
 
 
 def normal(
@@ -52,10 +40,4 @@ def normal(
     return z
 
 
-def device_of(device: Any, seed: Any) -> torch.device:
-    if device is None:
-        return seed.device if isinstance(seed, Tensor) else torch.get_default_device()
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+__all__ = ["device_of", "makes", "normal", "uniform"]

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ..layout import stored_elements
 
-_WRITTEN = {"out", "kept", "target", "gradient", "used", "result", "means", "y", "x0_out", "entry", "seen"}
+_WRITTEN = {"out", "kept", "target", "gradient", "used", "result", "means", "y", "x0_out", "entry", "seen"} | {
+    "columns",
+    "drawn",
+}
 _BETWEEN = {"counters", "partials"}  # what programs of a launch leave for each other
 
 

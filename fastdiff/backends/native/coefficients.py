@@ -1,0 +1,57 @@
+"""Coefficients on the CPU: ``fastdiff._C`` runs the program, in float64 and rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...program import Program
+from ...torch_access import _C
+from ..interface import differentiable
+from .launch import memory, unsuited
+from .random import makes
+
+
+def handle(program: Program, names: tuple[str, ...]) -> Any:
+    """What ``fastdiff._C`` takes for the part of a program that computes ``names``."""
+    found = program.kept.get((_C, names))
+    if found is None:
+        part = program if names == program.names else program.of(*names)
+        places = {name: k for k, name in enumerate(_C.codes["operations"])}
+        code = tuple((places[operation], *(*operands, 0, 0, 0)[:3]) for operation, *operands in part.code)
+        table, height, width = None, 0, 0
+        if part.table is not None:
+            table, (height, width) = memory(part.table), part.table.shape
+        found = program.kept[_C, names] = _C.coefficient_program(
+            code, part.numbers, part.outputs, table, height, width, part.index, part.low, part.high
+        )
+    return found
+
+
+def evaluate(program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] | None:
+    """See ``Backend.evaluate``; None where that is to be done otherwise."""
+    if unsuited(t) or differentiable(t) or program.index != (not t.is_floating_point()):
+        return None
+    if program.index:
+        t = t.long()
+    elif t.dtype is not torch.float32:
+        t = t.double()
+    held, columns = t.contiguous(), len(program.outputs)
+    rows = torch.empty((columns, *t.shape), dtype=dtype, device="cpu")
+    if not _C.coefficients(handle(program, program.names), columns, memory(held), memory(rows)):
+        return None
+    return rows.unbind(0)
+
+
+def times(
+    program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any, discrete: bool
+) -> Tensor | None:
+    """See ``Backend.times``."""
+    if not makes(seed, device) or not samples:
+        return None
+    out = torch.empty(samples, dtype=torch.int64 if discrete else torch.float64, device="cpu")
+    _C.times(handle(program, program.names), memory(out), int(seed), stream, sample_offset)
+    return out
