@@ -317,7 +317,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     integrations = [f"fastdiff.integrations.{m.name}" for m in pkgutil.iter_modules(integrated.__path__)]
     # What only the others use.
     assert set(integrations) - set(modules) == {
-        f"fastdiff.integrations.{n}" for n in ("fusing", "schedulers", "tables")
+        f"fastdiff.integrations.{n}" for n in ("method_swap", "schedulers", "tables")
     }
     for name in modules:
         module = importlib.import_module(name)

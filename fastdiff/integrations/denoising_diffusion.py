@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..backends.native import torch_noise
 from ..ops import COLUMNS
-from .fusing import fuse_methods, fused_methods, left_alone, unfuse
+from .method_swap import fuse_methods, fused_methods, left_alone, unfuse
 from .tables import kept
 
 __all__ = ["fuse", "fused_methods", "left_alone", "unfuse"]

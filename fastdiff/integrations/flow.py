@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import ops
 from ..backends.native import torch_noise
 from ..ops.checks import check_alike, check_floating
-from .fusing import fuse_methods, fused_methods, left_alone, unfuse
+from .method_swap import fuse_methods, fused_methods, left_alone, unfuse
 
 __all__ = ["FlowNoised", "fuse", "fused_methods", "left_alone", "loss", "noise", "unfuse"]
 

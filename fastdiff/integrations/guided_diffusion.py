@@ -21,7 +21,7 @@ from .. import ops
 from ..backends.native import torch_noise
 from ..backends.rows import gather_rows
 from ..ops import COLUMNS
-from .fusing import fuse_methods, fused_methods, left_alone, unfuse
+from .method_swap import fuse_methods, fused_methods, left_alone, unfuse
 from .tables import kept
 
 __all__ = ["LossSecondMomentResampler", "fuse", "fused_methods", "left_alone", "unfuse"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .fusing import fuse_methods, fused_methods, left_alone, unfuse
+from .method_swap import fuse_methods, fused_methods, left_alone, unfuse
 
 __all__ = ["fuse", "fused_methods", "left_alone", "unfuse"]
 

@@ -28,7 +28,7 @@ TABLE = {
     "fastdiff/ops/": "convert_and_step wrong_input whole_calls trajectory noise loss prepared objective native",
     "fastdiff/integrations/diffusers/": "diffusers_schedulers diffusers_patching",
     "fastdiff/integrations/denoising": "denoising_diffusion",
-    "fastdiff/integrations/fusing": "denoising_diffusion objects",
+    "fastdiff/integrations/method_swap": "denoising_diffusion objects",
     "fastdiff/integrations/guided": "objects",
     "fastdiff/integrations/schedulers": "diffusers samplers_diffusers",
     "fastdiff/integrations/k_": "k_diffusion objects",

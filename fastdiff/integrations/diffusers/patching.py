@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
-from . import plans
-from .counting import left
-from .covered import COVERED, SWITCH, own, resolve, unknown
-from .stepping import Maker
+from . import coefficient_cache
+from .call_counts import left
+from .step import Maker
+from .supported import SUPPORTED, SWITCH, own, resolve, unknown
 
 _active: list[patch] = []  # every patch() that was not undone
 _installed: list[tuple[type, str, Callable]] = []
@@ -22,14 +22,14 @@ _installed: list[tuple[type, str, Callable]] = []
 def _base(cls: type) -> type | None:
     """The covered class of diffusers that ``cls`` is or comes from."""
     for parent in cls.__mro__:
-        if parent.__name__ in COVERED and parent is resolve(parent.__name__):
+        if parent.__name__ in SUPPORTED and parent is resolve(parent.__name__):
             return parent
     return None
 
 
 def _refusal(base: type, name: str) -> Callable[[Any], str | None]:
     """Says of a scheduler why its method ``name`` is not fused, whatever its config; None if it may be."""
-    parts = {part: own(base, part) for part in COVERED[base.__name__].methods[name].helpers}
+    parts = {part: own(base, part) for part in SUPPORTED[base.__name__].methods[name].helpers}
 
     def refuse(scheduler: Any) -> str | None:
         cls = type(scheduler)
@@ -50,14 +50,14 @@ def _replacement(base: type, name: str, original: Callable, shared: bool) -> Cal
     if name == SWITCH:
         replaced = _following(base, original, shared)
     else:
-        reason, method = unknown(base, name), COVERED[base.__name__].methods[name]
+        reason, method = unknown(base, name), SUPPORTED[base.__name__].methods[name]
         if reason is not None:
             replaced = _passing(counted, reason, original)
         else:
             maker = Maker(method.plan, _refusal(base, name), method.where)
             extra = ()
-            if method.where == plans.STEPS:
-                extra = (original.__globals__[COVERED[base.__name__].output],)
+            if method.where == coefficient_cache.STEPS:
+                extra = (original.__globals__[SUPPORTED[base.__name__].output],)
             replaced = method.make(original, counted, maker, *extra)
             replaced._fastdiff_maker = maker
     replaced._fastdiff_original = original
@@ -91,7 +91,7 @@ def _following(base: type, original: Callable, shared: bool) -> Callable:
 
 
 def _methods(base: type) -> tuple[str, ...]:
-    return (*COVERED[base.__name__].methods, SWITCH)
+    return (*SUPPORTED[base.__name__].methods, SWITCH)
 
 
 def _from_diffusers(function: Any) -> bool:
@@ -134,7 +134,7 @@ def _deeply_copied(self: Any, memo: dict) -> Any:
 
 def _reduced(self: Any, protocol: int) -> tuple:
     """Pickled as an object that is not fused: where it is read fastdiff need not be."""
-    state = {name: value for name, value in self.__dict__.items() if name not in plans.KEPT}
+    state = {name: value for name, value in self.__dict__.items() if name not in coefficient_cache.KEPT}
     return copyreg._reconstructor, (type(self)._fastdiff_class, object, None), state  # type: ignore[attr-defined]
 
 
@@ -151,7 +151,7 @@ def fuse(scheduler: Any) -> Any:
     base = _base(type(scheduler))
     if base is None:
         raise TypeError(
-            f"fuse() takes a scheduler of diffusers, one of {', '.join(COVERED)} or of a class made from one; "
+            f"fuse() takes a scheduler of diffusers, one of {', '.join(SUPPORTED)} or of a class made from one; "
             f"got {type(scheduler).__name__}."
         )
     if "_fastdiff_class" in type(scheduler).__dict__:
@@ -170,7 +170,7 @@ def unfuse(scheduler: Any) -> Any:
     original = type(scheduler).__dict__.get("_fastdiff_class")
     if original is not None:
         scheduler.__class__ = original
-    for name in plans.KEPT:
+    for name in coefficient_cache.KEPT:
         scheduler.__dict__.pop(name, None)
     return scheduler
 
@@ -187,7 +187,7 @@ class patch:
     """
 
     def __init__(self):
-        bases = [base for base in map(resolve, COVERED) if base is not None]
+        bases = [base for base in map(resolve, SUPPORTED) if base is not None]
         if not bases:
             raise ImportError("patch() needs the diffusers library: install fastdiff[diffusers].")
         if not _active:
@@ -245,7 +245,7 @@ def _restore() -> None:
 
 
 def _warn_unknown(bases: list[type]) -> None:
-    reasons = [reason for base in bases for name in COVERED[base.__name__].methods if (reason := unknown(base, name))]
+    reasons = [reason for base in bases for name in SUPPORTED[base.__name__].methods if (reason := unknown(base, name))]
     if reasons:
         warnings.warn(
             f"diffusers {importlib.metadata.version('diffusers')}: {'; '.join(dict.fromkeys(reasons))}. "

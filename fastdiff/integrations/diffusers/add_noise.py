@@ -1,6 +1,6 @@
 """``add_noise``, ``scale_noise``, ``get_velocity`` and ``scale_model_input`` of diffusers' schedulers, fused.
 
-As in ``stepping``, each function takes the method that it stands for and gives the one to put in its place.
+As in ``step``, each function takes the method that it stands for and gives the one to put in its place.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ... import ops
 from ...backends.rows import cached
-from .counting import count, fused, left
-from .plans import UNTRACED
-from .stepping import Maker, plan_of, unfit
+from .call_counts import count, fused, left
+from .coefficient_cache import UNTRACED
+from .step import Maker, plan_of, unfit
 
 _is_compiling = torch.compiler.is_compiling
 

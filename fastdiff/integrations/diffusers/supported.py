@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import noising, plans, stepping
-from .known import KNOWN, fingerprint
+from . import add_noise, step
+from . import coefficient_cache as cache
+from .source_digests import KNOWN, fingerprint
 
 SWITCH = "set_timesteps"  # followed, so that tables are made before the first step
 
@@ -38,33 +39,33 @@ class Covered:
 
 
 def _step(make: Callable, plan: type, *helpers: str) -> Method:
-    return Method(make, plan, plans.STEPS, helpers)
+    return Method(make, plan, cache.STEPS, helpers)
 
 
 _BY_TIME = {
-    "add_noise": Method(noising.add_noise_by_time, plans.NoisePlan, plans.NOISE),
-    "get_velocity": Method(noising.get_velocity_by_time, plans.NoisePlan, plans.NOISE),
+    "add_noise": Method(add_noise.add_noise_by_time, cache.NoisePlan, cache.NOISE),
+    "get_velocity": Method(add_noise.get_velocity_by_time, cache.NoisePlan, cache.NOISE),
 }
 _INDEX = ("index_for_timestep",)
 
 
 def _by_index(plan: type, *helpers: str) -> Method:
-    return Method(noising.add_noise_by_index, plan, plans.NOISE, _INDEX + helpers)
+    return Method(add_noise.add_noise_by_index, plan, cache.NOISE, _INDEX + helpers)
 
 
-def _input(plan: type = plans.InputPlan, *helpers: str) -> Method:
-    return Method(noising.scale_model_input, plan, plans.INPUT, helpers)
+def _input(plan: type = cache.InputPlan, *helpers: str) -> Method:
+    return Method(add_noise.scale_model_input, plan, cache.INPUT, helpers)
 
 
 _DDPM = {
-    "step": _step(stepping.ddpm, plans.DDPMPlan, "previous_timestep", "_get_variance", "_threshold_sample"),
+    "step": _step(step.ddpm, cache.DDPMPlan, "previous_timestep", "_get_variance", "_threshold_sample"),
     **_BY_TIME,
 }
-_DDIM = {"step": _step(stepping.ddim, plans.DDIMPlan, "_get_variance", "_threshold_sample"), **_BY_TIME}
-_SIGMAS, _MULTISTEP = plans.SigmaNoisePlan, plans.MultistepNoisePlan
+_DDIM = {"step": _step(step.ddim, cache.DDIMPlan, "_get_variance", "_threshold_sample"), **_BY_TIME}
+_SIGMAS, _MULTISTEP = cache.SigmaNoisePlan, cache.MultistepNoisePlan
 _LEVELS = "_sigma_to_alpha_sigma_t"
 
-COVERED: dict[str, Covered] = {
+SUPPORTED: dict[str, Covered] = {
     "DDPMScheduler": Covered("scheduling_ddpm", "DDPMSchedulerOutput", _DDPM),
     "DDPMParallelScheduler": Covered("scheduling_ddpm_parallel", "DDPMParallelSchedulerOutput", _DDPM),
     "DDIMScheduler": Covered("scheduling_ddim", "DDIMSchedulerOutput", _DDIM),
@@ -73,9 +74,7 @@ COVERED: dict[str, Covered] = {
         "scheduling_lcm",
         "LCMSchedulerOutput",
         {
-            "step": _step(
-                stepping.lcm, plans.LCMPlan, "get_scalings_for_boundary_condition_discrete", "_threshold_sample"
-            ),
+            "step": _step(step.lcm, cache.LCMPlan, "get_scalings_for_boundary_condition_discrete", "_threshold_sample"),
             **_BY_TIME,
         },
     ),
@@ -83,9 +82,9 @@ COVERED: dict[str, Covered] = {
         "scheduling_euler_discrete",
         "EulerDiscreteSchedulerOutput",
         {
-            "step": _step(stepping.euler, plans.EulerPlan),
-            "add_noise": _by_index(plans.EulerNoisePlan),
-            "get_velocity": Method(noising.get_velocity_by_index, plans.EulerNoisePlan, plans.NOISE, _INDEX),
+            "step": _step(step.euler, cache.EulerPlan),
+            "add_noise": _by_index(cache.EulerNoisePlan),
+            "get_velocity": Method(add_noise.get_velocity_by_index, cache.EulerNoisePlan, cache.NOISE, _INDEX),
             "scale_model_input": _input(),
         },
     ),
@@ -93,7 +92,7 @@ COVERED: dict[str, Covered] = {
         "scheduling_euler_ancestral_discrete",
         "EulerAncestralDiscreteSchedulerOutput",
         {
-            "step": _step(stepping.euler_ancestral, plans.EulerAncestralPlan),
+            "step": _step(step.euler_ancestral, cache.EulerAncestralPlan),
             "add_noise": _by_index(_SIGMAS),
             "scale_model_input": _input(),
         },
@@ -102,18 +101,18 @@ COVERED: dict[str, Covered] = {
         "scheduling_heun_discrete",
         "HeunDiscreteSchedulerOutput",
         {
-            "step": _step(stepping.heun, plans.HeunPlan, "state_in_first_order"),
+            "step": _step(step.heun, cache.HeunPlan, "state_in_first_order"),
             "add_noise": _by_index(_SIGMAS),
-            "scale_model_input": _input(plans.HeunInputPlan),
+            "scale_model_input": _input(cache.HeunInputPlan),
         },
     ),
     "EDMEulerScheduler": Covered(
         "scheduling_edm_euler",
         "EDMEulerSchedulerOutput",
         {
-            "step": _step(stepping.edm_euler, plans.EDMEulerPlan, "precondition_outputs"),
+            "step": _step(step.edm_euler, cache.EDMEulerPlan, "precondition_outputs"),
             "add_noise": _by_index(_SIGMAS),
-            "scale_model_input": _input(plans.EDMInputPlan, "precondition_inputs"),
+            "scale_model_input": _input(cache.EDMInputPlan, "precondition_inputs"),
         },
     ),
     "DPMSolverMultistepScheduler": Covered(
@@ -121,8 +120,8 @@ COVERED: dict[str, Covered] = {
         "SchedulerOutput",
         {
             "step": _step(
-                stepping.dpm_solver,
-                plans.DPMSolverPlan,
+                step.dpm_solver,
+                cache.DPMSolverPlan,
                 *("convert_model_output", "dpm_solver_first_order_update", "multistep_dpm_solver_second_order_update"),
                 *("multistep_dpm_solver_third_order_update", "_threshold_sample", _LEVELS),
             ),
@@ -134,8 +133,8 @@ COVERED: dict[str, Covered] = {
         "SchedulerOutput",
         {
             "step": _step(
-                stepping.unipc,
-                plans.UniPCPlan,
+                step.unipc,
+                cache.UniPCPlan,
                 *("convert_model_output", "multistep_uni_p_bh_update", "multistep_uni_c_bh_update"),
                 *("_threshold_sample", _LEVELS),
             ),
@@ -146,16 +145,16 @@ COVERED: dict[str, Covered] = {
         "scheduling_flow_match_euler_discrete",
         "FlowMatchEulerDiscreteSchedulerOutput",
         {
-            "step": _step(stepping.flow_euler, plans.FlowEulerPlan),
-            "scale_noise": Method(noising.scale_noise, plans.FlowNoisePlan, plans.NOISE, _INDEX),
+            "step": _step(step.flow_euler, cache.FlowEulerPlan),
+            "scale_noise": Method(add_noise.scale_noise, cache.FlowNoisePlan, cache.NOISE, _INDEX),
         },
     ),
     "FlowMatchHeunDiscreteScheduler": Covered(
         "scheduling_flow_match_heun_discrete",
         "FlowMatchHeunDiscreteSchedulerOutput",
         {
-            "step": _step(stepping.flow_heun, plans.FlowHeunPlan, "state_in_first_order"),
-            "scale_noise": Method(noising.scale_noise_of_step, plans.FlowNoisePlan, plans.NOISE),
+            "step": _step(step.flow_heun, cache.FlowHeunPlan, "state_in_first_order"),
+            "scale_noise": Method(add_noise.scale_noise_of_step, cache.FlowNoisePlan, cache.NOISE),
         },
     ),
 }
@@ -164,7 +163,7 @@ COVERED: dict[str, Covered] = {
 def resolve(name: str) -> type | None:
     """The class of that name of the installed diffusers, or None."""
     try:
-        return getattr(importlib.import_module(f"diffusers.schedulers.{COVERED[name].module}"), name, None)
+        return getattr(importlib.import_module(f"diffusers.schedulers.{SUPPORTED[name].module}"), name, None)
     except ImportError:
         return None
 
@@ -177,7 +176,7 @@ def own(cls: type, name: str) -> Any:
 
 def unknown(base: type, name: str) -> str | None:
     """Why the method ``name`` of a covered class is none that the replacement was made for; None if it is one."""
-    for part in (name, *COVERED[base.__name__].methods[name].helpers):
+    for part in (name, *SUPPORTED[base.__name__].methods[name].helpers):
         called = f"{base.__name__}.{part}"
         function = own(base, part)
         if function is None:

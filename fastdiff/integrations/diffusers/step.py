@@ -17,9 +17,9 @@ from ...backends.native import torch_noise
 from ...backends.native.operations import _C
 from ...backends.native.prepared import number
 from ...ops.prepared import DRAW, DRAW_FLOAT, ENTRY, MODEL_DTYPE, ONE_DTYPE, X0
-from .counting import count, fused, left
-from .known import RANDN_TENSOR, fingerprint
-from .plans import STEPS, UNTRACED, Refused, StepPlan, is_current
+from .call_counts import count, fused, left
+from .coefficient_cache import STEPS, UNTRACED, Refused, StepPlan, is_current
+from .source_digests import RANDN_TENSOR, fingerprint
 
 _is_compiling = torch.compiler.is_compiling
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
