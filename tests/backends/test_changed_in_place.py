@@ -139,16 +139,16 @@ def test_what_did_not_change_is_not_made_again(monkeypatch):
     scheduler = fused.fuse(diffusers.DDIMScheduler())
     scheduler.set_timesteps(4)
     x0, n = data()
-    plan = scheduler._fastdiff_steps
+    stepper = scheduler._fastdiff_steps
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             scheduler.step(n, 500, x0)
-            assert scheduler._fastdiff_steps is plan
+            assert scheduler._fastdiff_steps is stepper
     scheduler.set_timesteps(4)
-    assert scheduler._fastdiff_steps.rows is plan.rows, "equal numbers"
+    assert scheduler._fastdiff_steps.table is stepper.table, "equal numbers"
     scheduler.alphas_cumprod.data[0] *= 0.5
     scheduler.step(n, 500, x0)
-    assert scheduler._fastdiff_steps.rows is not plan.rows
+    assert scheduler._fastdiff_steps.table is not stepper.table
 
 
 # ---------------------------------------------------------------------------------------------------- samplers' tensors

@@ -1,6 +1,7 @@
 """How the fused methods of diffusers' schedulers are put in place and taken away, pipelines, and torch.compile."""
 
 import copy
+import dataclasses
 import inspect
 import pickle
 import warnings
@@ -62,8 +63,8 @@ def test_every_method_of_the_installed_version_is_known():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with fused.patch():
-            for name, of in supported.SUPPORTED.items():
-                for method in of.methods:
+            for name, methods in supported.SUPPORTED.items():
+                for method in methods:
                     assert hasattr(getattr(supported.resolve(name), method), "_fastdiff_original"), (name, method)
 
 
@@ -89,7 +90,7 @@ def test_fuse_twice_is_once():
 
 def test_fuse_refuses_what_it_does_not_know():
     for other in (diffusers.PNDMScheduler(), torch.nn.Linear(1, 1), None, DDPM):
-        with pytest.raises(TypeError, match=r"fuse\(\) takes a scheduler of diffusers, one of DDPMScheduler"):
+        with pytest.raises(TypeError, match=r"fuse\(\) takes a scheduler of diffusers, one of DDIMScheduler, "):
             fused.fuse(other)
 
 
@@ -203,16 +204,16 @@ def test_a_method_that_an_object_has_of_its_own_stays():
 
 def test_signatures_and_names_stay():
     """Pipelines look for the arguments of ``step``."""
-    for name, of in supported.SUPPORTED.items():
+    for name, methods in supported.SUPPORTED.items():
         cls = supported.resolve(name)
-        before = {method: inspect.signature(getattr(cls, method)) for method in of.methods}
-        bound = {method: inspect.signature(getattr(cls(), method)) for method in of.methods}
+        before = {method: inspect.signature(getattr(cls, method)) for method in methods}
+        bound = {method: inspect.signature(getattr(cls(), method)) for method in methods}
         with fused.patch():
-            for method in of.methods:
+            for method in methods:
                 found = getattr(cls, method)
                 assert inspect.signature(found) == before[method] and found.__name__ == method
         one = fused.fuse(cls())
-        for method in of.methods:
+        for method in methods:
             assert inspect.signature(getattr(one, method)) == bound[method]
 
 
@@ -311,9 +312,10 @@ def test_a_helper_that_is_replaced(monkeypatch):
 
 def test_an_unknown_version_is_left_as_it_is(monkeypatch):
     patching._replacement.cache_clear()
-    digests = dict(supported.KNOWN)
-    digests["DDPMScheduler._get_variance"] = ("000000000000",)
-    monkeypatch.setattr(supported, "KNOWN", digests)
+    methods = supported.SUPPORTED["DDPMScheduler"]
+    digests = methods["step"].digests | {"_get_variance": ("000000000000",)}
+    changed = methods | {"step": dataclasses.replace(methods["step"], digests=digests)}
+    monkeypatch.setitem(supported.SUPPORTED, "DDPMScheduler", changed)
     try:
         with pytest.warns(UserWarning, match="DDPMScheduler._get_variance is none that fastdiff knows"):
             patch = fused.patch()

@@ -1017,14 +1017,14 @@ def test_a_view_of_the_timesteps_is_known_without_being_read():
     """On an accelerator the value of a timestep is looked up by where it lies: iterating, indexing, slicing."""
     scheduler = fused.fuse(make("DDPMScheduler", {}))
     scheduler.set_timesteps(10)
-    plan = scheduler.__dict__["_fastdiff_steps"]
-    assert [plan.position(t) for t in scheduler.timesteps] == list(range(10))
-    assert [plan.position(t) for t in scheduler.timesteps[4:]] == list(range(4, 10))
-    assert plan.position(scheduler.timesteps[-1]) == 9
-    assert plan.position(scheduler.timesteps[3].clone()) is None
-    assert plan.position(scheduler.timesteps[:2]) is None
-    assert plan.position(torch.tensor(900)) is None
-    assert plan.position(scheduler.timesteps.view(torch.int32)[0]) is None
+    stepper = scheduler.__dict__["_fastdiff_steps"]
+    assert [stepper.position(t) for t in scheduler.timesteps] == list(range(10))
+    assert [stepper.position(t) for t in scheduler.timesteps[4:]] == list(range(4, 10))
+    assert stepper.position(scheduler.timesteps[-1]) == 9
+    assert stepper.position(scheduler.timesteps[3].clone()) is None
+    assert stepper.position(scheduler.timesteps[:2]) is None
+    assert stepper.position(torch.tensor(900)) is None
+    assert stepper.position(scheduler.timesteps.view(torch.int32)[0]) is None
 
 
 SOME = []

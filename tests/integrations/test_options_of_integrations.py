@@ -349,15 +349,15 @@ def test_options_of_a_flow_loss():
 
 
 def test_a_fused_scheduler_is_given_everything_back():
-    """After ``unfuse`` an object is what it was: of its class, and with no plan left."""
+    """After ``unfuse`` an object is what it was: of its class, and with no coefficients left."""
     from fastdiff.integrations import diffusers as fused
     from fastdiff.integrations.diffusers import supported
 
-    for name, of in supported.SUPPORTED.items():
+    for name, methods in supported.SUPPORTED.items():
         scheduler = supported.resolve(name)()
         kind, before = type(scheduler), dict(scheduler.__dict__)
         fused.fuse(scheduler)
-        assert type(scheduler) is not kind and set(of.methods) <= set(vars(type(scheduler))), name
+        assert type(scheduler) is not kind and set(methods) <= set(vars(type(scheduler))), name
         fused.unfuse(scheduler)
         assert type(scheduler) is kind and scheduler.__dict__ == before, name
 
