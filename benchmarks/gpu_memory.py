@@ -27,8 +27,8 @@ from triton.backends.compiler import GPUTarget
 
 from fastdiff import ops
 from fastdiff.backends import cuda, reference
-from fastdiff.backends.rows import Gathered, as_tensor, in_two_passes
 from fastdiff.backends.triton import launch, operations
+from fastdiff.tensors import Gathered, as_tensor, in_two_passes
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 EVEN, ODD, TILES, FRAMES = (2, 4, 8, 8), (3, 2, 33), (2, 1301), (2, 3, 4, 7)  # TILES: several, the last not full

@@ -44,11 +44,11 @@ from triton_compiled import machine_code
 import fastdiff
 from fastdiff import doctor, ops
 from fastdiff.backends import cuda, reference
-from fastdiff.backends.rows import Gathered
 from fastdiff.backends.triton import launch, operations
 from fastdiff.bench import peers
 from fastdiff.bench.cases import Case, operands
 from fastdiff.bench.measuring import Timer, cache_bytes, summary
+from fastdiff.tensors import Gathered
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}

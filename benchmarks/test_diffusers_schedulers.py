@@ -112,10 +112,10 @@ def test_add_noise(benchmark, device, name, implementation):
 def test_draw(benchmark, device, implementation):
     from diffusers.utils.torch_utils import randn_tensor
 
-    from fastdiff.backends.native import torch_noise
+    from fastdiff import torch_randn
 
     g = torch.Generator(device).manual_seed(0)
-    draw = randn_tensor if implementation == "diffusers" else torch_noise.randn
+    draw = randn_tensor if implementation == "diffusers" else torch_randn.randn
     record(benchmark, "draw", implementation, lambda: draw(SHAPE, generator=g, device=device, dtype=torch.float32))
 
 

@@ -29,9 +29,9 @@ from roofline import GPUS, share_of_copy, warps
 from triton.backends.compiler import GPUTarget
 
 from fastdiff import ops
-from fastdiff.backends.rows import Gathered
 from fastdiff.backends.triton import launch, operations
 from fastdiff.backends.triton.traffic import Launch
+from fastdiff.tensors import Gathered
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)

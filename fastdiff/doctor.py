@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends
-from .backends.native import torch_noise
+from . import __version__, backends, torch_randn
 
 OPTIONAL = ("triton", "numpy", "scikit-learn", "matplotlib", "pillow", "tqdm", "diffusers")
 
@@ -42,7 +41,7 @@ def report() -> dict[str, Any]:
             }
             for status in backends.status()
         ],
-        "torch_randn": torch_noise.reason(),
+        "torch_randn": torch_randn.reason(),
         "chosen": chosen,
     }
 

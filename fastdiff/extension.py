@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import os
@@ -23,6 +24,7 @@ def digest(root: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
+@functools.cache
 def load() -> tuple[Any, str]:
     """(the module or None, why there is none). It warns where there is none and one was wanted: FASTDIFF_BUILD=0 does
     without, when the package is installed and when it is imported."""

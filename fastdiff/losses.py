@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends.codes import NEED_C
+from .codes import NEED_C
 from .names import find
 from .process import Levels, check_by
 

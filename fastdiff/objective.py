@@ -11,22 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, losses, ops
+from . import from_scheduler, losses, ops, sampling
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
-from .backends.modes import lasting, version_of, wrapping
-from .backends.reference.philox import check_seed
-from .backends.rows import as_tensor, cached, in_two_passes, value_checks_are_free
+from .backends.registry import remakes_noise
 from .losses import Loss
+from .modes import lasting, version_of, wrapping
 from .ops.checks import check_alike, check_floating, check_tensor, check_unambiguous, compute_dtype, place_rows
+from .ops.dispatch import get as backend_of
 from .ops.loss import check_loss, normalized
-from .ops.noise import Stream, check_noise, check_rng, whole
+from .ops.noise import check_noise
+from .philox import Stream, check_rng, check_seed, draw_seed, whole
 from .plain import PlainCalls
 from .prediction import Prediction
 from .process import Levels, Process, as_times, check_process
 from .samplers import Sampler
 from .showing import brief
+from .tensors import as_tensor, cached, in_two_passes, value_checks_are_free
 from .timesteps import Timesteps
 from .weighting import WeightingLike
 
@@ -301,17 +303,12 @@ class Objective:
 
         Raises TypeError for what is no such scheduler, ValueError for combinations that mean nothing.
         """
-        from .integrations.schedulers import objective_from_scheduler
-
-        return objective_from_scheduler(
-            cls,
-            scheduler,
-            snr_gamma=snr_gamma,
-            snr_form=snr_form,
-            prediction=prediction,
-            weighting=weighting,
-            **options,
-        )
+        if snr_gamma is not None:
+            if weighting is not None:
+                raise ValueError("snr_gamma is a weighting of its own: pass snr_gamma or weighting, not both.")
+            weighting = weightings.MinSNR(float(snr_gamma), snr_form)
+        process, kind = from_scheduler.process_of(scheduler), from_scheduler.prediction_of(scheduler, prediction)
+        return cls(process, kind, weighting, **options)
 
     def noise(
         self,
@@ -367,7 +364,7 @@ class Objective:
         check_rng(rng)
         if type(sample_offset) is not int and not torch.compiler.is_compiling():  # traced, it may be symbolic
             sample_offset = whole("sample_offset", sample_offset)
-        backend = backends.get(x0.device)
+        backend = backend_of(x0.device)
         if seed is not None:
             check_seed(seed)
         elif noise is None or t is None or self.input_perturbation:
@@ -375,7 +372,7 @@ class Objective:
         if noise is None and self.noise_offset and self.noise_offset_dim != 1:
             noise = self._offset_noise(x0, seed, sample_offset, rng)
         if keep_noise is None:
-            keep_noise = not backends.remakes_noise(x0.device)
+            keep_noise = not remakes_noise(x0.device)
         calls = self._plain(backend)
         if calls is not None and not with_target:
             times = calls.times(self.timesteps, seed, len(x0), sample_offset, x0.device) if t is None else t
@@ -509,7 +506,7 @@ class Objective:
         self, prediction: Tensor, x0: Tensor, noise: Any, t: Any, rows: Callable[[], Rows]
     ) -> Tensor | None:
         """The mean loss if a whole call can compute it, else None."""
-        calls = self._plain(backends.get(prediction.device)) if isinstance(prediction, Tensor) else None
+        calls = self._plain(backend_of(prediction.device)) if isinstance(prediction, Tensor) else None
         if calls is None:
             return None
         return calls.loss(prediction, x0, noise, t, lambda: self._rows_of_loss(rows()))
@@ -543,7 +540,7 @@ class Objective:
             row if row is None or row.dtype == dtype else as_tensor(row).to(dtype) for row in coefficients
         )
         result = normalized(
-            backends.get(prediction.device).loss,
+            backend_of(prediction.device).loss,
             prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction,
         )  # fmt: skip
         return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result
@@ -580,9 +577,7 @@ class Objective:
 
         Returns the samples, of ``shape``. Raises ValueError or TypeError for unfit inputs.
         """
-        from .sampling import sample
-
-        return sample(model, shape, self, sampler, steps, **options)
+        return sampling.sample(model, shape, self, sampler, steps, **options)
 
     def convert(self, prediction: Tensor, noised: Noised, kind: str | Prediction) -> Tensor:
         """The network's output as another prediction kind: ``convert(m, noised, "epsilon")``.
@@ -597,14 +592,14 @@ class Objective:
         noised.check_unchanged()
         if self.process.discrete:
             table = self._table_of(kind, t.device, compute_dtype(prediction, x_t))
-            calls = self._plain(backends.get(x_t.device))
+            calls = self._plain(backend_of(x_t.device))
             if calls is not None and kind not in self._singular and wrapping() is None:
                 wide = partial(self._table_of, kind, torch.device("cpu"), torch.float64)
                 done = calls.convert(kind, wide, prediction, x_t, t)
                 if done is not None:
                     return done
             placed = place_rows("t", t, x_t.shape)
-            k_x, k_m = backends.get(x_t.device).gather(table, placed, self.process.check_t)
+            k_x, k_m = backend_of(x_t.device).gather(table, placed, self.process.check_t)
             singular = kind in self._singular
         else:
             k_x, k_m = kinds.conversion(self.prediction, kind, self.process.levels(t))
@@ -642,8 +637,8 @@ class Objective:
                 return {k: v.to(dtype) for k, v in self._coefficients(name, levels[0]).items()}
 
             self.process.check_t(t)
-            return Rows(self._rational(placed, backends.get(x0.device), dtype), evaluate_at_levels), t
-        gather, check = backends.get(x0.device).gather, self.process.check_t
+            return Rows(self._rational(placed, backend_of(x0.device), dtype), evaluate_at_levels), t
+        gather, check = backend_of(x0.device).gather, self.process.check_t
         known = gather(self._table_of(self._used, t.device, dtype), placed, check)
 
         def evaluate(name: str) -> dict[str, Any]:
@@ -746,13 +741,6 @@ def _check_noised(prediction: Any, noised: Any) -> None:
         f"noised must be what objective.noise returned; got {brief(noised)}. With x0, noise and t of your own: "
         f"fastdiff.diffusion_loss(model_output, x0, noise, t, process, prediction), or objective.noise(x0, t, noise)."
     )
-
-
-def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """A 64-bit seed, int64 [1] on ``device``, from ``generator`` (None: the device's default one); no host sync."""
-    source = device if generator is None else generator.device
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=source, generator=generator)
-    return seed.to(device, non_blocking=True)
 
 
 def q_sample(

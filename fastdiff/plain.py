@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .ops.noise import Stream
+from .philox import Stream
 from .prediction import Prediction
 from .process import Process, VariancePreserving
 from .timesteps import Uniform

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.rows import cached, gather_rows, value_checks_are_free
 from .names import find
 from .showing import brief
+from .tensors import cached, gather_rows, value_checks_are_free
 
 # Where a posterior variance of zero must have a logarithm (Improved DDPM's and diffusers' floor).
 MIN_VARIANCE = 1e-20

@@ -5,28 +5,33 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from . import ops, samplers
+from . import ops, samplers, torch_randn
 from . import prediction as kinds
-from .backends.native import torch_noise
 from .graph import Graphed, check_capture
 from .guidance import Guidance
-from .objective import Objective, draw_seed
 from .ops.checks import check_tensor
-from .ops.noise import Stream, whole
+from .philox import Stream, draw_seed, whole
 from .prediction import Prediction
 from .process import Process, check_process
+
+
+class TrainedOn(Protocol):
+    """What a network was trained on, as an ``Objective`` has it."""
+
+    process: Process
+    prediction: Prediction
 
 
 @torch.no_grad()
 def sample(
     model: Callable[..., Tensor],
     shape: tuple[int, ...],
-    process: Process | Objective,
+    process: Process | TrainedOn,
     sampler: str | samplers.Sampler = "ddpm",
     steps: int | None = None,
     prediction: str | Prediction | None = None,
@@ -219,9 +224,9 @@ def sample(
     return (run.x, torch.stack(path)) if return_trajectory else run.x
 
 
-def _trained_on(process: Process | Objective, prediction: str | Prediction | None) -> tuple[Process, Prediction]:
+def _trained_on(process: Process | TrainedOn, prediction: str | Prediction | None) -> tuple[Process, Prediction]:
     """The process and the prediction kind of a network. Raises TypeError or ValueError where they are not known."""
-    if isinstance(process, Objective):
+    if isinstance(getattr(process, "process", None), Process):  # an Objective
         own = process.prediction
         if prediction is not None and kinds.get(prediction) is not own:
             raise ValueError(
@@ -321,7 +326,7 @@ class _Noise:
     def _drawn(self) -> Tensor:
         assert self._generators is not None
         wide = torch.float64 if self._dtype == torch.float64 else torch.float32
-        drawn = [torch_noise.randn(self._shape[1:], generator=g, dtype=wide, device=g.device) for g in self._generators]
+        drawn = [torch_randn.randn(self._shape[1:], generator=g, dtype=wide, device=g.device) for g in self._generators]
         none = torch.empty(self._shape, dtype=wide, device=self._device)
         return torch.stack([z.to(self._device) for z in drawn]) if drawn else none
 

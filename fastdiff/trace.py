@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .backends import modes, reference
+from . import backends, modes
+from .backends import reference
 from .objective import Objective
 from .plain import PlainCalls
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from . import prediction as kinds
-from .backends.rows import gather_rows, value_checks_are_free
 from .names import find
 from .prediction import Prediction
 from .process import EDM, Levels, as_float64, check_by
 from .showing import brief, brief_fields
+from .tensors import gather_rows, value_checks_are_free
 
 # A level of exactly 0 is replaced by these two, and the limit read off the two weights. They are far below any real
 # level, and their powers up to the sixth stay within float64.

@@ -11,7 +11,7 @@ import torch
 import fastdiff
 from fastdiff import prediction as kinds
 from fastdiff import samplers
-from fastdiff.integrations.tables import TabulatedEDM, TabulatedFlow
+from fastdiff.tabulated import TabulatedEDM, TabulatedFlow
 
 VP = fastdiff.VariancePreserving()
 X0 = torch.randn(4, 3, 8, 8)

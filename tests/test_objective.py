@@ -9,7 +9,8 @@ from accuracy import to_numpy
 import fastdiff
 from fastdiff import losses, weighting
 from fastdiff import timesteps as ts
-from fastdiff.objective import Rows, draw_seed
+from fastdiff.objective import Rows
+from fastdiff.philox import draw_seed
 from fastdiff.prediction import conversion
 
 PAIRS = [

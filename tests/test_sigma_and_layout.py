@@ -10,7 +10,7 @@ import torch
 import fastdiff
 from fastdiff import losses, timesteps, weighting
 from fastdiff.integrations.losses_per_timestep import TimestepLosses
-from fastdiff.integrations.tables import TabulatedFlow
+from fastdiff.tabulated import TabulatedFlow
 
 SIGMA = torch.tensor([0.1, 0.45, 0.98], dtype=torch.float64)
 SHAPE = (3, 2, 4, 4)

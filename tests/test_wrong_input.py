@@ -10,8 +10,9 @@ import torch
 
 import fastdiff
 from fastdiff import graph, losses, ops, samplers, timesteps, weighting
+from fastdiff import tabulated as tables
 from fastdiff.guidance import Guidance
-from fastdiff.integrations import guided_diffusion, tables
+from fastdiff.integrations import guided_diffusion
 from fastdiff.samplers.schedule import Scheduled
 
 X = torch.randn(2, 3, 4)
@@ -526,9 +527,9 @@ def test_use_backend_is_undone():
             fastdiff.use_backend("cuda")
         assert fastdiff.backends.choose("cpu") == "reference"
     fastdiff.use_backend("reference")
-    assert fastdiff.backends._forced == "reference"
+    assert fastdiff.backends.registry._forced == "reference"
     fastdiff.use_backend(None)
-    assert fastdiff.backends._forced is None
+    assert fastdiff.backends.registry._forced is None
     assert {backend.name for backend in fastdiff.backends.status()} == {"reference", "native", "triton", "cuda"}
 
 

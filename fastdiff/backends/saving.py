@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .rows import Gathered
+from ..tensors import Gathered
 
 
 def save(ctx: Any, *values: Any) -> None:

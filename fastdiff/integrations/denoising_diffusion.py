@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..backends.native import torch_noise
+from .. import ops, torch_randn
 from ..ops import COLUMNS
+from ..tabulated import kept
 from .method_swap import fuse_methods, fused_methods, left_alone, unfuse
-from .tables import kept
 
 __all__ = ["fuse", "fused_methods", "left_alone", "unfuse"]
 
@@ -78,7 +77,7 @@ def fuse(diffusion: nn.Module, *, immiscible: str | None = None) -> nn.Module:
 
 def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
     """x_t at integer ``t`` [batch]."""
-    noise = torch_noise.randn_like(x_start) if noise is None else noise
+    noise = torch_randn.randn_like(x_start) if noise is None else noise
     return ops.noise(x_start, *_levels(self, t), _permuted(self, x_start, noise))[0]
 
 
@@ -92,7 +91,7 @@ def p_losses(
 ) -> Tensor:
     """The loss: a scalar, or one a sample with ``loss_reduction="none"``. A given ``noise`` is not written to."""
     given = noise
-    noise = torch_noise.randn_like(x_start) if given is None else given
+    noise = torch_randn.randn_like(x_start) if given is None else given
     strength = getattr(self, "offset_noise_strength", 0.0) if offset_noise_strength is None else offset_noise_strength
     if strength > 0.0:
         offset = strength * torch.randn(x_start.shape[:2], device=self.device)[:, :, None, None]
@@ -116,7 +115,7 @@ def p_losses(
 def p_sample(self, x: Tensor, t: int, x_self_cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(x_{t-1}, x0 estimate), the estimate clamped to [-1, 1]."""
     output = self.model(x, torch.full((len(x),), t, device=self.device, dtype=torch.long), x_self_cond)
-    noise = torch_noise.randn_like(x) if t > 0 else None
+    noise = torch_randn.randn_like(x) if t > 0 else None
     y, x0, _ = ops.step(x, output, _posterior(self)[t], clip=1.0, noise=noise, return_entry=False)
     return y, x0
 
@@ -126,7 +125,7 @@ def ddim_sample(self, shape: tuple[int, ...], return_all_timesteps: bool = False
     """A whole DDIM run of ``sampling_timesteps`` steps."""
     times = torch.linspace(-1, self.num_timesteps - 1, steps=self.sampling_timesteps + 1).int().tolist()[::-1]
     table = _ddim(self, times)
-    x = torch_noise.randn(shape, device=self.device)
+    x = torch_randn.randn(shape, device=self.device)
     x0, images = None, [x]
     for index, (time, following) in enumerate(zip(times[:-1], times[1:])):
         output = self.model(
@@ -134,7 +133,7 @@ def ddim_sample(self, shape: tuple[int, ...], return_all_timesteps: bool = False
             torch.full((shape[0],), time, device=self.device, dtype=torch.long),
             x0 if self.self_condition else None,
         )
-        noise = torch_noise.randn_like(x) if following >= 0 else None  # drawn whatever eta, as upstream
+        noise = torch_randn.randn_like(x) if following >= 0 else None  # drawn whatever eta, as upstream
         used = noise if self.ddim_sampling_eta else None
         x, x0, _ = ops.step(x, output, table[index], clip=1.0, noise=used, return_entry=False)
         images.append(x)
@@ -214,7 +213,7 @@ def _ddim(self, times: list[int]) -> Tensor:
 
 def continuous_q_sample(self, x_start: Tensor, times: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
     """(x_t, log SNR), and (alpha, sigma) too where the object predicts v."""
-    noise = torch_noise.randn_like(x_start) if noise is None else noise
+    noise = torch_randn.randn_like(x_start) if noise is None else noise
     log_snr, alpha, sigma = _continuous_levels(self, times)
     x = ops.noise(x_start, alpha, sigma, noise)[0]
     if not _predicts_v(self):
@@ -227,7 +226,7 @@ def continuous_p_losses(
     self, x_start: Tensor, times: Tensor, noise: Tensor | None = None, loss_reduction: str = "mean"
 ) -> Tensor:
     """The loss at ``times`` in [0, 1]; a learned schedule gets its gradient."""
-    noise = torch_noise.randn_like(x_start) if noise is None else noise
+    noise = torch_randn.randn_like(x_start) if noise is None else noise
     log_snr, alpha, sigma = _continuous_levels(self, times)
     output = self.model(ops.noise(x_start, alpha, sigma, noise)[0], log_snr)
     weight: Tensor | float = 1.0
@@ -260,7 +259,7 @@ def elucidated_forward(
         raise AssertionError(f"images must be [batch, {', '.join(map(str, size))}]; got {tuple(images.shape)}.")
     x0 = images * 2 - 1
     sigma = self.noise_distribution(len(x0)) if sigma is None else sigma
-    noise = torch_noise.randn_like(x0)
+    noise = torch_randn.randn_like(x0)
     wide = sigma.double()
     c_skip, c_out, c_in = self.c_skip(wide), self.c_out(wide), self.c_in(wide)
     condition = None

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..backends.native import torch_noise
+from .. import ops, torch_randn
 from ..ops.checks import check_floating
 
 __all__ = ["EDM2Loss", "EDMLoss", "VELoss", "VPLoss"]
@@ -41,7 +40,7 @@ class EDMLoss:
         check_floating(images=images)
         sigma = self.sigma(images)
         y, augment_labels = augment_pipe(images) if augment_pipe is not None else (images, None)
-        x = ops.noise(y, 1.0, sigma, torch_noise.randn_like(y))[0]
+        x = ops.noise(y, 1.0, sigma, torch_randn.randn_like(y))[0]
         denoised = net(x, sigma, labels, augment_labels=augment_labels)
         return _sums(denoised, y, self.weight(sigma.double()))
 
@@ -86,7 +85,7 @@ class EDM2Loss(EDMLoss):
         """Sums a sample of weight / exp(u) (D - x0)^2 + u, [batch, 1, ...]; differentiable in D and u."""
         check_floating(images=images)
         sigma = self.sigma(images)
-        x = ops.noise(images, 1.0, sigma, torch_noise.randn_like(images))[0]
+        x = ops.noise(images, 1.0, sigma, torch_randn.randn_like(images))[0]
         denoised, logvar = net(x, sigma, labels, return_logvar=True)
         logvar = logvar.reshape(sigma.shape)
         weight = self.weight(sigma.double()) * torch.exp(-logvar.double())

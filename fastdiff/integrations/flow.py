@@ -18,8 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..backends.native import torch_noise
+from .. import ops, torch_randn
 from ..ops.checks import check_alike, check_floating
 from .method_swap import fuse_methods, fused_methods, left_alone, unfuse
 
@@ -94,7 +93,7 @@ def noise(source: Any, x_1: Tensor, x_0: Tensor | None = None, t: Tensor | None 
             f"{type(source).__name__} is neither an affine path of flow_matching nor a matcher of torchcfm. SiT: "
             f"use flow.fuse(transport)."
         )
-    x_0 = torch_noise.randn_like(x_1) if x_0 is None else x_0
+    x_0 = torch_randn.randn_like(x_1) if x_0 is None else x_0
     check_alike(x_1=x_1, x_0=x_0)
     if matcher and hasattr(source, "ot_sampler"):
         x_0, x_1 = source.ot_sampler.sample_plan(x_0, x_1)
@@ -102,7 +101,7 @@ def noise(source: Any, x_1: Tensor, x_0: Tensor | None = None, t: Tensor | None 
         t = torch.rand(len(x_1)).type_as(x_1) if matcher else torch.rand(len(x_1), device=x_1.device)
     if t.shape != x_1.shape[:1]:
         raise ValueError(f"t must be [batch] = {tuple(x_1.shape[:1])}; got {tuple(t.shape)}.")
-    eps = torch_noise.randn_like(x_0) if matcher else None
+    eps = torch_randn.randn_like(x_0) if matcher else None
     rows = _matcher_rows(source, t) if matcher else _path_rows(source, t)
     if not matcher:
         _check_affine(source, x_1, x_0)

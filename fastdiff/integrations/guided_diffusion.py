@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..backends.native import torch_noise
-from ..backends.rows import gather_rows
+from .. import ops, torch_randn
 from ..ops import COLUMNS
+from ..tabulated import kept
+from ..tensors import gather_rows
 from .method_swap import fuse_methods, fused_methods, left_alone, unfuse
-from .tables import kept
 
 __all__ = ["LossSecondMomentResampler", "fuse", "fused_methods", "left_alone", "unfuse"]
 
@@ -62,7 +61,7 @@ def fuse(diffusion: Any) -> Any:
 
 def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
     """x_t at integer ``t`` [batch]."""
-    noise = torch_noise.randn_like(x_start) if noise is None else noise
+    noise = torch_randn.randn_like(x_start) if noise is None else noise
     return _noised(self, x_start, t, noise)
 
 
@@ -73,7 +72,7 @@ def training_losses(
     if self.loss_type.name not in ("MSE", "RESCALED_MSE"):
         own = super(type(self), self).training_losses
         return own(model, x_start, t, model_kwargs=model_kwargs, noise=noise)
-    noise = torch_noise.randn_like(x_start) if noise is None else noise
+    noise = torch_randn.randn_like(x_start) if noise is None else noise
     x_t = _noised(self, x_start, t, noise)
     output, values = _split(self, _call(self, model, x_t, t, model_kwargs), x_t)
     terms = {}
@@ -155,7 +154,7 @@ def p_sample(
         output,
         rows,
         clip=1.0 if clip_denoised else None,
-        noise=torch_noise.randn_like(x),
+        noise=torch_randn.randn_like(x),
         log_variance=values,
         return_entry=False,
     )
@@ -181,7 +180,7 @@ def ddim_sample(
         return own(model, x, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs, eta=eta, **given)
     output, _ = _split(self, _call(self, model, x, t, model_kwargs), x)
     rows = gather_rows(_kept(self, ("ddim", eta), lambda d: _ddim_table(d, eta), t.device), t)
-    noise = torch_noise.randn_like(x)
+    noise = torch_randn.randn_like(x)
     sample, x0, _ = ops.step(
         x, output, rows, clip=1.0 if clip_denoised else None, noise=noise if eta else None, return_entry=False
     )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.native import torch_noise
+from .. import torch_randn
 from ..process import EDM
 from ..samplers import DPMSolverPP, Euler, EulerAncestral, Heun, Sampler
 from ..sampling import sample
@@ -195,7 +195,7 @@ def _run(
         if noise_sampler is not None:
             return noise_sampler(sigmas[step], sigmas[step + 1])
         for _ in range(max(1, step + 1 - drawn) if draws else 1):
-            z = torch_noise.randn_like(x)
+            z = torch_randn.randn_like(x)
             drawn += 1
         return z
 

@@ -18,17 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, torch_randn
 from .. import weighting as weightings
-from ..backends.native import torch_noise
-from ..backends.rows import cached, gather_rows
-from ..losses import Loss
-from ..objective import Noised, Objective
-from ..ops.checks import check_floating, compute_dtype
-from ..prediction import SAMPLE, Prediction
-from ..prediction import get as prediction_kind
-from ..weighting import MinSNR, SigmaSqrt, WeightingLike
-from .schedulers import (
+from ..from_scheduler import (
     config_value,
     edm_table,
     flow_table,
@@ -36,6 +28,13 @@ from .schedulers import (
     prediction_of,
     vp_process,
 )
+from ..losses import Loss
+from ..objective import Noised, Objective
+from ..ops.checks import check_floating, compute_dtype
+from ..prediction import SAMPLE, Prediction
+from ..prediction import get as prediction_kind
+from ..tensors import cached, gather_rows
+from ..weighting import MinSNR, SigmaSqrt, WeightingLike
 
 __all__ = [
     "TrainingScript",
@@ -123,11 +122,11 @@ class TrainingScript:
                 t = self.draw_times(len(x0), x0.device, generator)
             return self.objective.noise(x0, t, noise, generator)
         if noise is None:
-            noise = torch_noise.randn_like(x0, generator=generator)
+            noise = torch_randn.randn_like(x0, generator=generator)
             if self.noise_offset:
                 shape = (*x0.shape[:2], *(1,) * (x0.ndim - 2))
                 noise += self.noise_offset * torch.randn(shape, device=x0.device, generator=generator)
-        xi = torch_noise.randn_like(x0, generator=generator) if self.input_perturbation else None
+        xi = torch_randn.randn_like(x0, generator=generator) if self.input_perturbation else None
         if t is None:
             t = self.draw_times(len(x0), x0.device, generator)
         if xi is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.rows import Gathered
+from ..tensors import Gathered
 
 
 def check_tensor(what: str, value: Any, name: str) -> None:

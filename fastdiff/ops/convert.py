@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import backends
+from . import dispatch
 from .checks import check_alike, check_floating, compute_dtype, place_all
 
 
@@ -18,4 +18,4 @@ def convert(m: Tensor, x_t: Tensor, k_x: Tensor | float, k_m: Tensor | float) ->
     check_alike(x_t=x_t, prediction=m)
     dtype = compute_dtype(m, x_t)
     k_x, k_m = place_all(m.shape, dtype, m.device, k_x=k_x, k_m=k_m)
-    return backends.get(m.device).convert(m, x_t, k_x, k_m, m.dtype)
+    return dispatch.get(m.device).convert(m, x_t, k_x, k_m, m.dtype)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..backends.codes import FUNCTIONS, NEED_C, REDUCTIONS
-from ..backends.rows import as_tensor, value_checks_are_free
+from ..codes import FUNCTIONS, NEED_C, REDUCTIONS
+from ..philox import Philox
+from ..tensors import as_tensor, value_checks_are_free
+from . import dispatch
 from .checks import check_alike, check_floating, compute_dtype, place_all
-from .noise import Philox, check_noise
+from .noise import check_noise
 
 MASK_NORMALIZATIONS = ("none", "row", "sample", "global")
 
@@ -74,7 +75,7 @@ def loss(
     placed_shape = tuple(row_shape) + (1,) * (len(shape) - len(row_shape))
     weight = weight.expand(placed_shape)
     result = normalized(
-        backends.get(device).loss,
+        dispatch.get(device).loss,
         prediction, x0, n, p, q, scale, weight, c, mask, function, mask_normalization, reduction,
     )  # fmt: skip
     return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result

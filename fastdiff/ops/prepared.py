@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..backends.codes import COLUMNS
-from ..backends.rows import cached
+from ..backends.native.prepared import noise_runner, row_runner
+from ..codes import COLUMNS
+from ..tensors import cached
+from . import dispatch
 from .checks import check_alike, check_clip, check_floating, compute_dtype, place_rows
 
 # What ``PreparedSteps.run`` is told, added up. X0, ENTRY: what is wanted besides y. MODEL_DTYPE: results in m's dtype,
@@ -55,7 +56,7 @@ class PreparedSteps(_Placed):
 
     def __init__(self, table: Tensor):
         super().__init__(table, len(COLUMNS))
-        self.run: Callable = backends.native.row_runner(self.table)
+        self.run: Callable = row_runner(self.table)
 
     def __call__(
         self,
@@ -78,7 +79,7 @@ class PreparedSteps(_Placed):
             check_floating(x=x)
         dtype = x.dtype if dtype is None else dtype
         wanted = (return_x0, return_entry)
-        backend = backends.get(x.device)
+        backend = dispatch.get(x.device)
         run = getattr(backend, "run_row", None)
         if run is not None and threshold is None:
             done = run(self, k, x, m, clip, history, noise, log_variance, dtype, wanted)
@@ -107,7 +108,7 @@ class PreparedNoise(_Placed):
 
     def __init__(self, table: Tensor):
         super().__init__(table, 2)
-        self.run: Callable = backends.native.noise_runner(self.table)
+        self.run: Callable = noise_runner(self.table)
 
     def __call__(self, index: int | Tensor, x0: Tensor, n: Tensor) -> Tensor:
         """alpha x0 + sigma n in the dtype of x0.
@@ -121,7 +122,7 @@ class PreparedNoise(_Placed):
         """
         if not isinstance(x0, Tensor):
             check_floating(x0=x0)
-        backend = backends.get(x0.device)
+        backend = dispatch.get(x0.device)
         run = getattr(backend, "run_noise", None)
         if run is not None:
             done = run(self, index, x0, n)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..backends.codes import COLUMNS, KEPT_STEPS
+from ..codes import COLUMNS, KEPT_STEPS
+from ..philox import Philox
+from . import dispatch
 from .checks import check_alike, check_clip, check_floating, compute_dtype, place_rows
-from .noise import Philox, check_noise
+from .noise import check_noise
 
 
 def step(
@@ -59,7 +60,7 @@ def step(
     """
     simple = uncond is log_variance is threshold is mask is known is known_noise is model_input is None
     if simple and not history and not return_entry and isinstance(x, Tensor):
-        whole = getattr(getattr(backends.get(x.device), "direct", None), "step", None)
+        whole = getattr(getattr(dispatch.get(x.device), "direct", None), "step", None)
         n = noise.whole(x.shape) if isinstance(noise, Philox) else noise
         if whole is not None and (n is not None or noise is None):
             done = whole(x, m, row, clip, n, return_x0)
@@ -95,7 +96,7 @@ def step(
         "threshold": threshold, "mask": mask, "known": known, "known_noise": known_noise, "model_input": model_input,
     }  # fmt: skip
     wanted = (return_x0, return_entry)
-    return backends.get(x.device).step(
+    return dispatch.get(x.device).step(
         x, m, uncond, guidance, row, clip, tuple(history), noise, log_variance, x.dtype, wanted,
         **{name: value for name, value in extras.items() if value is not None},
     )  # fmt: skip

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..backends.reference import Trajectory
+from ..philox import Philox
+from . import dispatch
 from .checks import check_clip, check_floating, place_rows
-from .noise import Philox
 from .prepared import PreparedSteps
 from .step import check_inpainting
 
@@ -48,6 +48,6 @@ def trajectory(
         guidance = place_rows("guidance", guidance.to(x.device, dtype), x.shape)
     if known is not None:
         known = known.to(x.dtype)
-    backend = backends.get(x.device)
+    backend = dispatch.get(x.device)
     make = getattr(backend, "Trajectory", Trajectory)
     return make(backend.step, x, prepared, guidance, clip, mask, known, known_noise, philox, reuse)

@@ -10,8 +10,9 @@ import torch
 import fastdiff
 from fastdiff import process as processes
 from fastdiff import samplers
+from fastdiff import tabulated as tables
 from fastdiff import weighting as weightings
-from fastdiff.integrations import guided_diffusion, tables, training_scripts
+from fastdiff.integrations import guided_diffusion, training_scripts
 
 diffusers = pytest.importorskip("diffusers")
 from fastdiff.integrations import diffusers as fused  # noqa: E402

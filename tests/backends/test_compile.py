@@ -6,7 +6,7 @@ from devices import in_turn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiff
-from fastdiff.backends import compiled
+from fastdiff.ops import torch_library as compiled
 
 OPS = torch.ops.fastdiff
 SEED = torch.tensor([11])

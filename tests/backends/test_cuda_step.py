@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastdiff
-from fastdiff import backends, ops
-from fastdiff.backends import cuda, native, reference
+from fastdiff import ops
+from fastdiff.backends import cuda, native, reference, registry
 from fastdiff.backends.cuda import operations as on
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +110,7 @@ def host(host_module, monkeypatch):
     monkeypatch.setattr(on, "ordinal", lambda tensor: 0)
     monkeypatch.setattr(on, "queue", lambda device: 0)
     monkeypatch.setattr(on, "unfit_because", lambda device: "")
-    monkeypatch.setattr(backends, "_forced", "cuda")
+    monkeypatch.setattr(registry, "_forced", "cuda")
     return host_module
 
 
@@ -296,7 +296,7 @@ def test_whole_runs(host, sampler, dtype, monkeypatch):
     ):
         results = []
         for backend in ("cuda", "reference"):
-            monkeypatch.setattr(backends, "_forced", backend)
+            monkeypatch.setattr(registry, "_forced", backend)
             results.append(
                 fastdiff.sample(
                     network,
@@ -406,7 +406,7 @@ def test_graphed_runs_equal_plain_ones(host, recorded, backend, option, monkeypa
     """All samplers: what a graph replays is the run of separate steps, noise and history and all."""
     if backend == "native" and not native.available:
         pytest.skip(native.unavailable_because)
-    monkeypatch.setattr(backends, "_forced", backend)
+    monkeypatch.setattr(registry, "_forced", backend)
     captured = []
     real = cuda.Trajectory.captured
     monkeypatch.setattr(cuda.Trajectory, "captured", lambda *a, **how: captured.append(1) or real(*a, **how))

@@ -2,6 +2,7 @@
 here: what a driver and a compiler would answer is put in their place, the rest is real."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import warnings
@@ -11,7 +12,7 @@ import torch
 
 import fastdiff
 from fastdiff import backends, doctor, ops
-from fastdiff.backends import cuda, devices, reference, triton
+from fastdiff.backends import cuda, devices, reference, registry, triton
 from fastdiff.backends.cuda import operations as on
 
 GPUS = [torch.device("cuda", k) for k in range(3)]
@@ -33,20 +34,20 @@ class Machine:
         monkeypatch.setattr(torch.cuda, "device", self.on)
         described = type("Properties", (), {"name": "GPU", "total_memory": 2**34, "major": 7, "minor": 0})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: described)
-        monkeypatch.setattr(backends, "_chosen", {})
-        monkeypatch.setitem(backends._CHOICE, "cuda", "cuda")
+        monkeypatch.setattr(registry, "_chosen", {})
+        monkeypatch.setitem(registry._CHOICE, "cuda", "cuda")
         monkeypatch.setattr(on, "built", True)
         monkeypatch.setattr(on, "_C", self)
         status = [
-            backends.replace(backend, available=True, reason="") if backend.name in self.unfit else backend
-            for backend in backends._STATUS
+            dataclasses.replace(backend, available=True, reason="") if backend.name in self.unfit else backend
+            for backend in registry._STATUS
         ]
-        monkeypatch.setattr(backends, "_STATUS", tuple(status))
-        for trial in backends._TRIED.values():
+        monkeypatch.setattr(registry, "_STATUS", tuple(status))
+        for trial in registry._TRIED.values():
             monkeypatch.setattr(trial, "found", {})
         # ``Kernel.__call__`` would need a device's memory, so it is the launch as a whole that is put in its place.
         monkeypatch.setattr(triton, "no_device_because", lambda: "")
-        monkeypatch.setattr(backends._TRIED["triton"], "_attempt", lambda device: self.try_on("triton", device.index))
+        monkeypatch.setattr(registry._TRIED["triton"], "_attempt", lambda device: self.try_on("triton", device.index))
 
     @contextlib.contextmanager
     def on(self, device):
@@ -80,7 +81,7 @@ def silently(call, *arguments):
 def test_each_device_is_tried_once(machine):
     for _ in range(3):
         assert silently(lambda: [backends.choose(gpu) for gpu in GPUS]) == ["cuda"] * 3
-        assert [backends.get(gpu) for gpu in GPUS] == [cuda] * 3
+        assert [registry.get(gpu) for gpu in GPUS] == [cuda] * 3
     assert machine.tries == [("cuda", 0), ("cuda", 1), ("cuda", 2)]
     assert backends.choose("cuda") == "cuda", "the current one"
 
@@ -89,9 +90,9 @@ def test_a_device_without_code_for_the_step_has_tritons(machine):
     machine.unfit["cuda"][1] = RuntimeError(NO_CODE + ".")
     assert silently(backends.choose, GPUS[0]) == "cuda"
     with pytest.warns(UserWarning, match=r"'cuda' cannot run on cuda:1: .*CUDA error 209.*'triton' does") as found:
-        assert backends.get(GPUS[1]) is triton
+        assert registry.get(GPUS[1]) is triton
     assert len(found) == 1
-    assert silently(backends.get, GPUS[1]) is triton and silently(backends.get, GPUS[2]) is cuda
+    assert silently(registry.get, GPUS[1]) is triton and silently(registry.get, GPUS[2]) is cuda
     assert machine.tries.count(("cuda", 1)) == 1
 
 
@@ -99,12 +100,12 @@ def test_a_device_that_nothing_fits_has_the_reference(machine):
     machine.unfit["cuda"][2] = RuntimeError(NO_CODE)
     machine.unfit["triton"][2] = RuntimeError("ptxas failed\nstderr:\nno such target.\n\n.version 8")
     with pytest.warns(UserWarning) as found:
-        assert backends.get(GPUS[2]) is reference
+        assert registry.get(GPUS[2]) is reference
     assert [str(one.message) for one in found] == [
         f"the backend 'cuda' cannot run on cuda:2: {NO_CODE}. 'reference' does.",
         "the backend 'triton' cannot run on cuda:2: ptxas failed stderr: no such target. 'reference' does.",
     ]
-    assert silently(backends.choose, GPUS[2]) == "reference" and not backends.remakes_noise(GPUS[2])
+    assert silently(backends.choose, GPUS[2]) == "reference" and not registry.remakes_noise(GPUS[2])
 
 
 def test_a_device_with_the_step_but_without_triton(machine):
@@ -114,7 +115,7 @@ def test_a_device_with_the_step_but_without_triton(machine):
     machine.unfit["triton"][1] = AssertionError()
     assert silently(backends.choose, GPUS[1]) == "cuda"
     assert not operations._runs_on(GPUS[1]) and operations._runs_on(GPUS[0])
-    assert backends.remakes_noise(GPUS[0]) and not backends.remakes_noise(GPUS[1])
+    assert registry.remakes_noise(GPUS[0]) and not registry.remakes_noise(GPUS[1])
     assert triton.unfit_because(GPUS[1]) == "AssertionError"
 
 
@@ -178,12 +179,12 @@ def test_a_forced_backend_says_why(machine, name):
         assert backends.choose(GPUS[0]) == name
         for _ in range(2):
             with pytest.raises(RuntimeError, match=f"'{name}' cannot run on cuda:1: no code for it"):
-                backends.get(GPUS[1])
+                registry.get(GPUS[1])
     machine.current = 1
     with fastdiff.use_backend(name):  # it runs on one that was tried
         assert backends.choose("meta") == name, "whose operations go to the reference there"
         assert name != "cuda" or backends.choose(torch.device("xpu", 0)) == name
-    backends._TRIED[name].found.clear()
+    registry._TRIED[name].found.clear()
     with pytest.raises(RuntimeError, match=f"'{name}' is not available: not on cuda:1: no code for it"):
         fastdiff.use_backend(name)
     with fastdiff.use_backend("reference"):
@@ -211,15 +212,15 @@ def test_fake_tensors_are_not_what_is_tried(machine, monkeypatch):
 def test_nothing_is_tried_while_a_program_is_traced(monkeypatch):
     """An objective asks, when it is traced, whether the noise is to be kept."""
     tries = []
-    monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setitem(backends._CHOICE, "cuda", "triton")
-    for trial in backends._TRIED.values():
+    monkeypatch.setattr(registry, "_chosen", {})
+    monkeypatch.setitem(registry._CHOICE, "cuda", "triton")
+    for trial in registry._TRIED.values():
         monkeypatch.setattr(trial, "found", {})
         monkeypatch.setattr(trial, "_attempt", tries.append)
     torch._dynamo.reset()
 
     def add(x):
-        return x + 1 if backends.remakes_noise(torch.device("cuda", 0)) else x
+        return x + 1 if registry.remakes_noise(torch.device("cuda", 0)) else x
 
     compiled = torch.compile(add, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
@@ -263,7 +264,7 @@ def refusing(monkeypatch):
     monkeypatch.setattr(on, "on_device", lambda tensor: tensor.is_cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(on.unfit_because, "found", {})
-    monkeypatch.setitem(backends._CHOICE, "cpu", "cuda")
+    monkeypatch.setitem(registry._CHOICE, "cpu", "cuda")
 
 
 def test_every_way_into_the_step_goes_elsewhere(refusing):

@@ -6,7 +6,7 @@ import torch
 import fastdiff
 from fastdiff import ops
 from fastdiff.backends import reference
-from fastdiff.backends.rows import Gathered
+from fastdiff.tensors import Gathered
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available():

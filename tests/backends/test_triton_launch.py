@@ -318,7 +318,7 @@ def jit_key(kernel, arguments, constants):
 def test_triton_jit_makes_no_more_variants(monkeypatch):
     """Sizes, counts, strides, streams, offsets and rows that lie anywhere: where ours is one variant, its is one."""
     from fastdiff import ops
-    from fastdiff.backends.rows import Gathered
+    from fastdiff.tensors import Gathered
 
     table, how = torch.ones(1000, 5), ("mse", "none", "mean")
     launched = []
@@ -392,12 +392,13 @@ def test_workspaces_are_shared_by_a_stream_and_grow(monkeypatch):
 def test_noise_is_kept_unless_triton_makes_it(has_triton, monkeypatch):
     """The CUDA backend has no noise of its own: whether it is made again is up to the one that makes it there."""
     import fastdiff
-    from fastdiff import backends, ops
+    from fastdiff import ops
+    from fastdiff.backends import registry
 
-    kept = {name: not backends.remakes_noise(name) for name in ("cpu", "meta")}
+    kept = {name: not registry.remakes_noise(name) for name in ("cpu", "meta")}
     assert kept == {"cpu": True, "meta": True}
-    monkeypatch.setattr(backends._MODULES["triton"], "available", has_triton)
-    monkeypatch.setitem(backends._CHOICE, "cpu", "cuda")
-    assert backends.remakes_noise("cpu") == has_triton
+    monkeypatch.setattr(registry._MODULES["triton"], "available", has_triton)
+    monkeypatch.setitem(registry._CHOICE, "cpu", "cuda")
+    assert registry.remakes_noise("cpu") == has_triton
     noised = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow").noise(X, seed=1)
     assert isinstance(noised.noise_source, ops.Philox if has_triton else torch.Tensor)

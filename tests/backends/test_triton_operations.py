@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastdiff
 from fastdiff import backends, ops
 from fastdiff.backends.reference import philox
-from fastdiff.backends.rows import Gathered
+from fastdiff.tensors import Gathered
 
 pytest.importorskip("triton")
 import triton as jit

@@ -6,11 +6,11 @@ import torch
 pytest.importorskip("triton")
 import fastdiff
 from fastdiff import ops
-from fastdiff.backends.rows import Gathered
 from fastdiff.backends.triton import launches
 from fastdiff.backends.triton import operations as triton
 from fastdiff.bench import counting, peers
 from fastdiff.bench.cases import Case, operands
+from fastdiff.tensors import Gathered
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SHAPE, ELEMENTS, SAMPLES = (3, 4, 8, 8), 768, 3

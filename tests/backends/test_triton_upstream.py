@@ -7,8 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastdiff.backends.rows import Gathered
 from fastdiff.backends.triton import interpreted, launch, operations, workspace
+from fastdiff.tensors import Gathered
 
 if not interpreted():
     pytest.skip("needs Triton's interpreter", allow_module_level=True)

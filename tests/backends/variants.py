@@ -15,10 +15,10 @@ os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "FASTDIFF_NI
 import pytest
 import torch
 
-from fastdiff import backends
+from fastdiff.backends import registry
 from fastdiff.backends.triton import launch
 
-backends._CHOICE["cpu"] = "triton"  # as on a GPU, where what is not forced is Triton's too
+registry._CHOICE["cpu"] = "triton"  # as on a GPU, where what is not forced is Triton's too
 
 
 class Recorder:

@@ -432,7 +432,7 @@ class TestDoctor:
             (torch.cuda, "get_device_properties", lambda index: properties),
             (torch.backends.mps, "is_available", lambda: False),
             (doctor.backends, "choose", lambda device: {"cpu": "slow", "cuda": "quick"}[device.type]),
-            (doctor.torch_noise, "reason", lambda: "because"),
+            (doctor.torch_randn, "reason", lambda: "because"),
         ):
             monkeypatch.setattr(target, name, value)
         assert main(["doctor"]) == 0

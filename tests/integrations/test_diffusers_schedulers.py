@@ -522,12 +522,13 @@ def test_flow_euler_is_equal_to_the_bit():
 @pytest.fixture(params=["quick", "general"])
 def way(request, monkeypatch):
     """How a step reads its tensors and draws: in C and in its own pass, or in Python and with torch.randn."""
-    from fastdiff.backends.native import prepared, torch_noise
+    from fastdiff import torch_randn
+    from fastdiff.backends.native import prepared
 
     if request.param == "quick":
         yield
         return
-    monkeypatch.setattr(torch_noise, "_reason", "left to torch.randn here")
+    monkeypatch.setattr(torch_randn, "_reason", "left to torch.randn here")
     prepared.allow(False)
     yield
     prepared.allow(True)
@@ -1037,7 +1038,8 @@ for _name in NAMES:
 @pytest.mark.parametrize("case", range(len(SOME)), ids=lambda i: f"{i}-{SOME[i][0]}")
 def test_the_quick_way_has_the_bits_of_the_other(monkeypatch, case, dtype):
     """Tensors read in C and noise drawn in the step's pass, against tensors read in Python and noise of torch.randn."""
-    from fastdiff.backends.native import prepared, torch_noise
+    from fastdiff import torch_randn
+    from fastdiff.backends.native import prepared
 
     if not prepared.reads_tensors:
         pytest.skip("this PyTorch does not show its tensors to C")
@@ -1047,7 +1049,7 @@ def test_the_quick_way_has_the_bits_of_the_other(monkeypatch, case, dtype):
     quick, error = outcome(fused.fuse(make(name, config)), steps, dtype, generators[0], **given)
     counted = fused.fused_calls(), fused.fallbacks()
     fused.reset_counts()
-    monkeypatch.setattr(torch_noise, "_reason", "left to torch.randn here")
+    monkeypatch.setattr(torch_randn, "_reason", "left to torch.randn here")
     prepared.allow(False)
     torch.manual_seed(5)
     try:
@@ -1064,10 +1066,10 @@ def test_the_quick_way_has_the_bits_of_the_other(monkeypatch, case, dtype):
 
 def test_the_quick_way_is_taken(monkeypatch):
     """A plain step reads its tensors in C: nothing of the other way is called, and nothing of torch.randn."""
-    from fastdiff import ops
-    from fastdiff.backends.native import prepared, torch_noise
+    from fastdiff import ops, torch_randn
+    from fastdiff.backends.native import prepared
 
-    if not prepared.reads_tensors or torch_noise.reason():
+    if not prepared.reads_tensors or torch_randn.reason():
         pytest.skip("this PyTorch is left to draw")
     for name in NAMES:
         scheduler, x = fused.fuse(make(name, {})), torch.ones(SHAPE)
@@ -1078,7 +1080,7 @@ def test_the_quick_way_is_taken(monkeypatch):
                 if k:  # the first finds out where it is, and tries out the draw
                     patch.setattr(ops.PreparedSteps, "__call__", None)
                     patch.setattr(ops.PreparedNoise, "__call__", None)
-                    patch.setattr(torch_noise, "randn", None)
+                    patch.setattr(torch_randn, "randn", None)
                 if hasattr(scheduler, "scale_model_input"):
                     scheduler.scale_model_input(x, t)
                 scheduler.step(0.1 * x, t, x, return_dict=k % 2 == 0)

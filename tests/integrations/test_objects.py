@@ -33,7 +33,7 @@ from torch import nn
 import fastdiff
 from fastdiff.integrations import edm, flow, guided_diffusion, k_denoisers
 from fastdiff.integrations.losses_per_timestep import TimestepLosses
-from fastdiff.integrations.tables import TabulatedVP
+from fastdiff.tabulated import TabulatedVP
 
 
 def assert_close(ours, theirs, tolerance=1e-5):

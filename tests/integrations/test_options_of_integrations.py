@@ -14,7 +14,8 @@ from tiny_run import SHAPE, START, at, clean
 
 import fastdiff
 from fastdiff import losses
-from fastdiff.integrations import edm, flow, k_diffusion, method_swap, tables, training_scripts
+from fastdiff import tabulated as tables
+from fastdiff.integrations import edm, flow, k_diffusion, method_swap, training_scripts
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers import training_utils  # noqa: E402

@@ -9,7 +9,8 @@ from tiny_run import ABAR, LEVELS, SIGMAS, TIMES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
-from fastdiff import backends, ops, samplers
+from fastdiff import ops, samplers
+from fastdiff.backends import registry
 from fastdiff.guidance import quantile
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -248,9 +249,9 @@ def test_one_launch_a_step(name, backend, monkeypatch):
     """Each call of the network is followed by one call of the backend's step, with guidance and noise and all."""
     calls = []
     if backend == "native":
-        from fastdiff.backends.native import operations
+        from fastdiff.backends.native import trajectory
 
-        original = operations._C
+        original = trajectory._C
 
         class Counting:
             def __getattr__(self, attribute):
@@ -268,9 +269,9 @@ def test_one_launch_a_step(name, backend, monkeypatch):
 
                 return counted, aim
 
-        monkeypatch.setattr(operations, "_C", Counting())
+        monkeypatch.setattr(trajectory, "_C", Counting())
     else:
-        module = backends._MODULES["reference"]
+        module = registry._MODULES["reference"]
         real = module.step
         monkeypatch.setattr(module, "step", lambda *a, **how: calls.append(1) or real(*a, **how))
     process, prediction = (FLOW, "flow") if name.startswith("flow") else (VP, "epsilon")

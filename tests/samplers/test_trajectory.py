@@ -6,8 +6,8 @@ from accuracy import assert_same
 from devices import in_turn
 
 import fastdiff
-from fastdiff import backends, ops
-from fastdiff.backends import native, reference
+from fastdiff import ops
+from fastdiff.backends import native, reference, registry
 from fastdiff.backends.native import operations
 
 if not native.available:
@@ -222,4 +222,4 @@ def test_runs_of_one_plan_do_not_share_a_history():
     with fastdiff.use_backend("reference"):
         again = fastdiff.sample(lambda x, t: x * 0.3, (2, 3, 8), *how, seed=1, progress=False)
     assert_same(again, runs[0])
-    assert backends._forced is None
+    assert registry._forced is None

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import modes
+from ... import modes
+from ...torch_access import _C, unavailable_because
 from ..devices import Trial
 from ..native.launch import memory
-from ..native.operations import _C, unavailable_because
 
 if _C is not None:
     unavailable_because = "" if _C.cuda_architectures() else "fastdiff was built without nvcc"
@@ -39,7 +39,7 @@ def no_device_because() -> str:
 
 def elsewhere() -> ModuleType:
     """The backend for what is not here."""
-    from .. import _MODULES
+    from ..registry import _MODULES
 
     triton = _MODULES.get("triton")
     return triton if triton is not None and triton.available else _MODULES["reference"]

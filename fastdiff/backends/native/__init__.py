@@ -4,6 +4,7 @@ What it does not do, the reference does: under ``torch.func``, for tensor subcla
 gradients are asked for that are not those of a training step (of the coefficients, of x0 in a loss, of a step).
 """
 
+from ...torch_access import unavailable_because
 from . import direct as _direct
 from .operations import (
     available,
@@ -15,7 +16,6 @@ from .operations import (
     noise,
     normal,
     step,
-    unavailable_because,
     uniform,
 )
 from .prepared import noise_runner, row_runner, run_noise, run_row

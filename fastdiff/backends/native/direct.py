@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import modes, reference
+from ... import modes
+from ...torch_access import _C, reads_tensors
+from .. import reference
 from ..saving import save, saved
 from .launch import FUNCTIONS, memory
-from .operations import _C, _launch_loss
-from .prepared import reads_tensors
+from .operations import _launch_loss
 
 _threads, _grad = torch.get_num_threads, torch.is_grad_enabled
 

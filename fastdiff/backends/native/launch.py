@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import codes
-from ..codes import DTYPES
+from ... import codes
+from ...codes import DTYPES
 from ..layout import layout_of
 
 FUNCTIONS, REDUCTIONS, NORMALIZATIONS = (

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...extension import load
-from .. import modes, reference
+from ... import modes
+from ...codes import DATA, DTYPES
+from ...torch_access import _C
+from .. import reference
 from ..saving import save, saved
-from .launch import DTYPES, FUNCTIONS, NORMALIZATIONS, REDUCTIONS, arrange, fits, masked, memory, source
+from .launch import FUNCTIONS, NORMALIZATIONS, REDUCTIONS, arrange, fits, masked, memory, source
 
-_C, unavailable_because = load()
 available = _C is not None
 
 
@@ -22,7 +23,6 @@ def description() -> str:
     return f"C++, {_C.simd()} of {', '.join(_C.simd_variants())}"
 
 
-_DATA = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _Parameter = torch.nn.Parameter
 _is_compiling, _wrapping = torch.compiler.is_compiling, modes.wrapping
 
@@ -98,7 +98,7 @@ def normal(
     device: Any = None,
 ) -> Tensor:
     """As ``reference.normal``."""
-    if not _plain(seed) or not _on_cpu(device) or dtype not in _DATA:
+    if not _plain(seed) or not _on_cpu(device) or dtype not in DATA:
         return reference.normal(seed, shape, stream, sample_offset, dtype, device)
     z = torch.empty(shape, dtype=dtype, device="cpu")
     layout, _ = arrange(z.shape)

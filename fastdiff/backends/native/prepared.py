@@ -1,8 +1,8 @@
 """The launches of ``fastdiff.ops.prepared`` on the CPU: of what is plain, contiguous and of one shape, without a tensor
 made on the way. Anything else gives None, and is the slower path's.
 
-Where PyTorch lets its tensors be read from C (``torch.Tensor.__dlpack_c_exchange_api__``, from 2.10), one call of
-``fastdiff._C`` does all of it: ``row_runner``, ``noise_runner``, ``number``.
+Where PyTorch lets its tensors be read from C (``torch_access``), one call of ``fastdiff._C`` does all of it:
+``row_runner``, ``noise_runner``.
 """
 
 from __future__ import annotations
@@ -14,56 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operations
-from .launch import DTYPES, layout_of, memory
+from ...codes import DATA, DTYPES
+from ...modes import wrapping
+from ...torch_access import _C, never, reads_tensors
+from .launch import layout_of, memory
 
-_CODES = {dtype: DTYPES[dtype] for dtype in operations._DATA}
+_CODES = {dtype: DTYPES[dtype] for dtype in DATA}
 _threads, _grad, _empty_like = torch.get_num_threads, torch.is_grad_enabled, torch.empty_like
-
-
-def _enable() -> bool:
-    """Show ``fastdiff._C`` what it needs of PyTorch; whether it can read tensors itself."""
-    if operations._C is None:
-        return False
-    dtypes = sorted(operations._DATA, key=_CODES.__getitem__)
-    operations._C.enable_prepared(torch.Generator, torch.default_generator, _threads, _empty_like, tuple(dtypes))
-    functions = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if functions is None:
-        return False
-    try:
-        operations._C.enable_tensors(functions, (Tensor, torch.nn.Parameter), _empty_like, _grad, operations._wrapping)
-    except ValueError:  # of another version
-        return False
-    return True
-
-
-def _never(*_: Any) -> None:
-    """There is no quick way."""
-
-
-reads_tensors = _enable()
-# (tensor, dimensions) -> the number in a CPU tensor that has one; None for another.
-number: Callable = operations._C.number if reads_tensors else _never
 
 
 def allow(native: bool) -> None:
     """Whether the runners below may run: where CPU tensors are this backend's. Else they give None."""
-    if operations._C is not None:
-        operations._C.allow_prepared(native)
+    if _C is not None:
+        _C.allow_prepared(native)
 
 
 def row_runner(table: Tensor) -> Callable:
     """The quick way of ``fastdiff.ops.prepared.PreparedSteps.run``, of float64 [rows, columns] on the CPU."""
-    return partial(operations._C.prepared_row, _held(table)) if reads_tensors and len(table) else _never
+    return partial(_C.prepared_row, _held(table)) if reads_tensors and len(table) else never
 
 
 def noise_runner(table: Tensor) -> Callable:
     """That of ``fastdiff.ops.prepared.PreparedNoise.run``."""
-    return partial(operations._C.prepared_noise, _held(table)) if reads_tensors and len(table) else _never
+    return partial(_C.prepared_noise, _held(table)) if reads_tensors and len(table) else never
 
 
 def _held(table: Tensor) -> Any:
-    return operations._C.prepared_table(*table.shape, memory(table))
+    return _C.prepared_table(*table.shape, memory(table))
 
 
 def _memory(tensor: Any, shape: torch.Size, elements: int) -> tuple[int, int, int] | None:
@@ -88,7 +65,7 @@ def _rows(prepared: Any, dtype: torch.dtype) -> list[tuple[int, int, int]]:
 
 def run_row(prepared, k, x, m, clip, history, noise, log_variance, dtype, wanted):
     """One row of ``fastdiff.ops.prepared.PreparedSteps``, or None."""
-    if operations._wrapping() is not None:
+    if wrapping() is not None:
         return None
     shape, elements = x.shape, x.numel()
     at_x, at_m = _memory(x, shape, elements), _memory(m, shape, elements)
@@ -119,7 +96,7 @@ def run_row(prepared, k, x, m, clip, history, noise, log_variance, dtype, wanted
     if wanted[1]:
         entry = _empty_like(x) if x.dtype is compute else x.new_empty(shape, dtype=compute)
         at_entry = (entry.data_ptr(), _CODES[compute], elements)
-    operations._C.step(
+    _C.step(
         layout, at_x, at_m, None, None, _rows(prepared, compute)[k], clip, entries, at_n, at_v,
         (y.data_ptr(), _CODES[dtype], elements), at_x0, at_entry, None, None, None, None, None, _threads(),
     )  # fmt: skip
@@ -128,7 +105,7 @@ def run_row(prepared, k, x, m, clip, history, noise, log_variance, dtype, wanted
 
 def run_noise(prepared, index, x0, n):
     """``fastdiff.ops.prepared.PreparedNoise``, or None."""
-    if operations._wrapping() is not None:
+    if wrapping() is not None:
         return None
     shape, elements = x0.shape, x0.numel()
     at_x0, at_n = _memory(x0, shape, elements), _memory(n, shape, elements)
@@ -151,12 +128,10 @@ def run_noise(prepared, index, x0, n):
         index, rows = index.contiguous(), table.new_empty((2, count))
         gathered = rows.data_ptr(), code, 2 * count
         at_table, at_index = (table.data_ptr(), code, table.numel()), (index.data_ptr(), DTYPES[torch.int64], count)
-        if operations._C.gather(at_table, len(table), 2, at_index, gathered) >= 0:
+        if _C.gather(at_table, len(table), 2, at_index, gathered) >= 0:
             return None  # one is out of range
         layout = layout_of(shape, (count, *(1,) * (len(shape) - 1)))[0]
         alpha, sigma = (gathered[0], code, count), (gathered[0] + size * count, code, count)
     x_t = _empty_like(x0)
-    operations._C.noise(
-        layout, at_x0, alpha, sigma, at_n, 0.0, None, (x_t.data_ptr(), at_x0[1], elements), None, _threads()
-    )
+    _C.noise(layout, at_x0, alpha, sigma, at_n, 0.0, None, (x_t.data_ptr(), at_x0[1], elements), None, _threads())
     return x_t

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...codes import DATA, DTYPES
+from ...torch_access import _C
 from .. import reference
 from ..layout import layout_of
 from . import operations
-from .launch import DTYPES, arrange, masked, memory, source
+from .launch import arrange, masked, memory, source
 
 _ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
@@ -46,7 +48,7 @@ class Trajectory(reference.Trajectory):
         count = max(self.reads, default=0)
         history = torch.empty((count, *shape), dtype=placed.dtype, device="cpu") if count else None
         self._held = x, placed, rows, sample_rows, mask, known, known_noise, history  # what is pointed at must live
-        self._launch, self._aim = operations._C.trajectory(
+        self._launch, self._aim = _C.trajectory(
             memory(x),
             tuple(shape),
             layout,
@@ -146,7 +148,7 @@ class Trajectory(reference.Trajectory):
 
 def _data(tensor: Tensor) -> Tensor:
     """Contiguous plain memory on the CPU of a floating-point dtype that the kernels read."""
-    if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype not in operations._DATA:
+    if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype not in DATA:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise TypeError(f"the model and the noise must give floating-point tensors; got {_kind(tensor)}.")
         if not tensor.is_cpu:

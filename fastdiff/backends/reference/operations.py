@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codes import COLUMNS
+from ...codes import COLUMNS
 
 
 def made(n: Any, like: Tensor) -> Any:

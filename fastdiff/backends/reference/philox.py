@@ -12,6 +12,8 @@ import struct
 import torch
 from torch import Tensor
 
+from ...philox import seed_tensor
+
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -35,27 +37,6 @@ def philox4x32(counter: Tensor, key: tuple[int | Tensor, int | Tensor]) -> Tenso
     """Philox4x32-10 of ``counter`` (int64 [..., 4] holding uint32) under ``key`` (two uint32): int64 [..., 4]."""
     k0, k1 = (torch.as_tensor(word, dtype=torch.int64, device=counter.device) for word in key)
     return torch.stack(torch.broadcast_tensors(*_rounds(*counter.unbind(-1), k0, k1)), -1)
-
-
-def check_seed(seed: int | Tensor) -> None:
-    """Raise TypeError or ValueError unless ``seed`` is any 64 bits: a signed or unsigned number, or an int64 tensor."""
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed must be one int64; got a tensor {tuple(seed.shape)} of {seed.dtype}.")
-    elif isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(f"seed must be an integer or an int64 tensor; got {seed!r}.")
-    elif not -(2**63) <= int(seed) < 2**64:
-        raise ValueError(f"seed must have 64 bits, -2^63 to 2^64 - 1; got {seed}.")
-
-
-def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
-    """``seed`` as an int64 tensor [] on ``device``."""
-    check_seed(seed)
-    if isinstance(seed, Tensor):
-        return seed.to(device).reshape(())
-    seed = int(seed)
-    # Filled, not copied: a copy to a GPU would wait for it.
-    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 
 
 def _lacks_float64(device: torch.device | str | None) -> bool:

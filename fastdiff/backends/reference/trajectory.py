@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..codes import COLUMNS
+from ...codes import COLUMNS
 
 _AT = {name: k for k, name in enumerate(COLUMNS)}
 

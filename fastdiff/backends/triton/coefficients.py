@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...tensors import Gathered, as_tensor
 from ..layout import layout_of
-from ..rows import Gathered, as_tensor
 
 Coefficient = Any  # a Tensor placed as rows, a Gathered, or None
 

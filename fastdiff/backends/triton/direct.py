@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import modes, reference
-from ..rows import Gathered, value_checks_are_free
+from ... import modes
+from ...tensors import Gathered, value_checks_are_free
+from .. import reference
 from ..saving import save, saved
 from . import launch, operations
 from .launch import Ready

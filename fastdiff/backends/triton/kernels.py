@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import codes
+from ... import codes
 from .functions import accurate_exp, derivative, error, reciprocal
 from .pairs import pair_product, pair_quotient, pair_rest, pair_rounded, pair_sum
 from .philox import narrow, normals, widen

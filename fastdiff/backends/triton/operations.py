@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import modes, reference
-from ..codes import KEPT_STEPS, NEED_C
+from ... import modes
+from ...codes import KEPT_STEPS, NEED_C
+from ...tensors import Gathered, as_tensor, in_two_passes
+from .. import reference
 from ..layout import layout_of
-from ..rows import Gathered, as_tensor, in_two_passes
 from ..saving import save, saved
 from . import launch, unfit_because
 from .coefficients import arrange, is_one, shape_of

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...backends.native.prepared import number
-from ...backends.rows import cached
+from ...tensors import cached
+from ...torch_access import number
 from . import rows
 from .call_counts import count, fused, left
 from .coefficient_cache import INPUT, NOISE, Cache, Coefficients, exact, host, untraced

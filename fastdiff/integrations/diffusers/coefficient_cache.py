@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.native.operations import _C
+from ...torch_access import _C
 
 untraced = torch.compiler.disable
 # The names under which coefficients are kept in a scheduler's __dict__: those of ``step``, of ``add_noise`` and its

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.native import torch_noise
-from ...backends.native.operations import _C
-from ...backends.native.prepared import number
+from ... import torch_randn
 from ...ops.prepared import DRAW, DRAW_FLOAT, ENTRY, MODEL_DTYPE, X0
+from ...torch_access import _C, number
 from .call_counts import count, fused, left
 from .coefficient_cache import STEPS, Cache, is_current
 from .source_digests import RANDN_TENSOR, fingerprint
@@ -192,12 +191,12 @@ class Draws:
         device = like.device
         if not _is_compiling() and device.type == "cpu" and self.known():
             if type(generator) is not list:
-                return torch_noise.randn(like.shape, generator=generator, device=device, dtype=dtype)
+                return torch_randn.randn(like.shape, generator=generator, device=device, dtype=dtype)
             if len(generator) == 1:
-                return torch_noise.randn(like.shape, generator=generator[0], device=device, dtype=dtype)
+                return torch_randn.randn(like.shape, generator=generator[0], device=device, dtype=dtype)
             if len(generator) == len(like) > 0:
                 shape = (1, *like.shape[1:])
-                return torch.cat([torch_noise.randn(shape, generator=g, device=device, dtype=dtype) for g in generator])
+                return torch.cat([torch_randn.randn(shape, generator=g, device=device, dtype=dtype) for g in generator])
         return self.held["randn_tensor"](like.shape, generator=generator, device=device, dtype=dtype)
 
 

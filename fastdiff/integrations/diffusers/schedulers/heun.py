@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....backends.rows import cached
 from ....ops.prepared import ENTRY, MODEL_DTYPE, ONE_DTYPE, X0
 from ....samplers.euler import euler_columns
+from ....tensors import cached
 from .. import add_noise
 from ..coefficient_cache import exact, kind_of
 from ..rows import Columns, estimate, levels_and_ends

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.rows import cached, gather_rows
-from ..process import EDM, Levels, Process, RectifiedFlow, VariancePreserving, as_float64
+from .process import EDM, Levels, Process, RectifiedFlow, VariancePreserving, as_float64
+from .tensors import cached, gather_rows
 
 
 class _Reads:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from fastdiff import ops
-from fastdiff.backends.native import operations, prepared, torch_noise
+from fastdiff import ops, torch_randn
+from fastdiff.backends.native import operations, prepared
 from fastdiff.ops.prepared import DRAW, DRAW_FLOAT, ENTRY, X0
 
-if torch_noise.reason():
-    pytest.skip(f"torch.randn draws: {torch_noise.reason()}", allow_module_level=True)
+if torch_randn.reason():
+    pytest.skip(f"torch.randn draws: {torch_randn.reason()}", allow_module_level=True)
 
 SIZES = (16, 17, 31, 32, 33, 63, 64, 79, 100, 255, 256, 257, 608, 624, 625, 640, 1000, 4096, 5000, 16384, 40001)
 # What was drawn before: uniforms, then single normals, of which a second one is left over.
@@ -35,10 +35,10 @@ def bits(x):
 
 
 def draw(shape, generator=None):
-    """``torch_noise.randn``, where torch.randn must not have been called."""
+    """``torch_randn.randn``, where torch.randn must not have been called."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn", None)
-        return torch_noise.randn(shape, generator=generator)
+        return torch_randn.randn(shape, generator=generator)
 
 
 @pytest.mark.parametrize("simd", [name for name in operations._C.simd_variants()])
@@ -72,7 +72,7 @@ def test_threads(threads):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_narrow_dtypes(simd, dtype, threads):
-    if not torch_noise._draws_narrow():
+    if not torch_randn._draws_narrow():
         pytest.skip("this PyTorch draws them otherwise")
     before = operations._C.simd()
     operations._C.set_simd(simd)
@@ -83,7 +83,7 @@ def test_narrow_dtypes(simd, dtype, threads):
             expected = torch.randn(size, generator=theirs, dtype=dtype)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch, "randn", None)
-                drawn = torch_noise.randn((size,), generator=ours, dtype=dtype)
+                drawn = torch_randn.randn((size,), generator=ours, dtype=dtype)
             assert torch.equal(drawn.view(torch.int16), expected.view(torch.int16)), size
             assert torch.equal(ours.get_state(), theirs.get_state()), size
     finally:
@@ -105,7 +105,7 @@ def drawn_in_turn(randn, g):
 
 def test_everything_else_stays_in_step():
     ours, theirs = generators(7)
-    both = zip(drawn_in_turn(torch_noise.randn, ours), drawn_in_turn(torch.randn, theirs))
+    both = zip(drawn_in_turn(torch_randn.randn, ours), drawn_in_turn(torch.randn, theirs))
     assert all([torch.equal(drawn, expected) for drawn, expected in both])
 
 
@@ -113,7 +113,7 @@ def test_the_default_generator():
     torch.manual_seed(3)
     expected = torch.randn(4, 100), torch.rand(3), torch.randn(4, 100)
     torch.manual_seed(3)
-    drawn = draw((4, 100)), torch.rand(3), torch_noise.randn_like(torch.empty(4, 100))
+    drawn = draw((4, 100)), torch.rand(3), torch_randn.randn_like(torch.empty(4, 100))
     assert all(torch.equal(a, b) for a, b in zip(drawn, expected))
 
 
@@ -131,7 +131,7 @@ def test_the_default_generator():
 )
 def test_whatever_is_asked_for(make):
     ours, theirs = generators(11)
-    drawn, expected = make(torch_noise.randn, ours), make(torch.randn, theirs)
+    drawn, expected = make(torch_randn.randn, ours), make(torch.randn, theirs)
     assert drawn.dtype == expected.dtype and drawn.shape == expected.shape and torch.equal(drawn, expected)
     assert torch.equal(ours.get_state(), theirs.get_state())
 
@@ -141,76 +141,76 @@ def test_like_a_tensor_in_another_order():
     torch.manual_seed(0)
     expected = torch.randn_like(x)
     torch.manual_seed(0)
-    drawn = torch_noise.randn_like(x)
+    drawn = torch_randn.randn_like(x)
     assert drawn.stride() == expected.stride() and torch.equal(drawn, expected)
-    assert not torch_noise.randn_like(torch.empty(40, requires_grad=True)).requires_grad
+    assert not torch_randn.randn_like(torch.empty(40, requires_grad=True)).requires_grad
 
 
 def test_the_default_dtype_and_device():
     torch.set_default_dtype(torch.float64)
     try:
         ours, theirs = generators(2)
-        assert torch.equal(torch_noise.randn((40,), generator=ours), torch.randn(40, generator=theirs))
+        assert torch.equal(torch_randn.randn((40,), generator=ours), torch.randn(40, generator=theirs))
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.device("meta"):
-        assert torch_noise.randn((40,)).is_meta
+        assert torch_randn.randn((40,)).is_meta
 
 
 def test_what_torch_refuses():
     with pytest.raises(RuntimeError, match="negative dimension"):
-        torch_noise.randn((-1,))
+        torch_randn.randn((-1,))
     with pytest.raises(TypeError, match="invalid combination of arguments.*generator=int"):
-        torch_noise.randn((40,), generator=3)
+        torch_randn.randn((40,), generator=3)
 
 
 def test_under_a_transform_and_traced():
     with pytest.raises(RuntimeError, match="randomness"):
-        torch.func.vmap(lambda x: x + torch_noise.randn((20,)))(torch.zeros(2, 20))
+        torch.func.vmap(lambda x: x + torch_randn.randn((20,)))(torch.zeros(2, 20))
     with FakeTensorMode():
-        assert isinstance(torch_noise.randn((20,)), FakeTensor)
+        assert isinstance(torch_randn.randn((20,)), FakeTensor)
     torch.manual_seed(0)
     expected = torch.randn(40) + 1
     torch.manual_seed(0)
     with torch._inductor.config.patch(fallback_random=True):
-        compiled = torch.compile(lambda: torch_noise.randn((40,)) + 1, backend="eager", fullgraph=True)
+        compiled = torch.compile(lambda: torch_randn.randn((40,)) + 1, backend="eager", fullgraph=True)
     assert torch.equal(compiled(), expected)
 
 
 def test_other_bits_are_noticed(monkeypatch):
     """The trial fails where one number, or the state, is another."""
-    monkeypatch.setattr(torch_noise, "_reason", None)
-    fill = torch_noise._fill
+    monkeypatch.setattr(torch_randn, "_reason", None)
+    fill = torch_randn._fill
 
     def other(z, generator):
         done = fill(z, generator)
         z[-1] = torch.nextafter(z[-1], torch.tensor(9.0))
         return done
 
-    monkeypatch.setattr(torch_noise, "_fill", other)
+    monkeypatch.setattr(torch_randn, "_fill", other)
     try:
-        assert torch_noise.reason() == "this build of PyTorch draws other bits than expected"
+        assert torch_randn.reason() == "this build of PyTorch draws other bits than expected"
         ours, theirs = generators(1)
-        assert torch.equal(torch_noise.randn((64,), generator=ours), torch.randn(64, generator=theirs))
+        assert torch.equal(torch_randn.randn((64,), generator=ours), torch.randn(64, generator=theirs))
         table = torch.randn(1, len(ops.COLUMNS), dtype=torch.float64)
         x = torch.randn(64)
         assert ops.PreparedSteps(table).run(0, x, x, None, (), ours, None, DRAW) is None
         monkeypatch.setattr(
-            torch_noise, "_fill", lambda z, generator: fill(z, generator) and bool(torch.rand(1, generator=generator))
+            torch_randn, "_fill", lambda z, generator: fill(z, generator) and bool(torch.rand(1, generator=generator))
         )
-        assert not torch_noise._same_bits()
+        assert not torch_randn._same_bits()
     finally:
         monkeypatch.undo()
-        operations._C.allow_draws(2 if torch_noise._narrow else 1)
-    assert torch_noise._same_bits()
+        operations._C.allow_draws(2 if torch_randn._narrow else 1)
+    assert torch_randn._same_bits()
 
 
 def test_pytorch_without_vectors():
     """It draws with the C library's functions then, whose bits are others: torch.randn is left to draw."""
     code = (
-        "import torch; from fastdiff.backends.native import torch_noise;"
-        "g = torch.Generator().manual_seed(0); z = torch_noise.randn((5000,), generator=g); g.manual_seed(0);"
-        "assert torch.equal(z, torch.randn(5000, generator=g)); print(torch_noise.reason())"
+        "import torch; from fastdiff.backends.native import torch_randn;"
+        "g = torch.Generator().manual_seed(0); z = torch_randn.randn((5000,), generator=g); g.manual_seed(0);"
+        "assert torch.equal(z, torch.randn(5000, generator=g)); print(torch_randn.reason())"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -251,7 +251,7 @@ def test_a_step_that_draws(shape, history, entry, dtype, threads):
 @in_c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_step_that_draws_in_its_own_dtype(dtype):
-    if dtype is not torch.float32 and not torch_noise._draws_narrow():
+    if dtype is not torch.float32 and not torch_randn._draws_narrow():
         pytest.skip("this PyTorch draws it otherwise")
     steps = ops.PreparedSteps(torch.randn(3, len(ops.COLUMNS), dtype=torch.float64))
     ours, theirs = generators(5, 77)

@@ -1,4 +1,5 @@
-"""Objectives from the schedulers of the diffusers library. Duck-typed: diffusers is not imported."""
+"""A scheduler of the diffusers library -> the process and the prediction kind that a network for it is trained with.
+Duck-typed: diffusers is not imported."""
 
 from __future__ import annotations
 
@@ -8,12 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..objective import Objective
-from ..prediction import Prediction
-from ..prediction import get as prediction_kind
-from ..process import EDM, Process, RectifiedFlow
-from ..weighting import MinSNR, WeightingLike
-from .tables import TabulatedEDM, TabulatedFlow, TabulatedVP, kept
+from .prediction import Prediction
+from .prediction import get as prediction_kind
+from .process import EDM, Process, RectifiedFlow
+from .tabulated import TabulatedEDM, TabulatedFlow, TabulatedVP, kept
 
 _EDM = prediction_kind("edm")
 # EDM schedulers negate c_out for v_prediction, so the network's output is Karras et al.'s F with the other sign.
@@ -146,21 +145,3 @@ def prediction_of(scheduler: Any, prediction: str | Prediction | None = None) ->
             raise ValueError(f"an EDM scheduler has prediction_type epsilon or v_prediction; got {found.name!r}.")
         return kinds[found.name]
     return found
-
-
-def objective_from_scheduler(
-    cls: type[Objective],
-    scheduler: Any,
-    *,
-    snr_gamma: float | None = None,
-    snr_form: str = "paper",
-    prediction: str | Prediction | None = None,
-    weighting: WeightingLike = None,
-    **options: Any,
-) -> Objective:
-    """See ``fastdiff.Objective.from_scheduler``."""
-    if snr_gamma is not None:
-        if weighting is not None:
-            raise ValueError("snr_gamma is a weighting of its own: pass snr_gamma or weighting, not both.")
-        weighting = MinSNR(float(snr_gamma), snr_form)
-    return cls(process_of(scheduler), prediction_of(scheduler, prediction), weighting, **options)

@@ -27,6 +27,7 @@ DTYPES = {
     torch.bool: 4,
     torch.int64: 5,
 }
-# The stream of a seed's offset noise, which kernels name themselves: ``fastdiff.ops.noise.Stream.OFFSET``.
+DATA = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of full-size tensors
+# The stream of a seed's offset noise, which kernels name themselves: ``fastdiff.philox.Stream.OFFSET``.
 OFFSET_STREAM = 1
 KEPT_STEPS = 4  # history entries that a step takes at most

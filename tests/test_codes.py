@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from fastdiff import losses, ops
-from fastdiff.backends import codes, native
+from fastdiff import codes, losses, ops
+from fastdiff.backends import native
 from fastdiff.backends.native.launch import FUNCTIONS, NORMALIZATIONS, REDUCTIONS
-from fastdiff.ops.noise import Stream
+from fastdiff.philox import Stream
 
 SHORT = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64"}
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operations, prepared  # noqa: F401  (prepared shows PyTorch's generators to fastdiff._C)
-from .launch import DTYPES
+from .codes import DTYPES
+from .modes import wrapping
+from .torch_access import _C, unavailable_because
 
 _is_compiling, _modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 _reason: str | None = None  # why torch.randn draws; "" if it does not; None: not tried yet
@@ -30,14 +31,14 @@ def reason() -> str:
     """Why ``torch.randn`` is left to draw; empty if it is not. Tries it out at the first call."""
     global _reason
     if _reason is None:
-        if operations._C is None:
-            _reason = operations.unavailable_because
-        elif operations._C.simd() == "baseline":
+        if _C is None:
+            _reason = unavailable_because
+        elif _C.simd() == "baseline":
             _reason = "this machine has no vector instructions to draw faster with"
         else:
             _reason = "" if _same_bits() else "this build of PyTorch draws other bits than expected"
-        if operations._C is not None:
-            operations._C.allow_draws(0 if _reason else 1)
+        if _C is not None:
+            _C.allow_draws(0 if _reason else 1)
     return _reason
 
 
@@ -49,7 +50,7 @@ def _draws_narrow() -> bool:
         ours, theirs = torch.Generator("cpu").manual_seed(1), torch.Generator("cpu").manual_seed(1)
         _narrow = _same(20_000, torch.bfloat16, ours, theirs) and _same(200_000, torch.float16, ours, theirs)
         if _narrow:
-            operations._C.allow_draws(2)
+            _C.allow_draws(2)
     return _narrow
 
 
@@ -80,12 +81,12 @@ def _same_bits() -> bool:
 
 
 def _fill(z: Tensor, generator: torch.Generator | None) -> bool:
-    return operations._C.torch_normal(generator, (z.data_ptr(), _CODES[z.dtype], z.numel()), torch.get_num_threads())
+    return _C.torch_normal(generator, (z.data_ptr(), _CODES[z.dtype], z.numel()), torch.get_num_threads())
 
 
 def _plain() -> bool:
     """Whether anything may be drawn here: nothing is traced, transformed, or intercepted by a mode."""
-    if _is_compiling() or operations._wrapping() is not None or _modes():
+    if _is_compiling() or wrapping() is not None or _modes():
         return False
     return not (reason() if _reason is None else _reason)
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .reference.philox import seed_tensor
-from .rows import gather
+from ..backends import reference
+from ..backends.registry import get
+from ..philox import Philox, seed_tensor
+from ..tensors import gather
 
 __all__ = ["convert", "gather", "loss", "noise", "normal", "step", "uniform"]
 
@@ -53,8 +54,6 @@ def _operator(implementation: Callable) -> Callable:
 
 
 def _backend(tensor: Tensor) -> Any:
-    from . import get
-
     return get(tensor.device)
 
 
@@ -62,8 +61,6 @@ def _source(n: Tensor | None, seed: Tensor | None, stream: int, sample_offset: i
     """Noise from its arguments, as the backends take it: the inverse of ``_parts``."""
     if seed is None:
         return n
-    from ..ops.noise import Philox
-
     return Philox(seed, sample_offset, stream, offset, rng)
 
 
