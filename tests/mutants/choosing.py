@@ -33,6 +33,7 @@ TABLE = {
     "fastdiff/integrations/diffusers/": "diffusers_schedulers diffusers_patching",
     "fastdiff/integrations/denoising": "denoising_diffusion",
     "fastdiff/integrations/method_swap": "denoising_diffusion objects",
+    "fastdiff/integrations/objects": "denoising_diffusion objects",
     "fastdiff/integrations/guided": "objects",
     "fastdiff/integrations/k_": "k_diffusion objects",
     "fastdiff/integrations/lightning": "trainers",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ....ops.prepared import DRAW, ONE_DTYPE, X0
 from ....process import MIN_VARIANCE
+from ....samplers.ddpm import learned_range_columns
 from ..add_noise import BY_TIMESTEP
 from ..coefficient_cache import Unfit, host, kind_of, need
 from ..rows import Columns, estimate
@@ -31,8 +32,7 @@ def columns(now: Tensor, before: Tensor, kind: str, variance: str) -> Columns:
     made = estimate(kind, now.sqrt(), (1 - now).sqrt())
     made |= {"c_x0": before.sqrt() * beta / (1 - now), "c_x": kept.sqrt() * (1 - before) / (1 - now)}
     if variance == "learned_range":
-        one, low, high = torch.ones_like(now), posterior.log(), beta.log()
-        return made | {"c_noise": one, "l_0": (high + low) / 2, "l_v": (high - low) / 2}
+        return made | {"c_noise": torch.ones_like(now)} | learned_range_columns(posterior.log(), beta.log())
     return made | {"c_noise": (beta if variance == "fixed_large" else posterior).sqrt()}
 
 

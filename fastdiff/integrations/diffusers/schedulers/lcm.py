@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ....ops.prepared import DRAW, ENTRY, ONE_DTYPE, X0
+from ....samplers.lcm import lcm_columns
 from ..add_noise import BY_TIMESTEP
 from ..coefficient_cache import Unfit, host, kind_of
 from ..rows import Columns, estimate
@@ -23,8 +24,8 @@ def columns(now: Tensor, before: Tensor, t: Tensor, last: Tensor, kind: str, sca
     What is returned besides the new sample is c_out x0 + c_skip x: the history entry or, where nothing is clipped, the
     x0 estimate itself.
     """
-    now, before, scaled, data = now.double(), before.double(), scaling * t.double(), 0.5
-    skip, out = data**2 / (scaled**2 + data**2), scaled / torch.hypot(scaled, torch.full_like(scaled, data))
+    now, before, denoised = now.double(), before.double(), lcm_columns(1.0, t, scaling, 0.5)
+    skip, out = denoised["c_x"], denoised["c_x0"]
     factor, noise = torch.where(last, 1.0, before.sqrt()), torch.where(last, 0.0, (1 - before).sqrt())
     made = estimate(kind, now.sqrt(), (1 - now).sqrt()) | {"c_noise": noise}
     if clips:
