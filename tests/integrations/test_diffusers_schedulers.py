@@ -1064,6 +1064,31 @@ def test_the_quick_way_has_the_bits_of_the_other(monkeypatch, case, dtype):
             assert torch.equal(getattr(one, field).nan_to_num(7), getattr(two, field).nan_to_num(7)), field
 
 
+@pytest.mark.parametrize("kept, now", [*itertools.permutations([torch.float32, torch.bfloat16, torch.float16], 2)])
+def test_a_history_of_another_dtype_has_the_same_bits_in_both_ways(kept, now):
+    """A network that goes over to another dtype between two steps of DPM-Solver."""
+    from fastdiff.backends.native import prepared
+
+    found = []
+    for allowed in (True, False, None):  # the quick way, the other, diffusers' own
+        scheduler, x = make("DPMSolverMultistepScheduler", {}), torch.linspace(-1, 1, 96).reshape(SHAPE)
+        if allowed is not None:
+            fused.fuse(scheduler)
+            prepared.allow(allowed)
+        try:
+            scheduler.set_timesteps(8)
+            for k, t in enumerate(scheduler.timesteps[:4]):
+                dtype = kept if k < 2 else now
+                x = scheduler.step(nonlinear(x.to(dtype), t), t, x.to(dtype)).prev_sample
+        finally:
+            prepared.allow(True)
+        found.append(x)
+    assert fused_share("DPMSolverMultistepScheduler") == (8, {})
+    assert torch.equal(found[0], found[1])
+    # diffusers rounds to the dtype on the way; four roundings of bfloat16 in four steps.
+    assert float((found[0].float() - found[2].float()).abs().max()) <= 4 * 2.0**-8 * float(found[2].abs().max())
+
+
 def test_the_quick_way_is_taken(monkeypatch):
     """A plain step reads its tensors in C: nothing of the other way is called, and nothing of torch.randn."""
     from fastdiff import ops, torch_randn

@@ -75,6 +75,7 @@ def fused_step(original: Callable, name: str, cache: Cache) -> Callable:
                         x, m = done[0], done[1]
                     if flags & DRAW:
                         if not draw.known():
+                            done = None
                             break
                         noise = options.get("generator")
                     # The fast call reads the tensors and draws the noise in C. If it declines, nothing was drawn.

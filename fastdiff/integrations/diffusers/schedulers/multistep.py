@@ -19,6 +19,8 @@ from ..source_digests import Method
 from ..step import fused_step
 from ..stepper import NARROW, NO_ROW, Options, Passes, Stepper
 
+NO_HISTORY = "the history is too short, or was kept in another dtype"
+
 
 def _multistep(sigmas: Tensor, flow: bool, kind: str, keeps: str) -> tuple[Columns, Tensor, Tensor, Tensor, Tensor]:
     """(columns of the estimate that is kept, log-SNR [steps + 1], and [steps] each: the factor on x, the factor on the
@@ -160,7 +162,9 @@ class DPMSolver(Multistep):
             order = min(order, 2)
         row = (order - 1) * self.count + k
         history = () if order == 1 else self.latest(scheduler.model_outputs, order - 1, self.dtypes)
-        if history is None or not 0 <= k < self.count or row not in self.usable:
+        if history is None:
+            return NO_HISTORY
+        if not 0 <= k < self.count or row not in self.usable:
             return NO_ROW
         if not self.sde:
             return ((row, history, None, X0 | ONE_DTYPE),)
@@ -211,7 +215,9 @@ class UniPC(Multistep):
             k = self.start(scheduler, timestep)
         order, dtypes = self.order_at(scheduler, k), (getattr(m, "dtype", None),)
         history = () if order == 1 else self.latest(scheduler.model_outputs, order - 1, dtypes)
-        if history is None or not 0 <= k < self.count or order < 1:
+        if history is None:
+            return NO_HISTORY
+        if not 0 <= k < self.count or order < 1:
             return NO_ROW
         whole, predictor = (3 * order - 3) * self.count + k, (3 * order - 1) * self.count + k
         if k == 0 or k - 1 in scheduler.disable_corrector or begin is None:
@@ -219,7 +225,9 @@ class UniPC(Multistep):
         last = scheduler.this_order
         corrector = (3 * last - 2) * self.count + k
         before = self.latest(scheduler.model_outputs, last, dtypes)
-        if before is None or corrector not in self.usable or predictor not in self.usable:
+        if before is None:
+            return NO_HISTORY
+        if corrector not in self.usable or predictor not in self.usable:
             return NO_ROW
         return (corrector, (begin, *before), None, X0 | ONE_DTYPE), (predictor, history, None, ONE_DTYPE)
 
