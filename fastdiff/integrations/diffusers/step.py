@@ -207,14 +207,14 @@ def results(output: type, *names: str) -> Callable:
     here; where it does not, the constructor is called."""
     first, second = names if len(names) == 2 else (*names, None)
 
-    def quick(value: Any, other: Any = None) -> Any:
+    def fast(value: Any, other: Any = None) -> Any:
         return _C.make_output(output, first, value, second, other)
 
     values = tuple(torch.zeros(1) for _ in names)
     try:
-        made, expected = quick(*values), output(**dict(zip(names, values)))
+        made, expected = fast(*values), output(**dict(zip(names, values)))
         same = list(made) == list(expected) == list(names) and set(made.__dict__) == set(expected.__dict__)
         same = same and all(made[name] is getattr(made, name) is value for name, value in zip(names, values))
     except Exception:  # whatever it is, it is not made like that; or fastdiff._C is not there
         same = False
-    return quick if same else lambda *values: output(**dict(zip(names, values)))
+    return fast if same else lambda *values: output(**dict(zip(names, values)))

@@ -63,11 +63,12 @@ def dpm_solver(sigmas: Tensor, flow: bool, kind: str, algorithm: str, midpoint: 
 def unipc(
     sigmas: Tensor, flow: bool, kind: str, keeps: str, solver: str, order: int
 ) -> tuple[Columns, Columns, Columns]:
-    """(whole, corrector, predictor) of this order, for sigmas [steps + 1]; Zhao et al. 2023.
+    """(uncorrected, corrector, predictor) of this order, for sigmas [steps + 1]; Zhao et al. 2023.
 
-    ``whole``: a step that is not corrected, from the model's output; history: the estimates before. ``corrector``: what
-    the last step should have been, from the model's output at its end; history: where it began, and the estimates from
-    there on. ``predictor``: from there, with the estimate in place of the model's output; history as of ``whole``.
+    ``uncorrected`` is a step without a corrector, from the model's output; its history is the estimates of the steps
+    before. ``corrector`` gives what the last step should have arrived at, from the model's output there; its history is
+    the sample that the last step went from, and the estimates from there on. ``predictor`` is the step from the
+    corrected sample, with the estimate in place of the model's output; its history is that of ``uncorrected``.
     """
     columns, logs, ratio, scale, _ = _multistep(sigmas, flow, kind, keeps)
     h = logs.diff()
@@ -88,12 +89,12 @@ def unipc(
 
     ahead, back = weights(False), weights(True)
     predictor = {"c_x": ratio} | {f"c_h{j}" if j else "c_m": ahead[:, j + 1] for j in range(order)}
-    whole = columns | {"c_x": ratio} | {f"c_h{j}" if j else "c_x0": ahead[:, j + 1] for j in range(order)}
+    uncorrected = columns | {"c_x": ratio} | {f"c_h{j}" if j else "c_x0": ahead[:, j + 1] for j in range(order)}
     # The corrector of the step before: its row is that of the step after it, where it runs.
     nan = torch.full_like(ratio[:1], torch.nan)
     corrector = {"c_h1": torch.cat([nan, ratio[:-1]]), "c_x0": torch.cat([nan, back[:-1, 0]])}
     corrector |= {f"c_h{j + 2}": torch.cat([nan, back[:-1, j + 1]]) for j in range(order)}
-    return whole, columns | corrector, predictor
+    return uncorrected, columns | corrector, predictor
 
 
 class Multistep(Stepper):
@@ -219,9 +220,9 @@ class UniPC(Multistep):
             return NO_HISTORY
         if not 0 <= k < self.count or order < 1:
             return NO_ROW
-        whole, predictor = (3 * order - 3) * self.count + k, (3 * order - 1) * self.count + k
+        uncorrected, predictor = (3 * order - 3) * self.count + k, (3 * order - 1) * self.count + k
         if k == 0 or k - 1 in scheduler.disable_corrector or begin is None:
-            return ((whole, history, None, X0 | ONE_DTYPE),) if whole in self.usable else NO_ROW
+            return ((uncorrected, history, None, X0 | ONE_DTYPE),) if uncorrected in self.usable else NO_ROW
         last = scheduler.this_order
         corrector = (3 * last - 2) * self.count + k
         before = self.latest(scheduler.model_outputs, last, dtypes)
