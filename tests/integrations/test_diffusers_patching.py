@@ -66,6 +66,7 @@ def test_every_method_of_the_installed_version_is_known():
             for name, methods in supported.SUPPORTED.items():
                 for method in methods:
                     assert hasattr(getattr(supported.resolve(name), method), "_fastdiff_original"), (name, method)
+                    assert method in methods[method].digests, "its own source is compared too"
 
 
 def test_fuse_is_of_one_object():
