@@ -49,8 +49,8 @@ bool same_bits(PyObject* a, PyObject* b) {
   return std::memcmp(one.data, other.data, size_t(one.elements) * one.item_size()) == 0;
 }
 
-// is_current((tensors, versions, others, config, settings), held) -> bool; see Plan of
-// fastdiff/integrations/diffusers/plans.py, which says what these are.
+// is_current((tensors, versions, others, config, settings), held) -> bool; see Coefficients of
+// fastdiff/integrations/diffusers/coefficient_cache.py, which says what these are.
 py::object is_current(PyObject* const* a) {
   PyObject *tensors = tuple_item(a[0], 0, 5), *versions = tuple_item(a[0], 1, 5), *others = tuple_item(a[0], 2, 5),
            *config = tuple_item(a[0], 3, 5), *settings = tuple_item(a[0], 4, 5), *held = a[1];

@@ -119,8 +119,8 @@ def _general(method: str, arguments: Sequence[Any], named: dict[str, Any]) -> st
         return "a gradient of its data is asked for"
     if any(not t.is_contiguous() for t in tensors):
         return "a tensor is not contiguous"
-    for objective in arguments:
-        if isinstance(objective, Objective) and (why := objective._coefficients.why):
+    for one in arguments:
+        if isinstance(one, Objective) and (why := one._coefficients.why):
             return f"its coefficients are evaluated for each batch: {why}"
     return "its times are not one a sample, or its dtypes differ"
 

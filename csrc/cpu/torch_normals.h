@@ -1,7 +1,7 @@
 // What torch.randn draws on the CPU, to the bit: words of the Mersenne twister MT19937 (Matsumoto and Nishimura 1998), 24
 // bits of each as a uniform, and in chunks of sixteen a Box-Muller transform of the first eight with the last eight, its
 // logarithm, sine and cosine by Cephes' single-precision polynomials. Which products and sums are one rounding is
-// PyTorch's compiler's doing: it was found by comparing, and is compared again before it is used (torch_noise.py).
+// PyTorch's compiler's doing: it was found by comparing, and is compared again before it is used (torch_randn.py).
 #pragma once
 
 #include "storage.h"

@@ -16,9 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, torch_randn
-from ..ops import COLUMNS
+from ..prediction import get as prediction_kind
+from ..samplers.base import build_table
 from ..tabulated import kept
-from .fusing import fuse_methods, fused_methods, left_alone, unfuse
+from .method_swap import fuse_methods, fused_methods, left_alone, unfuse
+from .objects import (
+    StubNetwork,
+    ddim_step_columns,
+    numbers,
+    posterior_columns,
+    preconditioned_target,
+    twin,
+    x0_columns,
+)
 
 __all__ = ["fuse", "fused_methods", "left_alone", "unfuse"]
 
@@ -151,59 +161,27 @@ def _permuted(self, x_start: Tensor, noise: Tensor) -> Tensor:
         return noise[self.noise_assignment(x_start, noise)]
 
 
-def _x0_columns(self) -> dict[str, Tensor]:
-    """x0 from x and the network's output."""
-    zero = torch.zeros_like(self.betas, dtype=torch.float64)
-    p_x, p_m = {
-        "pred_noise": (self.sqrt_recip_alphas_cumprod, -self.sqrt_recipm1_alphas_cumprod),
-        "pred_x0": (zero, zero + 1),
-        "pred_v": (self.sqrt_alphas_cumprod, -self.sqrt_one_minus_alphas_cumprod),
-    }[self.objective]
-    return {"p_x": p_x, "p_m": p_m}
-
-
-def _table(like: Tensor, **columns: Tensor) -> Tensor:
-    """float32 [rows, len(COLUMNS)] on the device of ``like``."""
-    table = torch.zeros(len(like), len(COLUMNS), dtype=torch.float64, device=like.device)
-    for name, column in columns.items():
-        table[:, COLUMNS.index(name)] = column.double()
-    return table.float()
-
-
 def _posterior(self) -> Tensor:
+    """float32 [num_timesteps, len(COLUMNS)], on the object's device."""
+
     def make(d: Any) -> Tensor:
-        return _table(
-            d.betas,
-            c_x0=d.posterior_mean_coef1,
-            c_x=d.posterior_mean_coef2,
-            c_noise=(0.5 * d.posterior_log_variance_clipped.double()).exp(),
-            **_x0_columns(d),
-        )
+        noise = (0.5 * numbers(d, "posterior_log_variance_clipped")).exp()
+        columns = posterior_columns(d) | x0_columns(d, prediction_kind(d.objective).name)
+        return build_table(len(noise), noise.device, c_noise=noise, **columns).float()
 
     return kept(self._fastdiff.tables, "posterior", self, make)
 
 
 def _ddim(self, times: list[int]) -> Tensor:
+    """float32 [steps, len(COLUMNS)] of the steps between these times, [steps + 1], on the object's device."""
+
     def make(d: Any) -> Tensor:
-        eta = d.ddim_sampling_eta
-        index = torch.tensor(times[:-1], device=d.betas.device)
-        following = torch.tensor(times[1:], device=d.betas.device)
-        last = following < 0
-        abar = d.alphas_cumprod.double()
-        a, a_next = abar[index], torch.where(last, 1.0, abar[following.clamp(min=0)])
-        variance = eta**2 * (1 - a / a_next) * (1 - a_next) / (1 - a)
-        direction = (1 - a_next - variance).clamp(min=0).sqrt()
-        # The noise is taken from the clamped x0: (x / sqrt(abar) - x0) / sqrt(1 / abar - 1).
-        recip, recipm1 = (
-            column.double()[index] for column in (d.sqrt_recip_alphas_cumprod, d.sqrt_recipm1_alphas_cumprod)
-        )
-        return _table(
-            index,
-            c_x=torch.where(last, 0.0, direction * recip / recipm1),
-            c_x0=torch.where(last, 1.0, a_next.sqrt() - direction / recipm1),
-            c_noise=torch.where(last, 0.0, variance.sqrt()),
-            **{name: column.double()[index] for name, column in _x0_columns(d).items()},
-        )
+        device = d.betas.device
+        index, following = (torch.tensor(part, device=device) for part in (times[:-1], times[1:]))
+        before = torch.where(following < 0, 1.0, numbers(d, "alphas_cumprod", following.clamp(min=0)))
+        columns = ddim_step_columns(d, before, d.ddim_sampling_eta, index)
+        columns |= x0_columns(d, prediction_kind(d.objective).name, index)
+        return build_table(len(index), device, **columns).float()
 
     return kept(self._fastdiff.tables, ("ddim", tuple(times)), self, make)
 
@@ -272,8 +250,7 @@ def elucidated_forward(
         output,
         x0,
         noise,
-        p=(1 - c_skip) / c_out,
-        q=-c_skip * wide / c_out,
+        **preconditioned_target(c_skip, c_out, wide),
         weight=self.loss_weight(wide) * c_out**2,
         reduction="none" if loss_reduction == "none" else "mean",
     )
@@ -282,25 +259,12 @@ def elucidated_forward(
 # ---------------------------------------------------------------------------------------------------------- probes
 
 
-class _Stub(nn.Module):
-    """In place of the network while fused and original methods are compared: no side effects."""
-
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self.where = nn.Parameter(torch.zeros((), device=device))
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.sin(3 * x) * 0.9
-
-
 def _shadow(network: str) -> Any:
     def make(obj: nn.Module) -> nn.Module:
-        twin = type(obj).__new__(type(obj))
-        twin.__dict__ = dict(obj.__dict__)
-        twin.__dict__["_modules"] = dict(obj._modules) | {network: _Stub(_device(obj))}
-        if "sampling_timesteps" in twin.__dict__:
-            twin.__dict__["sampling_timesteps"] = min(obj.sampling_timesteps, 8)
-        return twin
+        made = twin(obj, **{network: StubNetwork(_device(obj))})
+        if "sampling_timesteps" in made.__dict__:
+            made.__dict__["sampling_timesteps"] = min(obj.sampling_timesteps, 8)
+        return made
 
     return make
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .. import ops, torch_randn
 from ..ops.checks import check_alike, check_floating
-from .fusing import fuse_methods, fused_methods, left_alone, unfuse
+from .method_swap import fuse_methods, fused_methods, left_alone, unfuse
+from .objects import twin
 
 __all__ = ["FlowNoised", "fuse", "fused_methods", "left_alone", "loss", "noise", "unfuse"]
 
@@ -209,7 +210,7 @@ def fuse(transport: Any) -> Any:
         return transport
     if not hasattr(transport, "path_sampler") or not hasattr(transport, "model_type"):
         raise TypeError(f"{type(transport).__name__} is no transport of SiT: for paths and matchers use flow.noise.")
-    return fuse_methods(transport, {"training_losses": training_losses}, {"training_losses": _probe}, _shadow)
+    return fuse_methods(transport, {"training_losses": training_losses}, {"training_losses": _probe}, twin)
 
 
 def training_losses(self, model: Callable, x1: Tensor, model_kwargs: dict | None = None) -> dict[str, Tensor]:
@@ -238,9 +239,3 @@ def _probe(transport: Any) -> Any:
     return transport.training_losses(
         lambda x, t, **kwargs: torch.sin(3 * x) + t.reshape(-1, 1, 1, 1), torch.ones(3, 2, 4, 4)
     )
-
-
-def _shadow(transport: Any) -> Any:
-    twin = type(transport).__new__(type(transport))
-    twin.__dict__ = dict(transport.__dict__)
-    return twin

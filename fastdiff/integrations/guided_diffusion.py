@@ -13,15 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ops, torch_randn
 from ..ops import COLUMNS
+from ..samplers.base import build_table
+from ..samplers.ddpm import learned_range_columns
 from ..tabulated import kept
 from ..tensors import gather_rows
-from .fusing import fuse_methods, fused_methods, left_alone, unfuse
+from .method_swap import fuse_methods, fused_methods, left_alone, unfuse
+from .objects import StubNetwork, ddim_step_columns, numbers, posterior_columns, twin, x0_columns
 
 __all__ = ["LossSecondMomentResampler", "fuse", "fused_methods", "left_alone", "unfuse"]
 
@@ -56,7 +58,7 @@ def fuse(diffusion: Any) -> Any:
         "p_sample": lambda d: d.p_sample(_stub(d), *_probe(d)),
         "ddim_sample": lambda d: d.ddim_sample(_stub(d), *_probe(d), eta=0.5),
     }
-    return fuse_methods(diffusion, methods, probes, _shadow)
+    return fuse_methods(diffusion, methods, probes, twin)
 
 
 def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -122,7 +124,7 @@ def p_mean_variance(
     else:
         log_variance, variance = low.expand(x.shape), low.exp().expand(x.shape)
         if self.model_var_type.name == "FIXED_SMALL":  # 0 at t = 0, where its logarithm is that of t = 1
-            table = _kept(self, "variance", lambda d: d.posterior_variance[:, None], t.device)
+            table = _kept(self, "variance", lambda d: numbers(d, "posterior_variance")[:, None], t.device)
             variance = _spread(gather_rows(table, t), x).expand(x.shape)
     return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": x0}
 
@@ -266,74 +268,49 @@ class LossSecondMomentResampler:
 # ---------------------------------------------------------------------------------------------------------- tables
 
 
-def _table(diffusion: Any, **columns: Any) -> np.ndarray:
-    table = np.zeros((diffusion.num_timesteps, len(COLUMNS)))
-    for name, column in columns.items():
-        table[:, COLUMNS.index(name)] = column
-    return table
-
-
-def _kept(self, key: Any, make: Callable[[Any], np.ndarray], device: torch.device) -> Tensor:
+def _kept(self, key: Any, make: Callable[[Any], Tensor], device: torch.device) -> Tensor:
     """float32 [steps, ...] on ``device``, made once a device."""
-
-    def on_device(d: Any) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(make(d))).float().to(device)
-
-    return kept(self._fastdiff.tables, (key, device), self, on_device)
+    return kept(self._fastdiff.tables, (key, device), self, lambda d: make(d).float().to(device))
 
 
-def _noise_table(d: Any) -> np.ndarray:
-    return np.stack([d.sqrt_alphas_cumprod, d.sqrt_one_minus_alphas_cumprod], -1)
+def _noise_table(d: Any) -> Tensor:
+    return torch.stack([numbers(d, "sqrt_alphas_cumprod"), numbers(d, "sqrt_one_minus_alphas_cumprod")], -1)
 
 
-def _previous_table(d: Any) -> np.ndarray:
-    return np.stack(
-        [
-            d.posterior_mean_coef1 + d.posterior_mean_coef2 * d.sqrt_alphas_cumprod,
-            d.posterior_mean_coef2 * d.sqrt_one_minus_alphas_cumprod,
-        ],
-        -1,
-    )
+def _previous_table(d: Any) -> Tensor:
+    """p and q of the posterior mean of x_(t-1)."""
+    mean = posterior_columns(d)
+    alpha, sigma = _noise_table(d).unbind(-1)
+    return torch.stack([mean["c_x0"] + mean["c_x"] * alpha, mean["c_x"] * sigma], -1)
 
 
-def _x0_columns(d: Any) -> dict[str, Any]:
+def _x0_columns(d: Any) -> dict[str, Tensor | float]:
     kind = d.model_mean_type.name
-    if kind == "START_X":
-        return {"p_m": 1.0}
-    if kind == "EPSILON":
-        return {"p_x": d.sqrt_recip_alphas_cumprod, "p_m": -d.sqrt_recipm1_alphas_cumprod}
     if kind == "PREVIOUS_X":
-        return {"p_x": -d.posterior_mean_coef2 / d.posterior_mean_coef1, "p_m": 1 / d.posterior_mean_coef1}
-    raise NotImplementedError(f"a network that predicts {kind}")
+        mean = posterior_columns(d)
+        return {"p_x": -mean["c_x"] / mean["c_x0"], "p_m": 1 / mean["c_x0"]}
+    if kind not in ("START_X", "EPSILON"):
+        raise NotImplementedError(f"a network that predicts {kind}")
+    return x0_columns(d, {"START_X": "sample", "EPSILON": "epsilon"}[kind])
 
 
-def _sampling_table(d: Any) -> np.ndarray:
+def _sampling_table(d: Any) -> Tensor:
     """Steps of DDPM; the log-variance is l_0 + l_v v, and c_noise is 0 at t = 0 and 1 elsewhere."""
-    if d.model_mean_type.name == "PREVIOUS_X":
-        columns = {"c_m": 1.0}
-    else:
-        columns = {"c_x0": d.posterior_mean_coef1, "c_x": d.posterior_mean_coef2}
-    small, large = d.posterior_log_variance_clipped, np.log(d.betas)
-    columns |= {
+    small, large = numbers(d, "posterior_log_variance_clipped"), numbers(d, "betas").log()
+    variances: dict[str, Callable[[], dict[str, Any]]] = {
         "FIXED_SMALL": lambda: {"l_0": small},
-        "FIXED_LARGE": lambda: {"l_0": np.log(np.append(d.posterior_variance[1], d.betas[1:]))},
+        "FIXED_LARGE": lambda: {"l_0": torch.cat([numbers(d, "posterior_variance")[1:2].log(), large[1:]])},
         "LEARNED": lambda: {"l_v": 1.0},
-        "LEARNED_RANGE": lambda: {"l_0": (large + small) / 2, "l_v": (large - small) / 2},
-    }[d.model_var_type.name]()
-    return _table(d, c_noise=np.arange(d.num_timesteps) > 0, **columns, **_x0_columns(d))
+        "LEARNED_RANGE": lambda: learned_range_columns(small, large),
+    }
+    columns = {"c_m": 1.0} if d.model_mean_type.name == "PREVIOUS_X" else posterior_columns(d)
+    columns |= variances[d.model_var_type.name]() | _x0_columns(d)
+    return build_table(d.num_timesteps, c_noise=torch.arange(d.num_timesteps) > 0, **columns)
 
 
-def _ddim_table(d: Any, eta: float) -> np.ndarray:
-    abar, before = d.alphas_cumprod, d.alphas_cumprod_prev
-    sigma = eta * np.sqrt((1 - before) / (1 - abar)) * np.sqrt(1 - abar / before)
-    direction = np.sqrt(np.maximum(1 - before - sigma**2, 0)) / d.sqrt_recipm1_alphas_cumprod
-    return _table(
-        d,
-        c_x=direction * d.sqrt_recip_alphas_cumprod,
-        c_x0=np.sqrt(before) - direction,
-        c_noise=sigma * (np.arange(d.num_timesteps) > 0),
-        **_x0_columns(d),
-    )
+def _ddim_table(d: Any, eta: float) -> Tensor:
+    columns = ddim_step_columns(d, numbers(d, "alphas_cumprod_prev"), eta)
+    return build_table(d.num_timesteps, **columns, **_x0_columns(d))
 
 
 def _noised(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -377,18 +354,5 @@ def _probe(d: Any) -> tuple[Tensor, Tensor]:
     return torch.rand(3, 2, 4, 4) * 2 - 1, t
 
 
-def _stub(d: Any) -> Callable:
-    """In place of the network while fused and original methods are compared."""
-    learned = d.model_var_type.name in ("LEARNED", "LEARNED_RANGE")
-
-    def network(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        m = torch.sin(3 * x) * 0.9
-        return torch.cat([m, torch.cos(x)], dim=1) if learned else m
-
-    return network
-
-
-def _shadow(d: Any) -> Any:
-    twin = type(d).__new__(type(d))
-    twin.__dict__ = dict(d.__dict__)
-    return twin
+def _stub(d: Any) -> StubNetwork:
+    return StubNetwork(learned=d.model_var_type.name in ("LEARNED", "LEARNED_RANGE"))

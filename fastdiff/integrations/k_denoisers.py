@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .fusing import fuse_methods, fused_methods, left_alone, unfuse
+from .method_swap import fuse_methods, fused_methods, left_alone, unfuse
+from .objects import StubNetwork, preconditioned_target, twin
 
 __all__ = ["fuse", "fused_methods", "left_alone", "unfuse"]
 
@@ -38,7 +39,6 @@ def fuse(denoiser: nn.Module) -> nn.Module:
 
 def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
     """Weighted mean squared error of the network's own output, [batch]."""
-    # In float64: (1 - c_skip) / c_out cancels for small sigma.
     wide = sigma.double()
     *c_skip, c_out, c_in = self.get_scalings(wide)
     x = ops.noise(input, c_in, c_in * wide, noise)[0]
@@ -55,32 +55,14 @@ def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **kwargs: Any) -> Te
         output,
         input,
         noise,
-        p=(1 - c_skip) / c_out,
-        q=-c_skip * wide / c_out,
+        **preconditioned_target(c_skip, c_out, wide),
         weight=weight,
         reduction="none",
     )
 
 
-class _Stub(nn.Module):
-    """In place of the network while fused and original losses are compared."""
-
-    def __init__(self, learned_variance: bool):
-        super().__init__()
-        self.learned_variance = learned_variance
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        m = torch.sin(3 * x) * 0.9
-        return torch.cat([m, m], dim=1) if self.learned_variance else m
-
-    apply_model = forward
-
-
 def _shadow(obj: nn.Module) -> nn.Module:
-    twin = type(obj).__new__(type(obj))
-    twin.__dict__ = dict(obj.__dict__)
-    twin.__dict__["_modules"] = dict(obj._modules) | {"inner_model": _Stub(getattr(obj, "has_learned_sigmas", False))}
-    return twin
+    return twin(obj, inner_model=StubNetwork(learned=getattr(obj, "has_learned_sigmas", False)))
 
 
 def _probe(d: nn.Module) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import torch_randn
 from ..process import EDM
 from ..samplers import DPMSolverPP, Euler, EulerAncestral, Heun, Sampler
+from ..samplers.sigmas import exponential, karras
 from ..sampling import sample
 
 __all__ = [
@@ -147,15 +148,11 @@ def get_sigmas_karras(
     n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Karras sigmas and a 0 behind them, float32 [n + 1]."""
-    from ..samplers.sigmas import karras
-
     return _with_zero(karras(n, sigma_min, sigma_max, rho), device)
 
 
 def get_sigmas_exponential(n: int, sigma_min: float, sigma_max: float, device: torch.device | str = "cpu") -> Tensor:
     """Exponential sigmas and a 0 behind them, float32 [n + 1]."""
-    from ..samplers.sigmas import exponential
-
     return _with_zero(exponential(n, sigma_min, sigma_max), device)
 
 

@@ -133,9 +133,9 @@ def build_plan(
     return Plan(levels.t, table, draws, scale, time, std, gradient=gradient, **rest)  # type: ignore[arg-type]
 
 
-def build_table(steps: int, **columns: Tensor | float) -> Tensor:
-    """float64 [steps, len(COLUMNS)]; a column that is not named is 0."""
-    zero = torch.zeros(steps, dtype=torch.float64, device="cpu")
+def build_table(steps: int, device: torch.device | str = "cpu", **columns: Tensor | float) -> Tensor:
+    """float64 [steps, len(COLUMNS)] on the device of the columns; a column that is not named is 0."""
+    zero = torch.zeros(steps, dtype=torch.float64, device=device)
     unknown = set(columns) - set(COLUMNS)
     assert not unknown, unknown
     return torch.stack([columns[name] + zero if name in columns else zero for name in COLUMNS], -1)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .. import prediction as kinds
 from ..ops.checks import check_clip
@@ -65,12 +66,7 @@ class DDPM(Sampler):
         elif self.variance == "learned":
             columns |= {"c_noise": torch.ones_like(small), "l_v": torch.ones_like(small)}
         else:
-            # (v + 1) / 2 ln large + (1 - v) / 2 ln small
-            columns |= {
-                "c_noise": torch.ones_like(small),
-                "l_0": (large.log() + small.log()) / 2,
-                "l_v": (large.log() - small.log()) / 2,
-            }
+            columns |= {"c_noise": torch.ones_like(small)} | learned_range_columns(small.log(), large.log())
         gradient = columns["c_noise"] ** 2
         columns["c_noise"] = columns["c_noise"] * torch.tensor(draws, device="cpu")
         return build_plan(
@@ -84,3 +80,9 @@ class DDPM(Sampler):
             gradient=gradient,
             gradient_of_mean=True,
         )
+
+
+def learned_range_columns(small: Tensor, large: Tensor) -> dict[str, Tensor]:
+    """The log-variance (v + 1) / 2 large + (1 - v) / 2 small = l_0 + l_v v, from the logarithms of the two variances
+    [rows]. Nichol and Dhariwal 2021, equation 15."""
+    return {"l_0": (large + small) / 2, "l_v": (large - small) / 2}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .. import prediction as kinds
 from ..ops.checks import check_clip
@@ -50,12 +51,7 @@ class LCM(Sampler):
             raise ValueError(f"{len(times)} timesteps were given and steps={steps}: leave steps out.")
         levels = process.levels(torch.tensor(spacings.checked_timesteps(times, process.steps), device="cpu"))
         alpha, sigma = following(levels)
-        scaled, data = self.timestep_scaling * levels.t.double(), self.sigma_data
-        columns = {
-            "c_x": alpha * data**2 / (scaled**2 + data**2),
-            "c_x0": alpha * scaled / torch.hypot(scaled, torch.full_like(scaled, data)),
-            "c_noise": sigma,
-        }
+        columns = lcm_columns(alpha, levels.t, self.timestep_scaling, self.sigma_data) | {"c_noise": sigma}
         draws = (True,) * (len(times) - 1) + (False,)
         return build_plan(kinds.get(prediction), levels, (alpha, sigma), draws, columns, clip=self.clip)
 
@@ -67,3 +63,13 @@ class LCM(Sampler):
         stride = total // self.original_steps
         original = [stride * (k + 1) - 1 for k in range(self.original_steps)][::-1]
         return [original[k * self.original_steps // steps] for k in range(steps)]
+
+
+def lcm_columns(end: Tensor | float, t: Tensor, scaling: float, sigma_data: float) -> dict[str, Tensor]:
+    """``end`` times the denoised sample c_skip x + c_out x0 at the timesteps ``t`` [rows]. With ``end`` = 1 the columns
+    are c_skip and c_out."""
+    scaled, data = scaling * t.double(), sigma_data
+    return {
+        "c_x": end * data**2 / (scaled**2 + data**2),
+        "c_x0": end * scaled / torch.hypot(scaled, torch.full_like(scaled, data)),
+    }

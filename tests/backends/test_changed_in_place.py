@@ -16,7 +16,7 @@ from fastdiff.integrations import guided_diffusion, training_scripts
 
 diffusers = pytest.importorskip("diffusers")
 from fastdiff.integrations import diffusers as fused  # noqa: E402
-from fastdiff.integrations.diffusers import covered  # noqa: E402
+from fastdiff.integrations.diffusers import supported  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -88,7 +88,7 @@ def test_tables_of_float64_are_copied():
 
 
 def both(name, **options):
-    return covered.resolve(name)(**options), fused.fuse(covered.resolve(name)(**options))
+    return supported.resolve(name)(**options), fused.fuse(supported.resolve(name)(**options))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -114,7 +114,7 @@ def test_fused_steps_follow_the_table(name, way):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", [name for name in covered.COVERED if name not in STEPS and "Parallel" not in name])
+@pytest.mark.parametrize("name", [name for name in supported.SUPPORTED if name not in STEPS and "Parallel" not in name])
 def test_fused_steps_follow_the_sigmas(name, way, mode):
     runs = []
     with mode():
@@ -140,16 +140,16 @@ def test_what_did_not_change_is_not_made_again(monkeypatch):
     scheduler = fused.fuse(diffusers.DDIMScheduler())
     scheduler.set_timesteps(4)
     x0, n = data()
-    plan = scheduler._fastdiff_steps
+    stepper = scheduler._fastdiff_steps
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             scheduler.step(n, 500, x0)
-            assert scheduler._fastdiff_steps is plan
+            assert scheduler._fastdiff_steps is stepper
     scheduler.set_timesteps(4)
-    assert scheduler._fastdiff_steps.rows is plan.rows, "equal numbers"
+    assert scheduler._fastdiff_steps.table is stepper.table, "equal numbers"
     scheduler.alphas_cumprod.data[0] *= 0.5
     scheduler.step(n, 500, x0)
-    assert scheduler._fastdiff_steps.rows is not plan.rows
+    assert scheduler._fastdiff_steps.table is not stepper.table
 
 
 # ---------------------------------------------------------------------------------------------------- samplers' tensors
@@ -259,7 +259,7 @@ def alike(theirs, ours):
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
-@pytest.mark.parametrize("name", covered.COVERED)
+@pytest.mark.parametrize("name", supported.SUPPORTED)
 def test_a_copy_steps_itself(name, copied):
     """Two runs of different lengths, step by step in turns: the original's and a copy's."""
     runs = []
@@ -282,7 +282,7 @@ def test_a_copy_steps_itself(name, copied):
 
 
 @pytest.mark.parametrize("saved", [copy.deepcopy, dict], ids=["deep", "shallow"])
-@pytest.mark.parametrize("name", covered.COVERED)
+@pytest.mark.parametrize("name", supported.SUPPORTED)
 def test_a_state_that_is_put_back_is_gone_on_from(name, saved):
     """One scheduler for several views, whose states are taken and put back."""
     runs = []
@@ -304,12 +304,12 @@ def test_a_state_that_is_put_back_is_gone_on_from(name, saved):
 
 
 def test_a_pickled_scheduler_is_its_own():
-    for name in covered.COVERED:
+    for name in supported.SUPPORTED:
         one = both(name)[1]
         one.set_timesteps(4)
         advance(one, data()[0], 0)
         loaded = pickle.loads(pickle.dumps(one))
-        assert type(loaded) is covered.resolve(name) and not set(loaded.__dict__) & set(fused.plans.KEPT)
+        assert type(loaded) is supported.resolve(name) and not set(loaded.__dict__) & set(fused.coefficient_cache.KEPT)
         assert dict(loaded.config) == dict(one.config)
 
 

@@ -1,6 +1,7 @@
 """How the fused methods of diffusers' schedulers are put in place and taken away, pipelines, and torch.compile."""
 
 import copy
+import dataclasses
 import inspect
 import pickle
 import warnings
@@ -10,7 +11,7 @@ import torch
 
 diffusers = pytest.importorskip("diffusers")
 from fastdiff.integrations import diffusers as fused  # noqa: E402
-from fastdiff.integrations.diffusers import covered, known, patching  # noqa: E402
+from fastdiff.integrations.diffusers import patching, source_digests, supported  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -25,7 +26,7 @@ def untouched():
     """Every test leaves diffusers as it was."""
 
     def held():
-        classes = {name: vars(covered.resolve(name)) for name in covered.COVERED}
+        classes = {name: vars(supported.resolve(name)) for name in supported.SUPPORTED}
         return {(name, key): of[key] for name, of in classes.items() for key in of if key != "__slotnames__"}
 
     before = held()
@@ -55,16 +56,17 @@ def done(name="DDPMScheduler.step"):
 
 
 def test_nothing_happens_on_import():
-    assert not any(hasattr(covered.resolve(name).step, "_fastdiff_original") for name in covered.COVERED)
+    assert not any(hasattr(supported.resolve(name).step, "_fastdiff_original") for name in supported.SUPPORTED)
 
 
 def test_every_method_of_the_installed_version_is_known():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with fused.patch():
-            for name, of in covered.COVERED.items():
-                for method in of.methods:
-                    assert hasattr(getattr(covered.resolve(name), method), "_fastdiff_original"), (name, method)
+            for name, methods in supported.SUPPORTED.items():
+                for method in methods:
+                    assert hasattr(getattr(supported.resolve(name), method), "_fastdiff_original"), (name, method)
+                    assert method in methods[method].digests, "its own source is compared too"
 
 
 def test_fuse_is_of_one_object():
@@ -89,7 +91,7 @@ def test_fuse_twice_is_once():
 
 def test_fuse_refuses_what_it_does_not_know():
     for other in (diffusers.PNDMScheduler(), torch.nn.Linear(1, 1), None):
-        with pytest.raises(TypeError, match=r"fuse\(\) takes a scheduler of diffusers, one of DDPMScheduler"):
+        with pytest.raises(TypeError, match=r"fuse\(\) takes a scheduler of diffusers, one of DDIMScheduler, "):
             fused.fuse(other)
     with pytest.raises(TypeError, match=r"the class DDPMScheduler: make one, such as DDPMScheduler\(\)"):
         fused.fuse(DDPM)
@@ -205,16 +207,16 @@ def test_a_method_that_an_object_has_of_its_own_stays():
 
 def test_signatures_and_names_stay():
     """Pipelines look for the arguments of ``step``."""
-    for name, of in covered.COVERED.items():
-        cls = covered.resolve(name)
-        before = {method: inspect.signature(getattr(cls, method)) for method in of.methods}
-        bound = {method: inspect.signature(getattr(cls(), method)) for method in of.methods}
+    for name, methods in supported.SUPPORTED.items():
+        cls = supported.resolve(name)
+        before = {method: inspect.signature(getattr(cls, method)) for method in methods}
+        bound = {method: inspect.signature(getattr(cls(), method)) for method in methods}
         with fused.patch():
-            for method in of.methods:
+            for method in methods:
                 found = getattr(cls, method)
                 assert inspect.signature(found) == before[method] and found.__name__ == method
         one = fused.fuse(cls())
-        for method in of.methods:
+        for method in methods:
             assert inspect.signature(getattr(one, method)) == bound[method]
 
 
@@ -313,9 +315,10 @@ def test_a_helper_that_is_replaced(monkeypatch):
 
 def test_an_unknown_version_is_left_as_it_is(monkeypatch):
     patching._replacement.cache_clear()
-    digests = dict(covered.KNOWN)
-    digests["DDPMScheduler._get_variance"] = ("000000000000",)
-    monkeypatch.setattr(covered, "KNOWN", digests)
+    methods = supported.SUPPORTED["DDPMScheduler"]
+    digests = methods["step"].digests | {"_get_variance": ("000000000000",)}
+    changed = methods | {"step": dataclasses.replace(methods["step"], digests=digests)}
+    monkeypatch.setitem(supported.SUPPORTED, "DDPMScheduler", changed)
     try:
         with pytest.warns(UserWarning, match="DDPMScheduler._get_variance is none that fastdiff knows"):
             patch = fused.patch()
@@ -336,12 +339,13 @@ def test_an_unknown_version_is_left_as_it_is(monkeypatch):
 
 def test_a_method_that_is_missing_or_has_no_source(monkeypatch):
     monkeypatch.delattr(DDPM, "_threshold_sample")
-    assert covered.unknown(DDPM, "step") == "DDPMScheduler._threshold_sample is missing"
+    assert supported.unknown(DDPM, "step") == "DDPMScheduler._threshold_sample is missing"
     monkeypatch.undo()
     scope = {}
     exec("def _threshold_sample(self, sample):\n    return sample", scope)
     monkeypatch.setattr(DDPM, "_threshold_sample", scope["_threshold_sample"])
-    assert covered.unknown(DDPM, "step") == "the source of DDPMScheduler._threshold_sample is not there to be compared"
+    unread = "the source of DDPMScheduler._threshold_sample is not there to be compared"
+    assert supported.unknown(DDPM, "step") == unread
 
 
 def test_what_a_digest_is_of():
@@ -355,8 +359,8 @@ def test_what_a_digest_is_of():
         "def f(self, a, c, b=1):\n    x = a\n    return x, b\n",
         "def f(self, a, b=1):\n    x = -a\n    return x, b\n",
     ]
-    assert {known.digest(source) for source in same} == {known.digest(plain)}
-    assert known.digest(plain) not in {known.digest(source) for source in other}
+    assert {source_digests.digest(source) for source in same} == {source_digests.digest(plain)}
+    assert source_digests.digest(plain) not in {source_digests.digest(source) for source in other}
 
 
 # -------------------------------------------------------------------------------------------------------------- compile
@@ -374,7 +378,7 @@ def fresh():
 )
 def test_step_in_a_compiled_program(fresh, name):
     """Without a break of the graph once the step index is there; calls are counted when they are traced."""
-    plain, one = covered.resolve(name)(), fused.fuse(covered.resolve(name)())
+    plain, one = supported.resolve(name)(), fused.fuse(supported.resolve(name)())
     x, m = torch.randn(SHAPE), torch.randn(SHAPE)
     results = []
     for scheduler in (plain, one):
@@ -506,7 +510,7 @@ def test_stable_diffusion(name):
 
     def make():
         return diffusers.StableDiffusionPipeline(
-            vae, None, None, unet, covered.resolve(name)(), None, None, requires_safety_checker=False
+            vae, None, None, unet, supported.resolve(name)(), None, None, requires_safety_checker=False
         )
 
     named = {"prompt_embeds": words[0], "negative_prompt_embeds": words[1], "guidance_scale": 3.0}
@@ -527,7 +531,7 @@ def test_stable_diffusion_3(name):
     vae, words, pooled = tiny_vae(4), torch.randn(2, 1, 5, 8), torch.randn(2, 1, 8)
 
     def make():
-        scheduler = covered.resolve(name)(shift=3.0)
+        scheduler = supported.resolve(name)(shift=3.0)
         return diffusers.StableDiffusion3Pipeline(transformer, scheduler, vae, *(None,) * 6)
 
     named = {"prompt_embeds": words[0], "negative_prompt_embeds": words[1], "pooled_prompt_embeds": pooled[0]}

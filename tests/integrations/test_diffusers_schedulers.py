@@ -1018,14 +1018,14 @@ def test_a_view_of_the_timesteps_is_known_without_being_read():
     """On an accelerator the value of a timestep is looked up by where it lies: iterating, indexing, slicing."""
     scheduler = fused.fuse(make("DDPMScheduler", {}))
     scheduler.set_timesteps(10)
-    plan = scheduler.__dict__["_fastdiff_steps"]
-    assert [plan.position(t) for t in scheduler.timesteps] == list(range(10))
-    assert [plan.position(t) for t in scheduler.timesteps[4:]] == list(range(4, 10))
-    assert plan.position(scheduler.timesteps[-1]) == 9
-    assert plan.position(scheduler.timesteps[3].clone()) is None
-    assert plan.position(scheduler.timesteps[:2]) is None
-    assert plan.position(torch.tensor(900)) is None
-    assert plan.position(scheduler.timesteps.view(torch.int32)[0]) is None
+    stepper = scheduler.__dict__["_fastdiff_steps"]
+    assert [stepper.position(t) for t in scheduler.timesteps] == list(range(10))
+    assert [stepper.position(t) for t in scheduler.timesteps[4:]] == list(range(4, 10))
+    assert stepper.position(scheduler.timesteps[-1]) == 9
+    assert stepper.position(scheduler.timesteps[3].clone()) is None
+    assert stepper.position(scheduler.timesteps[:2]) is None
+    assert stepper.position(torch.tensor(900)) is None
+    assert stepper.position(scheduler.timesteps.view(torch.int32)[0]) is None
 
 
 SOME = []
@@ -1062,6 +1062,31 @@ def test_the_quick_way_has_the_bits_of_the_other(monkeypatch, case, dtype):
         for field in one.keys():
             assert getattr(one, field).dtype == getattr(two, field).dtype
             assert torch.equal(getattr(one, field).nan_to_num(7), getattr(two, field).nan_to_num(7)), field
+
+
+@pytest.mark.parametrize("kept, now", [*itertools.permutations([torch.float32, torch.bfloat16, torch.float16], 2)])
+def test_a_history_of_another_dtype_has_the_same_bits_in_both_ways(kept, now):
+    """A network that goes over to another dtype between two steps of DPM-Solver."""
+    from fastdiff.backends.native import prepared
+
+    found = []
+    for allowed in (True, False, None):  # the quick way, the other, diffusers' own
+        scheduler, x = make("DPMSolverMultistepScheduler", {}), torch.linspace(-1, 1, 96).reshape(SHAPE)
+        if allowed is not None:
+            fused.fuse(scheduler)
+            prepared.allow(allowed)
+        try:
+            scheduler.set_timesteps(8)
+            for k, t in enumerate(scheduler.timesteps[:4]):
+                dtype = kept if k < 2 else now
+                x = scheduler.step(nonlinear(x.to(dtype), t), t, x.to(dtype)).prev_sample
+        finally:
+            prepared.allow(True)
+        found.append(x)
+    assert fused_share("DPMSolverMultistepScheduler") == (8, {})
+    assert torch.equal(found[0], found[1])
+    # diffusers rounds to the dtype on the way; four roundings of bfloat16 in four steps.
+    assert float((found[0].float() - found[2].float()).abs().max()) <= 4 * 2.0**-8 * float(found[2].abs().max())
 
 
 def test_the_quick_way_is_taken(monkeypatch):

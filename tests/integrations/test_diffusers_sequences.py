@@ -17,7 +17,7 @@ from devices import NIGHTLY
 
 diffusers = pytest.importorskip("diffusers")
 from fastdiff.integrations import diffusers as fused  # noqa: E402
-from fastdiff.integrations.diffusers.covered import COVERED, resolve  # noqa: E402
+from fastdiff.integrations.diffusers.supported import SUPPORTED, resolve  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -74,7 +74,7 @@ CONFIGS = {
     "FlowMatchHeunDiscreteScheduler": {"shift": [1.0, 3.0]},
 }  # fmt: skip
 CONFIGS["DDPMParallelScheduler"], CONFIGS["DDIMParallelScheduler"] = CONFIGS["DDPMScheduler"], CONFIGS["DDIMScheduler"]
-assert CONFIGS.keys() == COVERED.keys()
+assert CONFIGS.keys() == SUPPORTED.keys()
 
 
 class Pair:

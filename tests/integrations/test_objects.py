@@ -396,10 +396,9 @@ def test_sit_transport(model, weight, linear):
 
 def test_nothing_is_imported():
     """These modules know other packages by their interfaces alone."""
-    for name in ("guided_diffusion", "k_denoisers", "flow", "edm", "denoising_diffusion", "lightning", "schedulers"):
-        source = importlib.util.find_spec(f"fastdiff.integrations.{name}").loader.get_source(
-            f"fastdiff.integrations.{name}"
-        )
+    modules = ("guided_diffusion", "k_denoisers", "flow", "edm", "denoising_diffusion", "lightning", "objects")
+    for name in (*(f"fastdiff.integrations.{module}" for module in modules), "fastdiff.from_scheduler"):
+        source = importlib.util.find_spec(name).loader.get_source(name)
         imported = {line.split()[1] for line in source.splitlines() if line.startswith(("import ", "from "))}
         allowed = {
             "__future__",

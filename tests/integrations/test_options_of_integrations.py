@@ -15,7 +15,7 @@ from tiny_run import SHAPE, START, at, clean
 import fastdiff
 from fastdiff import losses
 from fastdiff import tabulated as tables
-from fastdiff.integrations import edm, flow, fusing, k_diffusion, training_scripts
+from fastdiff.integrations import edm, flow, k_diffusion, method_swap, training_scripts
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers import training_utils  # noqa: E402
@@ -350,15 +350,15 @@ def test_options_of_a_flow_loss():
 
 
 def test_a_fused_scheduler_is_given_everything_back():
-    """After ``unfuse`` an object is what it was: of its class, and with no plan left."""
+    """After ``unfuse`` an object is what it was: of its class, and with no coefficients left."""
     from fastdiff.integrations import diffusers as fused
-    from fastdiff.integrations.diffusers import covered
+    from fastdiff.integrations.diffusers import supported
 
-    for name, of in covered.COVERED.items():
-        scheduler = covered.resolve(name)()
+    for name, methods in supported.SUPPORTED.items():
+        scheduler = supported.resolve(name)()
         kind, before = type(scheduler), dict(scheduler.__dict__)
         fused.fuse(scheduler)
-        assert type(scheduler) is not kind and set(of.methods) <= set(vars(type(scheduler))), name
+        assert type(scheduler) is not kind and set(methods) <= set(vars(type(scheduler))), name
         fused.unfuse(scheduler)
         assert type(scheduler) is kind and scheduler.__dict__ == before, name
 
@@ -408,15 +408,15 @@ def test_a_method_that_is_off_by_a_thousandth_is_left_alone(off):
     """Float32 roundings of a formula are below 1e-5; a formula that is another one is not."""
 
     def fuse(obj):
-        return fusing.fuse_methods(
+        return method_swap.fuse_methods(
             obj, {"twice": twice}, {"twice": lambda d: d.twice(torch.linspace(-1, 1, 9))}, copy.copy
         )
 
-    assert fusing.fused_methods(fuse(Doubled(1 + 1e-6))) == ("twice",)
+    assert method_swap.fused_methods(fuse(Doubled(1 + 1e-6))) == ("twice",)
     # Whatever holds the tensors that a method returns.
     for held in (lambda x: (x.new_zeros(1), x), lambda x: [[x]], lambda x: {"a": x.new_zeros(1), "b": (x,)}):
         with pytest.raises(TypeError, match="twice: this class or release computes something else"):
-            fusing.fuse_methods(
+            method_swap.fuse_methods(
                 Doubled(1 + off),
                 {"twice": twice},
                 {"twice": lambda d, held=held: held(d.twice(torch.ones(3)))},

@@ -9,7 +9,7 @@
 Nothing happens on import. What is covered, what is left to diffusers and what is equal to the bit: docs/diffusers.md.
 """
 
-from .counting import fallbacks, fused_calls, reset_counts
+from .call_counts import fallbacks, fused_calls, reset_counts
 from .patching import fuse, patch, unfuse, unpatch
 
 __all__ = ["fallbacks", "fuse", "fused_calls", "patch", "reset_counts", "unfuse", "unpatch"]

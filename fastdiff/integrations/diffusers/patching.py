@@ -11,26 +11,25 @@ from functools import cache, wraps
 from typing import Any
 
 from ...from_scheduler import check_scheduler
-from . import plans
-from .counting import left
-from .covered import COVERED, SWITCH, own, resolve, unknown
-from .stepping import Maker
+from .call_counts import left
+from .coefficient_cache import KEPT, Cache
+from .supported import SUPPORTED, SWITCH, own, resolve, unknown
 
 _active: list[patch] = []  # every patch() that was not undone
 _installed: list[tuple[type, str, Callable]] = []
 
 
 def _base(cls: type) -> type | None:
-    """The covered class of diffusers that ``cls`` is or comes from."""
+    """The supported class of diffusers that ``cls`` is or comes from."""
     for parent in cls.__mro__:
-        if parent.__name__ in COVERED and parent is resolve(parent.__name__):
+        if parent.__name__ in SUPPORTED and parent is resolve(parent.__name__):
             return parent
     return None
 
 
 def _refusal(base: type, name: str) -> Callable[[Any], str | None]:
     """Says of a scheduler why its method ``name`` is not fused, whatever its config; None if it may be."""
-    parts = {part: own(base, part) for part in COVERED[base.__name__].methods[name].helpers}
+    parts = {part: own(base, part) for part in SUPPORTED[base.__name__][name].digests if part != name}
 
     def refuse(scheduler: Any) -> str | None:
         cls = type(scheduler)
@@ -46,21 +45,18 @@ def _refusal(base: type, name: str) -> Callable[[Any], str | None]:
 
 @cache
 def _replacement(base: type, name: str, original: Callable, shared: bool) -> Callable:
-    """The fused method for ``original``, the method ``name`` of a covered class; ``shared``: for the class."""
+    """The fused method for ``original``, the method ``name`` of a supported class; ``shared``: for the class."""
     counted = f"{base.__name__}.{name}"
     if name == SWITCH:
         replaced = _following(base, original, shared)
     else:
-        reason, method = unknown(base, name), COVERED[base.__name__].methods[name]
+        reason, method = unknown(base, name), SUPPORTED[base.__name__][name]
         if reason is not None:
             replaced = _passing(counted, reason, original)
         else:
-            maker = Maker(method.plan, _refusal(base, name), method.where)
-            extra = ()
-            if method.where == plans.STEPS:
-                extra = (original.__globals__[COVERED[base.__name__].output],)
-            replaced = method.make(original, counted, maker, *extra)
-            replaced._fastdiff_maker = maker
+            coefficients = Cache(method.coefficients, _refusal(base, name))
+            replaced = method.fused(original, counted, coefficients)
+            replaced._fastdiff_cache = coefficients
     replaced._fastdiff_original = original
     return replaced
 
@@ -78,21 +74,21 @@ def _passing(counted: str, reason: str, original: Callable) -> Callable:
 
 
 def _following(base: type, original: Callable, shared: bool) -> Callable:
-    """``set_timesteps`` that makes the tables of ``step`` too, so that no step waits for them."""
-    maker = getattr(_replacement(base, "step", own(base, "step"), shared), "_fastdiff_maker", None)
+    """``set_timesteps`` that makes the coefficients of ``step`` too, so that no step waits for them."""
+    coefficients = getattr(_replacement(base, "step", own(base, "step"), shared), "_fastdiff_cache", None)
 
     @wraps(original)
     def set_timesteps(self, *arguments, **named):
         result = original(self, *arguments, **named)
-        if maker is not None and maker.enabled:
-            maker.build(self)
+        if coefficients is not None and coefficients.enabled:
+            coefficients.build(self)
         return result
 
     return set_timesteps
 
 
 def _methods(base: type) -> tuple[str, ...]:
-    return (*COVERED[base.__name__].methods, SWITCH)
+    return (*SUPPORTED[base.__name__], SWITCH)
 
 
 def _from_diffusers(function: Any) -> bool:
@@ -135,7 +131,7 @@ def _deeply_copied(self: Any, memo: dict) -> Any:
 
 def _reduced(self: Any, protocol: int) -> tuple:
     """Pickled as an object that is not fused: where it is read fastdiff need not be."""
-    state = {name: value for name, value in self.__dict__.items() if name not in plans.KEPT}
+    state = {name: value for name, value in self.__dict__.items() if name not in KEPT}
     return copyreg._reconstructor, (type(self)._fastdiff_class, object, None), state  # type: ignore[attr-defined]
 
 
@@ -153,7 +149,7 @@ def fuse(scheduler: Any) -> Any:
     if base is None:
         check_scheduler(scheduler, "fuse")
         raise TypeError(
-            f"fuse() takes a scheduler of diffusers, one of {', '.join(COVERED)} or of a class made from one; "
+            f"fuse() takes a scheduler of diffusers, one of {', '.join(SUPPORTED)} or of a class made from one; "
             f"got {type(scheduler).__name__}."
         )
     if "_fastdiff_class" in type(scheduler).__dict__:
@@ -172,13 +168,13 @@ def unfuse(scheduler: Any) -> Any:
     original = type(scheduler).__dict__.get("_fastdiff_class")
     if original is not None:
         scheduler.__class__ = original
-    for name in plans.KEPT:
+    for name in KEPT:
         scheduler.__dict__.pop(name, None)
     return scheduler
 
 
 class patch:
-    """Fuse every scheduler of the covered classes of diffusers, those that are there and those to come: from the call
+    """Fuse every scheduler of the supported classes of diffusers, those that are there and those to come: from the call
     on until ``unpatch()``, or as a context manager for a block.
 
     Patches nest: the classes are as they were when the last is undone, in whatever order. A method that another library
@@ -189,7 +185,7 @@ class patch:
     """
 
     def __init__(self):
-        bases = [base for base in map(resolve, COVERED) if base is not None]
+        bases = [base for base in map(resolve, SUPPORTED) if base is not None]
         if not bases:
             raise ImportError("patch() needs the diffusers library: install fastdiff[diffusers].")
         if not _active:
@@ -220,9 +216,9 @@ def unpatch() -> None:
 
 
 def _enable(function: Callable, enabled: bool) -> None:
-    maker = getattr(function, "_fastdiff_maker", None)
-    if maker is not None:
-        maker.enabled = enabled
+    coefficients = getattr(function, "_fastdiff_cache", None)
+    if coefficients is not None:
+        coefficients.enabled = enabled
 
 
 def _install(base: type) -> None:
@@ -247,7 +243,7 @@ def _restore() -> None:
 
 
 def _warn_unknown(bases: list[type]) -> None:
-    reasons = [reason for base in bases for name in COVERED[base.__name__].methods if (reason := unknown(base, name))]
+    reasons = [reason for base in bases for name in SUPPORTED[base.__name__] if (reason := unknown(base, name))]
     if reasons:
         warnings.warn(
             f"diffusers {importlib.metadata.version('diffusers')}: {'; '.join(dict.fromkeys(reasons))}. "
