@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .names import find
-from .process import Levels, RectifiedFlow, VariancePreserving
+from .process import Levels
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _sample(levels: Levels) -> tuple[Tensor, Tensor]:
 def _v_prediction(levels: Levels) -> tuple[Tensor, Tensor]:
     # Salimans and Ho 2022, appendix D; the norm is 1 for variance-preserving processes, and makes v the same quantity
     # in the sigma space of k-diffusion and EDM.
-    if isinstance(levels.process, RectifiedFlow):
+    if levels.process.straight:
         raise ValueError(
             "v_prediction is not defined for RectifiedFlow (its path does not preserve the variance). "
             "The velocity n - x0 is prediction='flow'."
@@ -61,7 +61,7 @@ def _v_prediction(levels: Levels) -> tuple[Tensor, Tensor]:
 
 def _flow(levels: Levels) -> tuple[Tensor, Tensor]:
     # The velocity d x / d sigma of the path; Lipman et al. 2022, equation 23 with sigma_min.
-    sigma_min = levels.process.sigma_min if isinstance(levels.process, RectifiedFlow) else 0.0
+    sigma_min = levels.process.sigma_min if levels.process.straight else 0.0
     one = torch.ones_like(levels.alpha)
     return -one, one * (1 - sigma_min) if sigma_min else one
 
@@ -77,7 +77,7 @@ def _score(levels: Levels) -> tuple[Tensor, Tensor]:
 
 
 def _previous_sample(levels: Levels) -> tuple[Tensor, Tensor]:
-    if not isinstance(levels.process, VariancePreserving):
+    if not levels.process.noisiest_last:
         raise ValueError(
             f"previous_sample predicts x_(t-1), which needs a process with discrete steps (VariancePreserving); "
             f"got {levels.process!r}."
@@ -87,7 +87,7 @@ def _previous_sample(levels: Levels) -> tuple[Tensor, Tensor]:
 
 
 def _sigma_data(levels: Levels) -> float:
-    return getattr(levels.process, "sigma_data", 0.5)
+    return levels.process.sigma_data
 
 
 def _edm(levels: Levels) -> tuple[Tensor, Tensor]:

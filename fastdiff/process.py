@@ -12,6 +12,7 @@ from torch import Tensor
 from .names import answers_keywords, find, plainly
 from .numeric import check_numbers
 from .showing import brief
+from .sigma_schedules import karras
 from .tensors import cached, gather_rows, value_checks_are_free
 
 # Where a posterior variance of zero must have a logarithm (Improved DDPM's and diffusers' floor).
@@ -67,7 +68,7 @@ class Levels:
         """
         if by == "fraction":
             return self.fraction
-        if not (self.process.variance_preserving or isinstance(self.process, RectifiedFlow)):
+        if not (self.process.variance_preserving or self.process.straight):
             raise ValueError(f"by='sigma' needs a process whose sigma lies in [0, 1]; got {self.process!r}.")
         return self.sigma
 
@@ -99,11 +100,16 @@ class Process:
         discrete: t is an integer index in [0, steps - 1]; otherwise a float in [t_min, t_max].
         steps: the number of timesteps, of discrete processes.
         variance_preserving: x_t of unit-variance data keeps unit variance, so sampling starts from a standard normal.
+        straight: x_t lies on a straight line from the data to the noise, and sigma, in [0, 1], is the noise's factor.
+        noisiest_last: of a discrete process, that its timesteps count up from clean data to noise.
+        t_is_sigma: the time t is the noise level sigma itself.
+        sigma_data: the standard deviation of the data that preconditioning reckons with.
     """
 
     discrete = False
     steps: int
-    variance_preserving = False
+    variance_preserving = straight = noisiest_last = t_is_sigma = False
+    sigma_data = 0.5
     t_min, t_max = 0.0, 1.0
     _changes = 0  # counts what is set, so that what was made from a process is made anew
 
@@ -148,6 +154,13 @@ class Process:
     def model_time(self, levels: Levels) -> Tensor:
         """What a network is told about the noise level (unless its prediction is preconditioned): t by default."""
         return levels.t
+
+    def grid(self, steps: int) -> Tensor:
+        """The times [steps] that a sampler visits in so many steps, the noisiest first: as ``check_t`` takes them.
+
+        Raises ValueError for a process of which none is known.
+        """
+        raise ValueError(f"no time grid is known for {self!r}: give the sampler its timesteps.")
 
     def levels_at(self, sigma: Any) -> Levels:
         """The levels of given noise, as sigma schedules of samplers state it: sigma / alpha, finite; for RectifiedFlow
@@ -248,7 +261,7 @@ class VariancePreserving(Process):
     """
 
     discrete = True
-    variance_preserving = True
+    variance_preserving = noisiest_last = True
     _ends: tuple[float | None, float | None] = (None, None)
 
     @answers_keywords(
@@ -400,6 +413,8 @@ class RectifiedFlow(Process):
     A network is told that sigma (without sigma_min), not t, as in the trainers of SD3 and Flux (they pass 1000 sigma).
     """
 
+    straight = True
+
     def __init__(self, shift: float = 1.0, sigma_min: float = 0.0):
         check_numbers(shift=shift, sigma_min=sigma_min)
         if not shift > 0 or not math.isfinite(shift):
@@ -416,6 +431,9 @@ class RectifiedFlow(Process):
             # alpha by its own formula: 1 - sigma would cancel near t = 1.
             alpha, sigma = alpha / below, self.shift * t / below
         return alpha, sigma + self.sigma_min * alpha if self.sigma_min else sigma
+
+    def grid(self, steps: int) -> Tensor:
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
 
     def model_time(self, levels: Levels) -> Tensor:
         return 1 - levels.alpha
@@ -437,6 +455,7 @@ class EDM(Process):
     """
 
     t_max = math.inf
+    t_is_sigma = True
 
     def __init__(self, sigma_data: float = 0.5):
         check_numbers(sigma_data=sigma_data)
@@ -450,6 +469,9 @@ class EDM(Process):
 
     def fraction(self, t: Tensor) -> Tensor:
         raise ValueError("EDM's t is sigma, which has no fraction; use a weighting, loss or timesteps made for sigma.")
+
+    def grid(self, steps: int) -> Tensor:
+        return karras(steps)
 
     def time(self, fraction: Tensor) -> Tensor:
         raise ValueError("EDM's t is sigma: draw it with timesteps=fastdiff.timesteps.LogNormal(), or pass t.")
@@ -475,6 +497,9 @@ class VPSDE(Process):
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha = self._log_alpha(as_float64(t))
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def grid(self, steps: int) -> Tensor:
+        return torch.linspace(1, 1e-3, steps, dtype=torch.float64, device="cpu")
 
     def diffusion_squared(self, t: Tensor) -> Tensor:
         """g(t)^2 of the SDE dx = f dt + g dw, float64."""
@@ -516,6 +541,9 @@ class VESDE(Process):
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = as_float64(t)
         return torch.ones_like(t), self.sigma_min * (t * math.log(self.sigma_max / self.sigma_min)).exp()
+
+    def grid(self, steps: int) -> Tensor:
+        return torch.linspace(1, 1e-5, steps, dtype=torch.float64, device="cpu")
 
     def diffusion_squared(self, t: Tensor) -> Tensor:
         """g(t)^2 of the SDE dx = g dw, float64."""

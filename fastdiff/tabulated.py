@@ -97,6 +97,7 @@ class _Indexed(Process):
     """t is an index into tables of sigmas and of what the network is told; index 0 is the noisiest."""
 
     discrete = True
+    t_is_sigma = False
     check_t = VariancePreserving.check_t
 
     def _tabulate(self, sigmas: Any, model_times: Any) -> None:
@@ -110,6 +111,11 @@ class _Indexed(Process):
         wide = torch.float32 if t.device.type == "mps" else torch.float64
         table = cached(self._tables, (name, t.device), lambda: getattr(self, name).unsqueeze(-1).to(t.device, wide))
         return gather_rows(table, t).squeeze(-1)
+
+    def grid(self, steps: int) -> Tensor:
+        if steps > self.steps:
+            raise ValueError(f"steps must lie in [1, {self.steps}] for {self!r}; got {steps}.")
+        return torch.arange(steps, device="cpu") * self.steps // steps
 
     def fraction(self, t: Tensor) -> Tensor:
         return 1 - as_float64(t) / self.steps

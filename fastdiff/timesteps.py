@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .names import find
 from .numeric import check_fields
-from .process import EDM, Process, RectifiedFlow, as_float64, check_by
+from .process import Process, as_float64, check_by
 from .showing import brief
 
 
@@ -53,7 +53,7 @@ class Uniform(Timesteps):
     def __call__(self, u: Tensor, process: Process) -> Tensor:
         if self.by == "fraction":
             return super().__call__(u, process)
-        if not isinstance(process, RectifiedFlow) or process.discrete:
+        if not process.straight or process.discrete:
             raise ValueError(f"Uniform(by='sigma') draws the sigma of a RectifiedFlow; got {process!r}.")
         return process.time_of((self.low + (self.high - self.low) * as_float64(u)).clamp(min=process.sigma_min))
 
@@ -135,7 +135,7 @@ class LogNormal(Timesteps):
         _positive("std", self.std)
 
     def __call__(self, u: Tensor, process: Process) -> Tensor:
-        if not isinstance(process, EDM):
+        if not process.t_is_sigma:
             raise ValueError(f"LogNormal draws sigma, so it goes with fastdiff.EDM; got {process!r}.")
         return torch.exp(self.mean + self.std * torch.special.ndtri(as_float64(u)))
 
@@ -177,7 +177,7 @@ _NAMES = {
 def get(timesteps: Timesteps | str | None, process: Process) -> Timesteps:
     """A sampler from its name or itself; None: LogNormal for EDM's sigmas, uniform for every other process."""
     if timesteps is None:
-        return LogNormal() if isinstance(process, EDM) and not process.discrete else Uniform()
+        return LogNormal() if process.t_is_sigma else Uniform()
     return _named(timesteps)
 
 

@@ -21,7 +21,7 @@ from . import prediction as kinds
 from .names import find
 from .numeric import check_fields
 from .prediction import Prediction
-from .process import EDM, Levels, as_float64, check_by
+from .process import Levels, as_float64, check_by
 from .showing import brief, brief_fields
 from .tensors import gather_rows, value_checks_are_free
 
@@ -198,7 +198,7 @@ class EDMWeighting(_OnX0):
     def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
         d = self.sigma_data
         if d is None:
-            d = levels.process.sigma_data if isinstance(levels.process, EDM) else 0.5
+            d = levels.process.sigma_data
         return 1 / d**2 + levels.snr
 
 
@@ -240,7 +240,7 @@ class Bell(Weighting):
             y = torch.exp(-2 * (t / steps - 0.5) ** 2)
             y = y - y.min()
             return gather_rows((y * (steps / y.sum())).unsqueeze(-1), levels.t).squeeze(-1)
-        if isinstance(levels.process, EDM):
+        if levels.process.t_is_sigma:
             raise ValueError(f"Bell needs a time or a sigma in [0, 1]; got {levels.process!r}.")
         least, mean = math.exp(-0.5), math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5))
         return (torch.exp(-2 * (levels.measured(self.by) - 0.5) ** 2) - least) / (mean - least)

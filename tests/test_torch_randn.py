@@ -9,8 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastdiff import ops, torch_randn
-from fastdiff.backends.native import operations, prepared
 from fastdiff.ops.prepared import DRAW, DRAW_FLOAT, ENTRY, X0
+from fastdiff.torch_access import _C, reads_tensors
 
 if torch_randn.reason():
     pytest.skip(f"torch.randn draws: {torch_randn.reason()}", allow_module_level=True)
@@ -41,11 +41,11 @@ def draw(shape, generator=None):
         return torch_randn.randn(shape, generator=generator)
 
 
-@pytest.mark.parametrize("simd", [name for name in operations._C.simd_variants()])
+@pytest.mark.parametrize("simd", [name for name in _C.simd_variants()])
 @pytest.mark.parametrize("uniforms, normals", BEFORE)
 def test_the_bits_and_the_state(simd, uniforms, normals):
-    before = operations._C.simd()
-    operations._C.set_simd(simd)
+    before = _C.simd()
+    _C.set_simd(simd)
     try:
         for size in SIZES:
             ours, theirs = generators(size, uniforms, normals)
@@ -53,7 +53,7 @@ def test_the_bits_and_the_state(simd, uniforms, normals):
             assert torch.equal(bits(drawn), bits(expected)), size
             assert torch.equal(ours.get_state(), theirs.get_state()), size
     finally:
-        operations._C.set_simd(before)
+        _C.set_simd(before)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -68,14 +68,14 @@ def test_threads(threads):
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("simd", operations._C.simd_variants())
+@pytest.mark.parametrize("simd", _C.simd_variants())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_narrow_dtypes(simd, dtype, threads):
     if not torch_randn._draws_narrow():
         pytest.skip("this PyTorch draws them otherwise")
-    before = operations._C.simd()
-    operations._C.set_simd(simd)
+    before = _C.simd()
+    _C.set_simd(simd)
     torch.set_num_threads(threads)
     try:
         for size in (16, 32, 496, 512, 528, 4096, 100_000):
@@ -88,7 +88,7 @@ def test_narrow_dtypes(simd, dtype, threads):
             assert torch.equal(ours.get_state(), theirs.get_state()), size
     finally:
         torch.set_num_threads(1)
-        operations._C.set_simd(before)
+        _C.set_simd(before)
 
 
 def drawn_in_turn(randn, g):
@@ -201,14 +201,14 @@ def test_other_bits_are_noticed(monkeypatch):
         assert not torch_randn._same_bits()
     finally:
         monkeypatch.undo()
-        operations._C.allow_draws(2 if torch_randn._narrow else 1)
+        _C.allow_draws(2 if torch_randn._narrow else 1)
     assert torch_randn._same_bits()
 
 
 def test_pytorch_without_vectors():
     """It draws with the C library's functions then, whose bits are others: torch.randn is left to draw."""
     code = (
-        "import torch; from fastdiff.backends.native import torch_randn;"
+        "import torch; from fastdiff import torch_randn;"
         "g = torch.Generator().manual_seed(0); z = torch_randn.randn((5000,), generator=g); g.manual_seed(0);"
         "assert torch.equal(z, torch.randn(5000, generator=g)); print(torch_randn.reason())"
     )
@@ -220,7 +220,7 @@ def test_pytorch_without_vectors():
 
 # ------------------------------------------------------------------------------------------------------------ in a step
 
-in_c = pytest.mark.skipif(not prepared.reads_tensors, reason="this PyTorch does not show its tensors to C")
+in_c = pytest.mark.skipif(not reads_tensors, reason="this PyTorch does not show its tensors to C")
 
 
 @in_c

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff import EDM, Process
+from fastdiff import Process
 
 from ..files import write_atomically
 from .training import LN_SIGMA_RANGE
@@ -170,13 +170,13 @@ def _running_mean(values: Tensor, window: int) -> Tensor:
 
 def _bin_centres(process: Process, bins: int) -> Tensor:
     fraction = (torch.arange(bins) + 0.5) / bins
-    if isinstance(process, EDM):
+    if process.t_is_sigma:
         low, high = LN_SIGMA_RANGE
         return low + fraction * (high - low)
     return fraction * getattr(process, "steps", 1)
 
 
 def _time_label(process: Process) -> str:
-    if isinstance(process, EDM):
+    if process.t_is_sigma:
         return "ln(sigma): clean to noise"
     return "timestep t: clean to noise" if process.discrete else "time t: clean to noise"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import EDM, Noised
+from fastdiff import Noised
 
 from .checkpoint import Checkpoint
 from .data import ImageData
@@ -168,7 +168,7 @@ def learning_rate(step: int, steps: int) -> float:
 def time_fraction(noised: Noised) -> Tensor:
     """Where each sample's time lies on the axis of the loss-by-time plot, [B]: 0 is clean, 1 is noise."""
     process = noised.objective.process
-    if isinstance(process, EDM):
+    if process.t_is_sigma:
         low, high = LN_SIGMA_RANGE
         return (noised.t.log() - low) / (high - low)
     return process.fraction(noised.t)

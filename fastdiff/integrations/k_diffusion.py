@@ -22,8 +22,8 @@ from torch import Tensor
 from .. import torch_randn
 from ..process import EDM
 from ..samplers import DPMSolverPP, Euler, EulerAncestral, Heun, Sampler
-from ..samplers.sigmas import exponential, karras
 from ..sampling import sample
+from ..sigma_schedules import exponential, karras
 
 __all__ = [
     "get_sigmas_exponential",

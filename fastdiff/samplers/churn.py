@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..process import Levels, Process, RectifiedFlow
+from ..process import Levels, Process
 from .schedule import Path, Scheduled
 
 
@@ -44,7 +44,7 @@ class Churned(Scheduled):
         none = torch.zeros_like(path.alpha[1:])
         if self.s_churn == 0:
             return path, None, none + 1, none
-        if isinstance(process, RectifiedFlow):
+        if process.straight:
             raise ValueError(f"churn (s_churn={self.s_churn}) adds noise to x_t / alpha, which a flow does not have.")
         plain = path.levels
         level = plain.sigma / plain.alpha

@@ -64,7 +64,7 @@ class DDIM(Sampler):
         return build_plan(prediction, levels, (alpha, sigma), draws, columns, clip=self.clip)
 
     def _following(self, process, levels) -> tuple[Tensor, Tensor]:
-        if not isinstance(process, VariancePreserving):
+        if not process.noisiest_last:
             if self.previous != "next" or not self.set_alpha_to_one:
                 raise ValueError(f"previous='stride' and set_alpha_to_one=False need discrete steps; got {process!r}.")
             return following(levels)

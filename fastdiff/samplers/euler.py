@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import prediction as kinds
 from ..prediction import Prediction
-from ..process import Process, RectifiedFlow, transition
+from ..process import Process, transition
 from .base import Plan, build_plan
 from .churn import Churned
 from .schedule import Path, Scheduled
@@ -65,7 +65,7 @@ class EulerAncestral(Scheduled):
 
     def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
         path = self.path(process, steps)
-        columns = self._flow_columns(path) if isinstance(process, RectifiedFlow) else self._columns(path)
+        columns = self._flow_columns(path) if process.straight else self._columns(path)
         columns["c_noise"] = self.s_noise * columns["c_noise"]
         draws = (self.eta > 0,) * len(path.levels.t)
         return build_plan(kinds.get(prediction), path.levels, path.ends, draws, columns, clip=self.clip)
@@ -110,5 +110,5 @@ class FlowLCM(Scheduled):
 
 def need_flow(sampler: object, process: Process) -> None:
     """Raise ValueError unless the process is a RectifiedFlow."""
-    if not isinstance(process, RectifiedFlow):
+    if not process.straight:
         raise ValueError(f"{type(sampler).__name__} is for fastdiff.RectifiedFlow; got {process!r}.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import prediction as kinds
 from ..prediction import Prediction
-from ..process import Levels, Process, RectifiedFlow
+from ..process import Levels, Process
 from .base import Plan, build_plan
 from .churn import Churned
 from .euler import euler_columns, need_flow
@@ -102,5 +102,4 @@ class FlowHeun(Heun):
         return super().path(process, steps)
 
     def _coordinates(self, process: Process, alpha: Tensor, end: Tensor) -> tuple[Tensor, Tensor, float]:
-        assert isinstance(process, RectifiedFlow)
         return torch.ones_like(alpha), torch.ones_like(end), 1 / (1 - process.sigma_min)

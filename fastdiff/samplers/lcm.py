@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import prediction as kinds
 from ..ops.checks import check_clip
 from ..prediction import Prediction
-from ..process import Process, VariancePreserving
+from ..process import Process
 from . import spacing as spacings
 from .base import Plan, Sampler, build_plan, following
 
@@ -42,7 +42,7 @@ class LCM(Sampler):
             raise ValueError(f"original_steps must be at least 1; got {self.original_steps!r}.")
 
     def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
-        if not isinstance(process, VariancePreserving):
+        if not process.noisiest_last:
             raise ValueError(f"LCM needs a process with discrete timesteps (VariancePreserving); got {process!r}.")
         times = self.timesteps
         if times is None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import sigma_schedules as schedules
 from ..ops.checks import check_clip
-from ..process import Levels, Process, RectifiedFlow, VariancePreserving
-from . import sigmas as schedules
+from ..process import Levels, Process, VariancePreserving
 from . import spacing as spacings
 from .base import Sampler
 
@@ -131,7 +131,7 @@ class Scheduled(Sampler):
         return self._timed(process, steps)
 
     def _timed(self, process: Process, steps: int | None) -> Levels:
-        if not isinstance(process, VariancePreserving):
+        if not process.noisiest_last:
             return process.levels(spacings.times(process, steps, timesteps=self.timesteps))
         times = self.timesteps
         if times is None:
@@ -142,12 +142,12 @@ class Scheduled(Sampler):
         return process.levels_between(times)
 
     def _named(self, process: Process, steps: int) -> Tensor:
-        if isinstance(process, VariancePreserving):
+        if process.noisiest_last:
             ends = process.levels([process.steps - 1, 0])
         else:
             grid = spacings.times(process, max(steps, 2))
             ends = process.levels(grid[[0, -1]])
-        high, low = ends.sigma if isinstance(process, RectifiedFlow) else ends.sigma / ends.alpha
+        high, low = ends.sigma if process.straight else ends.sigma / ends.alpha
         low = self.sigma_min if self.sigma_min is not None else float(low)
         high = self.sigma_max if self.sigma_max is not None else float(high)
         if not 0 < low < high < float("inf"):

@@ -8,8 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..process import EDM, VESDE, VPSDE, Process, RectifiedFlow, VariancePreserving
-from .sigmas import karras
+from ..process import Process
 
 SPACINGS = ("trailing", "leading", "linspace")
 
@@ -79,7 +78,7 @@ def times(
     if timesteps is not None:
         if steps is not None and steps != len(timesteps):
             raise ValueError(f"{len(timesteps)} timesteps were given and steps={steps}: leave steps out.")
-        if isinstance(process, VariancePreserving):
+        if process.noisiest_last:
             return torch.tensor(checked_timesteps(timesteps, process.steps), device="cpu")
         given = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
         process.check_t(given)
@@ -87,22 +86,11 @@ def times(
             shown = ", ".join(f"{t:g}" for t in given[:5].tolist())
             raise ValueError(f"timesteps must fall strictly, the noisiest first; got {shown or 'none'}.")
         return given
-    if isinstance(process, VariancePreserving):
+    if process.noisiest_last:
         steps = process.steps if steps is None else steps
         return torch.tensor(discrete_timesteps(process.steps, steps, spacing, steps_offset), device="cpu")
     if steps is None:
         steps = process.steps if process.discrete else 50
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}.")
-    if process.discrete:  # a table of levels, the noisiest first
-        if steps > process.steps:
-            raise ValueError(f"steps must lie in [1, {process.steps}] for {process!r}; got {steps}.")
-        return torch.arange(steps, device="cpu") * process.steps // steps
-    if isinstance(process, EDM):
-        return karras(steps)
-    if isinstance(process, RectifiedFlow):
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
-    if isinstance(process, (VPSDE, VESDE)):
-        end = 1e-3 if isinstance(process, VPSDE) else 1e-5
-        return torch.linspace(1, end, steps, dtype=torch.float64, device="cpu")
-    raise ValueError(f"no time grid is known for {process!r}: give the sampler its timesteps.")
+    return process.grid(steps)

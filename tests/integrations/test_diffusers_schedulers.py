@@ -523,7 +523,6 @@ def test_flow_euler_is_equal_to_the_bit():
 def way(request, monkeypatch):
     """How a step reads its tensors and draws: in C and in its own pass, or in Python and with torch.randn."""
     from fastdiff import torch_randn
-    from fastdiff.backends.native import prepared
 
     if request.param == "quick":
         yield
@@ -1039,9 +1038,9 @@ for _name in NAMES:
 def test_the_quick_way_has_the_bits_of_the_other(monkeypatch, case, dtype):
     """Tensors read in C and noise drawn in the step's pass, against tensors read in Python and noise of torch.randn."""
     from fastdiff import torch_randn
-    from fastdiff.backends.native import prepared
+    from fastdiff.torch_access import reads_tensors
 
-    if not prepared.reads_tensors:
+    if not reads_tensors:
         pytest.skip("this PyTorch does not show its tensors to C")
     name, config, steps, given = SOME[case]
     generators = [torch.Generator().manual_seed(11) for _ in range(2)]
@@ -1067,7 +1066,6 @@ def test_the_quick_way_has_the_bits_of_the_other(monkeypatch, case, dtype):
 @pytest.mark.parametrize("kept, now", [*itertools.permutations([torch.float32, torch.bfloat16, torch.float16], 2)])
 def test_a_history_of_another_dtype_has_the_same_bits_in_both_ways(kept, now):
     """A network that goes over to another dtype between two steps of DPM-Solver."""
-    from fastdiff.backends.native import prepared
 
     found = []
     for allowed in (True, False, None):  # the quick way, the other, diffusers' own
@@ -1092,9 +1090,9 @@ def test_a_history_of_another_dtype_has_the_same_bits_in_both_ways(kept, now):
 def test_the_quick_way_is_taken(monkeypatch):
     """A plain step reads its tensors in C: nothing of the other way is called, and nothing of torch.randn."""
     from fastdiff import ops, torch_randn
-    from fastdiff.backends.native import prepared
+    from fastdiff.torch_access import reads_tensors
 
-    if not prepared.reads_tensors or torch_randn.reason():
+    if not reads_tensors or torch_randn.reason():
         pytest.skip("this PyTorch is left to draw")
     for name in NAMES:
         scheduler, x = fused.fuse(make(name, {})), torch.ones(SHAPE)

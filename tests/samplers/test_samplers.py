@@ -15,8 +15,8 @@ from oracle import assert_close
 
 import fastdiff
 from fastdiff import samplers
+from fastdiff import sigma_schedules as schedules
 from fastdiff.ops import COLUMNS
-from fastdiff.samplers import sigmas as schedules
 from fastdiff.samplers.spacing import discrete_timesteps, multistep_timesteps
 
 SHAPE = (2, 3, 4)
