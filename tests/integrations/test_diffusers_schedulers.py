@@ -1038,6 +1038,7 @@ for _name in NAMES:
 def test_the_quick_way_has_the_bits_of_the_other(monkeypatch, case, dtype):
     """Tensors read in C and noise drawn in the step's pass, against tensors read in Python and noise of torch.randn."""
     from fastdiff import torch_randn
+    from fastdiff.backends.native import prepared
     from fastdiff.torch_access import reads_tensors
 
     if not reads_tensors:
