@@ -24,6 +24,7 @@ from devices import pairwise
 from known import nonlinear
 
 diffusers = pytest.importorskip("diffusers")
+from fastdiff.backends.native import prepared  # noqa: E402
 from fastdiff.integrations import diffusers as fused  # noqa: E402
 
 pytestmark = [
@@ -1038,7 +1039,6 @@ for _name in NAMES:
 def test_the_quick_way_has_the_bits_of_the_other(monkeypatch, case, dtype):
     """Tensors read in C and noise drawn in the step's pass, against tensors read in Python and noise of torch.randn."""
     from fastdiff import torch_randn
-    from fastdiff.backends.native import prepared
     from fastdiff.torch_access import reads_tensors
 
     if not reads_tensors:
