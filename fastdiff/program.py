@@ -131,15 +131,15 @@ class Program:
     def after(self, first: Program, name: str = "t") -> Program:
         """This program of what ``first`` computes by ``name``: its input is ``first``'s, and it computes ``name`` too.
         (Lookups are those of this one: ``first`` has none.)"""
-        found = self.kept.get(first)
-        if found is None:
+        before, found = self.kept.get("after", (None, None))
+        if before is not first:
             writer = _Writer()
             t = first._copied(name, writer, {0: 0})
             memo = {0: t}
             outputs = [t, *(self._copied(each, writer, memo) for each in self.names)]
             how = {"table": self.table, "index": False, "low": first.low, "high": first.high}
             found = replace(first, **writer.program((name, *self.names), outputs), **how, kept={})
-            self.kept[first] = found
+            self.kept["after"] = first, found  # the last alone: what makes times may be set anew each step
         return found
 
     def constant(self, name: str) -> bool:
@@ -243,8 +243,6 @@ class _Writer:
 
     def program(self, names: Sequence[str], outputs: Sequence[int]) -> dict[str, Any]:
         """code, numbers, names and outputs of a ``Program``."""
-        if len(self.code) > MOST_REGISTERS:
-            raise Untraceable(f"it takes {len(self.code)} operations; at most {MOST_REGISTERS} are done")
         return {
             "code": tuple(self.code),
             "numbers": tuple(self.numbers),
@@ -295,6 +293,8 @@ def trace(
         # What was not needed in the end is left out.
         whole = Program(**recorder.writer.program(tuple(found), outputs), low=low, high=high)
         program = whole.of(*found)
+        if len(program.code) > MOST_REGISTERS:
+            raise Untraceable(f"it takes {len(program.code)} operations; at most {MOST_REGISTERS} are done")
         expected = formula(points.clone())
         for name, row in zip(program.names, program.run(points)):
             if not torch.allclose(row, expected[name].double(), rtol=1e-11, atol=0, equal_nan=True):

@@ -142,7 +142,7 @@ def test_one_program_after_another():
     both = level.after(time)
     u = torch.rand(9, dtype=torch.float64)
     t, alpha, sigma = both.run(u)
-    assert both.names == ("t", "alpha", "sigma") and both.low == 0.0
+    assert both.names == ("t", "alpha", "sigma") and both.low == 0.0 and level.after(time) is both
     torch.testing.assert_close((t, alpha, sigma), (u.exp(), 1 / u.exp(), u.exp() * u.exp()), rtol=1e-15, atol=0)
 
 
@@ -181,6 +181,17 @@ UNTRACEABLE = {
 def test_what_has_no_program(formula, because):
     with pytest.raises(Untraceable, match=because):
         trace(lambda t: {"y": formula(t)}, 0.0, 1.0)
+
+
+def test_a_formula_that_is_too_long():
+    def formula(t, count):
+        for k in range(count):
+            t = torch.sin(t + k)
+        return {"y": t}
+
+    assert len(trace(lambda t: formula(t, 80), 0.0, 1.0).code) <= 256
+    with pytest.raises(Untraceable, match="operations; at most 256"):
+        trace(lambda t: formula(t, 200), 0.0, 1.0)
 
 
 def test_a_formula_of_more_than_its_row_is_found_by_trying():
