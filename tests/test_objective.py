@@ -327,7 +327,7 @@ def test_functions_keep_their_objective(monkeypatch):
     made = []
     real = fastdiff.objective.Objective
     monkeypatch.setattr(fastdiff.objective, "Objective", lambda *given: (made.append(given), real(*given))[1])
-    fastdiff.objective._cached_objective.cache_clear()
+    fastdiff.functional._cached_objective.cache_clear()
     process, x = fastdiff.VariancePreserving(steps=20), torch.ones(2, 3)
     t = torch.tensor([1, 5])
     for _ in range(3):
@@ -340,7 +340,7 @@ def test_functions_keep_their_objective(monkeypatch):
     for count in (2, 3):
         fastdiff.diffusion_loss(x, x, x, t, process, weighting=NoKey())
         assert len(made) == count
-    fastdiff.objective._cached_objective.cache_clear()
+    fastdiff.functional._cached_objective.cache_clear()
 
 
 def test_one_float64_tensor_makes_the_arithmetic_float64():
