@@ -64,7 +64,7 @@ def traced(tmp_path, capsys, lines, *arguments):
             "g = torch.ones(1)\no = fastdiff.Objective(fastdiff.VPSDE(), 'epsilon', lambda levels: levels.snr * g)\n"
             "o.loss(p, o.noise(x))",
             [
-                "loss 1 by the operations of a backend: its coefficients are evaluated for each batch: <lambda> (g) uses",
+                "loss 1 by the operations of a backend: its coefficients are evaluated for each batch: <lambda> (g)",
                 "noise 1 in one call",
             ],
         ),
