@@ -262,7 +262,7 @@ class Objective:
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
         direct = backend.direct
-        if direct is not None and not with_target and not self.input_perturbation:
+        if direct is not None and x0.is_contiguous() and not with_target and not self.input_perturbation:
             done = self._fast_noise(direct, backend, x0, t, noise, seed, sample_offset, keep_noise, rng)
             if done is not None:
                 return done

@@ -1,7 +1,7 @@
 """Samplers: each turns a process, a number of steps and a prediction kind into a table of coefficients, and no more."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 from ..names import find, plainly
 from .base import Plan, Sampler
@@ -89,6 +89,7 @@ def get(sampler: str | Sampler) -> Sampler:
     return _made(sampler)
 
 
+@lru_cache(maxsize=64)  # they are frozen
 def _made(name: str) -> Sampler:
     if name in NAMES:
         return NAMES[name]()
