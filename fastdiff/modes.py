@@ -22,6 +22,10 @@ _get_mode, _FAKE = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.F
 class Recording(TorchDispatchMode):
     """For operations that are written down to be done again with other numbers: values are not to be looked at."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # no program is traced in it; to see to that, PyTorch would import its compiler, for two seconds
+
 
 def fake_mode() -> Any:
     """The ``FakeTensorMode`` that is on, or None."""
