@@ -17,7 +17,7 @@ FLOORS = [
     "process prediction weighting losses timesteps tabulated from_scheduler",
     "ops.",
     "constancy coefficients",
-    "samplers. guidance graph sampling",
+    "samplers. sampling.",
     "objective",
     "integrations.",
     "trace doctor demo. bench. cli __main__",

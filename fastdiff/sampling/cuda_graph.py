@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from .. import ops
+from ..samplers import Plan
 from .guidance import Guidance
-from .samplers import Plan
 
 _ENTRY = slice(ops.COLUMNS.index("h_x"), ops.COLUMNS.index("h_x0") + 1)
 

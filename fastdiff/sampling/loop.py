@@ -11,16 +11,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import ops, samplers, torch_randn
-from . import prediction as kinds
-from .graph import Graphed, check_capture
+from .. import ops, samplers, torch_randn
+from .. import prediction as kinds
+from ..names import answers_keywords
+from ..ops.checks import check_tensor
+from ..philox import Stream, draw_seed, whole
+from ..prediction import Prediction
+from ..process import Process, check_process
+from ..showing import brief
+from .cuda_graph import Graphed, check_capture
 from .guidance import Guidance
-from .names import answers_keywords
-from .ops.checks import check_tensor
-from .philox import Stream, draw_seed, whole
-from .prediction import Prediction
-from .process import Process, check_process
-from .showing import brief
 
 # What other libraries call the arguments of ``sample``.
 _OTHER_NAMES = {

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .numeric import check_numbers
-from .ops.checks import check_tensor
-from .ops.prepared import PreparedSteps
-from .ops.step import COLUMNS
-from .samplers import Plan, Sampler
-from .showing import brief
+from ..numeric import check_numbers
+from ..ops.checks import check_tensor
+from ..ops.prepared import PreparedSteps
+from ..ops.step import COLUMNS
+from ..samplers import Plan, Sampler
+from ..showing import brief
 
 _AT = {name: k for k, name in enumerate(COLUMNS)}
 _OF_OUTPUT = torch.tensor([name in ("p_m", "c_m", "h_m") for name in COLUMNS], dtype=torch.float64, device="cpu")
