@@ -516,7 +516,7 @@ def test_settings_can_be_shared_and_are_keys():
 
 def test_a_captured_model_of_another_shape(monkeypatch):
     """The first run of what is to be captured, here without a graph, says it."""
-    monkeypatch.setattr("fastdiff.sampling.loop.check_capture", lambda *_: None)
+    monkeypatch.setattr("fastdiff.sampling.checking.check_capture", lambda *_: None)
     monkeypatch.setattr(cuda_graph, "record", lambda body, begin, device: body())
     with pytest.raises(ValueError, match=r"returned shape \(2, 2\) for an input of \(2, 3\)"):
         sample(lambda x, t: x[:, :2], cuda_graph=True)

@@ -384,7 +384,7 @@ def recorded(monkeypatch):
         return replay
 
     monkeypatch.setattr(fastdiff.sampling.cuda_graph, "record", record)
-    monkeypatch.setattr(fastdiff.sampling.loop, "check_capture", lambda *arguments: None)
+    monkeypatch.setattr(fastdiff.sampling.checking, "check_capture", lambda *arguments: None)
     return replays
 
 

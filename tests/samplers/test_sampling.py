@@ -420,11 +420,11 @@ def test_the_estimate_is_computed_where_it_is_shown(sampler, each, monkeypatch):
 
 def test_the_last_plans_are_kept():
     """Sixteen of a process; of a changed one, others."""
-    process, plan = fastdiff.VariancePreserving(steps=60), fastdiff.sampling.loop._planned
+    process, plan = fastdiff.VariancePreserving(steps=60), fastdiff.sampling.plans.planned
     made = [plan(samplers.DDIM(), process, steps, "epsilon") for steps in range(1, 18)]
     assert plan(samplers.DDIM(), process, 17, "epsilon") is made[-1]
     assert plan(samplers.DDIM(), process, 1, "epsilon") is not made[0]
-    assert len(fastdiff.sampling.loop._plans[process]) == 2
+    assert len(fastdiff.sampling.plans._kept[process]) == 2
     assert plan(samplers.DDIM(eta=0.5), process, 17, "epsilon") is not made[-1]
     assert plan(samplers.DDIM(), process, 17, "v_prediction") is not made[-1]
 
