@@ -5,7 +5,9 @@ from types import ModuleType
 
 from . import losses, ops, samplers, timesteps, weighting
 from .backends import use_backend
-from .objective import Noised, Objective, diffusion_loss, q_sample
+from .functional import diffusion_loss, q_sample
+from .noised import Noised
+from .objective import Objective
 from .prediction import Prediction
 from .process import EDM, VESDE, VPSDE, Process, RectifiedFlow, SubVPSDE, VariancePreserving
 from .sampling import sample

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import from_scheduler, losses, ops, sampling
+from . import explaining, from_scheduler, losses, ops, sampling
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
 from .backends.interface import able
 from .backends.registry import remakes_noise
 from .calls import LossCall, NoiseCall
-from .coefficients import CHANGED, Coefficients, Rows, Traced, drawn
+from .coefficients import Coefficients, Rows, Traced, drawn
 from .losses import Loss
-from .modes import version_of, wrapping
+from .modes import wrapping
 from .names import answers_keywords
+from .noised import Noised, check_noised, tensor_of
 from .numeric import check_numbers
-from .ops.checks import check_alike, check_floating, check_tensor, check_unambiguous, compute_dtype, place_rows
+from .ops.checks import check_floating, check_tensor, check_unambiguous, compute_dtype, place_rows
 from .ops.dispatch import get as backend_of
 from .ops.loss import check_loss, normalized
 from .ops.noise import check_noise
@@ -36,105 +35,6 @@ from .showing import brief
 from .tensors import as_tensor, value_checks_are_free
 from .timesteps import Timesteps
 from .weighting import WeightingLike
-
-
-@dataclass(eq=False, repr=False)
-class Noised:
-    """A noised batch, as ``Objective.noise`` returns it.
-
-    Attributes:
-        x_t: noised data, shape and dtype of x0.
-        t: the times, one a row: integers for discrete processes, float64 for continuous ones.
-        alpha, sigma, snr, weight: rows of the shape of t, float32 (float64 if x0 is float64).
-        x0: the data x_t was made of.
-        noise_source: the noise, or the ``fastdiff.ops.Philox`` that makes it.
-        noise, target, model_input, model_time: made when asked for (the target by ``noise`` with ``with_target``).
-    """
-
-    objective: Objective
-    x0: Tensor
-    x_t: Tensor
-    t: Tensor
-    noise_source: Tensor | ops.Philox
-    rows: Rows
-    written_target: Tensor | None = None
-
-    def __post_init__(self):
-        self._versions = self.rows.version, self._seed_version()
-
-    def __repr__(self) -> str:
-        objective = f"{self.objective.process!r}, {self.objective.prediction.name!r}"
-        return f"Noised(x_t={brief(self.x_t)}, t={brief(self.t)}, {objective})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the coefficients, which follow from the times: a worker of a DataLoader may return a noised batch."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("rows", "_versions")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self.rows = self.objective._rows(self.t, self.x0, compute_dtype(self.x0, _tensor(self.noise_source)))
-        self.__post_init__()
-
-    def _seed_version(self) -> int | None:
-        """That of the seed, where the noise is made from it again."""
-        seed = None if isinstance(self.noise_source, Tensor) else self.noise_source.seed
-        return version_of(seed) if isinstance(seed, Tensor) else None
-
-    def check_unchanged(self) -> None:
-        """Raise RuntimeError if ``t``, or the seed that noise is made from again, was written into since."""
-        if not torch.compiler.is_compiling() and self._versions != (version_of(self.t), self._seed_version()):
-            what = "t" if self._versions[0] != version_of(self.t) else "the seed"
-            raise RuntimeError(CHANGED.format(what))
-
-    @property
-    def noise(self) -> Tensor:
-        """The noise as the target sees it: what was given, or float32 (float64 with float64 data)."""
-        if isinstance(self.noise_source, Tensor):
-            return self.noise_source
-        self.check_unchanged()
-        return ops.materialize(self.noise_source, self.x0.shape, self.x0.device).to(self.rows.alpha.dtype)
-
-    @property
-    def alpha(self) -> Tensor:
-        return as_tensor(self.rows.alpha).reshape(self.t.shape)
-
-    @property
-    def sigma(self) -> Tensor:
-        return as_tensor(self.rows.sigma).reshape(self.t.shape)
-
-    @property
-    def snr(self) -> Tensor:
-        return (self.alpha / self.sigma) ** 2
-
-    @property
-    def weight(self) -> Tensor:
-        return as_tensor(self.rows.weight).reshape(self.t.shape)
-
-    @property
-    def target(self) -> Tensor:
-        """What the network should predict: p x0 + q n, in the dtype of x0."""
-        if self.written_target is not None:
-            return self.written_target
-        p, q = (as_tensor(row) for row in (self.rows.p, self.rows.q))
-        return ops.noise(self.x0, p, q, self.noise_source)[0]
-
-    @property
-    def model_input(self) -> Tensor:
-        """What the network is called with: x_t, or c_in x_t for a preconditioned prediction ("edm")."""
-        scale, _ = self._model_input()
-        if scale is None:
-            return self.x_t
-        return (place_rows("scale", scale.to(self.rows.alpha.dtype), self.x_t.shape) * self.x_t).to(self.x_t.dtype)
-
-    @property
-    def model_time(self) -> Tensor:
-        """What the network is told about the noise: t; sigma for RectifiedFlow and VESDE; ln(sigma) / 4 for "edm"."""
-        _, time = self._model_input()
-        return time.to(self.rows.alpha.dtype) if time.is_floating_point() else time
-
-    def _model_input(self) -> tuple[Tensor | None, Tensor]:
-        return kinds.model_input(self.objective.prediction, self.objective.process.levels(self.t))
-
 
 # Of an objective, what its coefficients are made of.
 _FIXED = ("process", "prediction", "weighting", "loss_function", "error_space")
@@ -361,7 +261,7 @@ class Objective:
             noise = self._offset_noise(x0, seed, sample_offset, rng)
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
-        direct = getattr(backend, "direct", None)
+        direct = backend.direct
         if direct is not None and not with_target and not self.input_perturbation:
             done = self._fast_noise(direct, backend, x0, t, noise, seed, sample_offset, keep_noise, rng)
             if done is not None:
@@ -373,7 +273,7 @@ class Objective:
             try:
                 check_noise(x0=x0, noise=noise)
             except (TypeError, ValueError):
-                _check_order(x0, t, noise, "x0, t, noise")
+                check_order(x0, t, noise, "x0, t, noise")
                 raise
             source = noise
         else:
@@ -501,7 +401,7 @@ class Objective:
         Raises TypeError or ValueError for unfit inputs, RuntimeError if its times, or the seed of
         noise that is not kept, were written into since. Warns, on the CPU, of a mask that is 0 everywhere.
         """
-        _check_noised(prediction, noised)
+        check_noised(prediction, noised)
         x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
         noised.check_unchanged()
         if noised.objective is not self:
@@ -510,7 +410,7 @@ class Objective:
                 raise ValueError(
                     f"noised is of the process {process!r}, this objective of {self.process!r}: noise it anew."
                 )
-            rows = self._rows(t, x0, compute_dtype(x0, _tensor(n), prediction))
+            rows = self._rows(t, x0, compute_dtype(x0, tensor_of(n), prediction))
         elif isinstance(prediction, Tensor) and prediction.dtype == torch.float64 != rows.dtype:
             rows = self._rows(t, x0, torch.float64)  # those of noising were rounded to float32
         if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
@@ -526,7 +426,7 @@ class Objective:
         if not isinstance(prediction, Tensor):
             return None
         backend = backend_of(prediction.device)
-        direct = getattr(backend, "direct", None)
+        direct = backend.direct
         if direct is None:
             return None
         program = self._program()
@@ -536,7 +436,7 @@ class Objective:
 
         def made() -> tuple[Any, ...]:
             same = rows is not None and rows.coefficients is self._made
-            dtype = compute_dtype(prediction, x0, _tensor(noise))
+            dtype = compute_dtype(prediction, x0, tensor_of(noise))
             return self._rows_of_loss(rows if same else self._rows(t, x0, dtype))
 
         return direct.loss(
@@ -617,11 +517,22 @@ class Objective:
 
     def _fast_convert(self, kind: Prediction, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
         """The output as another kind if a fast call of a backend can compute it, else None."""
-        direct = getattr(backend_of(x_t.device), "direct", None)
+        direct = backend_of(x_t.device).direct
         program = None if direct is None else self._coefficients.conversion(kind)
         if program is None or not program.finite or wrapping() is not None:
             return None
         return direct.convert(program, prediction, x_t, t)
+
+    def explain(self, x0: Tensor | None = None) -> str:
+        """What computes the coefficients and the times of this objective; and, given a batch like those of training,
+        which backend noises it and computes its loss, and why the faster ways do not.
+
+        Args:
+            x0: [batch, ...], as ``noise`` takes it. Nothing of PyTorch's generators is drawn.
+
+        Returns a few lines to print.
+        """
+        return explaining.explain(self, x0)
 
     def convert(self, prediction: Tensor, noised: Noised, kind: str | Prediction) -> Tensor:
         """The network's output as another prediction kind: ``convert(m, noised, "epsilon")``.
@@ -629,7 +540,7 @@ class Objective:
         Raises ValueError (on the CPU; NaN elsewhere) where the output does not determine it: x0 from epsilon at zero
         SNR.
         """
-        _check_noised(prediction, noised)
+        check_noised(prediction, noised)
         check_tensor("prediction", prediction, "prediction")
         kind = kinds.get(kind)
         x_t, t = noised.x_t, noised.t
@@ -658,7 +569,7 @@ class Objective:
         return ops.convert(prediction, x_t, k_x, k_m)
 
 
-def _check_order(x0: Tensor, t: Any, noise: Any, order: str) -> None:
+def check_order(x0: Tensor, t: Any, noise: Any, order: str) -> None:
     """Raise ValueError where ``noise``, which does not fit x0, is t by its shape."""
     if not isinstance(noise, Tensor) or noise.ndim >= x0.ndim or noise.shape != x0.shape[: noise.ndim]:
         return
@@ -668,85 +579,3 @@ def _check_order(x0: Tensor, t: Any, noise: Any, order: str) -> None:
         raise ValueError(
             f"t has shape {tuple(t.shape)}, and noise {tuple(noise.shape)}: swapped? The order is {order}."
         )
-
-
-def _check_noised(prediction: Any, noised: Any) -> None:
-    if isinstance(noised, Noised):
-        return
-    if isinstance(prediction, Noised):
-        raise TypeError("the arguments are swapped: the network's output comes first, then noised.")
-    raise TypeError(
-        f"noised must be what objective.noise returned; got {brief(noised)}. With x0, noise and t of your own: "
-        f"fastdiff.diffusion_loss(model_output, x0, noise, t, process, prediction), or objective.noise(x0, t, noise)."
-    )
-
-
-def _tensor(noise: Any) -> Tensor | None:
-    """The noise if it is a tensor: what is made has no dtype of its own."""
-    return noise if isinstance(noise, Tensor) else None
-
-
-def q_sample(
-    x0: Tensor,
-    t: Any,
-    process: Process,
-    noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """x_t = alpha x0 + sigma n of ``process`` at ``t``: shape and dtype of x0, differentiable.
-
-    Args as in ``Objective.noise``. Ho et al. 2020, equation 4, for any process.
-    """
-    return _objective(process, "epsilon", None, "mse", "x0, t, process, noise").noise(x0, t, noise, generator).x_t
-
-
-def diffusion_loss(
-    model_output: Tensor,
-    x0: Tensor,
-    noise: Tensor,
-    t: Any,
-    process: Process,
-    prediction: str | Prediction = "epsilon",
-    weighting: WeightingLike = None,
-    loss: str | Loss = "mse",
-    mask: Tensor | None = None,
-    reduction: str = "mean",
-    *,
-    weight: Tensor | float | None = None,
-    mask_normalization: str = "none",
-) -> Tensor:
-    """The loss of a network's output for x_t of (x0, noise, t): what a trainer computes after its network, in one call.
-
-    Args as in ``Objective`` and ``Objective.loss``: ``prediction`` says what ``model_output``, shaped as x0, estimates.
-    x_t itself is not needed.
-    """
-    objective = _objective(process, prediction, weighting, loss, "model_output, x0, noise, t, process")
-    try:
-        check_floating(model_output=model_output, x0=x0, noise=noise)
-        check_alike(x0=x0, noise=noise)
-    except (TypeError, ValueError):
-        _check_order(x0, t, noise, "model_output, x0, noise, t, process")
-        raise
-    dtype = compute_dtype(x0, noise, model_output)
-    if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
-        result = objective._fast_loss(model_output, x0, noise, t, None)
-        if result is not None:
-            return result
-    rows, t = objective._rows_at(t, x0, dtype)
-    return objective._loss(model_output, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
-
-
-def _objective(process, kind, weights, loss, order) -> Objective:
-    try:
-        return _cached_objective(process, kind, weights, loss)
-    except TypeError as error:
-        if isinstance(process, Tensor):
-            raise TypeError(f"{error} The order of the arguments is {order}.") from error
-        if "unhashable" not in str(error):
-            raise
-        return Objective(process, kind, weights, loss)
-
-
-@lru_cache(maxsize=32)
-def _cached_objective(process, kind, weights, loss) -> Objective:
-    return Objective(process, kind, weights, loss)

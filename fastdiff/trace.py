@@ -19,14 +19,14 @@ from torch import Tensor
 
 import fastdiff
 
-from . import backends, objective, sampling
+from . import backends, functional, sampling
 from .backends import registry
 from .backends.reference import Reference
 from .calls import Call
 from .objective import Objective
 
 _METHODS = ("noise", "loss", "convert")
-_FUNCTIONS = {"q_sample": objective, "diffusion_loss": objective, "sample": sampling}  # and where they are defined
+_FUNCTIONS = {"q_sample": functional, "diffusion_loss": functional, "sample": sampling}  # and where they are defined
 _FAST_CALLS = tuple(f"_fast_{name}" for name in _METHODS)  # they give None where they do not do it
 FAST, GENERAL, REFERENCE = "in one call", "by the operations of a backend", "by the reference"
 STEPS = "each step in one call"

@@ -63,3 +63,17 @@ def test_every_error_function_is_a_loss_that_knows_its_constant():
     made = [losses.get(name) for name in losses._NAMES]
     assert {loss.function for loss in made} == set(codes.FUNCTIONS)
     assert all(loss.uses_c == (loss.function in codes.NEED_C) for loss in made)
+
+
+def test_streams_are_never_renumbered():
+    """They are part of what the noise of a seed is."""
+    found = {name: number for name, number in vars(Stream).items() if name.isupper()}
+    assert found == {"NOISE": 0, "OFFSET": 1, "PERTURBATION": 2, "TIMESTEP": 3, "INITIAL": 4, "STEP": 16}
+
+
+def test_what_a_row_is_told_are_bits_of_their_own():
+    """csrc/prepared.cpp: drawing in float32 is drawing too."""
+    from fastdiff.ops import prepared
+
+    bits = prepared.X0, prepared.ENTRY, prepared.MODEL_DTYPE, prepared.ONE_DTYPE, prepared.DRAW
+    assert bits == (1, 2, 4, 8, 16) and prepared.DRAW_FLOAT == 48

@@ -282,7 +282,7 @@ OTHERWISE = {
 }
 
 
-@pytest.mark.parametrize("weight", CONSTANT, ids=str)
+@pytest.mark.parametrize("weight", CONSTANT, ids=lambda weight: getattr(weight, "__name__", str(weight)))
 def test_what_is_constant_has_a_program(weight):
     coefficients = fastdiff.Objective(fastdiff.VPSDE(), "epsilon", weight)._coefficients
     assert coefficients.program() is not None and coefficients.why == ""

@@ -18,7 +18,7 @@ FLOORS = [
     "ops.",
     "constancy coefficients",
     "samplers. sampling.",
-    "objective",
+    "noised explaining objective functional",
     "integrations.",
     "trace doctor demo. bench. cli __main__",
 ]

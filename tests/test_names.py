@@ -296,3 +296,34 @@ def test_every_name_is_asked():
         rows = [line.split("|")[1] for line in (DOCS / "samplers.md").read_text().splitlines() if line.startswith("|")]
         listed = {name for row in rows for name in re.findall(r"`([a-z0-9_]+)`", row)}
         assert set(SAMPLERS) <= listed
+
+
+@pytest.mark.parametrize("module", [samplers, weighting, timesteps, losses], ids=lambda module: module.__name__)
+def test_what_a_name_stands_for_cannot_be_changed(module):
+    for name, made in (samplers.NAMES if module is samplers else module._NAMES).items():
+        made = getattr(made, "func", made)
+        kind = made if isinstance(made, type) else type(made)
+        assert kind.__dataclass_params__.frozen, name
+
+
+@pytest.mark.parametrize(
+    ("process", "ends"),
+    [(FLOW, (1, 0.2)), (EDM, (80, 0.002)), (VPSDE, (1, 1e-3)), (fastdiff.SubVPSDE(), (1, 1e-3)),
+     (fastdiff.VESDE(), (1, 1e-5))],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_the_times_that_a_process_is_sampled_at(process, ends):
+    """docs/samplers.md."""
+    times = process.grid(5)
+    assert times.shape == (5,) and bool((times.diff() < 0).all())
+    assert_close(times[[0, -1]], ends, rel=1e-12)
+
+
+def test_timesteps_as_a_tensor_are_those_numbers():
+    assert samplers.DDIM(timesteps=torch.tensor([900, 400])) == samplers.DDIM(timesteps=[900, 400])
+    assert hash(samplers.Euler(sigmas=torch.tensor([3.0, 1.0]))) == hash(samplers.Euler(sigmas=(3.0, 1.0)))
+
+
+def test_leading_timesteps_end_at_zero():
+    plan = samplers.Euler(spacing="leading").plan(VP, 4, "epsilon")
+    assert plan.times.tolist() == [750, 500, 250, 0]

@@ -325,9 +325,9 @@ def test_a_seed_of_another_device_is_not_waited_for(monkeypatch):
 def test_functions_keep_their_objective(monkeypatch):
     """Whose tables are made once; a weighting that is no key is not kept."""
     made = []
-    real = fastdiff.objective.Objective
-    monkeypatch.setattr(fastdiff.objective, "Objective", lambda *given: (made.append(given), real(*given))[1])
-    fastdiff.objective._cached_objective.cache_clear()
+    real = fastdiff.functional.Objective
+    monkeypatch.setattr(fastdiff.functional, "Objective", lambda *given: (made.append(given), real(*given))[1])
+    fastdiff.functional._cached_objective.cache_clear()
     process, x = fastdiff.VariancePreserving(steps=20), torch.ones(2, 3)
     t = torch.tensor([1, 5])
     for _ in range(3):
@@ -340,7 +340,7 @@ def test_functions_keep_their_objective(monkeypatch):
     for count in (2, 3):
         fastdiff.diffusion_loss(x, x, x, t, process, weighting=NoKey())
         assert len(made) == count
-    fastdiff.objective._cached_objective.cache_clear()
+    fastdiff.functional._cached_objective.cache_clear()
 
 
 def test_one_float64_tensor_makes_the_arithmetic_float64():
@@ -352,3 +352,15 @@ def test_one_float64_tensor_makes_the_arithmetic_float64():
         expected = (np.float64(np.float32(0.1)) - (np.float64(np.float32(0.1)) + 0.3)) ** 2
         assert loss.item() == pytest.approx(expected, rel=1e-14)
     assert fastdiff.ops.loss(m, m, m, p=1.0, q=1.0).dtype == torch.float32
+
+
+def test_a_scaled_diffusion_loss_has_a_scaled_gradient():
+    """For another upstream gradient than 1 it is computed again."""
+    process, t = fastdiff.VariancePreserving(), torch.tensor([10, 700])
+    x0, noise, output = torch.randn(3, 2, 4, 8).unbind(0)
+    found = []
+    for scale in (1.0, 4.0):
+        leaf = output.clone().requires_grad_()
+        (scale * fastdiff.diffusion_loss(leaf, x0, noise, t, process, "v_prediction", "min_snr")).backward()
+        found.append(leaf.grad)
+    assert torch.equal(found[1], 4 * found[0]) and bool(found[0].any())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective import Noised
+from ..noised import Noised
 from ..process import check_by
 
 __all__ = ["TimestepLosses"]

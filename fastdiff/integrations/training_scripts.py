@@ -29,7 +29,8 @@ from ..from_scheduler import (
     vp_process,
 )
 from ..losses import Loss
-from ..objective import Noised, Objective
+from ..noised import Noised
+from ..objective import Objective
 from ..ops.checks import check_floating, compute_dtype
 from ..prediction import SAMPLE, Prediction
 from ..prediction import get as prediction_kind

@@ -63,7 +63,10 @@ def traced(tmp_path, capsys, lines, *arguments):
         (
             "g = torch.ones(1)\no = fastdiff.Objective(fastdiff.VPSDE(), 'epsilon', lambda levels: levels.snr * g)\n"
             "o.loss(p, o.noise(x))",
-            ["loss 1 by the operations of a backend: its coefficients are evaluated for each batch: <lambda> (g) uses"],
+            [
+                "loss 1 by the operations of a backend: its coefficients are evaluated for each batch: <lambda> (g)",
+                "noise 1 in one call",
+            ],
         ),
         ("m = o.predict_x0(p.detach(), o.noise(x))", ["convert 1 in one call", "noise 1 in one call"]),
         ("fastdiff.q_sample(x, t, o.process)", ["q_sample 1 in one call"]),

@@ -274,3 +274,13 @@ def test_predict_x0_of_a_sample_prediction_is_the_prediction(process):
     noised = objective.noise(torch.ones(3, 4), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), seed=0)
     output = torch.linspace(-1, 1, 12).reshape(3, 4)
     assert torch.equal(objective.predict_x0(output, noised), output)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow", "reversed_flow", "score", "edm"])
+def test_a_kind_says_which_operands_its_target_has(kind):
+    """What the target does not have is not read."""
+    flow = "flow" in kind
+    process = fastdiff.RectifiedFlow() if flow else fastdiff.VariancePreserving()
+    found = prediction.get(kind)
+    p, q = found.coefficients(process.levels([0.3, 0.7] if flow else [300, 700]))
+    assert (found.uses_x0, found.uses_noise) == (bool((p != 0).any()), bool((q != 0).any()))

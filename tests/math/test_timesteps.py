@@ -112,6 +112,13 @@ def test_log_normal_is_sigma():
     assert_close(t, oracle.quantile_log_normal(GRID))
 
 
+def test_a_stratum_never_reaches_the_end():
+    """(u_0 + i / B) mod 1 may round to 1, where the quantile of a normal is infinite."""
+    u = float64([1 - 2.0**-53] + [0.5] * 9)
+    assert bool(timesteps.Stratified(timesteps.LogitNormal())(u, fastdiff.RectifiedFlow()).lt(1).all())
+    assert bool(timesteps.Stratified(timesteps.LogNormal())(u, fastdiff.EDM()).isfinite().all())
+
+
 @pytest.mark.parametrize("count", [1, 2, 8, 1000])
 @pytest.mark.parametrize("inner", ["uniform", "logit normal", "cosmap"])
 def test_stratified(inner, count):

@@ -332,6 +332,9 @@ def test_compile_runs_the_model_through_torch_compile(monkeypatch):
 
 WRONG = {
     "interval without uncond": ({"guidance_interval": (0, 10)}, "guidance_interval"),
+    "interval from high to low": (
+        {"cond": COND, "uncond": UNCOND, "guidance": 2.0, "guidance_interval": (700, 300)}, "low <= high",
+    ),
     "rescale without uncond": ({"guidance_rescale": 0.5}, "guidance_rescale"),
     "rescale out of range": ({"guidance_rescale": 1.5}, r"\[0, 1\]"),
     "quantile out of range": ({"dynamic_thresholding": 1.5}, "quantile"),
@@ -431,3 +434,11 @@ def test_a_step_waits_for_no_copy(monkeypatch):
 
     run(watched, cond=COND, uncond=UNCOND, guidance=2.0, guidance_rescale=0.7, steps=1)
     assert copies and all(copies)
+
+
+@pytest.mark.parametrize("how", [{}, {"dynamic_thresholding": 0.9}])
+def test_a_network_that_returns_another_shape(how):
+    with pytest.raises(ValueError, match=r"the model returned shape \(2, 4, 8\) for an input of \(2, 3, 8\)"):
+        fastdiff.sample(
+            lambda x, t: torch.zeros(2, 4, 8), (2, 3, 8), VP, "ddim", 2, prediction="epsilon", progress=False, **how
+        )

@@ -1,0 +1,131 @@
+"""A noised batch: what ``Objective.noise`` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from . import prediction as kinds
+from .coefficients import CHANGED, Rows
+from .modes import version_of
+from .ops.checks import compute_dtype, place_rows
+from .showing import brief
+from .tensors import as_tensor
+
+
+@dataclass(eq=False, repr=False)
+class Noised:
+    """A noised batch, as ``Objective.noise`` returns it.
+
+    Attributes:
+        x_t: noised data, shape and dtype of x0.
+        t: the times, one a row: integers for discrete processes, float64 for continuous ones.
+        alpha, sigma, snr, weight: rows of the shape of t, float32 (float64 if x0 is float64).
+        x0: the data x_t was made of.
+        noise_source: the noise, or the ``fastdiff.ops.Philox`` that makes it.
+        noise, target, model_input, model_time: made when asked for (the target by ``noise`` with ``with_target``).
+    """
+
+    objective: Any  # the fastdiff.Objective that noised it
+    x0: Tensor
+    x_t: Tensor
+    t: Tensor
+    noise_source: Tensor | ops.Philox
+    rows: Rows
+    written_target: Tensor | None = None
+
+    def __post_init__(self):
+        self._versions = self.rows.version, self._seed_version()
+
+    def __repr__(self) -> str:
+        objective = f"{self.objective.process!r}, {self.objective.prediction.name!r}"
+        return f"Noised(x_t={brief(self.x_t)}, t={brief(self.t)}, {objective})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the coefficients, which follow from the times: a worker of a DataLoader may return a noised batch."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("rows", "_versions")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.rows = self.objective._rows(self.t, self.x0, compute_dtype(self.x0, tensor_of(self.noise_source)))
+        self.__post_init__()
+
+    def _seed_version(self) -> int | None:
+        """That of the seed, where the noise is made from it again."""
+        seed = None if isinstance(self.noise_source, Tensor) else self.noise_source.seed
+        return version_of(seed) if isinstance(seed, Tensor) else None
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if ``t``, or the seed that noise is made from again, was written into since."""
+        if not torch.compiler.is_compiling() and self._versions != (version_of(self.t), self._seed_version()):
+            what = "t" if self._versions[0] != version_of(self.t) else "the seed"
+            raise RuntimeError(CHANGED.format(what))
+
+    @property
+    def noise(self) -> Tensor:
+        """The noise as the target sees it: what was given, or float32 (float64 with float64 data)."""
+        if isinstance(self.noise_source, Tensor):
+            return self.noise_source
+        self.check_unchanged()
+        return ops.materialize(self.noise_source, self.x0.shape, self.x0.device).to(self.rows.alpha.dtype)
+
+    @property
+    def alpha(self) -> Tensor:
+        return as_tensor(self.rows.alpha).reshape(self.t.shape)
+
+    @property
+    def sigma(self) -> Tensor:
+        return as_tensor(self.rows.sigma).reshape(self.t.shape)
+
+    @property
+    def snr(self) -> Tensor:
+        return (self.alpha / self.sigma) ** 2
+
+    @property
+    def weight(self) -> Tensor:
+        return as_tensor(self.rows.weight).reshape(self.t.shape)
+
+    @property
+    def target(self) -> Tensor:
+        """What the network should predict: p x0 + q n, in the dtype of x0."""
+        if self.written_target is not None:
+            return self.written_target
+        p, q = (as_tensor(row) for row in (self.rows.p, self.rows.q))
+        return ops.noise(self.x0, p, q, self.noise_source)[0]
+
+    @property
+    def model_input(self) -> Tensor:
+        """What the network is called with: x_t, or c_in x_t for a preconditioned prediction ("edm")."""
+        scale, _ = self._model_input()
+        if scale is None:
+            return self.x_t
+        return (place_rows("scale", scale.to(self.rows.alpha.dtype), self.x_t.shape) * self.x_t).to(self.x_t.dtype)
+
+    @property
+    def model_time(self) -> Tensor:
+        """What the network is told about the noise: t; sigma for RectifiedFlow and VESDE; ln(sigma) / 4 for "edm"."""
+        _, time = self._model_input()
+        return time.to(self.rows.alpha.dtype) if time.is_floating_point() else time
+
+    def _model_input(self) -> tuple[Tensor | None, Tensor]:
+        return kinds.model_input(self.objective.prediction, self.objective.process.levels(self.t))
+
+
+def check_noised(prediction: Any, noised: Any) -> None:
+    if isinstance(noised, Noised):
+        return
+    if isinstance(prediction, Noised):
+        raise TypeError("the arguments are swapped: the network's output comes first, then noised.")
+    raise TypeError(
+        f"noised must be what objective.noise returned; got {brief(noised)}. With x0, noise and t of your own: "
+        f"fastdiff.diffusion_loss(model_output, x0, noise, t, process, prediction), or objective.noise(x0, t, noise)."
+    )
+
+
+def tensor_of(noise: Any) -> Tensor | None:
+    """The noise if it is a tensor: what is made has no dtype of its own."""
+    return noise if isinstance(noise, Tensor) else None
