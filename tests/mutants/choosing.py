@@ -38,7 +38,7 @@ TABLE = {
     "fastdiff/integrations/method_swap": "denoising_diffusion objects",
     "fastdiff/integrations/objects": "denoising_diffusion objects",
     "fastdiff/integrations/guided": "objects",
-    "fastdiff/integrations/k_": "k_diffusion objects",
+    "fastdiff/integrations/k_diffusion/": "k_diffusion objects",
     "fastdiff/integrations/lightning": "trainers",
     "fastdiff/integrations/losses": "trainers",
     "fastdiff/integrations/training": "training_scripts",
