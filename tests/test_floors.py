@@ -19,7 +19,7 @@ FLOORS = [
     "process prediction weighting losses timesteps tabulated from_scheduler",
     "ops.",
     "constancy coefficients",
-    "samplers. guidance graph sampling",
+    "samplers. sampling.",
     "noised explaining objective functional",
     "integrations.",
     "trace doctor demo. bench. cli __main__",
