@@ -1,8 +1,13 @@
 """Coefficient programs: a float64 formula of one number a row, as a short list of operations on registers.
 
-``trace`` runs a formula once, on a few float64 numbers, and writes down the operations of PyTorch that it comes to;
-what does not depend on its input is folded into constants. A backend then runs the list in its own way: in a loop in
-C++, or in one kernel. The formula itself stays the definition.
+``trace`` runs a formula once, on five float64 numbers, and writes down each operation of PyTorch that depends on them.
+Everything else is computed on the way and becomes a constant. Checks of values are left out meanwhile. 9 to 80
+operations come of the objectives in use. (``make_fx`` traces them too, but it loses the values of constants.)
+
+A backend then runs the list in its own way: in a loop in C++, or in one kernel. The formula itself stays the
+definition. exp, log and other functions differ between C++, PyTorch and GPUs in the last bits of float64. Therefore the
+coefficients of two backends agree after the rounding to float32 but for 1 in 2^28, and times agree to 1e-12. Tables and
+plain arithmetic (``RectifiedFlow``, EDM's levels) agree to the bit.
 """
 
 from __future__ import annotations
@@ -274,7 +279,8 @@ def _identity(operation: str, operands: Sequence[int], values: Sequence[float | 
 def trace(
     formula: Callable[[Tensor], dict[str, Tensor]], low: float, high: float, *, integers: Sequence[str] = ()
 ) -> Program:
-    """The program of ``formula``: float64 [B] in [low, high] -> float64 [B] by name.
+    """The program of ``formula``: float64 [B] in [low, high] -> float64 [B] by name. It is compared with the formula at
+    21 numbers before it is returned.
 
     Args:
         formula: a function that computes each row from its own number alone, without looking at it.

@@ -210,7 +210,7 @@ def test_migrating(schedulers, monkeypatch):
     for module, made, method in (
         (names["denoising_diffusion"], trained[0][0], "p_losses"),
         (names["guided_diffusion"], diffusions[0], "training_losses"),
-        (names["k_denoisers"], names["denoiser"], "loss"),
+        (names["k_diffusion"], names["denoiser"], "loss"),
         (names["flow"], names["transport"], "training_losses"),
     ):
         assert method in module.fused_methods(made)

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import graph, losses, ops, samplers, timesteps, weighting
+from fastdiff import losses, ops, samplers, timesteps, weighting
 from fastdiff import tabulated as tables
-from fastdiff.guidance import Guidance
 from fastdiff.integrations import guided_diffusion
 from fastdiff.samplers.schedule import Scheduled
+from fastdiff.sampling import cuda_graph
+from fastdiff.sampling.guidance import Guidance
 
 X = torch.randn(2, 3, 4)
 T = torch.tensor([1, 2])
@@ -50,7 +51,7 @@ def captured(sampler="ddim", **how):
     sampler = samplers.get(sampler)
     options = {"interval": None, "rescale": 0.0, "quantile": None, "most": None, "cond_fn": None} | how
     plan = sampler.plan(VP, 5, "epsilon")
-    graph.check_capture(torch.device("cuda"), plan, Guidance(plan, sampler, 2.0, True, **options))
+    cuda_graph.check_capture(torch.device("cuda"), plan, Guidance(plan, sampler, 2.0, True, **options))
 
 
 def inpainted(**how):
@@ -515,8 +516,8 @@ def test_settings_can_be_shared_and_are_keys():
 
 def test_a_captured_model_of_another_shape(monkeypatch):
     """The first run of what is to be captured, here without a graph, says it."""
-    monkeypatch.setattr("fastdiff.sampling.check_capture", lambda *_: None)
-    monkeypatch.setattr(graph, "record", lambda body, begin, device: body())
+    monkeypatch.setattr("fastdiff.sampling.checking.check_capture", lambda *_: None)
+    monkeypatch.setattr(cuda_graph, "record", lambda body, begin, device: body())
     with pytest.raises(ValueError, match=r"returned shape \(2, 2\) for an input of \(2, 3\)"):
         sample(lambda x, t: x[:, :2], cuda_graph=True)
 

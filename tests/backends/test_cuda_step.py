@@ -383,8 +383,8 @@ def recorded(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(fastdiff.graph, "record", record)
-    monkeypatch.setattr(fastdiff.sampling, "check_capture", lambda *arguments: None)
+    monkeypatch.setattr(fastdiff.sampling.cuda_graph, "record", record)
+    monkeypatch.setattr(fastdiff.sampling.checking, "check_capture", lambda *arguments: None)
     return replays
 
 

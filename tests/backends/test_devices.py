@@ -171,7 +171,7 @@ def test_a_run_is_captured_on_a_stream_of_its_device(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": lambda self: None})())
     ran = []
     for gpu in GPUS:
-        fastdiff.graph.record(lambda: ran.append(machine.current), lambda: None, gpu)
+        fastdiff.sampling.cuda_graph.record(lambda: ran.append(machine.current), lambda: None, gpu)
         assert ran[-1] == gpu.index
     assert captured == [0, 1, 2]
 

@@ -31,7 +31,7 @@ from libraries import (
 from torch import nn
 
 import fastdiff
-from fastdiff.integrations import edm, flow, guided_diffusion, k_denoisers
+from fastdiff.integrations import edm, flow, guided_diffusion, k_diffusion
 from fastdiff.integrations.losses_per_timestep import TimestepLosses
 from fastdiff.tabulated import TabulatedVP
 
@@ -157,7 +157,7 @@ def test_resampler_is_the_published_one():
 
 @pytest.mark.parametrize(("cls", "kind"), [(Denoiser, "edm"), (Denoiser, "v"), (EpsDenoiser, "eps")])
 def test_k_diffusion_losses(cls, kind):
-    plain, fused = cls(kind), k_denoisers.fuse(cls(kind))
+    plain, fused = cls(kind), k_diffusion.fuse(cls(kind))
     x, n = torch.randn(2, 4, 3, 4, 4)
     sigma = torch.tensor([0.05, 0.5, 2.0, 40.0])
     losses = [d.loss(x, n, sigma) for d in (plain, fused)]
@@ -165,21 +165,21 @@ def test_k_diffusion_losses(cls, kind):
     for loss in losses:
         loss.mean().backward()
     assert_close(fused.inner_model.scale.grad, plain.inner_model.scale.grad)
-    assert type(k_denoisers.unfuse(fused)) is cls
+    assert type(k_diffusion.unfuse(fused)) is cls
 
 
 def test_k_diffusion_wrong_use():
     with pytest.raises(TypeError, match="frequency"):
-        k_denoisers.fuse(Denoiser(scales=2))
+        k_diffusion.fuse(Denoiser(scales=2))
     with pytest.raises(TypeError, match="get_scalings"):
-        k_denoisers.fuse(nn.Linear(2, 2))
+        k_diffusion.fuse(nn.Linear(2, 2))
 
     class Simple(Denoiser):
         def loss(self, input, noise, sigma, **kwargs):
             return super().loss(input, noise, sigma, **kwargs) * 2
 
     with pytest.raises(TypeError, match="something else"):
-        k_denoisers.fuse(Simple())
+        k_diffusion.fuse(Simple())
 
 
 # ---------------------------------------------------------------------------------------------------------------- EDM
@@ -396,7 +396,7 @@ def test_sit_transport(model, weight, linear):
 
 def test_nothing_is_imported():
     """These modules know other packages by their interfaces alone."""
-    modules = ("guided_diffusion", "k_denoisers", "flow", "edm", "denoising_diffusion", "lightning", "objects")
+    modules = ("guided_diffusion", "k_diffusion.losses", "flow", "edm", "denoising_diffusion", "lightning", "objects")
     for name in (*(f"fastdiff.integrations.{module}" for module in modules), "fastdiff.from_scheduler"):
         source = importlib.util.find_spec(name).loader.get_source(name)
         imported = {line.split()[1] for line in source.splitlines() if line.startswith(("import ", "from "))}

@@ -25,7 +25,7 @@ import faults
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 GROUPS = {
-    "mathematics": "process prediction weighting losses timesteps plain samplers/ sampling guidance objective ops/",
+    "mathematics": "process prediction weighting losses timesteps plain samplers/ sampling/ objective ops/",
     "faces": "integrations/ demo/ bench/ cli doctor files __main__",
 }
 BARS = {"mathematics": 0.95, "faces": 0.85}

@@ -218,6 +218,17 @@ def test_what_a_training_step_costs_the_host(name, backend):
     assert all(count <= limit for count, limit in zip(counts, most)), (counts, most)
 
 
+def test_what_a_short_run_costs_the_host(backend):
+    """``fastdiff.sample`` with two steps of DDPM: what is checked and prepared, and the steps."""
+    process = fastdiff.VariancePreserving()
+
+    def run():
+        fastdiff.sample(lambda x, t: x, (4, 4, 32, 32), process, "ddpm", 2, "epsilon", seed=0, progress=False)
+
+    run()  # which makes the plan
+    assert entered(run) <= 98
+
+
 @BOTH
 @pytest.mark.parametrize("upstream", [1.0, 3.0, 0.0])
 def test_any_upstream_gradient_and_a_second_use(upstream, general):

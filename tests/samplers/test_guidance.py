@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastdiff
 from fastdiff import ops, samplers
 from fastdiff.backends import registry
-from fastdiff.guidance import quantile
+from fastdiff.sampling.guidance import quantile
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -395,7 +395,7 @@ def test_samples_are_the_same_on_a_gpu():
 def test_the_estimate_is_computed_where_it_is_shown(sampler, each, monkeypatch):
     """The x0 that a callback has, at the end of a step: Heun's method has two rows a step, and one for the last."""
     asked, calls = [], []
-    made = fastdiff.sampling.ops.trajectory
+    made = fastdiff.ops.trajectory
 
     class Watched:
         """A run of steps that notes what it is asked."""
@@ -410,7 +410,7 @@ def test_the_estimate_is_computed_where_it_is_shown(sampler, each, monkeypatch):
             asked.append(wanted)
             return self.run.step(k, m, guided, z, copies, wanted, *rest, **more)
 
-    monkeypatch.setattr(fastdiff.sampling.ops, "trajectory", lambda *given, **how: Watched(made(*given, **how)))
+    monkeypatch.setattr(fastdiff.ops, "trajectory", lambda *given, **how: Watched(made(*given, **how)))
     run(sampler=sampler, steps=4, callback=lambda *given: calls.append(given))
     assert asked == (each * 4)[: len(asked) - 1] + [True] and len(calls) == 4
     asked.clear()
@@ -420,11 +420,11 @@ def test_the_estimate_is_computed_where_it_is_shown(sampler, each, monkeypatch):
 
 def test_the_last_plans_are_kept():
     """Sixteen of a process; of a changed one, others."""
-    process, plan = fastdiff.VariancePreserving(steps=60), fastdiff.sampling._planned
+    process, plan = fastdiff.VariancePreserving(steps=60), fastdiff.sampling.plans.planned
     made = [plan(samplers.DDIM(), process, steps, "epsilon") for steps in range(1, 18)]
     assert plan(samplers.DDIM(), process, 17, "epsilon") is made[-1]
     assert plan(samplers.DDIM(), process, 1, "epsilon") is not made[0]
-    assert len(fastdiff.sampling._plans[process]) == 2
+    assert len(fastdiff.sampling.plans._kept[process]) == 2
     assert plan(samplers.DDIM(eta=0.5), process, 17, "epsilon") is not made[-1]
     assert plan(samplers.DDIM(), process, 17, "v_prediction") is not made[-1]
 

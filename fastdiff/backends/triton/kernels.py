@@ -17,6 +17,18 @@ The parameters that all kernels share:
     EVEN                    the tiles cover the runs exactly, so nothing is masked
     WIDE                    offsets need 64 bits
     EMULATE, ASM            in the interpreter; on an NVIDIA GPU
+
+What the compiler needs to be shown:
+
+- The place of an element in its tile is known when a kernel is compiled. It is kept apart from where the tile starts,
+  so an address is one register and a constant, and four neighbours are seen to share a counter of the noise.
+- The last compiler moves the loads of a tile behind its noise, where registers are free. So the data is prefetched into
+  the L2 cache first, 64 bytes an instruction: memory and arithmetic overlap also where all programs run at once.
+- Noise is written for one element: four normals, of which it takes one. Where noise goes into two results its indices
+  are tied to the layout of the data; left to itself, Triton lays them out one a thread, and each thread makes all four.
+- Fast noise is made with its factor in the radius, so it costs one multiply-add an element in the sum it goes into.
+- A mask that is broadcast is found by one division for the 8 (or 4) elements that lie together in it.
+- The constant of smooth L1 and pseudo-Huber is inverted once a row, so no element is divided by it.
 """
 
 from __future__ import annotations
@@ -396,19 +408,25 @@ def loss(
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """weight mask rho(scale (prediction - p x0 - q n); c): the sums, where there is a ``result``, and the gradient of
-    the prediction, where there is one.
+    """weight mask rho(scale (prediction - p x0 - q n); c). Writes the sums if there is a ``result``, and the gradient
+    by the prediction if there is a ``gradient``.
 
-    The gradient is that for ``upstream``; where that is not known yet, for the one that is ``assumed``, which is kept
-    in ``used``. With both, the gradient is there already, made for ``used``: if that is what has come, nothing is done.
+    In a forward pass the upstream gradient is not known yet: the gradient is made for ``assumed``, which is noted in
+    ``used``. In a backward pass it is made for ``upstream``. If a forward pass wrote a gradient and ``upstream`` equals
+    ``used``, that gradient is right, and nothing is done.
 
-    number: of sums in the last stage. size, size_low: the elements of a row, as a pair; mean: 1 over the number of
-    rows; both: over that of all elements (each 1 where there is no such mean). divisor: what gradients are multiplied
-    by where the mask's sum divides: one number ("global"), or one a row, and behind them 1 over the number of rows with
-    something in the mask ("row"). A row is whole in a program, or SPLIT over ``parts`` programs, of which the last adds
-    up, in one order whichever it is.
+    Args:
+        number: how many sums the last stage adds up.
+        size, size_low: how many elements a row has, as a pair of float32; 1 for reduction "sum".
+        mean: 1 / (the number of rows) for reduction "mean", otherwise 1.
+        both: mean / size.
+        divisor: where the mask's sum divides, the factor of the gradients: one number ("global"); or one a row, and
+            after them 1 / (the number of rows with something in the mask) ("row").
 
-    What has a mask or a weight of 0 is left out: it adds 0, whatever it holds.
+    A row is whole in a program, or SPLIT over ``parts`` programs. The last of them to end adds their sums up, always in
+    the same order.
+
+    An element under a mask of 0, and a row of weight 0, add 0, whatever they hold.
     """
     if UPSTREAM != "none" and used is not None:
         came = tl.load(upstream)

@@ -1,8 +1,15 @@
 """The loss on a GPU, and its gradient.
 
+The reduction is in the same launch: the last program of a row adds up the row's tiles, the last of all programs adds up
+the rows. Each is found by a counter that it resets. Sums across tiles, weights and divisors are pairs of float32,
+rounded once; within a tile the sum is plain, except under a normalised mask. There is no atomic addition to a float,
+and no float64.
+
 The gradient is written in the same pass where it can be: for the upstream gradient that came last to this loss (1 at
-first), so that a loss that is divided or scaled alike each time costs nothing more. Backward compares on the device,
-and computes the gradient again for one that is another."""
+first), so a loss that is divided or scaled alike each time costs nothing more. That upstream gradient is kept on the
+device (``workspace.Cell``). Backward is one launch that compares on the device, and computes the gradient again if
+another upstream gradient has come. Float16, and masks that normalise, compute the gradient in the backward.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,4 @@
-"""k-diffusion's calling convention: ``sample_euler(model, x, sigmas, extra_args, callback, disable)`` and its like.
-
-A model is a denoiser, ``model(x, sigma, **extra_args)`` with sigma of shape [batch]; x is x0 + sigma n; sigmas are
-where to go, [steps + 1], usually down to 0. Functions and arguments are named, and noise is drawn from the same
-generator in the same order, as in k-diffusion, so that seeded results are equal. A callback gets, after each step's
-first call of the model, the dictionary {"x", "i", "sigma", "sigma_hat", "denoised"}. (x is a tensor of its own then: it
-may be kept.)
-
-One difference: the SDE samplers draw their noise with torch.randn unless a ``noise_sampler`` is given; k-diffusion's
-default is its BrownianTreeNoiseSampler, which can be passed here.
-"""
+"""k-diffusion's samplers, by its names and arguments: see the package."""
 
 from __future__ import annotations
 
@@ -19,22 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import torch_randn
-from ..process import EDM
-from ..samplers import DPMSolverPP, Euler, EulerAncestral, Heun, Sampler
-from ..sampling import sample
-from ..sigma_schedules import exponential, karras
-
-__all__ = [
-    "get_sigmas_exponential",
-    "get_sigmas_karras",
-    "sample_dpmpp_2m",
-    "sample_dpmpp_2m_sde",
-    "sample_dpmpp_3m_sde",
-    "sample_euler",
-    "sample_euler_ancestral",
-    "sample_heun",
-]
+from ... import torch_randn
+from ...process import EDM
+from ...samplers import DPMSolverPP, Euler, EulerAncestral, Heun, Sampler
+from ...sampling import sample
+from ...sigma_schedules import exponential, karras
 
 
 def sample_euler(

@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from .. import ops
+from ..samplers import Plan
 from .guidance import Guidance
-from .samplers import Plan
 
 _ENTRY = slice(ops.COLUMNS.index("h_x"), ops.COLUMNS.index("h_x0") + 1)
 
 
-def check_capture(device: torch.device, plan: Plan, how: Guidance) -> None:
+def check_capture(device: torch.device, plan: Plan, guidance: Guidance) -> None:
     """Raise ValueError unless this run can be captured: a step must be the same launches for every row."""
     if device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA device; got {device}. Leave it out, or use compile=True.")
-    if not how.plain:
+    if guidance.looks:
         raise ValueError(
             "cuda_graph=True excludes guidance_rescale, dynamic_thresholding and cond_fn: leave it out, or use "
             "compile=True."
         )
-    if len(set(how.guided)) > 1:
+    if len(set(guidance.guided)) > 1:
         raise ValueError(
             "cuda_graph=True excludes a guidance_interval, by which the batch that the network sees changes: leave one "
             "out."
@@ -43,7 +43,7 @@ class Graphed:
         model: the network.
         x: where to start.
         rows: the table.
-        told: what the network is told, [steps], on the device.
+        model_time: what the network is given as t, [rows], on the device.
         cond, guided: the network's condition or None, and whether its batch has an unconditional half.
         scale: of x for the first call.
         draws, streams, philox: which rows add noise, and of which streams of ``philox``; streams None: noise is given.
@@ -59,7 +59,7 @@ class Graphed:
         model: Callable[..., Tensor],
         x: Tensor,
         rows: ops.PreparedSteps,
-        told: Tensor,
+        model_time: Tensor,
         cond: Any,
         guided: bool,
         scale: float,
@@ -73,7 +73,7 @@ class Graphed:
         index = torch.zeros(1, dtype=torch.int64, device=x.device)
 
         def predicted(seen: Tensor) -> Tensor:
-            t = told.index_select(0, index).expand(len(seen))
+            t = model_time.index_select(0, index).expand(len(seen))
             m = model(seen, t) if cond is None else model(seen, t, cond)
             if m.shape != seen.shape:
                 raise ValueError(f"the model returned shape {tuple(m.shape)} for an input of {tuple(seen.shape)}.")

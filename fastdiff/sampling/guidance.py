@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .numeric import check_numbers
-from .ops.checks import check_tensor
-from .ops.prepared import PreparedSteps
-from .ops.step import COLUMNS
-from .samplers import Plan, Sampler
-from .showing import brief
+from ..numeric import check_numbers
+from ..ops.checks import check_tensor
+from ..ops.prepared import PreparedSteps
+from ..ops.step import COLUMNS
+from ..samplers import Plan, Sampler
+from ..showing import brief
 
 _AT = {name: k for k, name in enumerate(COLUMNS)}
 _OF_OUTPUT = torch.tensor([name in ("p_m", "c_m", "h_m") for name in COLUMNS], dtype=torch.float64, device="cpu")
@@ -26,7 +26,7 @@ class Guidance:
     Attributes:
         guided: for each row whether the unconditional half is computed.
         rows: the plan's, with room for a gradient of the mean.
-        plain: there is nothing to look at: a step needs no ``prepare``.
+        looks: whether anything looks: then each step needs ``prepare``.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Guidance:
             self.guided = [has_uncond] * len(plan.times)
         else:
             self.guided = [interval[0] <= t <= interval[1] for t in plan.times.tolist()]
-        self.plain = not rescale and quantile is None and cond_fn is None
+        self.looks = bool(rescale) or quantile is not None or cond_fn is not None
         self.rows = plan.rows
         self._plan, self._scale, self._rescale = plan, guidance, rescale
         self._quantile, self._most, self._cond_fn = quantile, most, cond_fn

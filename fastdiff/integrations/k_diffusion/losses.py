@@ -1,9 +1,4 @@
-"""The training losses of k-diffusion's denoisers, fused. Duck-typed: k-diffusion is not imported.
-
-denoiser = K.layers.Denoiser(model, sigma_data=0.5, weighting="soft-min-snr")
-fastdiff.integrations.k_denoisers.fuse(denoiser)
-loss = denoiser.loss(images, noise, sigma)      # as before: [batch]
-"""
+"""The training losses of k-diffusion's denoisers, fused: see the package."""
 
 from __future__ import annotations
 
@@ -12,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from .method_swap import fuse_methods, fused_methods, left_alone, unfuse
-from .objects import StubNetwork, preconditioned_target, twin
-
-__all__ = ["fuse", "fused_methods", "left_alone", "unfuse"]
+from ... import ops
+from ..method_swap import fuse_methods, fused_methods
+from ..objects import StubNetwork, preconditioned_target, twin
 
 
 def fuse(denoiser: nn.Module) -> nn.Module:
