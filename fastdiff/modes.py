@@ -28,6 +28,10 @@ class Recording(TorchDispatchMode):
     """The base of a mode that writes operations down, to be done again with other numbers. Under it values must not be
     looked at."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # no program is traced in it; to see to that, PyTorch would import its compiler, for two seconds
+
 
 def fake_mode() -> Any:
     """The ``FakeTensorMode`` that is on, or None."""

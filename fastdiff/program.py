@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .modes import Recording, lasting
 from .tensors import cached, gather_rows
@@ -292,7 +293,7 @@ def trace(
     with lasting():
         points = _points(low, high)
         recorder = _Recorder()
-        with recorder:
+        with recorder, _Guard(recorder):
             found = formula(recorder.start(points[:5].clone()))
         outputs = [recorder.operand(row) for row in found.values()]
         for name, row in found.items():
@@ -331,6 +332,20 @@ _UNCHANGED = {"alias", "clone", "detach", "lift_fresh", "view", "reshape", "expa
 _LIKE = {"ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"}
 
 
+class _Guard(TorchFunctionMode):
+    """Refuses what leads out of PyTorch, where nothing is written down."""
+
+    def __init__(self, recorder: _Recorder):
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("numpy", "__array__", "tolist", "data_ptr") and self._recorder.knows(args[0]):
+            raise Untraceable(f"it looks at values ({name})")
+        return function(*args, **(kwargs or {}))
+
+
 class _Recorder(Recording):
     """Writes down what happens to one tensor and to what is made of it. Everything is computed too, so what does not
     depend on it has its values."""
@@ -343,6 +358,10 @@ class _Recorder(Recording):
     def start(self, x: Tensor) -> Tensor:
         self._registers[id(x)] = x, 0
         return x
+
+    def knows(self, value: Any) -> bool:
+        """Whether this is a tensor that depends on the input."""
+        return id(value) in self._registers
 
     def operand(self, value: Any) -> int:
         """The register that holds a tensor or a number."""
@@ -365,7 +384,7 @@ class _Recorder(Recording):
             raise Untraceable(f"it is random ({name})")
         result = function(*args, **kwargs)
         tensors = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, (list, tuple)) else (a,))]
-        if name in _LIKE or not any(id(t) in self._registers for t in tensors):
+        if name in _LIKE or not any(self.knows(t) for t in tensors):
             return result
         if not isinstance(result, Tensor) or name.endswith("_") and not name.startswith("_"):
             raise Untraceable(f"it looks at values, or writes into them ({name})")

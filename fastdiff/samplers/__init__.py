@@ -9,7 +9,7 @@ the next row; churn is part of the row before it.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 from ..names import find, plainly
 from .base import Plan, Sampler
@@ -97,6 +97,7 @@ def get(sampler: str | Sampler) -> Sampler:
     return _made(sampler)
 
 
+@lru_cache(maxsize=64)  # they are frozen
 def _made(name: str) -> Sampler:
     if name in NAMES:
         return NAMES[name]()
