@@ -36,10 +36,11 @@ _ENDS = 2.0**-53, 1 - 2.0**-53  # of uniforms
 
 
 class Traced:
-    """A program that is made when it is first asked for, and again when a name that it was made from means another.
+    """A program that is made when it is first asked for. It is made again when a name that the formula reads stands for
+    something else.
 
     Args:
-        parts: what the formula is made of: see ``fastdiff.constancy``.
+        parts: the functions and objects that the formula is made of: see ``fastdiff.constancy``.
         make: () -> the program; raises Untraceable.
     """
 
@@ -79,7 +80,8 @@ class Coefficients:
     """The coefficients of a process, a prediction, a weighting and an error function, for as long as none changes.
 
     Attributes:
-        used: the names that noising and the loss need; present: a bit for each of ``OF_LOSS`` that is among them.
+        used: the names of the coefficients that noising and the loss need.
+        present: which of ``OF_LOSS`` are among them, as bits.
         table: float64 [steps, len(NAMES)] on the CPU, for a discrete process; otherwise None.
 
     Raises ValueError for a table with NaN or an error scale that is infinite; warns where a weight is infinite.
@@ -113,8 +115,12 @@ class Coefficients:
         self._conversions: dict[Prediction, Program] = {}
 
     def program(self, of_noise: bool = False) -> Program | None:
-        """What computes all that there is of ``NAMES`` from t; None where the formulas are evaluated (``why``). Where
-        only ``OF_NOISE`` is needed, these alone may have one."""
+        """The program that computes the coefficients ``NAMES`` of this objective from t; None if the formulas are
+        evaluated (``why`` says why).
+
+        Args:
+            of_noise: only alpha and sigma are needed. They may have a program where the others have none.
+        """
         traced = self.traced
         if isinstance(traced, Program):
             return traced
@@ -137,13 +143,14 @@ class Coefficients:
         return trace(formula, process.t_min, process.t_max)
 
     def formulas(self, levels: Levels) -> dict[str, Tensor]:
-        """All coefficients at ``levels``, float64; c is not there where the error function has none."""
+        """All coefficients at ``levels``: float64 of their shape, by name. There is no c if the error function has
+        none."""
         return {
             name: row for first in ("alpha", "p", "scale", "c") for name, row in self._formula(first, levels).items()
         }
 
     def _formula(self, name: str, levels: Levels) -> dict[str, Tensor]:
-        """The coefficient of that name, and those that come with it."""
+        """The coefficient ``name``, and others that are computed along with it, by name."""
         if name in OF_NOISE:
             return {"alpha": levels.alpha, "sigma": levels.sigma}
         if name in ("p", "q"):
@@ -159,8 +166,8 @@ class Coefficients:
         return rows if c is None else rows | {"c": c}
 
     def rows(self, name: str, t: Tensor, dtype: torch.dtype, backend: Any) -> dict[str, Any]:
-        """The coefficient of that name, and those that come with it, at the times ``t``: of its shape, computed in
-        float64 and rounded to ``dtype`` once."""
+        """The coefficient ``name``, and others that are computed along with it, at the times ``t``: tensors shaped as
+        ``t``, computed in float64 and rounded to ``dtype`` once."""
         names = self.used if name in self.used else (name,)
         if not torch.compiler.is_compiling():
             program = self.program(name in OF_NOISE)
@@ -176,8 +183,8 @@ class Coefficients:
         return {key: row.to(dtype) for key, row in self._formula(name, levels).items()}
 
     def conversion(self, kind: Prediction) -> Program | None:
-        """(k_x, k_m) that make an output one of ``kind``, for a discrete process; None for any other,
-        and while a program is traced by torch.compile."""
+        """The program of (k_x, k_m), which convert the network's output to ``kind``. None for a continuous process, and
+        while torch.compile traces."""
         if self.table is None or torch.compiler.is_compiling():
             return None
         found = self._conversions.get(kind)
@@ -225,11 +232,13 @@ class Rows:
     is computed when it is first asked for.
 
     Args:
-        coefficients: of the objective.
-        t: the times, checked; x0: the data, [batch, ...].
-        dtype: of the coefficients.
-        backend: what computes them.
-        program, at_hand: what a fast call has computed by a program, float32 [names of the program, batch]; or None.
+        coefficients: the ``Coefficients`` of the objective.
+        t: the times, checked.
+        x0: the data, [batch, ...].
+        dtype: the dtype of the coefficients.
+        backend: the backend that computes them.
+        at_hand: coefficients that a fast call has computed already, float32 [names of ``program``, batch]; or None.
+        program: the program that computed them.
     """
 
     def __init__(

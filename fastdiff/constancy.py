@@ -1,10 +1,12 @@
-"""Whether a formula can come out otherwise tomorrow. A program that was traced from it is kept as long as it cannot.
+"""Whether the result of a formula can change unnoticed. A program that was traced from a formula is kept as long as it
+cannot.
 
-A formula is constant if it is made of what cannot change (fastdiff's own functions, those of torch, math, numpy and the
-builtins, numbers, strings, frozen dataclasses of these), and of names that can be looked at again: a function of one's
-own may read numbers and other such functions from its module or from around it, and ``Constancy`` notices if a name
-stands for something else. Everything else (attributes of objects, lists, tensors, parameters, modules of one's own) may
-change without a trace: such a formula is evaluated each time.
+A formula is constant if it is made of things that cannot change: fastdiff's own functions, those of torch, math, numpy
+and the builtins, numbers, strings, frozen dataclasses of these. It may also read names, from its module or from the
+function around it, that stand for numbers and for other such functions: the names are looked up again at each call, and
+``Constancy`` notices if one stands for something else. A process counts its changes. Everything else (attributes of
+objects, lists, tensors, parameters, modules of one's own) may change without a trace: such a formula is evaluated each
+time.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class NotConstant(Exception):
 
 
 class Constancy:
-    """What a formula is made of, when it was looked at. Raises NotConstant, with the reason, for what may change.
+    """The parts of a formula, and what the names in it stood for when it was traced. Raises NotConstant, with the
+    reason, if a part may change unnoticed.
 
     Args:
         parts: functions, and objects with functions (a weighting, a loss, a process).

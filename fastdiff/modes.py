@@ -25,7 +25,8 @@ _get_mode, _FAKE = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.F
 
 
 class Recording(TorchDispatchMode):
-    """For operations that are written down to be done again with other numbers: values are not to be looked at."""
+    """The base of a mode that writes operations down, to be done again with other numbers. Under it values must not be
+    looked at."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -38,8 +39,8 @@ def fake_mode() -> Any:
 
 
 def wrapping() -> Any:
-    """None where plain tensors are all that their memory says: no transform of ``torch.func`` is at work, no
-    forward-mode derivative is taken, no tensor is made fake."""
+    """None if a tensor is no more than its memory; otherwise the mode under which it is: a transform of ``torch.func``,
+    forward-mode derivatives, or fake tensors."""
     transform = _transform()
     if transform is not None or (forward_ad._current_level < 0 and not _modes()):
         return transform
@@ -61,7 +62,7 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """Counts the writes into a tensor; None where they are not counted."""
+    """How often a tensor was written into; None for a tensor that does not count it."""
     return None if _is_compiling() or tensor.is_inference() else tensor._version
 
 
@@ -72,7 +73,7 @@ def is_many(gradient: Tensor) -> bool:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """For what is made once and kept: tensors made here are plain ones, of no transform, no mode and no graph."""
+    """A block that makes tensors which are kept: they are plain, outside of every transform, mode and graph."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),

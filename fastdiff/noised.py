@@ -46,7 +46,8 @@ class Noised:
         return f"Noised(x_t={brief(self.x_t)}, t={brief(self.t)}, {objective})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the coefficients, which follow from the times: a worker of a DataLoader may return a noised batch."""
+        """The state of a copy, which has no coefficients: they follow from the times. So a worker of a DataLoader may
+        return a noised batch."""
         return {name: value for name, value in self.__dict__.items() if name not in ("rows", "_versions")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -55,7 +56,7 @@ class Noised:
         self.__post_init__()
 
     def _seed_version(self) -> int | None:
-        """That of the seed, where the noise is made from it again."""
+        """The version of the seed tensor if the noise is made from it again, otherwise None."""
         seed = None if isinstance(self.noise_source, Tensor) else self.noise_source.seed
         return version_of(seed) if isinstance(seed, Tensor) else None
 
@@ -67,7 +68,8 @@ class Noised:
 
     @property
     def noise(self) -> Tensor:
-        """The noise as the target sees it: what was given, or float32 (float64 with float64 data)."""
+        """The noise that the target is made of, shaped as x0: the tensor that was given, or noise that was made, in
+        float32 (float64 with float64 data)."""
         if isinstance(self.noise_source, Tensor):
             return self.noise_source
         self.check_unchanged()
@@ -91,7 +93,7 @@ class Noised:
 
     @property
     def target(self) -> Tensor:
-        """What the network should predict: p x0 + q n, in the dtype of x0."""
+        """The target of the network: p x0 + q n, shaped and typed as x0."""
         if self.written_target is not None:
             return self.written_target
         p, q = (as_tensor(row) for row in (self.rows.p, self.rows.q))
@@ -99,7 +101,8 @@ class Noised:
 
     @property
     def model_input(self) -> Tensor:
-        """What the network is called with: x_t, or c_in x_t for a preconditioned prediction ("edm")."""
+        """The input of the network: x_t, or c_in x_t for a preconditioned prediction ("edm"). It is shaped and typed
+        as x0."""
         scale, _ = self._model_input()
         if scale is None:
             return self.x_t
@@ -107,7 +110,8 @@ class Noised:
 
     @property
     def model_time(self) -> Tensor:
-        """What the network is told about the noise: t; sigma for RectifiedFlow and VESDE; ln(sigma) / 4 for "edm"."""
+        """The time that the network is called with, shaped as t: t itself; sigma for RectifiedFlow and VESDE;
+        ln(sigma) / 4 for "edm"."""
         _, time = self._model_input()
         return time.to(self.rows.alpha.dtype) if time.is_floating_point() else time
 
@@ -127,5 +131,5 @@ def check_noised(prediction: Any, noised: Any) -> None:
 
 
 def tensor_of(noise: Any) -> Tensor | None:
-    """The noise if it is a tensor: what is made has no dtype of its own."""
+    """The noise if it is a tensor, otherwise None: noise that is made has no dtype of its own."""
     return noise if isinstance(noise, Tensor) else None

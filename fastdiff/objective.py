@@ -37,7 +37,7 @@ from .tensors import as_tensor, value_checks_are_free
 from .timesteps import Timesteps
 from .weighting import WeightingLike
 
-# Of an objective, what its coefficients are made of.
+# The attributes of an objective that its coefficients are made of: they cannot be changed.
 _FIXED = ("process", "prediction", "weighting", "loss_function", "error_space")
 
 # What other libraries call the arguments of ``Objective``.
@@ -111,7 +111,7 @@ class Objective:
         self._prepare()
 
     def _prepare(self) -> None:
-        """What follows from the process as it is, and the rest."""
+        """Make the coefficients from the process as it is now."""
         process = self.process
         self._changes, self._drawn = process._changes, None
         # A combination that means nothing should not wait for the first batch to be found.
@@ -125,7 +125,7 @@ class Objective:
 
     @property
     def _coefficients(self) -> Coefficients:
-        """Those of the process as it is now."""
+        """The coefficients of the process as it is now."""
         if self._changes != self.process._changes:
             self._prepare()
         return self._made

@@ -152,7 +152,8 @@ class Process:
         return fraction
 
     def model_time(self, levels: Levels) -> Tensor:
-        """What a network is told about the noise level (unless its prediction is preconditioned): t by default."""
+        """The time that a network is called with, shaped as t (unless its prediction is preconditioned): t by
+        default."""
         return levels.t
 
     def grid(self, steps: int) -> Tensor:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from .modes import Recording, lasting
 from .tensors import cached, gather_rows
 
-# What an operation of a program means. Its operands are registers, whose truth values are 1 and 0.
+# The operations of programs, and the meaning of each in PyTorch. Operands are registers; truth values are 1 and 0.
 OPERATIONS: dict[str, Callable[..., Tensor] | None] = {
     "input": None,  # the number of the row; always register 0, and nowhere else
     "number": None,  # its operand: a place among the program's numbers
@@ -70,13 +70,13 @@ OPERATIONS: dict[str, Callable[..., Tensor] | None] = {
 MOST_REGISTERS = 256
 # The coefficients of an objective: alpha, sigma; p, q of target = p x0 + q n; scale, which makes an error of the
 # prediction one of the error space; weight; loss_weight, the weight times the factor of the error function; c, its
-# constant, where it has one. And what fast calls ask of a program: a name that it has not is 0, and not used.
+# constant, where it has one. Below them the names that fast calls ask of a program: one that it has not is 0.
 NAMES = ("alpha", "sigma", "p", "q", "scale", "weight", "loss_weight", "c")
 OF_NOISE, OF_LOSS = ("alpha", "sigma"), ("p", "q", "scale", "loss_weight", "c")
 
 
 class Untraceable(Exception):
-    """Why a formula has no program."""
+    """A formula has no program; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,13 +99,13 @@ class Program:
     index: bool = False
     low: float = 0.0
     high: float = 1.0
-    kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what backends make of it
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # backends keep here what they make of the program
 
     def __getstate__(self) -> dict[str, Any]:  # what backends keep points into memory
         return self.__dict__ | {"kept": {}}
 
     def of(self, *names: str) -> Program:
-        """The part that computes these; a name that is not among ``names`` is 0."""
+        """The part of the program that computes ``names``. A name that the program does not compute is 0."""
         found = self.kept.get(names)
         if found is None:
             writer = _Writer()
@@ -116,7 +116,7 @@ class Program:
         return found
 
     def _copied(self, name: str, writer: _Writer, memo: dict[int, int]) -> int:
-        """The register of ``name`` in another program, to which all that it needs is added."""
+        """Copy the operations that ``name`` needs into another program; returns its register there."""
         wanted = self.outputs[self.names.index(name)]
         needed, open_ = set(), [wanted]
         while open_:
@@ -135,8 +135,8 @@ class Program:
         return memo[wanted]
 
     def after(self, first: Program, name: str = "t") -> Program:
-        """This program of what ``first`` computes by ``name``: its input is ``first``'s, and it computes ``name`` too.
-        (Lookups are those of this one: ``first`` has none.)"""
+        """This program applied to the output ``name`` of ``first``. The joined program has the input of ``first``, and
+        computes ``name`` too. (``first`` must have no lookups.)"""
         before, found = self.kept.get("after", (None, None))
         if before is not first:
             writer = _Writer()
@@ -154,14 +154,14 @@ class Program:
 
     @property
     def finite(self) -> bool:
-        """Whether its table is."""
+        """Whether all numbers in its table are finite."""
         if "finite" not in self.kept:
             with lasting():
                 self.kept["finite"] = bool(self.table.isfinite().all())
         return self.kept["finite"]
 
     def columns(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[steps, outputs] of a program of lookups, rounded to ``dtype``."""
+        """The table of a program of lookups, a column for each output: [steps, outputs], rounded to ``dtype``."""
 
         def make() -> Tensor:
             found = [self._column(register) for register in self.outputs]
@@ -176,11 +176,13 @@ class Program:
         return self.table[:, operands[1]]
 
     def gathered(self, t: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-        """What a program of lookups computes at ``t``, by PyTorch; NaN at a row that there is not."""
+        """Run a program of lookups at the times ``t`` in PyTorch: one tensor a name, shaped as ``t``; NaN where the
+        table has no such row."""
         return gather_rows(self.columns(t.device, dtype), t).unbind(-1)
 
     def run(self, x: Tensor) -> list[Tensor]:
-        """What it computes of ``x``, float64: slowly, by the meaning of each operation."""
+        """Run the program on ``x``, float64 [B], one operation of PyTorch after the other: [B] for each name. It is
+        slow, and for tests and tracing."""
         registers: list[Tensor] = []
         for operation, *operands in self.code:
             if operation == "input":
@@ -243,7 +245,7 @@ class _Writer:
         return self._known[key]
 
     def value(self, register: int) -> float | None:
-        """What a register holds if that is a constant."""
+        """The number in a register that holds a constant, otherwise None."""
         operation, *operands = self.code[register]
         return self.numbers[operands[0]] if operation == "number" else None
 

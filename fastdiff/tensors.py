@@ -13,7 +13,7 @@ from .modes import fake_mode, has_values, lasting
 
 
 class Gathered(NamedTuple):
-    """A coefficient a row that is still to be gathered: column[index]; NaN where index is out of range."""
+    """A coefficient that is looked up by the kernel that uses it: column[index]; NaN where index is out of range."""
 
     column: Tensor  # [steps], any stride
     index: Tensor  # int64, rows as placed
@@ -29,8 +29,8 @@ def value_checks_are_free(tensor: Tensor) -> bool:
 
 
 def cached(store: dict, key: Any, make: Callable[[], Tensor]) -> Tensor:
-    """``store[key]``, made if it is not there: a plain tensor, whatever mode or transform of PyTorch is on at the first
-    use. Nothing is stored while a program is traced: it would be no tensor."""
+    """``store[key]``, made by ``make`` if it is not there. It is a plain tensor, whatever mode or transform of PyTorch
+    is on at the first use. Nothing is stored while a program is traced, when there are no real tensors."""
     found = store.get(key)
     if found is None:
         if torch.compiler.is_compiling():

@@ -75,7 +75,8 @@ class MinSNR(Weighting):
         _one_of("form", self.form, ("paper", "plus_one", "shifted"))
 
     def unused(self, prediction: Prediction, error_space: Prediction) -> str | None:
-        """What of this has no effect on an objective of these, for a warning; None: all has."""
+        """A sentence for a warning if a setting of the weighting has no effect on an objective of these kinds;
+        otherwise None."""
         if not self._own_form(prediction) or self._own_form(error_space):
             return None
         return (

@@ -1,4 +1,4 @@
-"""What runs the operations: a folder for each backend. ``registry`` says which of them runs where, and why."""
+"""The backends: a folder for each. ``interface`` is their contract; ``registry`` chooses among them, and says why."""
 
 from .registry import choose, status, use_backend
 

@@ -13,10 +13,10 @@ from .torch_library import operators
 
 
 def get(device: torch.device) -> Backend:
-    """What is asked first for data on ``device``."""
+    """The operators while a program is traced, otherwise the backend for ``device``."""
     return operators if torch.compiler.is_compiling() else registry.get(device)
 
 
 def runs(call: Call, device: torch.device) -> Backend:
-    """What runs ``call``, whose data is on ``device``."""
+    """The backend that runs ``call``, whose data is on ``device``."""
     return able(get(device), call)

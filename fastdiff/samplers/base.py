@@ -19,24 +19,24 @@ from ..showing import brief_fields
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What a sampler does, decided before the first step. A row is one call of the network; a method that calls it
-    twice a step (Heun) has two rows a step.
+    """All that a sampler decides before the first step. A row of the step table is one call of the network; a method
+    that calls it twice a step (Heun) has two rows a step.
 
     Attributes:
         times: the process's t of each row, [S].
         table: float64 [S, len(fastdiff.ops.COLUMNS)] on the CPU.
         draws: whether a row adds noise; the others draw none.
         model_scale: factor on x before the network sees it, float64 [S], or None for 1.
-        model_time: what the network is told, [S]: the same numbers as in training.
+        model_time: the time that the network is called with, [S]: the same numbers as in training.
         initial_std: standard deviation of the noise that sampling starts from.
         learned_variance: the network returns twice the channels: prediction, then variance.
         clip: the bound of the x0 estimate, or None.
-        start: (factor, noise): x becomes factor x + noise z before the first row (churn); the noise that a row adds
-            then belongs to the step after it. None: x is taken as it is.
-        steps: the step that a row belongs to, or None: one row a step.
-        gradient: float64 [S]. What a gradient of log p(y | x_t) is multiplied by: to be added to the network's output,
-            or, with ``gradient_of_mean``, to the result (Dhariwal and Nichol 2021, algorithms 2 and 1).
-        gradient_of_mean: see there.
+        start: (factor, noise): x becomes factor x + noise z before the first row (churn). The noise that a row adds
+            then belongs to the step after it. None leaves x as it is.
+        steps: the number of the step that each row belongs to; None: one row a step.
+        gradient: float64 [S], the factor of a classifier's gradient of log p(y | x_t). The product is added to the
+            network's output (Dhariwal and Nichol 2021, algorithm 2).
+        gradient_of_mean: add the product to the result of the step instead (algorithm 1).
     """
 
     times: Tensor
@@ -59,7 +59,7 @@ class Plan:
 
     @cached_property
     def rows(self) -> PreparedSteps:
-        """The table, placed on a device once for all runs."""
+        """The step table, which is placed on a device once for all runs."""
         return PreparedSteps(self.table)
 
 
@@ -75,8 +75,8 @@ class Sampler:
         check_fields(self)
 
     def _freeze(self, *names: str) -> None:
-        """Replace the fields of these names, where they are tensors or lists, by tuples of the numbers in them: what is
-        written into the tensor later does not reach the sampler."""
+        """Replace fields that are tensors or lists by tuples of their numbers. So a later write into the tensor does
+        not change the sampler."""
         for name in names:
             value = getattr(self, name)
             if isinstance(value, Tensor):
@@ -89,12 +89,13 @@ class Sampler:
                 object.__setattr__(self, name, tuple(value))
 
     def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
-        """The plan of a run. Raises ValueError where the combination means nothing."""
+        """The plan of a run. Raises ValueError for a combination that means nothing."""
         raise NotImplementedError
 
 
 def x0_rows(prediction: Prediction, levels: Levels) -> tuple[Tensor, Tensor]:
-    """(p_x, p_m) of every level. Raises ValueError where x0 cannot be had from the prediction."""
+    """The columns (p_x, p_m) of the x0 estimate at every level, [S] each. Raises ValueError where the prediction does
+    not determine x0."""
     p_x, p_m = kinds.conversion(prediction, kinds.SAMPLE, levels)
     finite = p_x.isfinite() & p_m.isfinite()
     if not bool(finite.all()):
@@ -117,7 +118,8 @@ def build_plan(
 ) -> Plan:
     """The plan of rows that are at ``levels`` and go to the levels (alpha, sigma) of ``ends``, [S] each.
 
-    What follows from those is filled in: the x0 estimate, the network's input and time, the known data of inpainting.
+    The columns that follow from the levels are filled in: the x0 estimate, the network's input and time, the known data
+    of inpainting.
     """
     p_x, p_m = x0_rows(prediction, levels)
     scale, time = kinds.model_input(prediction, levels)

@@ -24,7 +24,7 @@ Memory = tuple[int, int, int]
 
 
 class Trajectory(Any_Trajectory):
-    """As ``reference.Trajectory``. What the kernel does not do goes step by step through the backend's ``step``."""
+    """As ``reference.Trajectory``. A step that the kernel does not do goes through the backend's ``step``."""
 
     def __init__(self, backend: Backend, call: RunCall):
         super().__init__(backend, call)
@@ -183,7 +183,7 @@ class Trajectory(Any_Trajectory):
             self._past = [entry[1], *self._past[: self._depth - 1]]
 
     def _step_elsewhere(self, *arguments: Any) -> None:
-        """A step that the kernel does not do, or not without looking closer: by the backend's ``step``."""
+        """A step through the backend's ``step``, for arguments that the kernel does not take."""
         super().step(*arguments)
         if self._prepared:
             self.x = self.x.contiguous()
@@ -266,5 +266,5 @@ class Trajectory(Any_Trajectory):
 
     @property
     def changed(self) -> list[Tensor]:
-        """What ``captured`` writes and a later step reads, but for the index."""
+        """The tensors that ``captured`` writes and a later step reads, without the index."""
         return [self.x, *([] if self.seen is self.x else [self.seen]), *self._history]

@@ -16,7 +16,7 @@ from .random import makes
 
 
 def handle(program: Program, names: tuple[str, ...]) -> Any:
-    """What ``fastdiff._C`` takes for the part of a program that computes ``names``."""
+    """The object of ``fastdiff._C`` for the part of a program that computes ``names``; kept with the program."""
     found = program.kept.get((_C, names))
     if found is None:
         part = program if names == program.names else program.of(*names)
@@ -35,7 +35,7 @@ def handle(program: Program, names: tuple[str, ...]) -> Any:
 
 
 def evaluate(program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] | None:
-    """See ``Backend.evaluate``; None where that is to be done otherwise."""
+    """See ``Backend.evaluate``; None if these times are not for this backend."""
     if unsuited(t) or differentiable(t) or program.index != (not t.is_floating_point()):
         return None
     if program.index:

@@ -13,7 +13,7 @@ from .launch import arrange, contiguous, empty, in_format_of, memory, unsuited
 
 
 def declines(call: ConvertCall) -> str:
-    """Why this call is not done here; empty where it is."""
+    """Why this backend does not support the call; empty if it does."""
     return unsuited(*call) or (COEFFICIENTS if differentiable(call.k_x, call.k_m) else "")
 
 

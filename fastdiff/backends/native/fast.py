@@ -38,13 +38,17 @@ def noise(
     keep: bool,
     rng: str = "exact",
 ) -> tuple[Tensor, Tensor | None, Tensor, None] | None:
-    """(x_t, the noise that was made and kept, the times, None), one time a sample.
+    """Noise a batch with one time a sample: (x_t, the noise if it was made and kept, the times, None); or None.
 
     Args:
-        program: of alpha and sigma, and more.
-        draw: where ``t`` is None: the program that makes the times of uniforms, and the stream of those.
-        n: the noise; None: it is made from ``made``, (seed, stream, sample_offset, strength of the offset noise). On a
-            CPU there is one way to make it, whatever ``rng``.
+        program: computes alpha and sigma, among others.
+        draw: the program that makes times from uniforms, and the stream of the uniforms; for ``t`` None.
+        x0: [batch, ...].
+        t: [batch], or None to draw it.
+        n: the noise, shaped as x0; or None to make it from ``made``.
+        made: (seed, stream, sample_offset, strength of the offset noise).
+        keep: whether noise that is made is returned.
+        rng: without effect: a CPU has one way to make noise.
     """
     if not x0.is_cpu or (n is None and made[3] and x0.ndim < 3):  # another device: where this backend is forced
         return None
@@ -76,8 +80,15 @@ def loss(
     at_hand: Any,
     rows: Callable[[], tuple[Tensor | None, ...]],
 ) -> Tensor | None:
-    """The mean loss, one time a sample, of coefficients (p, q, scale, weight, c), of which the bits of ``present`` say
-    what is used. ``rows`` gives them as placed tensors, for a gradient other than the usual one."""
+    """The mean loss of a batch with one time a sample, recorded for autograd; or None.
+
+    Args:
+        program: computes ``OF_LOSS``; ``present`` says by bits which of them are used.
+        prediction, x0, n: [batch, ...]; x0 or n is None if the target does not use it.
+        t: [batch].
+        at_hand: without effect: coefficients are computed in the call.
+        rows: () -> (p, q, scale, weight, c), placed, or None: for a gradient that was not written along with the loss.
+    """
     if n is not None and not isinstance(n, Tensor):
         return None
     recorded = prediction.requires_grad and _grad()
@@ -99,12 +110,13 @@ def loss(
 
 
 def convert(program: Program, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
-    """k_x x_t + k_m m in the dtype of m, one time a sample. None also where k_x or k_m is not finite."""
+    """k_x x_t + k_m m in the dtype of m, [batch, ...], with one time a sample, t [batch]; or None, also where k_x or
+    k_m is not finite."""
     return _C.fast_convert(handle(program, program.names), m, x_t, t, _threads())
 
 
 def step(
     x: Tensor, m: Tensor, row: Tensor, clip: float | None, n: Tensor | tuple | None, x0: bool
 ) -> tuple[Tensor, Tensor | None] | None:
-    """(y, x0 estimate) of one row for the whole batch. n as of ``noise``, or None."""
+    """See ``Backend.fast_step``; ``x0`` says whether the estimate is wanted."""
     return _C.fast_step(x, m, row, clip, n, x0, _threads())

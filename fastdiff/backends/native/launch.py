@@ -27,7 +27,8 @@ _is_compiling, _Parameter = torch.compiler.is_compiling, torch.nn.Parameter
 
 
 def unsuited(*tensors: Any) -> str:
-    """Why one of these is not ordinary memory on the CPU; empty where all are. What is no tensor is passed over."""
+    """Why one of these tensors is not ordinary memory on the CPU; empty if all are. A value that is no tensor is passed
+    over."""
     if _is_compiling() or wrapping() is not None:
         return TRANSFORMED
     for tensor in tensors:
@@ -47,7 +48,7 @@ def contiguous(tensor: Any) -> Any:
 
 
 def empty(shape: torch.Size, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """A contiguous tensor to write to; ``like`` is on the CPU, and saves time if it is just so."""
+    """A contiguous tensor to write to. ``like`` is on the CPU; if it has the same shape and dtype, that saves time."""
     if dtype == like.dtype and like.is_contiguous() and shape == like.shape:
         return torch.empty_like(like)
     return like.new_empty(shape, dtype=dtype)

@@ -35,7 +35,7 @@ from .launch import (
 
 
 def declines(call: LossCall) -> str:
-    """Why this call is not done here; empty where it is."""
+    """Why this backend does not support the call; empty if it does."""
     prediction, x0, n, p, q, scale, weight, c, mask = call[:9]
     because = unsuited(prediction, x0, n, p, q, scale, weight, c, mask, seed_of(n))
     if because:
@@ -46,7 +46,7 @@ def declines(call: LossCall) -> str:
 
 
 class Made(NamedTuple):
-    """What one pass gives: the loss, and where they were asked for, the means of the rows and the gradient of the
+    """The results of one pass: the loss; and, if they were asked for, the mean of each row and the gradient by the
     prediction."""
 
     value: Tensor | None
@@ -65,15 +65,17 @@ def loss(call: LossCall, otherwise: Backend) -> Tensor:
 
 
 def ahead(prediction: Tensor) -> bool:
-    """Whether the gradient is written with the loss. A float16 loss is scaled: that for 1 would be of no use."""
+    """Whether the gradient is written along with the loss, for an upstream gradient of 1. Not for float16: its loss is
+    scaled, so another upstream gradient will come."""
     return differentiable(prediction) and prediction.dtype is not torch.float16
 
 
 class _Loss(torch.autograd.Function):
-    """A loss that is known.
+    """Attaches a gradient to a loss that has been computed already.
 
-    ``kept`` are the tensors that it was made of, ``call_of`` gives the call of them: a loss of which more is to be
-    known than its gradient for 1."""
+    ``made`` is a ``Made``. ``kept`` are the tensors that the loss was computed from; ``call_of(*kept)`` makes its
+    ``LossCall`` again, for any gradient but the one that was written along with the loss. ``otherwise`` is the fallback
+    that computes second derivatives."""
 
     @staticmethod
     def forward(ctx, prediction, weight, made, kept, call_of, otherwise):
@@ -117,7 +119,7 @@ def recorded(
     call_of: Callable[..., LossCall],
     otherwise: Backend,
 ) -> Tensor:
-    """The loss of ``made`` (see ``Made``) with its gradient for autograd: see ``_Loss``."""
+    """The loss of ``made``, recorded for autograd: see ``_Loss``."""
     return _apply(prediction, weight, made, kept, call_of, otherwise)
 
 
@@ -134,7 +136,8 @@ def launch(
     means: bool = False,
     gradient: bool = False,
 ) -> Made:
-    """One pass over the data, for what is wanted of it."""
+    """One pass over the data, which computes those of the loss, the means of the rows and the gradient that are
+    wanted."""
     prediction, x0, n, p, q, scale, weight, c, mask, function, normalization, reduction = call
     dtype, shape = weight.dtype, prediction.shape
     if reduction == "none" and upstream is not None:

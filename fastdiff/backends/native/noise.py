@@ -15,7 +15,7 @@ from .launch import arrange, contiguous, empty, in_format_of, memory, source, un
 
 
 def declines(call: NoiseCall) -> str:
-    """Why this call is not done here; empty where it is."""
+    """Why this backend does not support the call; empty if it does."""
     x0, n, alpha, sigma, _, xi, _ = call
     because = unsuited(x0, n, seed_of(n), alpha, sigma, xi, seed_of(xi))
     return because or (COEFFICIENTS if differentiable(alpha, sigma, xi) else "")

@@ -12,7 +12,7 @@ from .launch import arrange, contiguous, empty, in_format_of, masked, memory, so
 
 
 def declines(call: StepCall) -> str:
-    """Why this call is not done here; empty where it is."""
+    """Why this backend does not support the call; empty if it does."""
     tensors = (*call.data, call.guidance, call.row, call.threshold, call.mask)
     because = unsuited(*tensors, seed_of(call.noise), seed_of(call.known_noise), call.model_input)
     if because:

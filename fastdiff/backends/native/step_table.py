@@ -21,18 +21,18 @@ _threads, _grad, _empty_like = torch.get_num_threads, torch.is_grad_enabled, tor
 
 
 def allow(native: bool) -> None:
-    """Whether the runners below may run: where CPU tensors are this backend's. Else they give None."""
+    """Let the fast calls below run, or have them return None: they may run if this is the backend of CPU tensors."""
     if _C is not None:
         _C.allow_step_tables(native)
 
 
 def row_runner(table: Tensor) -> Callable:
-    """The quick way of ``fastdiff.ops.step_table.PreparedSteps.run``, of float64 [rows, columns] on the CPU."""
+    """The fast call of ``fastdiff.ops.PreparedSteps``, for a table float64 [rows, columns] on the CPU."""
     return partial(_C.table_step, _held(table)) if reads_tensors and len(table) else never
 
 
 def noise_runner(table: Tensor) -> Callable:
-    """That of ``fastdiff.ops.step_table.PreparedNoise.run``."""
+    """The fast call of ``fastdiff.ops.PreparedNoise``, for a table float64 [rows, 2] on the CPU."""
     return partial(_C.table_noise, _held(table)) if reads_tensors and len(table) else never
 
 

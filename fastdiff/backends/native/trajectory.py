@@ -28,8 +28,8 @@ _ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.floa
 
 
 class Trajectory(reference.Trajectory):
-    """As ``reference.Trajectory``, a launch of the native step a row. With ``reuse`` x is written over where it is, but
-    for a tensor that somebody else holds: it is left to them."""
+    """As ``reference.Trajectory``, with one call of ``fastdiff._C`` a step. With ``reuse`` a step writes over x, unless
+    somebody else holds that tensor."""
 
     def __init__(self, backend: Backend, call: RunCall):
         super().__init__(backend, call)
@@ -112,7 +112,7 @@ class Trajectory(reference.Trajectory):
             self._target = None
 
     def _step_with(self, k, m, guided, noise, want_x0, log_variance, threshold, row, history) -> None:
-        """A step with anything beyond the plain arguments, or with an output that is not just contiguous memory."""
+        """A step with more than the common arguments, or with an output that is not contiguous."""
         if not isinstance(m, Tensor):
             raise TypeError(f"the model must return a tensor; got {type(m).__name__}.")
         if m.shape != (self._both if guided else self._shape):
@@ -129,8 +129,8 @@ class Trajectory(reference.Trajectory):
             self.x0 = x0
 
     def _turn_to(self, target: int) -> None:
-        """Have the next steps write to y, and c_in y to what the network sees next: once or twice (``target`` & 1),
-        scaled (``target`` & 2) or not."""
+        """Choose the output buffers of the next steps: y, and c_in y for the network's next input, which holds it twice
+        if ``target`` & 1 and is scaled if ``target`` & 2."""
         twice, scaled = bool(target & 1), bool(target & 2)
         both = self._buffer("both", self._both) if twice else None
         if both is not None and not scaled:  # the first half of what the network sees is y itself

@@ -48,7 +48,8 @@ def loss_gradient(upstream: Tensor, call: LossCall, n: Tensor | None) -> Tensor:
 
 
 def _kept(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """What is not left out, broadcast. A weight that is learned leaves nothing out: its gradient is the row's error."""
+    """True where an element counts: its row's weight and its mask are not 0. It broadcasts to the data. A learned
+    weight leaves no row out, because its gradient is the row's error."""
     kept = torch.ones_like(weight, dtype=torch.bool) if weight.requires_grad else weight != 0
     return kept if mask is None else kept & (mask != 0)
 
@@ -70,7 +71,7 @@ def _scaled_error(
 def _divisor(
     prediction: Tensor, weight: Tensor, mask: Tensor | None, normalization: str
 ) -> tuple[Tensor | float, Tensor | int]:
-    """(what the sum of a row is divided by, over how many rows a mean is)"""
+    """(the divisor of the sum of each row, the number of rows that a mean is over)"""
     if normalization == "none" or mask is None:
         return float(math.prod(prediction.shape) // max(1, weight.numel())), weight.numel()
     counts = sum_rows(mask.expand(prediction.shape).to(weight.dtype), weight.shape)
@@ -82,7 +83,7 @@ def _divisor(
 
 
 def rows_of_mean(prediction: Tensor, weight: Tensor, mask: Tensor | None, normalization: str) -> Tensor | int:
-    """Over how many rows the mean of a loss is: under "row" those that have something in their mask."""
+    """The number of rows that the mean of a loss is over: all, or with "row" those whose mask is not empty."""
     return _divisor(prediction, weight, mask, normalization)[1] if normalization == "row" else weight.numel()
 
 

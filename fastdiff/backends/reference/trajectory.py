@@ -16,8 +16,13 @@ _AT = {name: k for k, name in enumerate(COLUMNS)}
 
 
 class Needs(NamedTuple):
-    """What the rows of a table ask for: whether each makes a history entry, how many it reads, and what it scales the
-    network's next input by."""
+    """What each row of a step table needs.
+
+    Attributes:
+        keeps: whether the row makes a history entry.
+        reads: how many history entries it reads.
+        scales: the factor c_in of the network's next input.
+    """
 
     keeps: list[bool]
     reads: list[int]
@@ -37,12 +42,12 @@ class Needs(NamedTuple):
 
 
 class Trajectory:
-    """The steps of one run, in order; checked arguments (``fastdiff.ops.trajectory``). This one works with any
-    ``backend``'s step; a backend may have one of its own that does the same with less of the host's time.
+    """The steps of one run, in order. The arguments were checked by ``fastdiff.ops.trajectory``. This class works with
+    the ``step`` of any backend; a backend may have a subclass that takes less of the host's time.
 
     Attributes:
-        x: the sample now.
-        seen: what the network is to be called with next: c_in x, twice along the batch for a guided call.
+        x: the sample now, [batch, ...].
+        seen: the next input of the network: c_in x, twice along the batch for a guided call.
         x0: the x0 estimate of the last step that wanted one.
         captures: whether a CUDA graph can hold a step, as ``backends.cuda.Trajectory.captured``.
     """
@@ -59,7 +64,7 @@ class Trajectory:
         self.seen = x
 
     def begin(self, scale: float, copies: int) -> None:
-        """What the network sees first: scale x, ``copies`` times along the batch."""
+        """Set ``seen``, the first input of the network, to scale x, ``copies`` times along the batch."""
         seen = self.x if scale == 1 else (scale * self.x.to(self._placed.dtype)).to(self.x.dtype)
         self.seen = torch.cat([seen] * copies) if copies > 1 else seen
 
@@ -84,13 +89,15 @@ class Trajectory:
         row: Tensor | None = None,
         history: tuple[Tensor, ...] | None = None,
     ) -> None:
-        """Step k with the network's output: of both halves of the batch, the unconditional first, if ``guided``.
+        """Take step k with the output of the network.
 
         Args:
-            noise: z, or the stream of ``philox`` to make it from; None for none.
-            copies: how often the network is to see the result along the batch; 0: not at all.
-            log_variance, threshold, history: see ``fastdiff.ops.step``. A history given replaces the one that is kept.
-            row: in place of the table's, [K] or [batch, K].
+            m: the output, [batch, ...]; or [2 batch, ...] if ``guided``, the unconditional half first.
+            noise: a tensor [batch, ...]; or the stream of ``philox`` to make it from; or None for no noise.
+            copies: how many copies of the result along the batch the network's next input has; 0 makes no input.
+            log_variance, threshold, history: see ``fastdiff.ops.step``. A history that is given replaces the one that
+                is kept.
+            row: coefficients in place of the table's, [K] or [batch, K].
         """
         x, uncond = self.x, None
         if m.shape != (2 * len(x) if guided else len(x), *x.shape[1:]):

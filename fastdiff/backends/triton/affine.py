@@ -46,7 +46,7 @@ def affine_launch(
 
 
 def affine(shape: tuple[int, ...], device: torch.device, *operands: Any) -> None:
-    """Launches it: see ``affine_launch``."""
+    """Launch the kernel: see ``affine_launch``."""
     launch.affine(device, *affine_launch(shape, device, *operands))
 
 

@@ -14,8 +14,14 @@ Coefficient = Any  # a Tensor placed as rows, a Gathered, or None
 
 
 class Rows(NamedTuple):
-    """``shape``: that of the rows, placed. A pointer and a kind for each coefficient; the index, its kind, the length
-    and the stride of the columns."""
+    """Coefficients as arguments of a kernel.
+
+    Attributes:
+        shape: the shape of the placed coefficients.
+        pointers, kinds: the memory of each coefficient, and how it is read: "none", "one", "row" or "gathered".
+        index, index_kind: the rows of a table that are gathered, and how they are read.
+        steps, stride: the length and the stride of the table's columns.
+    """
 
     shape: tuple[int, ...]
     pointers: tuple[Tensor | None, ...]
@@ -27,20 +33,20 @@ class Rows(NamedTuple):
 
 
 def is_one(rows: Tensor) -> bool:
-    """Whether all of ``rows`` is a single number in memory."""
+    """Whether ``rows`` is a single number in memory, however often it is repeated."""
     return rows.numel() == 1 or not any(stride for size, stride in zip(rows.shape, rows.stride()) if size != 1)
 
 
 def shape_of(coefficient: Coefficient) -> tuple[int, ...]:
-    """The rows of a coefficient, placed; () where there is none."""
+    """The shape of a placed coefficient; () for None."""
     if coefficient is None:
         return ()
     return tuple(coefficient.index.shape if isinstance(coefficient, Gathered) else coefficient.shape)
 
 
 def arrange(shape: tuple[int, ...], *coefficients: Coefficient, rows: tuple[int, ...] | None = None) -> Rows:
-    """Coefficients that may be shared differently in one layout, that of ``rows`` or one that is found. What already is
-    in it is not copied."""
+    """Bring coefficients of different shapes into one layout: the layout of ``rows``, or one that fits all. A
+    coefficient that has it already is not copied."""
     first: Gathered | None = None
     found: list[Tensor | Gathered | None] = []
     for c in coefficients:
@@ -79,7 +85,7 @@ def arrange(shape: tuple[int, ...], *coefficients: Coefficient, rows: tuple[int,
 
 
 def _alike(a: Gathered, b: Gathered) -> bool:
-    """Whether one index and one stride do for both."""
+    """Whether both have the same index, and columns of the same stride."""
     same_index = a.index is b.index or (
         a.index.data_ptr() == b.index.data_ptr()
         and a.index.shape == b.index.shape

@@ -13,7 +13,7 @@ from .arguments import permuted, unsuited
 
 
 def declines(call: ConvertCall) -> str:
-    """Why this call is not done here; empty where it is."""
+    """Why this backend does not support the call; empty if it does."""
     because = unsuited(call.m.device, call[:2], call[2:])
     return because or (COEFFICIENTS if differentiable(call.k_x, call.k_m) else "")
 

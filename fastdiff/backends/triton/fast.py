@@ -36,7 +36,7 @@ _NOISE = ("stream", "sample_offset", "strength")
 
 
 def _kept(store: dict, key: tuple, make: Callable[[], Any]) -> Any:
-    """``store[key]``, made where it is not there. Where there are very many shapes, all are made anew."""
+    """``store[key]``, made by ``make`` if it is not there. A store with too many shapes is emptied first."""
     found = store.get(key)
     if found is None:
         if len(store) >= _MOST_SHAPES:
@@ -46,7 +46,7 @@ def _kept(store: dict, key: tuple, make: Callable[[], Any]) -> Any:
 
 
 def _plain(device: torch.device, *tensors: Any) -> bool:
-    """Whether these are ordinary contiguous tensors on the device; what is None is passed over."""
+    """Whether these are ordinary contiguous tensors on the device. None is passed over."""
     for t in tensors:
         if t is not None and not (type(t) is Tensor and t.is_contiguous() and t.device == device):
             return False
@@ -118,7 +118,7 @@ def _draw(
 
 
 def _changing(program: Program, names: tuple[str, ...], t: Tensor, columns: Tensor | None) -> tuple[Tensor, ...]:
-    """What a launch is given that changes with the times: the index, or the coefficients of those names."""
+    """The arguments of a launch that change with the times: the index into a table, or the coefficients ``names``."""
     if columns is None:
         return (t,)
     chosen = program.kept.get((itemgetter, names))
@@ -151,8 +151,8 @@ def noise(
     keep: bool,
     rng: str = "exact",
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
-    """(x_t, the noise that was made and kept, the times, the coefficients where they are not looked up), one time a
-    sample; see ``native/fast.py``."""
+    """(x_t, the noise if it was made and kept, the times, the coefficients if they are not looked up), with one time a
+    sample; or None. See ``native/fast.py`` for the arguments."""
     device, shape = x0.device, x0.shape
     if not _plain(device, x0, n, t) or (n is not None and n.shape != shape) or (n is None and made[3] and x0.ndim < 3):
         return None
@@ -229,7 +229,7 @@ def convert(program: Program, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
 
 
 class _Losses(NamedTuple):
-    """The launches of a loss at one shape. ``kind``: what tells it from other losses, see ``workspace.cell``."""
+    """The launches of a loss at one shape. ``kind`` tells it apart from other losses, see ``workspace.cell``."""
 
     forward: Ready
     backward: Ready
@@ -247,9 +247,13 @@ def loss(
     columns: Tensor | None,
     rows: Callable[[], tuple[Any, ...]],
 ) -> Tensor | None:
-    """The mean loss, one time a sample, of coefficients (p, q, scale, weight, c), of which the bits of ``present`` say
-    what is used; n: a tensor, a ``fastdiff.ops.Philox`` or None. columns: the coefficients that ``noise`` computed, if
-    there are some. ``rows`` gives them placed, for a gradient other than the usual one."""
+    """The mean loss of a batch with one time a sample, recorded for autograd; or None. See ``native/direct.py`` for the
+    arguments.
+
+    Args:
+        n: a tensor [batch, ...], a ``fastdiff.ops.Philox`` that makes it, or None.
+        columns: the coefficients that ``noise`` has computed, float32 [names of ``program``, batch]; or None.
+    """
     device, shape = prediction.device, prediction.shape
     given = n if isinstance(n, Tensor) else None
     if not _plain(device, prediction, x0, given, t) or not _has_time(program, t, prediction):

@@ -88,14 +88,14 @@ class Kernel:
         self._variants: dict[tuple, Any] = {}
 
     def key(self, arguments: tuple, constants: tuple, device: Any) -> tuple:
-        """What distinguishes the variants: the dtype of every pointer (None where there is none, int for a number),
-        whether all data is aligned, the constants and the device."""
+        """The key of a variant: the dtype of every pointer (None for no tensor, int for a number), whether all data is
+        aligned, the constants and the device."""
         types = tuple(a.dtype if isinstance(a, Tensor) else None if a is None else int for a in arguments)
         aligned = all(arguments[k] is None or arguments[k].data_ptr() % 16 == 0 for k in self.data)
         return types, aligned, constants, device
 
     def source(self, types: tuple, aligned: bool, constants: tuple) -> ASTSource:
-        """What is compiled for a key."""
+        """The source that is compiled for a key."""
         number = "i64" if self.wide is not None and constants[self.wide] else "i32"
         signature, attributes = {}, {}
         values = dict(zip(((len(self.runtime) + k,) for k in range(len(constants))), constants))
@@ -287,7 +287,7 @@ def _stream(device: torch.device) -> int:
 
 
 def current_stream(device: torch.device) -> int:
-    """What tells the streams of a device apart."""
+    """A number for the current stream of a device."""
     if device.type == "cuda":
         return _stream(device)
     return torch.xpu.current_stream(device).stream_id if device.type == "xpu" else 0

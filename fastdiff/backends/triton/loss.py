@@ -39,7 +39,7 @@ _NO_STRIDES = (1,) * 3 + (0,) * 4
 
 
 def declines(call: LossCall) -> str:
-    """Why this call is not done here; empty where it is."""
+    """Why this backend does not support the call; empty if it does."""
     prediction, x0, n, p, q, scale, weight, c, mask = _needed(call)[:9]
     because = unsuited(prediction.device, (prediction, x0, n), (p, q, scale, weight, c))
     if because:
@@ -63,9 +63,15 @@ def _needed(call: LossCall) -> LossCall:
 
 
 class Made(NamedTuple):
-    """What a pass gives: the loss; and where they were asked for: the means of the rows (pairs); what gradients are
-    multiplied by where the mask's sum divides; the gradient of the prediction, the upstream gradient that it is for,
-    and the cell which that came from."""
+    """The results of one pass.
+
+    Attributes:
+        value: the loss.
+        means: the mean of each row, as pairs of float32 [2, rows]; None if it was not asked for.
+        divisor: the factors of gradients where the mask's sum divides; otherwise None.
+        written: the gradient by the prediction, the upstream gradient that it was made for, and the cell that this came
+            from; None if no gradient was written along.
+    """
 
     value: Tensor
     means: Tensor | None = None
@@ -90,14 +96,17 @@ def loss(call: LossCall, otherwise: Backend) -> Tensor:
 
 
 def ahead(prediction: Tensor) -> bool:
-    """Whether the gradient may be written with the loss. A float16 loss is scaled; the size of its gradient is known
-    only in the backward, as is a mask's sum."""
+    """Whether the gradient may be written along with the loss. Not for float16: its loss is scaled, and the size of its
+    gradient is known only in the backward."""
     return differentiable(prediction) and prediction.dtype is not torch.float16
 
 
 class _Loss(torch.autograd.Function):
-    """A loss that is known. ``kept`` are the tensors that it was made of, ``call_of`` gives the call of them, and
-    ``again`` the gradient: (tensors, upstream, what was written ahead or None) -> gradient."""
+    """Attaches a gradient to a loss that has been computed already.
+
+    ``made`` is a ``Made``. ``kept`` are the tensors that the loss was computed from; ``call_of(*kept)`` makes its
+    ``LossCall`` again. ``again(tensors, upstream, written)`` gives the gradient, where ``written`` is ``made.written``
+    or None. ``otherwise`` is the fallback that computes second derivatives."""
 
     @staticmethod
     def forward(ctx, prediction, weight, made, kept, call_of, again, otherwise):
@@ -142,7 +151,7 @@ def recorded(
     again: Callable[..., Tensor],
     otherwise: Backend,
 ) -> Tensor:
-    """The loss of ``made`` (see ``Made``) with its gradient for autograd: see ``_Loss``."""
+    """The loss of ``made``, recorded for autograd: see ``_Loss``."""
     return _apply(prediction, weight, made, kept, call_of, again, otherwise)
 
 
@@ -154,7 +163,7 @@ def loss_gradient(upstream: Tensor, call: LossCall) -> Tensor:
 
 
 def _own_rows(shape: tuple[int, ...], own: tuple[int, ...], *others: Any) -> bool:
-    """Whether the rows of the weight are those of a layout, and the others' too, so that there is one sum for each."""
+    """Whether the rows of the weight, and of the other coefficients, are rows of one layout: then each has one sum."""
     for other in others:
         rows = shape_of(other)
         if rows and rows != own:
@@ -233,7 +242,7 @@ def _pass(call: LossCall, *, means: bool = False, gradient: bool = False) -> Mad
 
 
 def _kind(laid: Laid, function: str, reduction: str) -> tuple:
-    """What tells a loss from others: a hint, see ``workspace.cell``."""
+    """A key that tells a loss apart from others. It is a hint, see ``workspace.cell``."""
     types = (t.dtype if isinstance(t, Tensor) else type(t) for t in laid.data)
     tables = (c.column.data_ptr() for c in laid.coefficients if isinstance(c, Gathered))
     return (laid.shape, function, reduction, *types, *tables)

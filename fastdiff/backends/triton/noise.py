@@ -15,7 +15,7 @@ from .arguments import in_format_of, permuted, rows_fit, unsuited
 
 
 def declines(call: NoiseCall) -> str:
-    """Why this call is not done here; empty where it is."""
+    """Why this backend does not support the call; empty if it does."""
     x0, n, alpha, sigma, _, xi, _ = call
     because = unsuited(x0.device, (x0, n, xi), (alpha, sigma))
     return because or (COEFFICIENTS if differentiable(alpha, sigma, xi) else "")

@@ -15,7 +15,7 @@ from .plan import plan, tile_of
 
 
 def declines(call: StepCall) -> str:
-    """Why this call is not done here; empty where it is."""
+    """Why this backend does not support the call; empty if it does."""
     x, m, row, uncond, guidance, _, history, noise, log_variance = call[:9]
     full, seen = (x, m, uncond, *history, noise, log_variance), call.model_input
     because = unsuited(x.device, full, (row, guidance))

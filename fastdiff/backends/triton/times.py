@@ -23,7 +23,8 @@ def coefficients_launch(
     constants: Tensor | None, stream: int, sample_offset: int, samples: int,
     code: tuple[int, ...] = (0,) * 5, outputs: tuple[int, ...] = (0,),
 ) -> tuple[tuple[int, int], tuple, tuple]:  # fmt: skip
-    """The launch of a program for each sample; as it stands, of the uniform itself. See ``programs.coefficients``."""
+    """The launch that runs a program for each sample. The default program returns the uniform itself. See
+    ``programs.coefficients``."""
     device = (drawn if drawn is not None else times).device
     seed, kind = (None, "number") if seed is None else seed_of(seed, device)
     given = columns, drawn, times, seed, constants, stream, sample_offset, samples
@@ -42,7 +43,8 @@ def constants_of(program: Program, device: torch.device) -> Tensor | None:
 
 
 def evaluate(program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] | None:
-    """See ``Backend.evaluate``; the kernels gather rows of a table. None where that is to be done otherwise."""
+    """See ``Backend.evaluate``; rows of a table are gathered by the kernels. None if these times are not for this
+    backend."""
     usable = untouched() and type(t) in TYPES and arguments.runs_on(t.device) and dtype == torch.float32
     if program.index:
         if not usable:

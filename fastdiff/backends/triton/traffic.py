@@ -1,4 +1,4 @@
-"""What a launch moves, from its operands."""
+"""The bytes that a launch moves, counted from its operands."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _workspaces: dict[tuple[torch.device, int], Workspace] = {}
 
 
 def workspace(device: torch.device, counters: int, partials: int) -> Workspace:
-    """That of the current stream, at least as large as asked for.
+    """The workspace of the current stream, at least as large as asked for.
 
     Launches of one stream follow each other, so they can share it; no two streams do. A launch that is captured in a
     CUDA graph gets one of its own, zeroed at every replay, as graphs may be replayed side by side.
@@ -58,10 +58,14 @@ def _new(device: torch.device, counters: int, partials: int) -> Workspace:
 
 @dataclass(eq=False)
 class Cell:
-    """Holds, on the device, the upstream gradient that came last to a loss: the next forward of that loss writes its
-    gradient for it. Which loss that is is a guess, and a wrong one costs a second pass: backward compares. ``owner``:
-    whose launches may use it, those of a stream or of a capture on it, which follow each other. So all programs of a
-    launch find the same value."""
+    """Holds, on the device, the upstream gradient that came last to a loss. The next forward pass of that loss writes
+    its gradient for it. The host guesses which loss that is; a wrong guess costs a second pass, because backward
+    compares.
+
+    Attributes:
+        owner: the stream, or the capture on it, whose launches may use the cell. They follow each other, so all
+            programs of a launch find the same value.
+    """
 
     value: Tensor  # float32 [1], 0 for none yet
     owner: tuple
@@ -69,8 +73,8 @@ class Cell:
 
 @dataclass
 class _Cells:
-    """Those of a stream: the least recently used go to new losses. A loss is told apart by its kind, and by how many of
-    its kind are waiting for their backward."""
+    """The cells of one stream. The least recently used go to new losses. A loss is told apart by its kind, and by how
+    many of its kind are waiting for their backward."""
 
     fresh: list[Tensor]
     values: dict[tuple, Tensor] = field(default_factory=dict)  # the latest last
@@ -79,7 +83,8 @@ class _Cells:
 
 @dataclass
 class _Reserved:
-    """Those of a device for launches that are captured. All are held, as graphs go on using those that are taken."""
+    """The cells of one device for launches that are captured. All are held, because graphs go on using those that were
+    taken."""
 
     cells: list[Tensor]
     taken: int = 0
