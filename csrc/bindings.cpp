@@ -98,7 +98,7 @@ void loss(py::handle layout, py::handle prediction, py::handle x0, py::handle n,
   a.scale = rows.optional("scale", scale);
   a.c = rows.optional("c", c);
   a.mask = parse_optional_mask(mask, a.layout);
-  a.function = Function(parse_code("function", function, 5));
+  a.function = Function(parse_code("function", function, kFunctions));
   if (needs_c(a.function) && !a.c.data)
     throw py::value_error("c: this error function needs its constant");
   call.normalization = Normalization(parse_code("normalization", normalization, 3));

@@ -36,6 +36,10 @@ constexpr int kInt64 = 5;  // of indices, behind those of data
 
 #undef FASTDIFF_NAME
 
+#define FASTDIFF_ONE(name) +1
+constexpr int kFunctions = FASTDIFF_FUNCTIONS(FASTDIFF_ONE);
+#undef FASTDIFF_ONE
+
 // Whether an error function has a constant c.
 constexpr bool needs_c(Function function) {
   return function == Function::smooth_l1 || function == Function::pseudo_huber;

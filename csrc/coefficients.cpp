@@ -173,6 +173,11 @@ py::capsule make_program(py::tuple code, py::tuple numbers, py::tuple outputs, p
   if (outputs.size() < 1 || outputs.size() > kMostOutputs) throw py::value_error("outputs: must be from 1 to 16");
   for (py::handle output : outputs) program->outputs.push_back(parse_operand(output, registers));
   program->index = index;
+  program->table_rows = index && program->outputs.size() == size_t(columns);
+  for (int k = 0; k < int(program->outputs.size()) && program->table_rows; ++k) {
+    const Instruction& i = program->code[size_t(program->outputs[size_t(k)])];
+    program->table_rows = i.operation == op_lookup && i.operands[0] == 0 && i.operands[1] == k;
+  }
   program->low = parse_number("low", low);
   program->high = parse_number("high", high);
   return py::capsule(program.release(), kProgramName, [](void* made) { delete (Program*)made; });
@@ -222,7 +227,27 @@ const Program& program_of(PyObject* capsule, int outputs) {
   return *program;
 }
 
+namespace {
+
+void put(void* out, int64_t place, double value, bool wide) {
+  if (wide)
+    ((double*)out)[place] = value;
+  else
+    ((float*)out)[place] = float(value);
+}
+
+void copy_rows(const Program& program, const double* inputs, int64_t rows, bool wide, void* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool inside = inputs[r] >= 0 && inputs[r] < double(program.height);
+    const double* row = program.table.data() + (inside ? int64_t(inputs[r]) : 0) * program.width;
+    for (int k = 0; k < program.width; ++k) put(out, k * rows + r, inside ? row[k] : NAN, wide);
+  }
+}
+
+}  // namespace
+
 void evaluate(const Program& program, const double* inputs, int64_t rows, bool wide, void* out) {
+  if (program.table_rows) return copy_rows(program, inputs, rows, wide, out);
   double registers[kRegisters];
   const int count = int(program.code.size());
   const int64_t room = kRegisters / count;
@@ -243,13 +268,7 @@ void evaluate(const Program& program, const double* inputs, int64_t rows, bool w
     }
     for (size_t k = 0; k < program.outputs.size(); ++k) {
       const double* found = registers + program.outputs[k] * block;
-      for (int r = 0; r < now; ++r) {
-        const int64_t place = int64_t(k) * rows + first + r;
-        if (wide)
-          ((double*)out)[place] = found[r];
-        else
-          ((float*)out)[place] = float(found[r]);
-      }
+      for (int r = 0; r < now; ++r) put(out, int64_t(k) * rows + first + r, found[r], wide);
     }
   }
 }

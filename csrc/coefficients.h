@@ -20,7 +20,8 @@ struct Program {
   std::vector<double> table;  // [height, width]
   int64_t height;
   int width;
-  bool index;        // the input is an integer
+  bool index;        // the input is an integer,
+  bool table_rows;   // and the outputs are just the row of the table that it names
   double low, high;  // of the input
 
   bool allows(double input) const { return input >= low && input <= high && input < __builtin_inf(); }

@@ -142,7 +142,7 @@ py::object loss(PyObject* const* a) {
   LossArguments& kernel = call.kernel;
   kernel.prediction = prediction.input();
   kernel.layout = layout_of(prediction);
-  kernel.function = Function(parse_code("function", a[2], 5));
+  kernel.function = Function(parse_code("function", a[2], kFunctions));
   bool wide = is_wide(prediction);
   const bool has_p = present & 1, has_q = present & 2;
   if (has_p) {

@@ -1,8 +1,10 @@
-"""What an operation is asked, one record an operation: ``fastdiff.ops`` checks and makes it, a backend runs it.
+"""The records of the operations: each holds what one operation is asked. ``fastdiff.ops`` checks the arguments and
+makes the record, a backend runs it.
 
-Tensors are of one device and shape [batch, ...]. Coefficients are placed: as many dimensions as the data, 1 where
-shared, in the compute dtype (float32, or float64 where the data is float64); None where the formula has no such term.
-Noise is a tensor, or the ``Philox`` to make it from.
+The tensors of a record are on one device and have the shape [batch, ...]. Coefficients are *placed*: they have as many
+dimensions as the data, of size 1 where elements share them ([B, 1, 1, 1], or [B, 1, F, 1, 1]). They are float32, or
+float64 where the data is float64; None leaves the term out of the formula. Noise is a tensor, or the ``Philox`` to make
+it from.
 """
 
 from __future__ import annotations
@@ -18,32 +20,35 @@ Noise = Tensor | Philox | None
 
 
 class NoiseCall(NamedTuple):
-    """x_t = alpha x0 + sigma (n + perturbation xi). Gives (x_t in the dtype of x0, n): n as a tensor of the compute
-    dtype or, without ``keep_noise``, as it came."""
+    """x_t = alpha x0 + sigma (n + perturbation xi).
+
+    Its result is (x_t, n): x_t in the dtype of x0; n as a tensor of the compute dtype, or as it came if ``keep_noise``
+    is False."""
 
     x0: Tensor  # [batch, ...]
-    n: Tensor | Philox
-    alpha: Any
-    sigma: Any
+    n: Tensor | Philox  # [batch, ...]
+    alpha: Any  # placed
+    sigma: Any  # placed
     perturbation: float = 0.0
-    xi: Noise = None
+    xi: Noise = None  # [batch, ...]
     keep_noise: bool = True
 
 
 class LossCall(NamedTuple):
     """weight * mask * rho(scale * (prediction - (p x0 + q n)); c), summed row by row in float64, then reduced.
 
-    ``weight`` is shaped as the rows; reduction "none" gives that shape, "mean" and "sum" a scalar, in the compute
-    dtype. What has a mask or a weight of 0 adds 0, whatever it holds."""
+    The shape of ``weight`` says what a row is. The result has the compute dtype: that shape for reduction "none", a
+    scalar for "mean" and "sum". An element under a mask of 0, and a row of weight 0, add 0, whatever they hold. An
+    error in another error space is the same operation with another ``scale``."""
 
     prediction: Tensor  # [batch, ...]
-    x0: Tensor | None
-    n: Noise
-    p: Any
-    q: Any
-    scale: Any
-    weight: Any
-    c: Any = None
+    x0: Tensor | None  # [batch, ...]
+    n: Noise  # [batch, ...]
+    p: Any  # placed
+    q: Any  # placed
+    scale: Any  # placed
+    weight: Any  # placed
+    c: Any = None  # placed
     mask: Tensor | None = None  # broadcasts to the prediction
     function: str = "mse"
     mask_normalization: str = "none"
@@ -54,36 +59,36 @@ class ConvertCall(NamedTuple):
     """k_x x_t + k_m m, in the dtype of m."""
 
     m: Tensor  # [batch, ...]
-    x_t: Tensor
-    k_x: Any
-    k_m: Any
+    x_t: Tensor  # [batch, ...]
+    k_x: Any  # placed
+    k_m: Any  # placed
 
 
 class StepCall(NamedTuple):
-    """One sampler step: see ``fastdiff.ops.step``. Gives (y, x0 estimate, history entry), the last two None where they
-    are not wanted."""
+    """One sampler step: see ``fastdiff.ops.step``. Its result is (y, x0 estimate, history entry); the last two are None
+    where they are not wanted."""
 
     x: Tensor  # [batch, ...]
-    m: Tensor
+    m: Tensor  # [batch, ...]
     row: Tensor  # [columns], or one a sample [batch, columns]: fastdiff.codes.COLUMNS
-    uncond: Tensor | None = None
-    guidance: Tensor | float = 1.0
+    uncond: Tensor | None = None  # [batch, ...]
+    guidance: Tensor | float = 1.0  # placed
     clip: float | None = None
-    history: tuple[Tensor, ...] = ()
-    noise: Noise = None
-    log_variance: Tensor | None = None
-    dtype: torch.dtype | None = None  # of y and x0; None: that of x
+    history: tuple[Tensor, ...] = ()  # [batch, ...] each, the latest first
+    noise: Noise = None  # [batch, ...]
+    log_variance: Tensor | None = None  # [batch, ...]
+    dtype: torch.dtype | None = None  # the dtype of y and x0; None: the dtype of x
     want_x0: bool = True
     want_entry: bool = True
-    threshold: Tensor | None = None
-    mask: Tensor | None = None
-    known: Tensor | None = None
-    known_noise: Noise = None
-    model_input: Tensor | None = None  # is overwritten with c_in y
+    threshold: Tensor | None = None  # placed
+    mask: Tensor | None = None  # broadcasts to x
+    known: Tensor | None = None  # [batch, ...]
+    known_noise: Noise = None  # [batch, ...]
+    model_input: Tensor | None = None  # [batch, ...] or [2 batch, ...]; it is overwritten with c_in y
 
     @property
     def data(self) -> tuple[Any, ...]:
-        """What is of full size, but for the mask and ``model_input``."""
+        """The operands of the size of x, without the mask and ``model_input``."""
         more = (self.noise, self.log_variance, self.known, self.known_noise)
         return (self.x, self.m, self.uncond, *self.history, *more)
 
@@ -106,5 +111,5 @@ Call = NoiseCall | LossCall | ConvertCall | StepCall
 
 
 def seed_of(noise: Noise) -> Any:
-    """The seed that noise is made from; None for a tensor."""
+    """The seed of noise that is made from one; None for a tensor."""
     return noise.seed if isinstance(noise, Philox) else None

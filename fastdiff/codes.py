@@ -1,5 +1,6 @@
-"""What kernels and Python call by the same number or name, stated once for all of Python. C++ has csrc/codes.h, which
-``fastdiff._C.codes`` tells; a test compares the two."""
+"""The numbers and names that Python and the kernels share. Python has them here; C++ has them in csrc/codes.h, and
+``fastdiff._C.codes`` tells what it was built with. A test compares the two.
+"""
 
 import torch
 
@@ -8,7 +9,8 @@ import torch
 #   y  = c_x x + c_m m + c_x0 x0 + sum_j c_hj H_j + c_noise exp((l_0 + l_v v) / 2) z
 #   y  = mask (k_x0 known + k_n z_known) + (1 - mask) y, with a mask
 #   H' = h_x x + h_m m + h_x0 x0
-#   what the network sees next = c_in y
+#   the next input of the network = c_in y
+# All history entries enter as one sum, so every multistep method is the same kernel.
 COLUMNS = (
     *("p_x", "p_m", "c_x", "c_m", "c_x0", "c_h1", "c_h2", "c_h3", "c_h4", "c_noise"),
     *("l_0", "l_v", "h_x", "h_m", "h_x0", "k_x0", "k_n", "c_in"),

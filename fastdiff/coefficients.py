@@ -1,8 +1,11 @@
-"""The coefficients of an objective: what its formulas give at the times of a batch, and the programs that compute them.
+"""The coefficients of an objective, at the times of a batch, and the programs that compute them.
 
-The formulas of the process, the prediction, the weighting and the error function are the definition. Where they can be
-traced, and cannot change unnoticed, a backend runs the program instead (``fastdiff.program``); a discrete process has a
-table, of which its program looks up rows. Anything else is evaluated for each batch, and ``why`` says why.
+The formulas of the process, the prediction, the weighting and the error function are the definition. A backend runs a
+program of them (``fastdiff.program``) if they can be traced and cannot change unnoticed (``fastdiff.constancy``). The
+program of a discrete process looks rows up in a table, which is checked when the objective is made. Any other formula
+is evaluated by PyTorch for each batch, and ``why`` says why.
+
+A backend computes coefficients in one way for all calls, so a fast call has the numbers of the general way.
 """
 
 from __future__ import annotations

@@ -1,5 +1,10 @@
-"""What PyTorch may be at around a call: transforms of ``torch.func``, forward-mode derivatives, fake tensors,
-``torch.inference_mode``. Tensors then have no memory, or more to them than their memory says."""
+"""The modes of PyTorch that a call may run under: transforms of ``torch.func``, forward-mode derivatives, fake tensors,
+``torch.inference_mode``.
+
+Under a transform, forward-mode derivatives or fake tensors, a tensor has no memory of its own, or means more than its
+memory says: then the reference computes, which is plain PyTorch. What is made once and kept is made as a plain tensor,
+whatever mode its first use is in (``lasting``).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +26,10 @@ _get_mode, _FAKE = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.F
 
 class Recording(TorchDispatchMode):
     """For operations that are written down to be done again with other numbers: values are not to be looked at."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # no program is traced in it; to see to that, PyTorch would import its compiler, for two seconds
 
 
 def fake_mode() -> Any:

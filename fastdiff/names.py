@@ -1,4 +1,4 @@
-"""The names that a user types: each thing has one; others that mean the same without doubt are taken for it."""
+"""The names that a user types. Each thing has one name; another name is accepted where it can mean only one thing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers that a user gives: what is none is answered with the name that it was given under."""
+"""Checks of the numbers that a user gives. An error names the argument that was wrong."""
 
 from __future__ import annotations
 

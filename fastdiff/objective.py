@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -262,7 +263,7 @@ class Objective:
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
         direct = backend.direct
-        if direct is not None and not with_target and not self.input_perturbation:
+        if direct is not None and x0.is_contiguous() and not with_target and not self.input_perturbation:
             done = self._fast_noise(direct, backend, x0, t, noise, seed, sample_offset, keep_noise, rng)
             if done is not None:
                 return done
@@ -433,16 +434,16 @@ class Objective:
         if program is None:
             return None
         x0_, n = (x0 if self.prediction.uses_x0 else None), (noise if self.prediction.uses_noise else None)
+        made = partial(self._placed_rows, prediction, x0, noise, t, rows)
+        at_hand = rows.at_hand if rows is not None and rows.program is program else None
+        function = self.loss_function.function
+        return direct.loss(program, self._made.present, function, prediction, x0_, n, t, at_hand, made)
 
-        def made() -> tuple[Any, ...]:
-            same = rows is not None and rows.coefficients is self._made
-            dtype = compute_dtype(prediction, x0, tensor_of(noise))
-            return self._rows_of_loss(rows if same else self._rows(t, x0, dtype))
-
-        return direct.loss(
-            program, self._made.present, self.loss_function.function, prediction, x0_, n, t,
-            rows.at_hand if rows is not None and rows.program is program else None, made,
-        )  # fmt: skip
+    def _placed_rows(self, prediction: Tensor, x0: Tensor, noise: Any, t: Any, rows: Rows | None) -> tuple[Any, ...]:
+        """``_rows_of_loss`` of ``rows``, or of others where there are none of the process as it is now."""
+        if rows is None or rows.coefficients is not self._made:
+            rows = self._rows(t, x0, compute_dtype(prediction, x0, tensor_of(noise)))
+        return self._rows_of_loss(rows)
 
     def _loss(
         self,

@@ -1,5 +1,6 @@
-"""Noise as data: what normals and uniforms are made from. They are a function of (seed, stream, sample index,
-element), so that they need not be kept, and do not depend on the device, the batch or the number of processes."""
+"""Noise as data: the record from which normals and uniforms are made. They are a function of (seed, stream, sample
+index, element). So they need not be kept, and they do not depend on the device, the batch or the number of processes.
+"""
 
 from __future__ import annotations
 

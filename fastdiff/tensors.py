@@ -1,4 +1,4 @@
-"""Coefficients, one a row: how they are taken from a table by the times t."""
+"""Helpers for coefficients, one a row: a lookup in a table by the times t, and whether looking at values is free."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""What ``torch.randn`` draws on the CPU, to the bit, several times faster (csrc/cpu/torch_normals.h): in float32, and
-in bfloat16 and float16, where it rounds the same numbers.
+"""The draws of ``torch.randn`` on the CPU, to the bit and several times faster (seven times on one core with AVX-512):
+csrc/cpu/torch_normals.h. In bfloat16 and float16 they are the same numbers, rounded.
 
-It is PyTorch's generator, and its state is left as PyTorch would leave it: whatever else is drawn stays in step. Before
-the first draw it is tried out, once, that this PyTorch draws as expected; if not, torch.randn draws.
+PyTorch's own generator is used, and its state is left as PyTorch would leave it: everything else that is drawn stays in
+step. Which bits PyTorch draws depends on how it was built. So the first draw is preceded by a comparison with
+torch.randn, which takes a millisecond; if one bit differs, torch.randn draws, and ``fastdiff doctor`` says so. Other
+dtypes, and fewer than 16 numbers, are torch.randn's.
 
 Python's lock is held from the reading of a state to its writing. Threads of C++ that draw from the same generator at
 that time are not reckoned with.

@@ -1,6 +1,8 @@
 """Each part of the package imports only from the floors below it."""
 
 import ast
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,17 @@ def test_imports_inside_functions_are_of_what_needs_optional_packages():
 def test_the_mathematics_imports_no_backend():
     for module in FLOORS[2].split():
         assert not [target for target, _ in imports(module) if target.startswith("backends")]
+
+
+def test_the_design_names_the_files_of_each_floor():
+    """Its table, from the highest floor to the lowest, and no file elsewhere."""
+    document = Path(__file__).parents[1] / "docs" / "design.md"
+    if not document.is_file():
+        pytest.skip("the documents are not beside the tests")
+    rows = document.read_text().partition("| Floor | Files |")[2].splitlines()[2:]
+    named = []
+    for line in itertools.takewhile(lambda line: line.startswith("|"), rows):
+        named.append({name.removesuffix(".py").rstrip("/") for name in re.findall(r"`([^`]+)`", line.split("|")[2])})
+    inside = {name.name for name in (PACKAGE / "backends").iterdir() if name.is_dir()}
+    named = [names - inside for names in named]
+    assert named == [{name.rstrip(".") for name in floor.split()} for floor in reversed(FLOORS)]

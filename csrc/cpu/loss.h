@@ -156,16 +156,11 @@ template <class D, class N>
 ErrorKernel<D, N> error_kernel(const LossArguments& a) {
   if constexpr (kComputed<D>) {
     switch (a.function) {
-      case Function::mse:
-        break;
-      case Function::l1:
-        return error_kernel<D, N, Function::l1>(a);
-      case Function::smooth_l1:
-        return error_kernel<D, N, Function::smooth_l1>(a);
-      case Function::pseudo_huber:
-        return error_kernel<D, N, Function::pseudo_huber>(a);
-      case Function::log_cosh:
-        return error_kernel<D, N, Function::log_cosh>(a);
+#define FASTDIFF_CASE(name) \
+  case Function::name:      \
+    return error_kernel<D, N, Function::name>(a);
+      FASTDIFF_FUNCTIONS(FASTDIFF_CASE)
+#undef FASTDIFF_CASE
     }
   }
   return error_kernel<D, N, Function::mse>(a);

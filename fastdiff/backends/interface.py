@@ -1,4 +1,4 @@
-"""What a backend is: the operations, what it says of itself, and what it may be able to do besides."""
+"""The contract of a backend: its operations, what it says of itself, and the abilities that it may have besides."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..tensors import Gathered
 from .devices import Trial
 
 YES = (True, "")
-# Reasons that several backends give.
+# Reasons that several backends give for declining a call.
 TRANSFORMED = "a transform of torch.func, forward-mode derivatives or fake tensors"
 COEFFICIENTS = "gradients of data, noise or coefficients"
 
 
 def differentiable(*tensors: Any) -> bool:
-    """Whether a gradient of one of these is wanted."""
+    """Whether autograd wants a gradient of one of these tensors (a value that is no tensor is passed over)."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             tensor = tensor.column if isinstance(tensor, Gathered) else tensor
@@ -31,16 +31,16 @@ def differentiable(*tensors: Any) -> bool:
 
 
 class Backend:
-    """One implementation of the operations.
-
-    A call is run only where ``supports`` says so; else ``otherwise`` is asked.
+    """One implementation of the operations. Its methods are called only with records that ``supports`` accepts; with
+    others its fallback, ``otherwise``, is asked.
 
     Attributes:
-        name, devices: what it is called, and the types of device that it is for.
-        unavailable_because: why it cannot be used in this installation; empty where it can.
-        direct: the module of fast calls, or None.
-        otherwise: the backend that does what this one does not; None for the reference, which does everything.
-        remakes_noise: whether noise is made again, in the pass over the data, faster than it would be read.
+        name: the name that ``use_backend`` takes.
+        devices: the types of device that it is for.
+        unavailable_because: why it cannot be used in this installation; empty if it can.
+        direct: the module of its fast calls, or None if it has none.
+        otherwise: its fallback; None for the reference, which does everything.
+        remakes_noise: whether the loss makes noise again faster than it would read noise from memory.
     """
 
     name: str
@@ -53,18 +53,18 @@ class Backend:
     # ---- what it says of itself
 
     def description(self) -> str:
-        """What runs, for ``fastdiff doctor``."""
+        """One line for ``fastdiff doctor``: the versions and instruction sets that run."""
         return ""
 
-    # Why it cannot run on a device of the types that it is for, found out by trying; None: it can run on all of them.
+    # Tries whether it runs on a device of its types. None: it runs on all of them.
     trial: Trial | None = None
 
     def no_device_because(self) -> str:
-        """Why there is nothing to run on; empty where there is."""
+        """Why this machine has no device for it; empty if it has one."""
         return ""
 
     def supports(self, call: Call) -> tuple[bool, str]:
-        """(whether it does this call, if not why)."""
+        """(True, "") if it runs this call; (False, the reason) if not."""
         raise NotImplementedError
 
     # ---- the operations
@@ -87,33 +87,51 @@ class Backend:
         raise NotImplementedError
 
     def noise(self, call: NoiseCall) -> tuple[Tensor, Any]:
+        """(x_t, n): see ``NoiseCall``."""
         raise NotImplementedError
 
     def loss(self, call: LossCall) -> Tensor:
+        """The loss: see ``LossCall``."""
         raise NotImplementedError
 
     def loss_gradient(self, upstream: Tensor, call: LossCall) -> Tensor:
-        """The gradient of the loss by the prediction, times ``upstream``, without autograd."""
+        """The gradient of the loss by the prediction, times ``upstream``, shaped and typed as the prediction. It is not
+        recorded by autograd.
+
+        Args:
+            upstream: the gradient of the loss's result: [], or the shape of the result for reduction "none".
+        """
         raise NotImplementedError
 
     def convert(self, call: ConvertCall) -> Tensor:
+        """The converted output: see ``ConvertCall``."""
         raise NotImplementedError
 
     def step(self, call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(y, x0 estimate, history entry): see ``StepCall``."""
         raise NotImplementedError
 
     def fast_step(self, x: Tensor, m: Tensor, row: Tensor, clip: float | None, n: Any, want_x0: bool) -> Any:
-        """(y, x0 estimate or None) of a step on plain tensors, or None; n: a tensor, what ``Philox.whole`` gives, or
-        None."""
+        """A step as a fast call: (y, x0 estimate or None); or None if it does not take these tensors.
+
+        Args:
+            x, m: sample and model output, [batch, ...].
+            row: [columns], for the whole batch.
+            n: noise shaped as x, or the tuple that ``Philox.whole`` makes of a ``Philox``, or None for no noise.
+        """
         return None
 
     def trajectory(self, call: RunCall) -> Any:
-        """What does the steps of a run: see ``fastdiff.backends.reference.Trajectory``."""
+        """An object that takes the steps of a run: see ``fastdiff.backends.reference.Trajectory``."""
         raise NotImplementedError
 
     def noise_and_target(self, call: NoiseCall, p: Any, q: Any) -> tuple[Tensor, Any, Tensor]:
-        """``noise`` and the target p x0 + q n in the dtype of x0, both placed; None leaves a term out. Two passes,
-        unless a backend has a better way."""
+        """(x_t, n, target): ``noise``, and the target p x0 + q n in the dtype of x0, shaped as x0. Two passes, unless a
+        backend does both in one.
+
+        Args:
+            p, q: placed coefficients; None leaves the term out.
+        """
         x_t, n = able(self, call).noise(call)
         zero = torch.zeros((1,) * call.x0.ndim, dtype=call.alpha.dtype, device=call.x0.device)
         target = NoiseCall(call.x0, n, zero if p is None else p, zero if q is None else q, keep_noise=False)
@@ -122,22 +140,23 @@ class Backend:
     # ---- coefficients at times
 
     def evaluate(self, program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] | None:
-        """What ``program`` computes at times that were checked, each of the shape of ``t``, rounded once to ``dtype``;
-        a row that there is not is NaN. None: evaluate the formulas."""
+        """Run ``program`` at times that were checked. Returns one tensor for each of its names, shaped as ``t``,
+        rounded once to ``dtype``, NaN where a table has no such row; or None if the formulas have to be evaluated
+        instead."""
         return program.gathered(t, dtype) if program.index else None
 
     def times(
         self, program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any,
         discrete: bool,
     ) -> Tensor | None:  # fmt: skip
-        """One time a sample, which ``program`` makes of a uniform: int64 if ``discrete``, else float64. None: evaluate
-        the formula."""
+        """One time for each sample, [samples], which ``program`` computes from a uniform: int64 if ``discrete``, else
+        float64. None if the formula has to be evaluated instead."""
         return None
 
     # ---- made of these, unless a backend has a better way
 
     def materialize(self, noise: Any, shape: Any, device: torch.device) -> Tensor | None:
-        """Noise as a tensor: float32 of ``shape``. A tensor, or None, is given back."""
+        """Make noise into a tensor, float32 of ``shape``. A tensor, or None, is returned as it is."""
         if not isinstance(noise, Philox):
             return noise
         shape, how = tuple(shape), {"device": device, "rng": noise.rng}
@@ -149,7 +168,7 @@ class Backend:
 
 
 def able(backend: Backend, call: Call) -> Backend:
-    """``backend``, or the first after it that does this call."""
+    """``backend`` if it supports this call, otherwise the first of its fallbacks that does."""
     while not backend.supports(call)[0]:
         backend = backend.otherwise
     return backend

@@ -1,4 +1,4 @@
-"""How rows lie in data: runs of elements that share coefficients. No autograd."""
+"""How rows lie in the data: as runs of elements that share coefficients. No autograd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Which implementation of the operations runs, and why the others do not."""
+"""The choice of a backend for a device, and the reasons why others are not chosen.
+
+A CPU has the native backend where its extension is there. A CUDA, ROCm or XPU device has the Triton backend where
+Triton is, with the sampler step from the CUDA backend where that was built. Every other device has the reference. A
+CUDA or XPU device is tried once (``devices.py``): where a backend's kernels cannot be loaded (no code for the device, a
+driver too old, no C compiler), one warning says so, and the next backend does the work.
+"""
 
 from __future__ import annotations
 

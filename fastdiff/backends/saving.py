@@ -1,5 +1,6 @@
-"""What an ``autograd.Function`` keeps for its backward. PyTorch notices when a tensor that was saved is written into
-before the backward reads it, and raises: that holds for times and seeds too."""
+"""The tensors that an ``autograd.Function`` keeps for its backward. PyTorch raises when a tensor that was saved is
+written into before the backward reads it. Times and seeds are saved too, so that holds for them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""The fused operations: checks and dispatch. They know rows of coefficients, and nothing of diffusion."""
+"""The fused operations: checks and dispatch. They know coefficients, and nothing of diffusion.
+
+- ``noise``: x_t = alpha x0 + sigma (n + gamma xi); n is given, or made from a seed.
+- ``loss``: target p x0 + q n, scaled error, error function, mask, sums of rows, weight, reduction.
+- ``convert``: k_x x_t + k_m m.
+- ``step``: guidance, x0, clamp, threshold, linear update with history, noise, learned variance, known data, next input.
+"""
 
 from ..philox import Philox
 from .convert import convert

@@ -1,4 +1,8 @@
-"""What every operation asks of its tensors, before anything is launched, and the placing of rows."""
+"""The checks that every operation makes before it launches anything, and the placing of coefficients.
+
+An error says what was given, what is accepted and what to do. Values (a t out of range, an empty mask) are looked at on
+the CPU only: on an accelerator that would wait for the device.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,12 @@ from ..tensors import Gathered
 
 
 def check_tensor(what: str, value: Any, name: str) -> None:
-    """Raise TypeError for what is no tensor, and say where in it (a loader's batch, a network's output) the tensor is.
+    """Raise TypeError for a value that is no tensor. If it holds a tensor (a loader's batch, a network's output), the
+    error says where.
 
-    ``name`` is what the value is called in code.
+    Args:
+        what: what the error calls the value.
+        name: the variable that holds it in the user's code.
     """
     if isinstance(value, Tensor):
         return
@@ -36,7 +43,7 @@ def check_tensor(what: str, value: Any, name: str) -> None:
 
 
 def check_floating(**tensors: Tensor) -> None:
-    """Raise TypeError for what is no floating-point tensor."""
+    """Raise TypeError for a value that is no floating-point tensor."""
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             continue
@@ -48,8 +55,7 @@ def check_floating(**tensors: Tensor) -> None:
 
 
 def check_alike(**tensors: Tensor | None) -> None:
-    """Raise ValueError unless all are of one shape and on one device. The first is what the others are held to; those
-    that are None are passed over."""
+    """Raise ValueError unless all tensors have the shape and the device of the first. None is passed over."""
     first: Tensor | None = None
     for name, tensor in tensors.items():
         if tensor is None:
@@ -76,10 +82,14 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def place_rows(name: str, rows: Tensor, shape: torch.Size) -> Tensor:
-    """View ``rows`` so that it broadcasts to a tensor of ``shape``.
+    """View coefficients so that they broadcast to a tensor of ``shape``.
 
-    Rows are one number for all ([]), for leading dimensions ([B], [B, F], ...) or given with as many dimensions as the
-    tensor, 1 where shared ([B, 1, F, 1, 1]). Raises ValueError for anything else.
+    Args:
+        name: what an error calls them.
+        rows: one number for all elements ([]); one for each entry of the leading dimensions ([B], [B, F], ...); or a
+            tensor with as many dimensions as the data, of size 1 where elements share a number ([B, 1, F, 1, 1]).
+
+    Raises ValueError for any other shape.
     """
     own = rows.shape
     missing = len(shape) - len(own)
@@ -102,7 +112,8 @@ def place_rows(name: str, rows: Tensor, shape: torch.Size) -> Tensor:
 
 
 def check_unambiguous(name: str, own: Sequence[int], shape: Sequence[int]) -> None:
-    """Raise ValueError if ``own`` is [B, F] and ``shape`` a video's, of as many channels as frames."""
+    """Raise ValueError if ``own`` is [B, F] and ``shape`` belongs to a video with as many channels as frames: then F
+    could be either."""
     if len(own) == 2 and len(shape) >= 5 and own[1] == shape[1] == shape[2] > 1:
         behind, first = ([1] * len(shape) for _ in range(2))
         behind[0], behind[2] = first[0], first[1] = own
@@ -113,7 +124,8 @@ def check_unambiguous(name: str, own: Sequence[int], shape: Sequence[int]) -> No
 
 
 def place_all(shape: torch.Size, dtype: torch.dtype, device: torch.device, **rows: Tensor | float | None):
-    """``place_rows`` for several rows, numbers and Nones among them, in ``dtype`` on ``device``: a list in order."""
+    """``place_rows`` for several coefficients, each a tensor, a number or None: a list in order, in ``dtype`` on
+    ``device``."""
     placed = []
     for name, value in rows.items():
         if isinstance(value, Gathered):  # placed already

@@ -9,7 +9,12 @@ from . import dispatch
 from .checks import check_alike, check_floating, compute_dtype, place_all
 
 
-def convert(m: Tensor, x_t: Tensor, k_x: Tensor | float, k_m: Tensor | float) -> Tensor:
+def convert(
+    m: Tensor,  # [B, ...]
+    x_t: Tensor,  # [B, ...]
+    k_x: Tensor | float,  # [B], or another shape that place_rows takes
+    k_m: Tensor | float,  # as k_x
+) -> Tensor:
     """k_x x_t + k_m m, in the dtype of m, shaped as m. Differentiable in all four.
 
     ``k_x`` and ``k_m`` are rows (``fastdiff.ops.checks.place_rows``), from ``fastdiff.prediction.conversion``.

@@ -1,5 +1,6 @@
-"""Which implementation an operation runs: while a program is traced the operators of ``torch_library``, else the
-backend of the device; for what that does not do, the next one."""
+"""The choice of what runs an operation. While a program is traced, it is the operators of ``torch_library``; otherwise
+the backend of the device. If that does not support the call, its fallback is asked.
+"""
 
 from __future__ import annotations
 

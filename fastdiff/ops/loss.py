@@ -20,16 +20,16 @@ MASK_NORMALIZATIONS = ("none", "row", "sample", "global")
 
 
 def loss(
-    prediction: Tensor,
-    x0: Tensor | None,
-    n: Tensor | Philox | None,
+    prediction: Tensor,  # [B, ...]
+    x0: Tensor | None,  # [B, ...]
+    n: Tensor | Philox | None,  # [B, ...]
     *,
-    p: Tensor | float | None = None,
-    q: Tensor | float | None = None,
-    weight: Tensor | float = 1.0,
-    scale: Tensor | float | None = None,
-    c: Tensor | float | None = None,
-    mask: Tensor | None = None,
+    p: Tensor | float | None = None,  # [B], or another shape that place_rows takes
+    q: Tensor | float | None = None,  # as p
+    weight: Tensor | float = 1.0,  # as p
+    scale: Tensor | float | None = None,  # as p
+    c: Tensor | float | None = None,  # as p
+    mask: Tensor | None = None,  # broadcasts to [B, ...]
     function: str = "mse",
     mask_normalization: str = "none",
     reduction: str = "mean",
@@ -39,17 +39,19 @@ def loss(
 
     Args:
         prediction: the network's output, any floating-point dtype, [batch, ...].
-        x0, n: data and noise, shaped as prediction; one that p or q leaves out (None) is not read. A ``Philox`` makes
-            the noise again.
+        x0, n: data and noise, shaped as prediction. x0 is not read where p is None, n not where q is None. A
+            ``Philox`` makes the noise again.
         p, q, weight, scale, c: rows (``fastdiff.ops.checks.place_rows``) or numbers. ``weight`` may require grad.
-        mask: bool or float, broadcastable to prediction; with fewer dimensions aligned at the left: [batch], or [batch,
-            frames]. What it leaves out with 0, and rows of weight 0, add 0 to the
-            loss and to the gradient, whatever they hold.
+        mask: bool or float, broadcastable to prediction. One with fewer dimensions is aligned at the left: [batch], or
+            [batch, frames]. An element under a mask of 0, and a row of weight 0, add 0 to the loss and to the gradient,
+            whatever they hold.
         function: "mse" e^2, "l1" abs(e), "smooth_l1" and "pseudo_huber" with constant c, "log_cosh".
-        mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"; a row whose
-            mask is empty is 0, and left out of the mean), each sample by its mask's sum ("sample"; likewise: where a
-            sample has several rows, frames or tokens, they count by what is in their masks), or all by the mask's sum
-            ("global").
+        mask_normalization: what the sum of the errors is divided by:
+            "none": the number of elements.
+            "row": each row by the sum of its mask. A row with an empty mask is 0, and is left out of the mean.
+            "sample": each sample by the sum of its mask. The rows of a sample (frames, tokens) then count by how much
+            is in their masks. A sample with an empty mask is left out of the mean.
+            "global": the sum of the whole mask.
         reduction: "mean" over all; "sum" without any division; "none": one mean a row, [batch] with "sample".
         row_shape: the shape of "none"'s result and of the rows; default: that of ``weight``, or [batch].
 

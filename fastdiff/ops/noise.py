@@ -14,13 +14,13 @@ from .checks import check_alike, check_floating, compute_dtype, place_all
 
 
 def noise(
-    x0: Tensor,
-    alpha: Tensor | float,
-    sigma: Tensor | float,
-    n: Tensor | Philox,
+    x0: Tensor,  # [B, ...]
+    alpha: Tensor | float,  # [B], or another shape that place_rows takes
+    sigma: Tensor | float,  # as alpha
+    n: Tensor | Philox,  # [B, ...]
     *,
     perturbation: float = 0.0,
-    perturbation_noise: Tensor | Philox | None = None,
+    perturbation_noise: Tensor | Philox | None = None,  # [B, ...]
     keep_noise: bool = True,
 ) -> tuple[Tensor, Tensor | Philox]:
     """x_t = alpha x0 + sigma (n + perturbation xi).
@@ -29,13 +29,14 @@ def noise(
         x0: clean data, any floating-point dtype and shape [batch, ...].
         alpha, sigma: rows, see ``fastdiff.ops.checks.place_rows``.
         n: the noise, shaped as x0; or a ``Philox`` to make it from.
-        perturbation, perturbation_noise: input perturbation (Ning et al. 2023): x_t sees n + perturbation xi, a target
-            made with the returned noise does not.
-        keep_noise: return noise that was made here as a tensor; False returns the ``Philox``, from which it can be
-            made again: no full-size memory.
+        perturbation, perturbation_noise: input perturbation (Ning et al. 2023): x_t is made with n + perturbation xi,
+            but the noise that is returned, of which a target is made, is n.
+        keep_noise: True returns noise that was made here as a tensor. False returns the ``Philox``, from which it can
+            be made again, and takes no full-size memory.
 
     Returns:
-        (x_t in the dtype of x0, n: what was given, or the noise that was made: float32, float64 with float64 inputs).
+        (x_t, n): x_t in the dtype of x0; n as it was given, or the noise that was made, in float32 (float64 with
+        float64 inputs).
 
     Differentiable in x0, alpha, sigma and a given n. Raises TypeError or ValueError for unfit inputs.
     """
@@ -55,7 +56,7 @@ def noise(
 
 
 def materialize(noise: Philox, shape: Sequence[int], device: torch.device) -> Tensor:
-    """The noise itself: float32 of ``shape`` on ``device``."""
+    """Make noise into a tensor: float32 of ``shape`` on ``device``."""
     return dispatch.get(torch.device(device)).materialize(noise, shape, torch.device(device))
 
 

@@ -1,5 +1,7 @@
-"""Coefficients placed before they are used, in any order: a step, or a noising, is one launch and little of the host's
-time. For schedulers that are called from outside; a run of one's own is a ``trajectory``."""
+"""Step tables: coefficients that are placed on a device before they are used, for callers that come one step at a time
+and in any order (the schedulers of diffusers). A step, or a noising, is then one launch and little of the host's time.
+A sampling run of one's own is a ``trajectory``.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ from ..tensors import cached
 from . import dispatch
 from .checks import check_alike, check_clip, check_floating, compute_dtype, place_rows
 
-# What ``PreparedSteps.run`` is told, added up. X0, ENTRY: what is wanted besides y. MODEL_DTYPE: results in m's dtype,
-# not x's. ONE_DTYPE: x and m must have the same. DRAW: draw the noise as torch.randn does, in m's dtype; DRAW_FLOAT: in
-# float32 whatever that is.
+# Flags of ``PreparedSteps.run``, which may be added up. X0, ENTRY: the x0 estimate, the history entry is wanted.
+# MODEL_DTYPE: the results have the dtype of m, not of x. ONE_DTYPE: x and m must have the same dtype. DRAW: the noise
+# is drawn as torch.randn draws it, in the dtype of m; DRAW_FLOAT: the same, in float32.
 X0, ENTRY, MODEL_DTYPE, ONE_DTYPE, DRAW, DRAW_FLOAT = 1, 2, 4, 8, 16, 16 | 32
 
 
@@ -33,7 +35,7 @@ class _Placed:
             )
         self.table = table.detach().to(torch.float64, copy=True).contiguous()
         self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self.held: dict[Any, Any] = {}  # what is kept with the table, such as by a backend
+        self.held: dict[Any, Any] = {}  # what backends make of the table and keep with it
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The table on ``device``; copied at the first call."""
@@ -47,12 +49,13 @@ class _Placed:
 
 
 class PreparedSteps(_Placed):
-    """Rows of ``fastdiff.ops.step``, ``[rows, len(COLUMNS)]``, float64 on the CPU.
+    """A step table: rows of coefficients of ``fastdiff.ops.step``, ``[rows, len(COLUMNS)]``, float64 on the CPU.
 
     Attributes:
-        run: (k, x, m, clip, history, noise, log_variance, flags) -> (y, x0 or None, entry or None): the quick way of
-            the plain case, which is contiguous float32, float16 or bfloat16 on the CPU and nothing to differentiate.
-            None in any other, and nothing was drawn. ``noise``: a tensor or None; to DRAW, a generator, None or [one].
+        run: the fast call, (k, x, m, clip, history, noise, log_variance, flags) -> (y, x0 or None, entry or None), for
+            contiguous float32, float16 or bfloat16 tensors [batch, ...] on the CPU without gradients. For others it
+            returns None, and has drawn nothing. ``noise`` is a tensor or None; with DRAW, the generator to draw from,
+            None for the default one, or a list of one.
     """
 
     def __init__(self, table: Tensor):
@@ -62,14 +65,14 @@ class PreparedSteps(_Placed):
     def __call__(
         self,
         k: int,
-        x: Tensor,
-        m: Tensor,
+        x: Tensor,  # [B, ...]
+        m: Tensor,  # [B, ...]
         *,
         clip: float | None = None,
-        history: Sequence[Tensor] = (),
-        noise: Tensor | None = None,
-        log_variance: Tensor | None = None,
-        threshold: Tensor | None = None,
+        history: Sequence[Tensor] = (),  # [B, ...] each
+        noise: Tensor | None = None,  # [B, ...]
+        log_variance: Tensor | None = None,  # [B, ...]
+        threshold: Tensor | None = None,  # [B], or another shape that place_rows takes
         dtype: torch.dtype | None = None,
         return_x0: bool = True,
         return_entry: bool = False,
@@ -95,10 +98,11 @@ class PreparedSteps(_Placed):
 
 
 class PreparedNoise(_Placed):
-    """Rows (alpha, sigma) of ``fastdiff.ops.noise``, [rows, 2], float64 on the CPU.
+    """A table of the coefficients (alpha, sigma) of ``fastdiff.ops.noise``: [rows, 2], float64 on the CPU.
 
     Attributes:
-        run: (index, x0, n) -> x_t, the quick way of the plain case: as in ``PreparedSteps``, and one dtype. Or None.
+        run: the fast call, (index, x0, n) -> x_t, for tensors as ``PreparedSteps.run`` takes them, all of one dtype. It
+            returns None for others.
     """
 
     def __init__(self, table: Tensor):

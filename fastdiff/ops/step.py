@@ -1,4 +1,4 @@
-"""The sampler step: guidance, x0, clamp, linear multistep update and noise in one."""
+"""The sampler step: guidance, x0 estimate, clamp, linear multistep update and noise in one pass."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .noise import check_noise
 
 
 def step(
-    x: Tensor,
-    m: Tensor,
-    row: Tensor,
+    x: Tensor,  # [B, ...]
+    m: Tensor,  # [B, ...]
+    row: Tensor,  # [K] or [B, K]
     *,
-    uncond: Tensor | None = None,
-    guidance: Tensor | float = 1.0,
+    uncond: Tensor | None = None,  # [B, ...]
+    guidance: Tensor | float = 1.0,  # [B], or another shape that place_rows takes
     clip: float | None = None,
-    history: Sequence[Tensor] = (),
-    noise: Tensor | Philox | None = None,
-    log_variance: Tensor | None = None,
-    threshold: Tensor | None = None,
-    mask: Tensor | None = None,
-    known: Tensor | None = None,
-    known_noise: Tensor | Philox | None = None,
-    model_input: Tensor | None = None,
+    history: Sequence[Tensor] = (),  # [B, ...] each
+    noise: Tensor | Philox | None = None,  # [B, ...]
+    log_variance: Tensor | None = None,  # [B, ...]
+    threshold: Tensor | None = None,  # [B], or as guidance
+    mask: Tensor | None = None,  # broadcasts to [B, ...]
+    known: Tensor | None = None,  # [B, ...]
+    known_noise: Tensor | Philox | None = None,  # [B, ...]
+    model_input: Tensor | None = None,  # [B, ...] or [2 B, ...]
     return_x0: bool = True,
     return_entry: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -39,20 +39,21 @@ def step(
     Args:
         x: the sample x_t, floating point, [batch, ...].
         m: the model's output, shaped as x.
-        row: the coefficients of this step, [K] or one row a sample [batch, K], K = len(COLUMNS), in that order.
+        row: the coefficients of this step, in the order of ``COLUMNS``: [K], or [batch, K] for one row a sample, with
+            K = len(COLUMNS).
         uncond: the unconditional output, for classifier-free guidance m_uncond + guidance (m - m_uncond).
         guidance: the guidance scale: a number, or rows.
         clip: clamp the x0 estimate to [-clip, clip].
         history: up to four tensors kept from earlier steps, the latest first.
         noise: z, shaped as x, or a ``Philox`` to make it from; None adds none, whatever c_noise.
-        log_variance: v, for a learned variance: the noise is scaled by exp((l_0 + l_v v) / 2) too.
-        threshold: s, one a sample [batch] or other rows: the x0 estimate is clamped to [-s, s] and divided by s
-            (dynamic thresholding, Saharia et al. 2022).
-        mask, known, known_noise: inpainting: y becomes mask (k_x0 known + k_n known_noise) + (1 - mask) y.
-            ``known`` is shaped as x, the mask floating point or bool and broadcast to x, 1 where the data is known; the
-            noise a tensor, a ``Philox``, or None for none.
-        model_input: is overwritten with c_in y: shaped as x, or of twice its batch with that in both halves.
-        return_x0, return_entry: what is not wanted is None in the result, and not written.
+        log_variance: v of a learned variance, shaped as x: the noise is multiplied by exp((l_0 + l_v v) / 2) too.
+        threshold: s, one a sample [batch]: the x0 estimate is clamped to [-s, s] and divided by s (dynamic
+            thresholding, Saharia et al. 2022).
+        mask, known, known_noise: for inpainting, where y becomes mask (k_x0 known + k_n known_noise) + (1 - mask) y.
+            The mask is floating point or bool, 1 where the data is known. ``known_noise`` None adds no noise.
+        model_input: a buffer that is overwritten with c_in y, the next input of the network: shaped as x, or with twice
+            its batch, where both halves get the same.
+        return_x0, return_entry: whether these results are wanted. One that is not is None, and is not computed.
 
     Returns:
         (y, x0 estimate, history entry): y and x0 in the dtype of x, the entry in float32 (float64 for float64).

@@ -1,4 +1,7 @@
-"""A run of sampler steps, prepared before the first: one launch a step, and little of the host's time."""
+"""A run of sampler steps. Rows are placed, and pointers and buffers found, before the first step; then a step is one
+launch and little of the host's time. The launch writes x, the history entry and the next input of the network (scaled,
+and twice for guidance).
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,18 @@ from .step import check_inpainting
 
 
 def trajectory(
-    x: Tensor,
-    table: Tensor | PreparedSteps,
+    x: Tensor,  # [B, ...]
+    table: Tensor | PreparedSteps,  # [steps, K]
     *,
-    guidance: Tensor | float = 1.0,
+    guidance: Tensor | float = 1.0,  # [B], or another shape that place_rows takes
     clip: float | None = None,
-    mask: Tensor | None = None,
-    known: Tensor | None = None,
-    known_noise: Tensor | Philox | None = None,
+    mask: Tensor | None = None,  # broadcasts to [B, ...]
+    known: Tensor | None = None,  # [B, ...]
+    known_noise: Tensor | Philox | None = None,  # [B, ...]
     philox: Philox | None = None,
     reuse: bool = False,
 ) -> Trajectory:
-    """Prepare the steps of ``table`` from ``x`` on. (Without gradients: ``fastdiff.ops.step`` is differentiable.)
+    """Prepare the steps of ``table`` from ``x`` on. A run has no gradients; ``fastdiff.ops.step`` has.
 
     Args:
         x: where to start, floating point, [batch, ...].
@@ -35,8 +38,8 @@ def trajectory(
         guidance: of guided steps: a number, or rows ([batch]).
         clip, mask, known, known_noise: see ``fastdiff.ops.step``.
         philox: what the noise of steps is made from; each step names its stream.
-        reuse: results may be written where earlier ones were: what x was before a step is then gone after it, and so
-            is what the network was given. The x that is passed here is not written to.
+        reuse: whether a step may write over its own x and over the input that the network was given (output buffers
+            are used again). The x that is passed here is not written to.
 
     Raises TypeError or ValueError for unfit inputs.
     """

@@ -1,7 +1,15 @@
-"""Samplers: each turns a process, a number of steps and a prediction kind into a table of coefficients, and no more."""
+"""Samplers: each turns a process, a number of steps and a prediction kind into a plan, whose step table has a row of
+coefficients for each call of the network.
+
+Samplers are written for pairs of levels (alpha, sigma), so they run on every process, and x is x_t of the process
+throughout. k-diffusion's Euler in x_t / alpha is DDIM in x_t, term by term; its ancestral step is DDIM with eta; no
+formula divides by alpha. Where other libraries keep two results, one is kept here: Heun keeps x plus half a step along
+the first slope; UniPC's corrected x is the predicted x plus a combination of x0 estimates, so the corrector folds into
+the next row; churn is part of the row before it.
+"""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 from ..names import find, plainly
 from .base import Plan, Sampler
@@ -89,6 +97,7 @@ def get(sampler: str | Sampler) -> Sampler:
     return _made(sampler)
 
 
+@lru_cache(maxsize=64)  # they are frozen
 def _made(name: str) -> Sampler:
     if name in NAMES:
         return NAMES[name]()

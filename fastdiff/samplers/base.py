@@ -1,4 +1,4 @@
-"""The plan of a sampling run: the times, and one row of coefficients a call of the network."""
+"""The plan of a sampling run: the times, and the step table."""
 
 from __future__ import annotations
 

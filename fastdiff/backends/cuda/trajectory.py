@@ -1,4 +1,9 @@
-"""A run of steps on a CUDA device: one call of ``fastdiff._C`` a step, all that stays the same prepared once."""
+"""A run of steps on a CUDA device: one call of ``fastdiff._C`` a step, with everything prepared that stays the same.
+
+In a CUDA graph (``captured``) what changes from step to step is on the device: the table with the index of its row, the
+seed, and the stream of each row's noise. x, the model's input and the history are overwritten where they are, and the
+last block to end adds one to the index. So a replay is the network and one launch.
+"""
 
 from __future__ import annotations
 

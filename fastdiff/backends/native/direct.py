@@ -1,5 +1,7 @@
-"""Fast calls on plain tensors, which ``fastdiff._C`` reads, computes coefficients for and makes results of by itself
-(csrc/direct.h). A call that is not plain gives None: ``fastdiff.ops`` does it, or refuses it."""
+"""Fast calls on a CPU: one call of ``fastdiff._C`` reads the tensors, computes the coefficients and makes the results
+(csrc/direct.cpp). A call returns None for tensors that it does not take: other classes, layouts or dtypes, gradients of
+x0, ``torch.func``, a t out of range. Then the general way does the call, or refuses it, with the same bits.
+"""
 
 from __future__ import annotations
 

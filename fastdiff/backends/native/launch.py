@@ -1,7 +1,8 @@
-"""Which tensors ``fastdiff._C`` takes, and the pointers and sizes that it takes of them. No autograd, and no checks:
-``fastdiff.ops`` made them.
+"""Which tensors ``fastdiff._C`` takes, and the pointers and sizes that it is given. No autograd, and no checks, which
+``fastdiff.ops`` has made.
 
-Rows come placed: as many dimensions as the data, 1 where shared. Tensors are contiguous; a mask may be anything.
+Coefficients come placed: as many dimensions as the data, 1 where shared. Tensors are contiguous; a mask may have any
+strides.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The loss on the CPU, and its gradient.
 
-The gradient is written in the same pass as the loss, as for an upstream gradient of 1, and given out if that is what
-comes. For another it is computed again: the upstream factor is in before any rounding."""
+The gradient is written in the same pass as the loss, for an upstream gradient of 1. If another upstream gradient comes
+(accumulation, loss scaling, a second backward), the gradient is computed again with it, so no rounded gradient is ever
+scaled. For float16, whose losses are scaled, it is always computed in the backward.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The launches of ``fastdiff.ops.prepared`` on the CPU: of what is plain, contiguous and of one shape, without a tensor
-made on the way. Anything else gives None, and is the slower path's.
-
-Where PyTorch lets its tensors be read from C (``torch_access``), one call of ``fastdiff._C`` does all of it:
-``row_runner``, ``noise_runner``.
+"""The fast calls of step tables on the CPU (csrc/prepared.cpp): one call of ``fastdiff._C`` reads contiguous tensors of
+one shape, draws the noise block by block in the pass of the step, so that it is never stored, and makes the results. It
+returns None, before it has drawn anything, for any other tensors; then ``fastdiff.ops.prepared`` takes the general way,
+with the same bits.
 """
 
 from __future__ import annotations

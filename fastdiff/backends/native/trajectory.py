@@ -1,5 +1,11 @@
-"""A run of steps on the CPU: ``fastdiff._C`` holds what stays the same (csrc/trajectory.cpp), so that a step is one
-call with little before it."""
+"""A run of steps on the CPU: ``fastdiff._C`` holds what stays the same (csrc/trajectory.cpp), so a step is one call
+with four arguments.
+
+x is written over where it is, and a history entry over the oldest one, unless somebody looks (a callback, or a network
+that keeps its input: references are counted). A step then goes through x and the network's output alone, two thirds of
+the memory of a step with a third tensor, and 16x3x256x256 stays in the cache. All of a step is in registers until it is
+stored. Only an output that shares memory with x in another arrangement is copied first.
+"""
 
 from __future__ import annotations
 

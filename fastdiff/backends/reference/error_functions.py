@@ -1,4 +1,4 @@
-"""The error functions and their derivatives, in the form that keeps their digits."""
+"""The error functions and their derivatives, each in a form that does not lose digits to cancellation."""
 
 from __future__ import annotations
 

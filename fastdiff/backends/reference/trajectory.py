@@ -1,4 +1,4 @@
-"""A run of steps, prepared once: which rows keep and read history, what the network sees next."""
+"""A run of steps, prepared once: which rows keep and read history, and what the network is called with next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Which tensors the kernels take, and what they take of noise and of memory formats."""
+"""Which tensors the kernels take, and what they are told of noise and of memory formats.
+
+A prediction that is dense in another order of dimensions (channels_last) has all operands taken in that order, without
+a copy. Where noise is made, which counts elements in logical order, there is a copy.
+"""
 
 from __future__ import annotations
 

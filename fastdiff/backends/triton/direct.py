@@ -1,6 +1,10 @@
-"""Fast calls of the plain training step: the launches of the other modules, kept by dtypes and shape, of which only
-pointers and numbers change from step to step. A call that is not plain gives None: the general way does it, or refuses
-it. The arguments are those of ``backends/native/direct.py``."""
+"""Fast calls on a GPU: launches that are kept by dtypes and shape (``launch.Ready``), of which only pointers and
+numbers change from step to step. They are the launches of the general way. The arguments are those of
+``backends/native/direct.py``; a call that is not supported returns None, and the general way does it, or refuses it.
+
+A training step is four launches at most: times with all coefficients of a continuous process, x_t, the loss with its
+gradient, and the backward, which compares.
+"""
 
 from __future__ import annotations
 

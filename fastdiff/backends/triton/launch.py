@@ -2,7 +2,8 @@
 
 ``triton.jit``'s own call inspects every argument every time. Here the caller knows what distinguishes two variants: the
 dtypes of the pointers, whether the data is aligned, the constants and the device. That is the key; the integers are
-arguments of a fixed type, never specialised on.
+arguments of a fixed type, never specialised on. Other versions of Triton than 3.6, AMD and Intel go through
+``triton.jit``, which then makes the same variants. A kernel must have run once before a CUDA graph captures it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,15 @@
 """The loss on a GPU, and its gradient.
 
+The reduction is in the same launch: the last program of a row adds up the row's tiles, the last of all programs adds up
+the rows. Each is found by a counter that it resets. Sums across tiles, weights and divisors are pairs of float32,
+rounded once; within a tile the sum is plain, except under a normalised mask. There is no atomic addition to a float,
+and no float64.
+
 The gradient is written in the same pass where it can be: for the upstream gradient that came last to this loss (1 at
-first), so that a loss that is divided or scaled alike each time costs nothing more. Backward compares on the device,
-and computes the gradient again for one that is another."""
+first), so a loss that is divided or scaled alike each time costs nothing more. That upstream gradient is kept on the
+device (``workspace.Cell``). Backward is one launch that compares on the device, and computes the gradient again if
+another upstream gradient has come. Float16, and masks that normalise, compute the gradient in the backward.
+"""
 
 from __future__ import annotations
 
@@ -83,19 +90,25 @@ def loss(
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """weight mask rho(scale (prediction - p x0 - q n); c): the sums, where there is a ``result``, and the gradient of
-    the prediction, where there is one.
+    """weight mask rho(scale (prediction - p x0 - q n); c). Writes the sums if there is a ``result``, and the gradient
+    by the prediction if there is a ``gradient``.
 
-    The gradient is that for ``upstream``; where that is not known yet, for the one that is ``assumed``, which is kept
-    in ``used``. With both, the gradient is there already, made for ``used``: if that is what has come, nothing is done.
+    In a forward pass the upstream gradient is not known yet: the gradient is made for ``assumed``, which is noted in
+    ``used``. In a backward pass it is made for ``upstream``. If a forward pass wrote a gradient and ``upstream`` equals
+    ``used``, that gradient is right, and nothing is done.
 
-    number: of sums in the last stage. size, size_low: the elements of a row, as a pair; mean: 1 over the number of
-    rows; both: over that of all elements (each 1 where there is no such mean). divisor: what gradients are multiplied
-    by where the mask's sum divides: one number ("global"), or one a row, and behind them 1 over the number of rows with
-    something in the mask ("row"). A row is whole in a program, or SPLIT over ``parts`` programs, of which the last adds
-    up, in one order whichever it is.
+    Args:
+        number: how many sums the last stage adds up.
+        size, size_low: how many elements a row has, as a pair of float32; 1 for reduction "sum".
+        mean: 1 / (the number of rows) for reduction "mean", otherwise 1.
+        both: mean / size.
+        divisor: where the mask's sum divides, the factor of the gradients: one number ("global"); or one a row, and
+            after them 1 / (the number of rows with something in the mask) ("row").
 
-    What has a mask or a weight of 0 is left out: it adds 0, whatever it holds.
+    A row is whole in a program, or SPLIT over ``parts`` programs. The last of them to end adds their sums up, always in
+    the same order.
+
+    An element under a mask of 0, and a row of weight 0, add 0, whatever they hold.
     """
     if UPSTREAM != "none" and used is not None:
         came = tl.load(upstream)

@@ -17,6 +17,18 @@ The parameters that all kernels share:
     EVEN                    the tiles cover the runs exactly, so nothing is masked
     WIDE                    offsets need 64 bits
     EMULATE, ASM            in the interpreter; on an NVIDIA GPU
+
+What the compiler needs to be shown:
+
+- The place of an element in its tile is known when a kernel is compiled. It is kept apart from where the tile starts,
+  so an address is one register and a constant, and four neighbours are seen to share a counter of the noise.
+- The last compiler moves the loads of a tile behind its noise, where registers are free. So the data is prefetched into
+  the L2 cache first, 64 bytes an instruction: memory and arithmetic overlap also where all programs run at once.
+- Noise is written for one element: four normals, of which it takes one. Where noise goes into two results its indices
+  are tied to the layout of the data; left to itself, Triton lays them out one a thread, and each thread makes all four.
+- Fast noise is made with its factor in the radius, so it costs one multiply-add an element in the sum it goes into.
+- A mask that is broadcast is found by one division for the 8 (or 4) elements that lie together in it.
+- The constant of smooth L1 and pseudo-Huber is inverted once a row, so no element is divided by it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the loss kernels leave for each other: counters, sums of parts, and the upstream gradients that came last."""
+"""What the loss kernels leave for each other: counters, partial sums, and the upstream gradients that came last."""
 
 from __future__ import annotations
 

@@ -13,13 +13,14 @@ from ... import prediction as kinds
 from ...process import Levels, Process
 
 Columns = dict[str, Tensor]
+_ANY = Process()  # levels that are given as numbers, of no process in particular
 
 
 def converted(
     kind: str, alpha: Tensor, sigma: Tensor, to: str = "sample", process: Process | None = None
 ) -> tuple[Tensor, Tensor]:
     """(k_x, k_m) of the estimate ``to`` from a prediction of ``kind`` at levels (alpha, sigma), [rows] each."""
-    return kinds.conversion(kind, to, Levels(alpha, alpha, sigma, process))  # type: ignore[arg-type]
+    return kinds.conversion(kind, to, Levels(alpha, alpha, sigma, process or _ANY))
 
 
 def estimate(kind: str, alpha: Tensor, sigma: Tensor, process: Process | None = None) -> Columns:

@@ -35,8 +35,9 @@ def fused_step(original: Callable, name: str, cache: Cache) -> Callable:
         cache: gives a scheduler's ``Stepper``.
     """
     module = original.__globals__
-    # diffusers names the class of a step's result after the scheduler, or SchedulerOutput.
-    output = module.get(f"{name.partition('.')[0]}Output") or module["SchedulerOutput"]
+    # diffusers names the class of a step's result after the scheduler, or after another one, or SchedulerOutput.
+    outputs = [key for key in module if key.endswith("SchedulerOutput")]
+    output = module.get(f"{name.partition('.')[0]}Output") or module[outputs[0]]
     fields = [field.name for field in dataclasses.fields(output)]
     made, draw = results(output, *fields), Draws(module)
     optional = tuple(inspect.signature(original).parameters)[4:]  # after self, model_output, timestep and sample
