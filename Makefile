@@ -92,7 +92,7 @@ sanitize: $(VENV)/.dev
 	PATH=$(abspath $(BIN)):$$PATH cmake --build $(SANITIZED)/build
 	@echo "== the native backend's tests"
 	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-	  UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --capture=sys -k "native or whole_calls or torch_noise" \
+	  UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --capture=sys -k "native or fast_calls or torch_noise" \
 	  $(addprefix $(CURDIR)/tests/,ops math/test_philox.py backends/test_native.py test_torch_randn.py) $(ARGS)
 
 lint: $(VENV)/.dev

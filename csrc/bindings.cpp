@@ -10,9 +10,9 @@
 #include "coefficients.h"
 #include "cpu/run.h"
 #include "cpu/table.h"
-#include "direct.h"
+#include "fast_calls.h"
 #include "philox.h"
-#include "prepared.h"
+#include "step_table.h"
 #include "schedulers.h"
 #include "trajectory.h"
 #include "unlocked.h"
@@ -237,9 +237,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("step", step);
   module.def("gather", gather);
   bind_coefficients(module);
-  bind_direct(module);
+  bind_fast_calls(module);
   bind_trajectory(module);
-  bind_prepared(module);
+  bind_step_table(module);
   bind_schedulers(module);
   module.def("simd", [] { return chosen().name; });
   module.def("simd_variants", simd_names);

@@ -44,8 +44,8 @@ def _of_batch(objective: Any, x0: Tensor) -> list[str]:
     fast = "one fast call of the backend {}"
     keep = not remakes_noise(x0.device)
     done = None
-    if backend.direct is not None and not objective.input_perturbation:
-        done = objective._fast_noise(backend.direct, backend, x0, None, None, 0, 0, keep, "exact")
+    if backend.fast is not None and not objective.input_perturbation:
+        done = objective._fast_noise(backend.fast, backend, x0, None, None, 0, 0, keep, "exact")
     call: Call = NoiseCall(x0, Philox(0), rows.alpha, rows.sigma, objective.input_perturbation, None, keep)
     lines = ["noise: " + (fast.format(backend.name) if done is not None else _way(backend, call))]
     prediction = noised.x_t.detach().requires_grad_()

@@ -262,9 +262,9 @@ class Objective:
             noise = self._offset_noise(x0, seed, sample_offset, rng)
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
-        direct = backend.direct
-        if direct is not None and x0.is_contiguous() and not with_target and not self.input_perturbation:
-            done = self._fast_noise(direct, backend, x0, t, noise, seed, sample_offset, keep_noise, rng)
+        fast = backend.fast
+        if fast is not None and x0.is_contiguous() and not with_target and not self.input_perturbation:
+            done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng)
             if done is not None:
                 return done
         made = source = None
@@ -305,7 +305,7 @@ class Objective:
         )
 
     def _fast_noise(
-        self, direct: Any, backend: Any, x0: Tensor, t: Any, noise: Tensor | None, seed: Any, sample_offset: int,
+        self, fast: Any, backend: Any, x0: Tensor, t: Any, noise: Tensor | None, seed: Any, sample_offset: int,
         keep: bool, rng: str,
     ) -> Noised | None:  # fmt: skip
         """``noise`` if a fast call of the backend does it, else None."""
@@ -322,7 +322,7 @@ class Objective:
             else:
                 draw = times, Stream.TIMESTEP
         made = seed, Stream.NOISE, sample_offset, offset
-        done = direct.noise(program, draw, x0, t, noise, made, keep, rng)
+        done = fast.noise(program, draw, x0, t, noise, made, keep, rng)
         if done is None:
             return None
         x_t, n, t, known = done
@@ -427,8 +427,8 @@ class Objective:
         if not isinstance(prediction, Tensor):
             return None
         backend = backend_of(prediction.device)
-        direct = backend.direct
-        if direct is None:
+        fast = backend.fast
+        if fast is None:
             return None
         program = self._program()
         if program is None:
@@ -437,7 +437,7 @@ class Objective:
         made = partial(self._placed_rows, prediction, x0, noise, t, rows)
         at_hand = rows.at_hand if rows is not None and rows.program is program else None
         function = self.loss_function.function
-        return direct.loss(program, self._made.present, function, prediction, x0_, n, t, at_hand, made)
+        return fast.loss(program, self._made.present, function, prediction, x0_, n, t, at_hand, made)
 
     def _placed_rows(self, prediction: Tensor, x0: Tensor, noise: Any, t: Any, rows: Rows | None) -> tuple[Any, ...]:
         """``_rows_of_loss`` of ``rows``, or of others where there are none of the process as it is now."""
@@ -518,11 +518,11 @@ class Objective:
 
     def _fast_convert(self, kind: Prediction, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
         """The output as another kind if a fast call of a backend can compute it, else None."""
-        direct = backend_of(x_t.device).direct
-        program = None if direct is None else self._coefficients.conversion(kind)
+        fast = backend_of(x_t.device).fast
+        program = None if fast is None else self._coefficients.conversion(kind)
         if program is None or not program.finite or wrapping() is not None:
             return None
-        return direct.convert(program, prediction, x_t, t)
+        return fast.convert(program, prediction, x_t, t)
 
     def explain(self, x0: Tensor | None = None) -> str:
         """What computes the coefficients and the times of this objective; and, given a batch like those of training,

@@ -63,7 +63,7 @@ class Philox:
             )
 
     def whole(self, shape: Sequence[int]) -> tuple | None:
-        """(seed, stream, sample_offset, offset) as whole calls on the CPU take it; None where they cannot."""
+        """(seed, stream, sample_offset, offset) as fast calls on the CPU take it; None where they cannot."""
         if (isinstance(self.seed, Tensor) and not self.seed.is_cpu) or (self.offset and len(shape) < 3):
             return None
         return self.seed, self.stream, self.sample_offset, self.offset

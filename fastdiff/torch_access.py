@@ -21,7 +21,7 @@ def _enable() -> bool:
         return False
     empty_like, threads = torch.empty_like, torch.get_num_threads
     dtypes = tuple(sorted(DATA, key=DTYPES.__getitem__))
-    _C.enable_prepared(torch.Generator, torch.default_generator, threads, empty_like, dtypes)
+    _C.enable_step_tables(torch.Generator, torch.default_generator, threads, empty_like, dtypes)
     functions = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if functions is None:
         return False

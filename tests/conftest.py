@@ -58,7 +58,7 @@ def backend(request, monkeypatch):
     if not found.available:
         pytest.skip(found.reason)
     if name != request.param:
-        monkeypatch.setattr(fastdiff.backends.native.backend, "direct", None)
+        monkeypatch.setattr(fastdiff.backends.native.backend, "fast", None)
     with fastdiff.use_backend(name):
         yield name
 

@@ -50,7 +50,7 @@ def pairwise(**lists):
     )
 
 
-BACKENDS = ["reference", "native", "native, no whole calls"]
+BACKENDS = ["reference", "native", "native, no fast calls"]
 # For a test that takes a ``device`` too: on a GPU, once, with what is chosen there.
 on_every_device = pytest.mark.parametrize(
     "backend", [*BACKENDS, pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True

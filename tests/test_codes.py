@@ -73,8 +73,8 @@ def test_streams_are_never_renumbered():
 
 
 def test_what_a_row_is_told_are_bits_of_their_own():
-    """csrc/prepared.cpp: drawing in float32 is drawing too."""
-    from fastdiff.ops import prepared
+    """csrc/step_table.cpp: drawing in float32 is drawing too."""
+    from fastdiff.ops import step_table as table
 
-    bits = prepared.X0, prepared.ENTRY, prepared.MODEL_DTYPE, prepared.ONE_DTYPE, prepared.DRAW
-    assert bits == (1, 2, 4, 8, 16) and prepared.DRAW_FLOAT == 48
+    bits = table.X0, table.ENTRY, table.MODEL_DTYPE, table.ONE_DTYPE, table.DRAW
+    assert bits == (1, 2, 4, 8, 16) and table.DRAW_FLOAT == 48

@@ -403,11 +403,11 @@ def test_why_something_is_not_constant_names_what():
 )
 def test_a_program_that_is_none_is_refused(change, words):
     fit = [((0, 0, 0, 0),), (), (0,), None, 0, 0, False, 0.0, 1.0]
-    native.direct._C.coefficient_program(*fit)
+    native.fast._C.coefficient_program(*fit)
     for place, value in change.items():
         fit[place] = value
     with pytest.raises(ValueError, match=words):
-        native.direct._C.coefficient_program(*fit)
+        native.fast._C.coefficient_program(*fit)
 
 
 @needs_native
@@ -416,7 +416,7 @@ def test_times_out_of_range_are_refused_before_anything_is_written():
     from fastdiff.backends.native.launch import memory
 
     program = trace(lambda t: {"y": 2 * t}, 0.0, 1.0)
-    _C, source = native.direct._C, handle(program, ("y",))
+    _C, source = native.fast._C, handle(program, ("y",))
     for bad in (-0.1, 1.5, math.nan, math.inf):
         t, out = torch.tensor([0.5, bad]), torch.full((2,), -7.0)
         assert not _C.coefficients(source, 1, memory(t), memory(out)) and bool((out == -7).all())
@@ -427,5 +427,5 @@ def test_times_out_of_range_are_refused_before_anything_is_written():
 
 def test_the_names_of_operations_are_those_of_cpp():
     if native.available:
-        assert native.direct._C.codes["operations"] == list(OPERATIONS)
+        assert native.fast._C.codes["operations"] == list(OPERATIONS)
     assert set(fastdiff.program.OF_NOISE + fastdiff.program.OF_LOSS) | {"weight"} == set(NAMES)

@@ -1,5 +1,5 @@
 """A number never depends on the path. Random objectives, shapes, strides, dtypes, rows, masks and reductions go through
-every path that there is: whole calls, the general way, the reference, a mask of ones, "none" and then the mean, copied
+every path that there is: fast calls, the general way, the reference, a mask of ones, "none" and then the mean, copied
 and pickled objects, after use in another mode, Triton's interpreter and a compiled program (of few: they take seconds).
 """
 
@@ -229,13 +229,13 @@ class Case:
 
 @contextlib.contextmanager
 def patched():
-    """Without whole calls."""
+    """Without fast calls."""
     backend = native.backend
-    direct, backend.direct = backend.direct, None
+    fast, backend.fast = backend.fast, None
     try:
         yield
     finally:
-        backend.direct = direct
+        backend.fast = fast
 
 
 def run_cases(seeds, slow=None):

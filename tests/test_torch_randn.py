@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastdiff import ops, torch_randn
-from fastdiff.ops.prepared import DRAW, DRAW_FLOAT, ENTRY, X0
+from fastdiff.ops.step_table import DRAW, DRAW_FLOAT, ENTRY, X0
 from fastdiff.torch_access import _C, reads_tensors
 
 if torch_randn.reason():

@@ -38,7 +38,7 @@ class Backend:
         name: the name that ``use_backend`` takes.
         devices: the types of device that it is for.
         unavailable_because: why it cannot be used in this installation; empty if it can.
-        direct: the module of its fast calls, or None if it has none.
+        fast: the module of its fast calls, or None if it has none.
         otherwise: its fallback; None for the reference, which does everything.
         remakes_noise: whether the loss makes noise again faster than it would read noise from memory.
     """
@@ -48,7 +48,7 @@ class Backend:
     unavailable_because = ""
     otherwise: Backend | None = None
     remakes_noise = False
-    direct: Any = None
+    fast: Any = None
 
     # ---- what it says of itself
 

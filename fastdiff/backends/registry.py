@@ -15,7 +15,7 @@ import torch
 
 from . import cuda, devices, native, reference, triton
 from .interface import Backend
-from .native import prepared
+from .native import step_table
 
 
 @dataclass(frozen=True)
@@ -158,4 +158,4 @@ class use_backend:
 def _force(name: str | None) -> None:
     global _forced
     _forced = name
-    prepared.allow(choose("cpu") == "native")
+    step_table.allow(choose("cpu") == "native")

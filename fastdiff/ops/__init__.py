@@ -10,8 +10,8 @@ from ..philox import Philox
 from .convert import convert
 from .loss import loss
 from .noise import materialize, noise
-from .prepared import PreparedNoise, PreparedSteps
 from .step import COLUMNS, step
+from .step_table import PreparedNoise, PreparedSteps
 from .trajectory import trajectory
 
 __all__ = [

@@ -13,8 +13,8 @@ from ..calls import RunCall
 from ..philox import Philox
 from . import dispatch
 from .checks import check_clip, check_floating, place_rows
-from .prepared import PreparedSteps
 from .step import check_inpainting
+from .step_table import PreparedSteps
 
 
 def trajectory(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import prediction as kinds
 from ..numeric import check_fields
-from ..ops.prepared import PreparedSteps
 from ..ops.step import COLUMNS
+from ..ops.step_table import PreparedSteps
 from ..prediction import Prediction
 from ..process import Levels, Process
 from ..showing import brief_fields

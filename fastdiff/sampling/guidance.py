@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..numeric import check_numbers
 from ..ops.checks import check_tensor
-from ..ops.prepared import PreparedSteps
 from ..ops.step import COLUMNS
+from ..ops.step_table import PreparedSteps
 from ..samplers import Plan, Sampler
 from ..showing import brief
 

@@ -182,7 +182,7 @@ def _reference(operator, *arguments):
     return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *arguments[14:]),)
 
 
-# While a program is traced no whole call is made: the two kinds of the native backend are one.
+# While a program is traced no fast call is made: the two kinds of the native backend are one.
 both_backends = pytest.mark.parametrize("backend", ["reference", "native"], indirect=True)
 
 

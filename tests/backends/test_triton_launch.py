@@ -11,7 +11,7 @@ from asked import triton as operations
 
 from fastdiff.backends.interface import able
 from fastdiff.backends.triton import arguments as taken
-from fastdiff.backends.triton import direct as whole_calls
+from fastdiff.backends.triton import fast as fast_calls
 from fastdiff.backends.triton import launch, workspace
 from fastdiff.backends.triton.affine import affine
 from fastdiff.backends.triton.loss import loss
@@ -228,7 +228,7 @@ def test_what_a_launch_costs_the_host(direct):
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "flow"])
-def test_a_whole_call_makes_the_launches_of_the_general_way(direct, kind, monkeypatch):
+def test_a_fast_call_makes_the_launches_of_the_general_way(direct, kind, monkeypatch):
     """Kernels, grids, numbers, constants, and the pointers of what is given, as they change from step to step."""
     from asked import triton
 
@@ -263,7 +263,7 @@ def test_a_whole_call_makes_the_launches_of_the_general_way(direct, kind, monkey
     with fastdiff.use_backend("triton"):
         for case in ((2, 3, 0, 0.1), (2, 4, 2**33, 0.2), (1, -5, 7, 0.0), (3, 6, 7, 0.1), (2, 7, 1, 0.1)):
             with monkeypatch.context() as patch:
-                patch.setattr(triton, "direct", None)
+                patch.setattr(triton, "fast", None)
                 want = launched(*case)
             assert [name for name, *_ in want] == ["affine", *["coefficients"] * flow, "loss", "loss"]
             assert launched(*case) == want
@@ -276,7 +276,7 @@ def test_losses_of_two_objectives_are_told_apart(direct, monkeypatch):
 
     kinds = []
     monkeypatch.setattr(
-        whole_calls, "cell", lambda device, kind: kinds.append(kind) or workspace.Cell(torch.zeros(1), (kind,))
+        fast_calls, "cell", lambda device, kind: kinds.append(kind) or workspace.Cell(torch.zeros(1), (kind,))
     )
     x0, n, t = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8), torch.tensor([3, 700])
     prediction = torch.zeros(2, 4, 8, 8).requires_grad_()
@@ -292,7 +292,7 @@ def test_what_a_training_step_costs_the_host(direct, kind, monkeypatch):
     import fastdiff
 
     keys, kernels = direct
-    monkeypatch.setattr(whole_calls, "value_checks_are_free", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr(fast_calls, "value_checks_are_free", lambda tensor: False)  # as on a GPU
     shifted = fastdiff.RectifiedFlow(3.0)
     objective = {
         "flow": lambda: fastdiff.Objective(fastdiff.RectifiedFlow(), "flow"),

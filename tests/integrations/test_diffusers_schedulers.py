@@ -24,7 +24,7 @@ from devices import pairwise
 from known import nonlinear
 
 diffusers = pytest.importorskip("diffusers")
-from fastdiff.backends.native import prepared  # noqa: E402
+from fastdiff.backends.native import step_table  # noqa: E402
 from fastdiff.integrations import diffusers as fused  # noqa: E402
 
 pytestmark = [
@@ -529,9 +529,9 @@ def way(request, monkeypatch):
         yield
         return
     monkeypatch.setattr(torch_randn, "_reason", "left to torch.randn here")
-    prepared.allow(False)
+    step_table.allow(False)
     yield
-    prepared.allow(True)
+    step_table.allow(True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -1050,12 +1050,12 @@ def test_the_quick_way_has_the_bits_of_the_other(monkeypatch, case, dtype):
     counted = fused.fused_calls(), fused.fallbacks()
     fused.reset_counts()
     monkeypatch.setattr(torch_randn, "_reason", "left to torch.randn here")
-    prepared.allow(False)
+    step_table.allow(False)
     torch.manual_seed(5)
     try:
         other, other_error = outcome(fused.fuse(make(name, config)), steps, dtype, generators[1], **given)
     finally:
-        prepared.allow(True)
+        step_table.allow(True)
     assert error == other_error and (fused.fused_calls(), fused.fallbacks()) == counted
     assert torch.equal(*(generator.get_state() for generator in generators))
     for one, two in zip(quick or (), other or ()):
@@ -1073,14 +1073,14 @@ def test_a_history_of_another_dtype_has_the_same_bits_in_both_ways(kept, now):
         scheduler, x = make("DPMSolverMultistepScheduler", {}), torch.linspace(-1, 1, 96).reshape(SHAPE)
         if allowed is not None:
             fused.fuse(scheduler)
-            prepared.allow(allowed)
+            step_table.allow(allowed)
         try:
             scheduler.set_timesteps(8)
             for k, t in enumerate(scheduler.timesteps[:4]):
                 dtype = kept if k < 2 else now
                 x = scheduler.step(nonlinear(x.to(dtype), t), t, x.to(dtype)).prev_sample
         finally:
-            prepared.allow(True)
+            step_table.allow(True)
         found.append(x)
     assert fused_share("DPMSolverMultistepScheduler") == (8, {})
     assert torch.equal(found[0], found[1])

@@ -31,8 +31,8 @@ class Cuda(Backend):
         return self.otherwise.remakes_noise
 
     @property
-    def direct(self) -> Any:
-        return self.otherwise.direct
+    def fast(self) -> Any:
+        return self.otherwise.fast
 
     def description(self) -> str:
         names = ", ".join(f"{number // 10}.{number % 10}" for number in step._C.cuda_architectures())

@@ -13,7 +13,7 @@ from ...program import Program
 from ...torch_access import _C, unavailable_because
 from .. import reference
 from ..interface import Backend
-from . import coefficients, convert, direct, loss, noise, random, step
+from . import coefficients, convert, fast, loss, noise, random, step
 from .trajectory import Trajectory
 
 _DECLINES = {
@@ -29,7 +29,7 @@ class Native(Backend):
 
     name, devices = "native", ("cpu",)
     unavailable_because = unavailable_because
-    direct = direct if direct.available else None
+    fast = fast if fast.available else None
 
     def __init__(self):
         self.otherwise = reference.Reference(self)
@@ -86,7 +86,7 @@ class Native(Backend):
         return coefficients.times(program, seed, samples, stream, sample_offset, device, discrete)
 
     def fast_step(self, x: Tensor, m: Tensor, row: Tensor, clip: float | None, n: Any, want_x0: bool) -> Any:
-        return None if self.direct is None else self.direct.step(x, m, row, clip, n, want_x0)
+        return None if self.fast is None else self.fast.step(x, m, row, clip, n, want_x0)
 
     def trajectory(self, call: RunCall) -> Trajectory:
         return Trajectory(self, call)

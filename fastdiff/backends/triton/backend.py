@@ -58,10 +58,10 @@ class Triton(Backend):
         return times
 
     @cached_property
-    def direct(self) -> ModuleType:
-        from . import direct
+    def fast(self) -> ModuleType:
+        from . import fast
 
-        return direct
+        return fast
 
     def _device_of(self, device: Any, seed: Any) -> torch.device:
         return self._random.device_of(device, seed)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import torch_randn
-from ...ops.prepared import DRAW, DRAW_FLOAT, ENTRY, MODEL_DTYPE, X0
+from ...ops.step_table import DRAW, DRAW_FLOAT, ENTRY, MODEL_DTYPE, X0
 from ...torch_access import _C, number
 from .call_counts import count, fused, left
 from .coefficient_cache import STEPS, Cache, is_current

@@ -123,11 +123,11 @@ def main() -> int:
 
         from fastdiff import backends, objective, process
         from fastdiff.backends import registry
-        from fastdiff.backends.triton import arguments, direct, launch
+        from fastdiff.backends.triton import arguments, fast, launch
 
         # CPU tensors go where a GPU's would, and are timed as there; values are not looked at.
         gpu_numbers.DEVICE = torch.device("cpu")
-        for module in (direct, objective, process):
+        for module in (fast, objective, process):
             module.value_checks_are_free = lambda tensor: False
         launch._direct = launch.has_approximate_instructions = lambda device: True
         launch._stream = lambda device: 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ....ops import PreparedSteps
-from ....ops.prepared import DRAW, ONE_DTYPE, X0
+from ....ops.step_table import DRAW, ONE_DTYPE, X0
 from ....samplers.ddim import ddim_columns
 from ..add_noise import BY_TIMESTEP
 from ..coefficient_cache import Unfit, host, kind_of

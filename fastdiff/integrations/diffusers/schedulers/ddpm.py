@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....ops.prepared import DRAW, ONE_DTYPE, X0
+from ....ops.step_table import DRAW, ONE_DTYPE, X0
 from ....process import MIN_VARIANCE
 from ....samplers.ddpm import learned_range_columns
 from ..add_noise import BY_TIMESTEP

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....ops.prepared import DRAW, DRAW_FLOAT, ENTRY, MODEL_DTYPE
+from ....ops.step_table import DRAW, DRAW_FLOAT, ENTRY, MODEL_DTYPE
 from ....process import EDM
 from ....samplers.euler import euler_columns
 from .. import add_noise

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....ops.prepared import ENTRY, MODEL_DTYPE, ONE_DTYPE, X0
+from ....ops.step_table import ENTRY, MODEL_DTYPE, ONE_DTYPE, X0
 from ....samplers.euler import euler_columns
 from ....tensors import cached
 from .. import add_noise

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....ops.prepared import DRAW, ENTRY, ONE_DTYPE, X0
+from ....ops.step_table import DRAW, ENTRY, ONE_DTYPE, X0
 from ....samplers.lcm import lcm_columns
 from ..add_noise import BY_TIMESTEP
 from ..coefficient_cache import Unfit, host, kind_of

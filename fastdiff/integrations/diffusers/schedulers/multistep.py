@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....ops.prepared import DRAW_FLOAT, ONE_DTYPE, X0
+from ....ops.step_table import DRAW_FLOAT, ONE_DTYPE, X0
 from ....process import RectifiedFlow
 from ....samplers.dpm import multistep_weights
 from ....samplers.unipc import bend

@@ -21,7 +21,7 @@ from fastdiff.backends.triton import interpreted
 from fastdiff.program import lookup, trace
 
 _C = pytest.importorskip("fastdiff._C")
-pytestmark = pytest.mark.skipif(native.direct is None, reason="this PyTorch has no C functions for its tensors")
+pytestmark = pytest.mark.skipif(native.fast is None, reason="this PyTorch has no C functions for its tensors")
 
 DISCRETE = {
     "epsilon": {},
@@ -66,19 +66,19 @@ def backend(request):
 
 @pytest.fixture
 def general(monkeypatch, backend):
-    """Runs a function without whole calls."""
+    """Runs a function without fast calls."""
 
     def run(function, *arguments, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(backend, "direct", None)
+            patch.setattr(backend, "fast", None)
             return function(*arguments, **options)
 
     return run
 
 
 @pytest.fixture
-def only_whole_calls(monkeypatch, backend):
-    """Lets nothing but whole calls run."""
+def only_fast_calls(monkeypatch, backend):
+    """Lets nothing but fast calls run."""
 
     def refuse(*_, **__):
         raise AssertionError("the general way was taken")
@@ -129,7 +129,7 @@ def test_given_noise_and_times_have_the_bits_of_the_general_way(objective, dtype
 
 @BOTH
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-def test_the_plain_case_is_a_whole_call(kind, only_whole_calls):
+def test_the_plain_case_is_a_fast_call(kind, only_fast_calls):
     process = fastdiff.RectifiedFlow() if kind == "flow" else fastdiff.VariancePreserving()
     objective = fastdiff.Objective(process, kind)
     x0, n, m = batch()
@@ -164,7 +164,7 @@ FORMULAS = {
 
 @BOTH
 @pytest.mark.parametrize("name", FORMULAS)
-def test_formulas_of_time_are_whole_calls(name, only_whole_calls):
+def test_formulas_of_time_are_fast_calls(name, only_fast_calls):
     objective = FORMULAS[name]()
     x0, n, m = batch()
     noised = objective.noise(x0)
@@ -173,7 +173,7 @@ def test_formulas_of_time_are_whole_calls(name, only_whole_calls):
     assert objective.loss(m, objective.noise(x0, noised.t, n)).isfinite()
 
 
-def test_noising_is_a_whole_call_whatever_the_weighting(only_whole_calls):
+def test_noising_is_a_fast_call_whatever_the_weighting(only_fast_calls):
     """Also where the weighting may change from batch to batch."""
     factor = torch.ones(1, dtype=torch.float64)
     objective = fastdiff.Objective(fastdiff.VPSDE(), "epsilon", lambda levels: factor * levels.snr)
@@ -560,7 +560,7 @@ def test_no_arguments_reach_a_kernel_unchecked(data):
         pass
 
 
-def test_a_step_whose_noise_has_an_offset_is_a_whole_call(only_whole_calls):
+def test_a_step_whose_noise_has_an_offset_is_a_fast_call(only_fast_calls):
     x, m, _ = batch()
     row = torch.rand(len(ops.COLUMNS))
     noise = ops.Philox(7, 3, 20, offset=0.1)

@@ -1,4 +1,4 @@
-#include "direct.h"
+#include "fast_calls.h"
 
 #include <cmath>
 #include <memory>
@@ -272,16 +272,16 @@ py::object plain(PyObject* const* arguments) {
   }
 }
 
-PyMethodDef methods[] = {fast_method<plain<noise>, 6>("direct_noise"),
-                         fast_method<plain<loss>, 10>("direct_loss"),
-                         fast_method<plain<convert>, 5>("direct_convert"),
-                         fast_method<plain<step>, 7>("direct_step"),
-                         fast_method<plain<times>, 5>("direct_times"),
+PyMethodDef methods[] = {fast_method<plain<noise>, 6>("fast_noise"),
+                         fast_method<plain<loss>, 10>("fast_loss"),
+                         fast_method<plain<convert>, 5>("fast_convert"),
+                         fast_method<plain<step>, 7>("fast_step"),
+                         fast_method<plain<times>, 5>("fast_times"),
                          {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
-void bind_direct(py::module_& module) {
+void bind_fast_calls(py::module_& module) {
   module.def("enable_tensors", tensors::enable);
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
 }

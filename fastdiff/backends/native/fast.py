@@ -1,7 +1,7 @@
 """Fast calls on a CPU: one call of ``fastdiff._C`` reads the tensors, computes the coefficients and makes the results
-(csrc/direct.cpp). A call returns None for tensors that it does not take: other classes, layouts or dtypes, gradients of
-x0, ``torch.func``, a t out of range. Then the general way does the call, or refuses it, with the same bits.
-"""
+(csrc/fast_calls.cpp). A call returns None for tensors that it does not take: other classes, layouts or dtypes,
+gradients of x0, ``torch.func``, a t out of range. Then the general way does the call, or refuses it, with the same
+bits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def noise(
     if t is None:
         t = torch.empty(x0.shape[0], dtype=torch.int64 if program.index else torch.float64, device="cpu")
         times = draw[0].kept.get(_OF_T) or handle(draw[0], _T)
-        t = _C.direct_times(times, t, made[0], draw[1], made[2])
+        t = _C.fast_times(times, t, made[0], draw[1], made[2])
     kept = None
     if n is None:
         n = made
@@ -61,7 +61,7 @@ def noise(
                 x0, dtype=torch.float64 if wide else torch.float32, memory_format=torch.contiguous_format
             )
     source = program.kept.get(_OF_NOISE) or handle(program, OF_NOISE)
-    x_t = _C.direct_noise(source, x0, t, n, kept, _threads())
+    x_t = _C.fast_noise(source, x0, t, n, kept, _threads())
     return None if x_t is None else (x_t, kept, t, None)
 
 
@@ -86,7 +86,7 @@ def loss(
     wide = torch.float64 in (prediction.dtype, getattr(x0, "dtype", None), getattr(n, "dtype", None))
     one = _ONE[torch.float64 if wide else torch.float32]
     source = program.kept.get(_OF_LOSS) or handle(program, OF_LOSS)
-    made = _C.direct_loss(source, present, FUNCTIONS[function], prediction, x0, n, t, one, ahead, _threads())
+    made = _C.fast_loss(source, present, FUNCTIONS[function], prediction, x0, n, t, one, ahead, _threads())
     if made is None or not recorded:
         return None if made is None else made[0]
     value, gradient = made
@@ -100,11 +100,11 @@ def loss(
 
 def convert(program: Program, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
     """k_x x_t + k_m m in the dtype of m, one time a sample. None also where k_x or k_m is not finite."""
-    return _C.direct_convert(handle(program, program.names), m, x_t, t, _threads())
+    return _C.fast_convert(handle(program, program.names), m, x_t, t, _threads())
 
 
 def step(
     x: Tensor, m: Tensor, row: Tensor, clip: float | None, n: Tensor | tuple | None, x0: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """(y, x0 estimate) of one row for the whole batch. n as of ``noise``, or None."""
-    return _C.direct_step(x, m, row, clip, n, x0, _threads())
+    return _C.fast_step(x, m, row, clip, n, x0, _threads())

@@ -1,6 +1,6 @@
 """Fast calls on a GPU: launches that are kept by dtypes and shape (``launch.Ready``), of which only pointers and
 numbers change from step to step. They are the launches of the general way. The arguments are those of
-``backends/native/direct.py``; a call that is not supported returns None, and the general way does it, or refuses it.
+``backends/native/fast.py``; a call that is not supported returns None, and the general way does it, or refuses it.
 
 A training step is four launches at most: times with all coefficients of a continuous process, x_t, the loss with its
 gradient, and the backward, which compares.
@@ -152,7 +152,7 @@ def noise(
     rng: str = "exact",
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
     """(x_t, the noise that was made and kept, the times, the coefficients where they are not looked up), one time a
-    sample; see ``native/direct.py``."""
+    sample; see ``native/fast.py``."""
     device, shape = x0.device, x0.shape
     if not _plain(device, x0, n, t) or (n is not None and n.shape != shape) or (n is None and made[3] and x0.ndim < 3):
         return None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.native.prepared import noise_runner, row_runner
+from ..backends.native.step_table import noise_runner, row_runner
 from ..calls import NoiseCall, StepCall
 from ..codes import COLUMNS
 from ..tensors import cached

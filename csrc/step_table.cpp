@@ -1,4 +1,4 @@
-#include "prepared.h"
+#include "step_table.h"
 
 #include <memory>
 #include <vector>
@@ -116,9 +116,9 @@ struct Table {
   std::vector<float> numbers;
 };
 
-constexpr const char* kTableName = "fastdiff.prepared";
+constexpr const char* kTableName = "fastdiff.table";
 
-py::capsule prepared_table(py::handle rows, py::handle width, py::handle numbers) {
+py::capsule coefficient_table(py::handle rows, py::handle width, py::handle numbers) {
   auto table = std::make_unique<Table>();
   table->rows = parse_integer("rows", rows);
   const int64_t columns = parse_integer("width", width);
@@ -132,7 +132,7 @@ py::capsule prepared_table(py::handle rows, py::handle width, py::handle numbers
 }
 
 const Table& table_of(PyObject* capsule, int width) {
-  if (!PyCapsule_IsValid(capsule, kTableName)) throw py::type_error("expected what prepared_table made");
+  if (!PyCapsule_IsValid(capsule, kTableName)) throw py::type_error("expected what coefficient_table made");
   const auto* table = (const Table*)PyCapsule_GetPointer(capsule, kTableName);
   if (table->width != width) throw py::value_error("table: has another number of columns");
   return *table;
@@ -151,10 +151,10 @@ bool ready() { return torch.allowed && tensors::enabled() && !tensors::transform
 
 enum Flags { kX0 = 1, kEntry = 2, kLikeModel = 4, kSame = 8, kDraw = 16, kDrawFloat = 32 };
 
-// prepared_row(table, k, x, m, clip, history, noise, log_variance, flags) -> (y, x0 or None, entry or None), or None.
+// table_step(table, k, x, m, clip, history, noise, log_variance, flags) -> (y, x0 or None, entry or None), or None.
 //   noise   a tensor or None; with kDraw a generator, None, or a list of one, to draw from as torch.randn does: in the
 //           dtype of m, or with kDrawFloat in float32
-//   flags   those of fastdiff/ops/prepared.py
+//   flags   those of fastdiff/ops/step_table.py
 py::object row(PyObject* const* a) {
   const Table& table = table_of(a[0], kColumns);
   View x, m, other;
@@ -222,7 +222,7 @@ py::object row(PyObject* const* a) {
   return py::make_tuple(std::move(result), std::move(x0), std::move(kept));
 }
 
-// prepared_noise(table, index, x0, n) -> x_t in the dtype of x0 and n, or None. index: the row, or int64 [batch] or [1].
+// table_noise(table, index, x0, n) -> x_t in the dtype of x0 and n, or None. index: the row, or int64 [batch] or [1].
 py::object noise(PyObject* const* a) {
   const Table& table = table_of(a[0], 2);
   View x0, n, index, x_t;
@@ -283,15 +283,15 @@ py::object number(PyObject* const* a) {
   return py::none();
 }
 
-PyMethodDef methods[] = {fast_method<row, 9>("prepared_row"), fast_method<noise, 4>("prepared_noise"),
+PyMethodDef methods[] = {fast_method<row, 9>("table_step"), fast_method<noise, 4>("table_noise"),
                          fast_method<number, 2>("number"), {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
-void bind_prepared(py::module_& module) {
-  module.def("prepared_table", prepared_table);
-  module.def("enable_prepared", enable);
-  module.def("allow_prepared", allow);
+void bind_step_table(py::module_& module) {
+  module.def("coefficient_table", coefficient_table);
+  module.def("enable_step_tables", enable);
+  module.def("allow_step_tables", allow);
   module.def("allow_draws", allow_draws);
   module.def("torch_normal", torch_normal);
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
