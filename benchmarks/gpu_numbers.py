@@ -46,6 +46,7 @@ from triton_compiled import machine_code
 import fastdiff
 from fastdiff import doctor, ops
 from fastdiff.backends.triton import launch
+from fastdiff.backends.triton.programs import coefficients
 from fastdiff.bench import peers
 from fastdiff.bench.cases import Case, operands
 from fastdiff.bench.measuring import Timer, cache_bytes, summary
@@ -188,7 +189,7 @@ def launched(run: bool = True) -> Iterator[list[tuple[launch.Kernel, tuple]]]:
         found.append((self, self.key(arguments, constants, None)))
         if run:
             before(self, device, grid, arguments, constants, *more, **options)
-        elif self is launch.coefficients and arguments[1] is not None:
+        elif self is coefficients and arguments[1] is not None:
             arguments[1].zero_()  # times, which are looked up
 
     launch.Kernel.__call__ = call

@@ -33,7 +33,7 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.backends.triton import arguments as taken
 from fastdiff.backends.triton import launch
-from fastdiff.backends.triton.programs import flat
+from fastdiff.backends.triton.programs import coefficients, flat
 from fastdiff.backends.triton.times import coefficients_launch
 from fastdiff.backends.triton.traffic import Launch
 from fastdiff.program import OPERATIONS, Program
@@ -202,7 +202,7 @@ def launch_program(program: Program, seed: torch.Tensor) -> None:
     columns, t = meta(len(program.outputs) - 1, 64), meta(64, dtype=torch.float64)
     constants = meta(len(program.numbers), dtype=torch.float64)
     how = coefficients_launch(columns, t, None, seed, constants, 3, 0, 64, flat(program.code), program.outputs)
-    launch.coefficients(seed.device, *how)
+    coefficients(seed.device, *how)
 
 
 def program_of(*names: str) -> Program:

@@ -296,25 +296,25 @@ def test_every_way_into_the_step_goes_elsewhere(refusing):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
 def test_trying_triton_launches_a_kernel_and_leaves_no_record():
-    from fastdiff.backends.triton import launch
+    from fastdiff.backends.triton import launch, programs
     from fastdiff.backends.triton.launch import launches
 
     with launches() as launched:
         if launch.INTERPRETED:
-            launch.try_on(torch.device("cpu"))
+            programs.try_on(torch.device("cpu"))
     assert launched == []
 
 
 def test_what_a_compiler_prints_is_not_shown(monkeypatch, capsys):
     """Triton prints the machine code that it could not assemble."""
-    from fastdiff.backends.triton import launch
+    from fastdiff.backends.triton import programs
 
     def failing(*arguments):
         print("a listing")
         raise RuntimeError("PTXAS error: sm_110a is not defined")
 
-    monkeypatch.setattr(launch, "coefficients", failing)
-    trial = devices.Trial(launch.try_on)
+    monkeypatch.setattr(programs, "coefficients", failing)
+    trial = devices.Trial(programs.try_on)
     assert trial(torch.device("cpu")) == "PTXAS error: sm_110a is not defined"
     assert capsys.readouterr().out == ""
 

@@ -11,8 +11,12 @@ from asked import triton as operations
 
 from fastdiff.backends.interface import able
 from fastdiff.backends.triton import arguments as taken
-from fastdiff.backends.triton import direct as fast_calls
+from fastdiff.backends.triton import fast as fast_calls
 from fastdiff.backends.triton import launch, workspace
+from fastdiff.backends.triton.affine import affine
+from fastdiff.backends.triton.loss import loss
+from fastdiff.backends.triton.programs import coefficients
+from fastdiff.backends.triton.step import step
 from fastdiff.calls import LossCall, NoiseCall
 
 X = torch.zeros(1, 64)
@@ -48,15 +52,15 @@ def test_what_makes_a_variant(monkeypatch):
 
 def test_the_source_of_a_variant(monkeypatch):
     types, aligned, constants, _ = noising(monkeypatch)
-    source = launch.affine.source(types, aligned, constants)
-    assert list(source.signature) == launch.affine.runtime + launch.affine.constants
+    source = affine.source(types, aligned, constants)
+    assert list(source.signature) == affine.runtime + affine.constants
     assert source.signature["u"] == "*fp32" and source.signature["kept"] == "constexpr"
     assert source.signature["stream"] == "i64" and source.signature["units"] == "i32"
     assert source.signature["gamma"] == "fp32"
-    position = launch.affine.runtime.index("u")
+    position = affine.runtime.index("u")
     assert source.attrs[(position,)] == [["tt.divisibility", 16]]
-    assert (launch.affine.runtime.index("a"),) not in source.attrs  # a row may lie anywhere
-    assert not launch.affine.source(types, False, constants).attrs
+    assert (affine.runtime.index("a"),) not in source.attrs  # a row may lie anywhere
+    assert not affine.source(types, False, constants).attrs
 
 
 def test_contraction_only_where_no_bits_are_promised(monkeypatch):
@@ -75,7 +79,7 @@ def test_contraction_only_where_no_bits_are_promised(monkeypatch):
     for n in (X, ops.Philox(1), ops.Philox(1, rng="fast")):
         _, _, constants, _ = noising(monkeypatch, n=n)
         fast = n is not X and n.rng == "fast"
-        assert launch.affine.options(constants)["enable_fp_fusion"] == fast
+        assert affine.options(constants)["enable_fp_fusion"] == fast
 
 
 class Compiled:
@@ -109,7 +113,7 @@ def direct(monkeypatch):
     monkeypatch.setattr(launch, "_stream", lambda device: 77)
     monkeypatch.setattr(launch.triton.runtime, "driver", type("Drivers", (), {"active": Driver}))
     monkeypatch.setattr(taken, "runs_on", lambda device: True)
-    for kernel in (launch.affine, launch.coefficients, launch.loss, launch.step):
+    for kernel in (affine, coefficients, loss, step):
         monkeypatch.setattr(kernel, "_variants", {})
     return keys, kernels
 
@@ -118,8 +122,8 @@ def test_how_a_compiled_kernel_is_called(direct):
     """With pointers and numbers, in the order of the arguments."""
     given = {"out": torch.empty(1, 64), "u": X, "a": torch.ones(1, 1), "seed": 12}
     given |= dict.fromkeys(("kept", "target", "v", "xi", "b", "p", "q"))
-    arguments = [given.get(name, 100 + k) for k, name in enumerate(launch.affine.runtime)]
-    launch.affine(X.device, (5, 2), tuple(arguments), ("constants",))
+    arguments = [given.get(name, 100 + k) for k, name in enumerate(affine.runtime)]
+    affine(X.device, (5, 2), tuple(arguments), ("constants",))
     values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
     (kernel,) = direct[1]
     assert kernel.calls == [(5, 2, 1, 77, "function", "metadata", None, None, None, *values, "constants")]

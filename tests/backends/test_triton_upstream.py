@@ -10,12 +10,13 @@ pytest.importorskip("triton")
 from asked import triton as operations
 
 from fastdiff.backends.triton import interpreted, launch, workspace
+from fastdiff.backends.triton.loss import loss as kernel
 from fastdiff.tensors import Gathered
 
 if not interpreted():
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 CPU = torch.device("cpu")
-RESULT = launch.loss.runtime.index("result")
+RESULT = kernel.runtime.index("result")
 N, ONE = torch.linspace(-1, 1, 128).view(2, 64), torch.ones(2, 1)
 
 

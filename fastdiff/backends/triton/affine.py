@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ... import modes
@@ -13,7 +14,71 @@ from ..interface import differentiable
 from . import launch
 from .arguments import fits, source_of, untouched
 from .coefficients import arrange
+from .launch import Kernel
 from .plan import plan, tile_of
+from .tiles import coefficient, entry_of, laid_out, load, made_noise, place_of, prefetch, row_of, store
+
+
+@Kernel
+def affine(
+    out, kept, target, u, v, xi, a, b, p, q, index, seed, xi_seed,
+    stream, sample_offset, strength, xi_stream, xi_sample_offset, xi_strength, gamma,
+    steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
+    A_KIND: tl.constexpr, B_KIND: tl.constexpr, P_KIND: tl.constexpr, Q_KIND: tl.constexpr, INDEX: tl.constexpr,
+    V: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr,
+    XI: tl.constexpr, XI_SEED: tl.constexpr, XI_OFFSET: tl.constexpr,
+    ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """out = a u + b (v + gamma xi), kept = v, target = p u + q v. v and xi are tensors ("tensor"), or made ("exact",
+    "fast") or "none".
+
+    Products and sums are rounded one by one, as in the reference: the kernel is compiled without contraction, but for
+    noise of the fast transform, which has not the reference's bits in any case.
+    """
+    run, block, start, place, inside = place_of(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    if V != "none" and V != "tensor" and (A_KIND != "none" or P_KIND != "none"):
+        prefetch(u, start, block, units, R, C, UNIT, EVEN, ASM)
+    row = row_of(run, per, frames, shared, ROWS)
+    entry, found = entry_of(index, row, steps, INDEX)
+    # Fast noise that is not needed itself is made with its factor in it.
+    SCALED: tl.constexpr = V == "fast" and (XI == "fast" or XI == "none") and kept is None and target is None
+    if out is not None and V != "none":
+        scale = coefficient(b, row, entry, found, stride, B_KIND)
+    made = place
+    if A_KIND != "none" or P_KIND != "none":
+        data = load(u, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+        if out is not None and (kept is not None or target is not None):  # the noise is used twice
+            made = laid_out(place, data, EMULATE)
+    if V == "tensor":
+        n = load(v, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+    elif V != "none":
+        n = made_noise(seed, stream, sample_offset, strength, scale if SCALED else 1.0, run, block, made, units,
+                       sample_runs, channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, V == "fast", ASM,
+                       EMULATE)  # fmt: skip
+    if kept is not None:
+        store(kept, start, place, n, inside, EVEN, EMULATE)
+    if target is not None:
+        if P_KIND != "none":
+            second = coefficient(p, row, entry, found, stride, P_KIND) * data
+        if Q_KIND != "none":
+            term = coefficient(q, row, entry, found, stride, Q_KIND) * n
+            second = term if P_KIND == "none" else second + term
+        store(target, start, place, second, inside, EVEN, EMULATE)
+    if out is not None:
+        if V != "none":
+            if XI == "tensor":
+                n = n + gamma * load(xi, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+            elif XI != "none":
+                n = n + gamma * made_noise(
+                    xi_seed, xi_stream, xi_sample_offset, xi_strength, scale if SCALED else 1.0, run, block, made,
+                    units, sample_runs, channel_runs, XI_SEED, XI_OFFSET, C, UNIT, SAMPLES, XI == "fast", ASM, EMULATE
+                )  # fmt: skip
+            value = n if SCALED else scale * n
+        if A_KIND != "none":
+            first = coefficient(a, row, entry, found, stride, A_KIND) * data
+            value = first if V == "none" else first + value
+        store(out, start, place, value, inside, EVEN, EMULATE)
 
 
 def affine_launch(
@@ -45,9 +110,9 @@ def affine_launch(
     )
 
 
-def affine(shape: tuple[int, ...], device: torch.device, *operands: Any) -> None:
+def run(shape: tuple[int, ...], device: torch.device, *operands: Any) -> None:
     """Launch the kernel: see ``affine_launch``."""
-    launch.affine(device, *affine_launch(shape, device, *operands))
+    affine(device, *affine_launch(shape, device, *operands))
 
 
 def scaled(gradient: Tensor, wanted: Any) -> list[Tensor | None]:
@@ -66,6 +131,6 @@ def scaled(gradient: Tensor, wanted: Any) -> list[Tensor | None]:
             results.append((as_tensor(row) * gradient.to(torch.float32)).to(dtype))
         else:
             out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-            affine(tuple(out.shape), out.device, gradient.contiguous(), row, None, None, out)
+            run(tuple(out.shape), out.device, gradient.contiguous(), row, None, None, out)
             results.append(out)
     return results

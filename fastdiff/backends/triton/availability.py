@@ -42,9 +42,9 @@ def no_device_because() -> str:
 def _try(device: torch.device) -> None:
     if because := no_device_because():
         raise RuntimeError(because)
-    from . import launch
+    from . import programs
 
-    launch.try_on(device)
+    programs.try_on(device)
 
 
 # Why the kernels cannot run on a device: Triton does not compile for it, there is no C compiler for its launchers, or

@@ -92,22 +92,22 @@ class Triton(Backend):
         return self._random.normal(seed, shape, stream, sample_offset, dtype, where, rng)
 
     def noise(self, call: NoiseCall) -> tuple[Tensor, Any]:
-        return self._modules[NoiseCall].noise(call)
+        return self._modules[NoiseCall].run(call)
 
     def noise_and_target(self, call: NoiseCall, p: Any, q: Any) -> tuple[Tensor, Any, Tensor]:
         return self._modules[NoiseCall].noise_and_target(call, p, q) or super().noise_and_target(call, p, q)
 
     def loss(self, call: LossCall) -> Tensor:
-        return self._modules[LossCall].loss(call, self.otherwise)
+        return self._modules[LossCall].run(call, self.otherwise)
 
     def loss_gradient(self, upstream: Tensor, call: LossCall) -> Tensor:
         return self._modules[LossCall].loss_gradient(upstream, call)
 
     def convert(self, call: ConvertCall) -> Tensor:
-        return self._modules[ConvertCall].convert(call)
+        return self._modules[ConvertCall].run(call)
 
     def step(self, call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self._modules[StepCall].step(call)
+        return self._modules[StepCall].run(call)
 
     def trajectory(self, call: RunCall) -> reference.Trajectory:
         return reference.Trajectory(self, call)

@@ -8,7 +8,8 @@ from torch import Tensor
 from ...calls import ConvertCall
 from ..interface import COEFFICIENTS, differentiable
 from ..saving import save, saved
-from .affine import affine, scaled
+from . import affine
+from .affine import scaled
 from .arguments import permuted, unsuited
 
 
@@ -18,7 +19,7 @@ def declines(call: ConvertCall) -> str:
     return because or (COEFFICIENTS if differentiable(call.k_x, call.k_m) else "")
 
 
-def convert(call: ConvertCall) -> Tensor:
+def run(call: ConvertCall) -> Tensor:
     """See ``ConvertCall``; k_x and k_m may be ``Gathered``."""
     return (_Convert.apply if differentiable(call.m, call.x_t) else _launch)(*call)
 
@@ -38,5 +39,5 @@ class _Convert(torch.autograd.Function):
 def _launch(m, x_t, k_x, k_m):
     back, (model, state), (k_x, k_m) = permuted((m, x_t), (k_x, k_m))
     out = torch.empty_like(model)
-    affine(tuple(model.shape), m.device, state, k_x, model, k_m, out)
+    affine.run(tuple(model.shape), m.device, state, k_x, model, k_m, out)
     return out if back is None else out.permute(back)

@@ -21,12 +21,12 @@ from ...calls import LossCall
 from ...program import OF_LOSS, OF_NOISE, Program
 from ...tensors import Gathered, value_checks_are_free
 from .. import reference
-from . import arguments, launch
+from . import arguments
 from . import loss as general
-from .affine import affine_launch
+from .affine import affine, affine_launch
 from .arguments import Seeded, seed_of
 from .launch import Ready
-from .programs import flat
+from .programs import coefficients, flat
 from .times import coefficients_launch, constants_of
 from .workspace import cell, of_this_stream
 
@@ -92,7 +92,7 @@ def _compute(
         how = columns, drawn, t, seed if t is None else None, constants, stream, sample_offset, samples
         names = tuple(n for n, tensor in (("columns", columns), ("drawn", drawn)) if tensor is not None)
         launched = coefficients_launch(*how, flat(program.code), program.outputs)
-        return Ready(launch.coefficients, device, launched, (), (*names, *others), ("stream", "sample_offset"))
+        return Ready(coefficients, device, launched, (), (*names, *others), ("stream", "sample_offset"))
 
     _kept(_store(program), key, make)((), (*written, *given), (stream, sample_offset))
 
@@ -203,8 +203,8 @@ def _ready_affine(program, names, changing, out, kept, u, given, made) -> Ready:
     data = ("out", "u") if kept is None else ("out", "u", "kept")
     others = ("index",) if program.index else ("a", "b")
     if made is None:
-        return Ready(launch.affine, u.device, how, (*data, "v"), others)
-    return Ready(launch.affine, u.device, how, data, (*others, "seed"), _NOISE)
+        return Ready(affine, u.device, how, (*data, "v"), others)
+    return Ready(affine, u.device, how, data, (*others, "seed"), _NOISE)
 
 
 def convert(program: Program, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
@@ -247,7 +247,7 @@ def loss(
     columns: Tensor | None,
     rows: Callable[[], tuple[Any, ...]],
 ) -> Tensor | None:
-    """The mean loss of a batch with one time a sample, recorded for autograd; or None. See ``native/direct.py`` for the
+    """The mean loss of a batch with one time a sample, recorded for autograd; or None. See ``native/fast.py`` for the
     arguments.
 
     Args:
@@ -341,7 +341,7 @@ def _ready_losses(program, names, function, prediction, x0, given, made, changin
     def of(gradient: bool, data: tuple, others: tuple, **more: Any) -> Ready:
         more |= {"used": used, "assumed": used} if ahead else {}
         launched = general.loss_launch(laid, *how, d if gradient else None, **more)
-        return Ready(launch.loss, device, launched, ("prediction", *data), (*operands, *seed, *others), numbers)
+        return Ready(general.loss, device, launched, ("prediction", *data), (*operands, *seed, *others), numbers)
 
     return _Losses(
         of(ahead, (*data, *written), ("counters", "partials", "result", *cells), result=one),

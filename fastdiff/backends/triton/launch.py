@@ -9,7 +9,7 @@ arguments of a fixed type, never specialised on. Other versions of Triton than 3
 from __future__ import annotations
 
 import contextlib
-import io
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,10 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..devices import is_capturing
-from . import kernels, programs
+from .functions import error
 from .traffic import Launch
 
-INTERPRETED = not isinstance(kernels.affine, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(error, triton.runtime.JITFunction)
 # The versions whose compiled kernels are known to be called as ``_Direct`` does; others go through triton.jit.
 _DIRECT_VERSIONS = ("3.6",)
 
@@ -67,10 +67,10 @@ def launches() -> Iterator[list[Launch]]:
 
 
 class Kernel:
-    """A kernel function and its variants."""
+    """Decorator: a kernel function and its variants. Constants come last."""
 
-    def __init__(self, function: Any):
-        written, names = function.fn, list(function.arg_names)
+    def __init__(self, written: Any):
+        names = list(inspect.signature(written).parameters)
         constant = {name for name, kind in written.__annotations__.items() if "constexpr" in str(kind)}
         # ``triton.jit`` too is to tell variants apart by the alignment of full-size data, but not by numbers.
         written.__annotations__ |= {name: "int64" for name in names if name in _INT64 - _SEEDS}
@@ -291,22 +291,3 @@ def current_stream(device: torch.device) -> int:
     if device.type == "cuda":
         return _stream(device)
     return torch.xpu.current_stream(device).stream_id if device.type == "xpu" else 0
-
-
-def try_on(device: torch.device) -> None:
-    """Compile, load and launch a small kernel on ``device``; raises where that cannot be."""
-    global _records
-    recorded, _records = _records, None
-    out, seed = torch.empty(1, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints what it could not assemble
-            uniform = (0,) * 5, (0,), "tensor", 128
-            coefficients(device, (1, 1), (None, out, None, seed, None, 0, 0, 1), uniform)
-    finally:
-        _records = recorded
-
-
-affine = Kernel(kernels.affine)
-coefficients = Kernel(programs.coefficients)
-loss = Kernel(kernels.loss)
-step = Kernel(kernels.step)

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ... import modes
@@ -32,10 +34,205 @@ from ..saving import save, saved
 from . import launch
 from .arguments import TYPES, permuted, source_of, unsuited
 from .coefficients import arrange, is_one, shape_of
+from .functions import derivative, error, reciprocal
+from .launch import Kernel
 from .plan import mask_of, plan, strided, tile_of
+from .reduction import finish, is_last, store_pair, tile_sum, total_of
+from .tiles import coefficient, entry_of, load, made_noise, place_of, prefetch, row_of, store
 from .workspace import Cell, cell, of_this_stream, workspace
 
 _NO_STRIDES = (1,) * 3 + (0,) * 4
+
+
+@triton.jit
+def _mask(mask, start, place, inside, sizes, strides, DIMS: tl.constexpr, TOGETHER: tl.constexpr, UNIT: tl.constexpr,
+          EVEN: tl.constexpr):  # fmt: skip
+    """The mask of each element: laid out as the data (DIMS = 0), or strided in up to four dimensions. TOGETHER: whether
+    the elements of a unit share their divisions, and are neighbours in memory (see ``plan.Mask``)."""
+    if DIMS == 0:
+        pointer = mask + start + place
+    else:
+        offset = start + place
+        # Sizes are below 2^31 but where offsets have 64 bits; the division of unsigned numbers is the shorter one.
+        rest = offset if offset.dtype == tl.int64 else offset.to(tl.uint32)
+        if TOGETHER != "none":
+            rest = rest // UNIT
+        at = rest * 0
+        for k in tl.static_range(DIMS - 1):
+            size = sizes[2 - k].to(rest.dtype)
+            at += rest % size * strides[3 - k].to(rest.dtype)
+            rest = rest // size
+        at += rest * strides[4 - DIMS].to(rest.dtype)
+        if TOGETHER == "apart":
+            at = at + place % UNIT * strides[4].to(rest.dtype)
+        pointer = mask + at.to(offset.dtype)
+        if TOGETHER == "neighbours":
+            pointer = mask + at.to(offset.dtype) * UNIT + place % UNIT
+    if EVEN:
+        return tl.load(pointer).to(tl.float32)
+    else:
+        return tl.load(pointer, mask=inside, other=0).to(tl.float32)
+
+
+@Kernel
+def loss(
+    prediction, x0, n, gradient, mask, p, q, scale, weight, c, index, seed,
+    upstream, used, assumed, result, means, divisor, counters, partials,
+    stream, sample_offset, strength, size, size_low, mean, both,
+    m1, m2, m3, s0, s1, s2, s3, s4, rows, parts, number,
+    steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
+    P_KIND: tl.constexpr, Q_KIND: tl.constexpr, SCALE_KIND: tl.constexpr, WEIGHT_KIND: tl.constexpr,
+    C_KIND: tl.constexpr, UPSTREAM: tl.constexpr, INDEX: tl.constexpr,
+    N: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr, MASK_DIMS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    FUNCTION: tl.constexpr, NORMALIZATION: tl.constexpr, REDUCTION: tl.constexpr, LANES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """weight mask rho(scale (prediction - p x0 - q n); c). Writes the sums if there is a ``result``, and the gradient
+    by the prediction if there is a ``gradient``.
+
+    In a forward pass the upstream gradient is not known yet: the gradient is made for ``assumed``, which is noted in
+    ``used``. In a backward pass it is made for ``upstream``. If a forward pass wrote a gradient and ``upstream`` equals
+    ``used``, that gradient is right, and nothing is done.
+
+    Args:
+        number: how many sums the last stage adds up.
+        size, size_low: how many elements a row has, as a pair of float32; 1 for reduction "sum".
+        mean: 1 / (the number of rows) for reduction "mean", otherwise 1.
+        both: mean / size.
+        divisor: where the mask's sum divides, the factor of the gradients: one number ("global"); or one a row, and
+            after them 1 / (the number of rows with something in the mask) ("row").
+
+    A row is whole in a program, or SPLIT over ``parts`` programs. The last of them to end adds their sums up, always in
+    the same order.
+
+    An element under a mask of 0, and a row of weight 0, add 0, whatever they hold.
+    """
+    if UPSTREAM != "none" and used is not None:
+        came = tl.load(upstream)
+        if came == tl.load(used):
+            return
+        tl.store(assumed, came, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
+
+    run, block, start, place, inside = place_of(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    if N != "none" and N != "tensor":
+        prefetch(prediction, start, block, units, R, C, UNIT, EVEN, ASM)
+        if P_KIND != "none":
+            prefetch(x0, start, block, units, R, C, UNIT, EVEN, ASM)
+    row = row_of(run, per, frames, shared, ROWS)
+    entry, found = entry_of(index, row, steps, INDEX)
+    e = load(prediction, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+    if N != "none":
+        q_row = coefficient(q, row, entry, found, stride, Q_KIND)
+    if N == "tensor":
+        made = load(n, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+    elif N != "none":
+        made = made_noise(seed, stream, sample_offset, strength, q_row, run, block, place, units, sample_runs,
+                          channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, N == "fast", ASM, EMULATE)  # fmt: skip
+    if N == "fast":  # the product is in it, and is taken into the difference
+        e = e - made
+    if P_KIND != "none":
+        p_row = coefficient(p, row, entry, found, stride, P_KIND)
+        data = load(x0, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+        if N == "tensor" or N == "exact":
+            e = e - tl.fma(p_row, data, q_row * made)
+        else:
+            e = tl.fma(-p_row, data, e)
+    elif N == "tensor" or N == "exact":
+        e = tl.fma(-q_row, made, e)
+    if SCALE_KIND != "none":
+        factor = coefficient(scale, row, entry, found, stride, SCALE_KIND)
+        e = factor * e
+    constant, inverse = 1.0, 1.0
+    if C_KIND != "none":
+        constant = coefficient(c, row, entry, found, stride, C_KIND)
+        inverse = reciprocal(constant)
+    if MASK_DIMS >= 0:
+        kept = _mask(mask, start, place, inside, (m1, m2, m3), (s0, s1, s2, s3, s4), MASK_DIMS, TOGETHER, UNIT, EVEN)
+    if WEIGHT_KIND != "none":
+        strong = coefficient(weight, row, entry, found, stride, WEIGHT_KIND)
+
+    if gradient is not None:
+        if UPSTREAM != "none":
+            outer = coefficient(upstream, row, entry, found, stride, UPSTREAM)
+        else:
+            outer = tl.load(assumed)
+            outer = tl.where(outer == 0, 1.0, outer)  # 0: nothing has come yet
+            tl.store(used, outer, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
+        if NORMALIZATION == "row":
+            k = strong * outer * tl.load(divisor + row)
+            if REDUCTION == "mean":
+                k = k * tl.load(divisor + rows)
+        elif NORMALIZATION == "global":
+            k = strong * outer * tl.load(divisor)
+        else:
+            k = strong * outer * both
+        if SCALE_KIND != "none":
+            k = k * factor
+        if FUNCTION == "mse":
+            slope = (2.0 * k) * e
+        else:
+            slope = k * derivative(e, inverse, FUNCTION, ASM)
+        if MASK_DIMS >= 0:
+            slope = tl.where(kept == 0, 0.0, slope * kept)
+        # Of a row that is left out zeros are stored in place of the slope: that is a predicate, not one more
+        # instruction an element.
+        weights = tl.broadcast_to(strong, slope.shape)
+        learns, left_out = weights != 0, weights == 0
+        if not EVEN:
+            learns, left_out = inside & learns, inside & left_out
+        store(gradient, start, place, slope, learns, False, EMULATE)
+        store(gradient, start, place, tl.zeros_like(slope), left_out, False, EMULATE)
+
+    if result is not None:
+        value = error(e, constant, inverse, FUNCTION, ASM)
+        if MASK_DIMS >= 0:
+            value = tl.where(kept == 0, 0.0, value * kept)
+        if not EVEN:
+            value = tl.where(inside, value, 0.0)
+        if R > 1:
+            whole = tl.program_id(0) * R + tl.arange(0, R)
+            there = whole < runs
+            row = tl.minimum(whole, runs - 1)
+            row = row_of(row, per, frames, shared, ROWS)
+            entry, found = entry_of(index, row, steps, INDEX)
+            strong = coefficient(weight, row, entry, found, stride, WEIGHT_KIND)
+        else:
+            there = row >= 0
+        # Tiles are added up in pairs. Within one a plain sum will do: its roundings are many and independent, and those
+        # of a thread 1/100 of the whole. Not so for the quotient of two sums.
+        total, total_low = tile_sum(value, NORMALIZATION != "none", R, EMULATE)
+        count, count_low = total * 0.0, total_low
+        if NORMALIZATION != "none":
+            if not EVEN:
+                kept = tl.where(inside, kept, 0.0)
+            # Of bytes a plain sum is exact: a tile has at most 2^12.
+            BYTES: tl.constexpr = mask.dtype.element_ty.primitive_bitwidth == 8
+            count, count_low = tile_sum(kept, not BYTES, R, EMULATE)
+        place = tl.program_id(0)
+        if SPLIT:
+            if ROWS == "run":
+                part = row * parts + block
+            else:
+                stretch = run // per
+                part = row * parts + (stretch // frames % shared * per + run % per) * blocks + block
+            everything = rows * parts
+            store_pair(partials + part, everything, total, total_low, there)
+            if NORMALIZATION != "none":
+                store_pair(partials + 2 * everything + part, everything, count, count_low, there)
+            if is_last(counters + 1 + row, parts):
+                total, total_low = total_of(partials + row * parts, parts, everything, LANES)
+                if NORMALIZATION != "none":
+                    count, count_low = total_of(partials + 2 * everything + row * parts, parts, everything, LANES)
+                finish(row, there, total, total_low, count, count_low, strong, result, means, divisor, counters,
+                        partials + 4 * everything, number, row, rows, size, size_low, mean,
+                        NORMALIZATION, REDUCTION, R, LANES, EMULATE)  # fmt: skip
+        else:
+            finish(row, there, total, total_low, count, count_low, strong, result, means, divisor, counters,
+                    partials, number, place, rows, size, size_low, mean,
+                    NORMALIZATION, REDUCTION, R, LANES, EMULATE)  # fmt: skip
 
 
 def declines(call: LossCall) -> str:
@@ -79,7 +276,7 @@ class Made(NamedTuple):
     written: tuple[Tensor, Tensor, Cell] | None = None
 
 
-def loss(call: LossCall, otherwise: Backend) -> Tensor:
+def run(call: LossCall, otherwise: Backend) -> Tensor:
     """See ``LossCall``; the coefficients may be ``Gathered``."""
     call = _needed(call)
     prediction, weight = call.prediction, call.weight
@@ -233,7 +430,7 @@ def _pass(call: LossCall, *, means: bool = False, gradient: bool = False) -> Mad
     launched = loss_launch(
         laid, *how, d, used=used, assumed=assumed, result=result, means=row_means, divisor=divisor
     )  # fmt: skip
-    launch.loss(device, *launched)
+    loss(device, *launched)
     if laid.back is not None:
         result = result.permute(laid.back).contiguous() if reduction == "none" else result
         row_means = row_means if row_means is None else row_means.permute(0, *(1 + k for k in laid.back))
@@ -267,7 +464,7 @@ def _gradient(
     launched = loss_launch(
         laid, *call[-3:], d, used=used, assumed=assumed, upstream=upstream, divisor=divisor
     )  # fmt: skip
-    launch.loss(prediction.device, *launched)
+    loss(prediction.device, *launched)
     return d if laid.back is None else d.permute(laid.back)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from ...calls import NoiseCall
 from ..interface import COEFFICIENTS, differentiable
 from ..saving import save, saved
-from .affine import affine, scaled
+from . import affine
+from .affine import scaled
 from .arguments import in_format_of, permuted, rows_fit, unsuited
 
 
@@ -21,7 +22,7 @@ def declines(call: NoiseCall) -> str:
     return because or (COEFFICIENTS if differentiable(alpha, sigma, xi) else "")
 
 
-def noise(call: NoiseCall) -> tuple[Tensor, Any]:
+def run(call: NoiseCall) -> tuple[Tensor, Any]:
     """See ``NoiseCall``; alpha and sigma may be ``Gathered``."""
     x0, n = call.x0, call.n
     if not differentiable(x0, n):
@@ -60,7 +61,7 @@ def _launch(call: NoiseCall, with_target: bool = False, p: Any = None, q: Any = 
     kept, z = n, None
     if keep_noise and not isinstance(n, Tensor):
         kept = z = torch.empty(shape, dtype=torch.float32, device=device)
-    affine(tuple(data.shape), device, data, alpha, given, sigma, x_t, z, float(perturbation), other, target, p, q)
+    affine.run(tuple(data.shape), device, data, alpha, given, sigma, x_t, z, float(perturbation), other, target, p, q)
     if order is not None:
         return x_t.permute(order), kept, target if target is None else target.permute(order)
     return in_format_of(x0, x_t), kept, in_format_of(x0, target)

@@ -29,7 +29,7 @@ def tile_of(elements: int, itemsize: int) -> int:
 
 
 class Plan(NamedTuple):
-    """See ``kernels.py`` for the names. ``rows``: how many there are; ``parts``: programs with a share of a row."""
+    """See ``tiles.py`` for the names. ``rows``: how many there are; ``parts``: programs with a share of a row."""
 
     grid: tuple[int, int]
     rows: int

@@ -6,6 +6,8 @@ The functions are those of the device's library, which the interpreter has not; 
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import torch
@@ -15,9 +17,10 @@ from triton.runtime.interpreter import TensorHandle
 
 from ...program import OPERATIONS
 from .interpreter import interpreted
+from .launch import Kernel, launches
 from .philox import words
 
-# The numbers of operations. (Only a kernel may use them: see kernels.py.)
+# The numbers of operations. (Only a kernel may use them: see step.py.)
 (
     INPUT, NUMBER, LOOKUP, NEG, ABS, SIGN, SQRT, RECIPROCAL, EXP, LOG, EXPM1, LOG1P, SIN, COS, TAN, ATAN, TANH, SIGMOID,
     ERF, NDTRI, FLOOR, CEIL, TRUNC, ISNAN, ISINF, NOT, ADD, SUB, MUL, DIV, POW, HYPOT, MAXIMUM, MINIMUM, EQ, LT, LE,
@@ -117,7 +120,7 @@ def _polynomial(x, C: tl.constexpr):
     return value
 
 
-@triton.jit
+@Kernel
 def coefficients(
     columns, drawn, times, seed, constants, stream, sample_offset, samples,
     CODE: tl.constexpr, OUTPUTS: tl.constexpr, SEED: tl.constexpr, BLOCK: tl.constexpr,
@@ -231,3 +234,12 @@ def coefficients(
         FIRST: tl.constexpr = 0 if drawn is None else 1
         for k in tl.static_range(FIRST, len(OUTPUTS)):
             tl.store(columns + (k - FIRST) * samples + place, registers[OUTPUTS[k]].to(tl.float32), mask=inside)
+
+
+def try_on(device: torch.device) -> None:
+    """Compile, load and launch a small kernel on ``device``, without a record; raises where that cannot be."""
+    out, seed = torch.empty(1, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    uniform = (0,) * 5, (0,), "tensor", 128
+    # Triton prints what it could not assemble.
+    with launches(), contextlib.redirect_stdout(io.StringIO()):
+        coefficients(device, (1, 1), (None, out, None, seed, None, 0, 0, 1), uniform)

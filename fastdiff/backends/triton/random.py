@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import arguments, launch
-from .affine import affine
+from . import affine, arguments
 from .arguments import DATA, Seeded, device_of, untouched
+from .programs import coefficients
 from .times import coefficients_launch
 
 
@@ -20,7 +20,7 @@ def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int, d
     """See ``Backend.uniform``."""
     u = torch.empty(samples, dtype=torch.float64, device=device)
     if samples:
-        launch.coefficients(device, *coefficients_launch(None, u, None, seed, None, stream, sample_offset, samples))
+        coefficients(device, *coefficients_launch(None, u, None, seed, None, stream, sample_offset, samples))
     return u
 
 
@@ -36,7 +36,7 @@ def normal(
     """See ``Backend.normal``."""
     z = torch.empty(shape, dtype=dtype, device=device)
     if z.numel():
-        affine(tuple(shape), device, None, None, Seeded(seed, stream, sample_offset, 0.0, rng), None, None, z)
+        affine.run(tuple(shape), device, None, None, Seeded(seed, stream, sample_offset, 0.0, rng), None, None, z)
     return z
 
 

@@ -3,15 +3,93 @@
 from __future__ import annotations
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
+from ... import codes
 from ...calls import StepCall
 from ...codes import KEPT_STEPS
 from ..interface import differentiable
 from . import launch
 from .arguments import DATA, in_format_of, permuted, source_of, unsuited
 from .coefficients import is_one
+from .functions import accurate_exp
+from .launch import Kernel
 from .plan import plan, tile_of
+from .tiles import load, made_noise, place_of, prefetch, row_of, store
+
+# The columns of a table of steps. (Only a kernel may use such a number, not a function that kernels call: by Triton's
+# hash, under which compiled kernels are found again, it would be another one according to which was compiled first.)
+P_X, P_M, C_X, C_M, C_X0, C_H1, C_H2, C_H3, C_H4, C_NOISE, L_0, L_V, H_X, H_M, H_X0, K_X0, K_N, C_IN = (
+    tl.constexpr(column) for column in range(len(codes.COLUMNS))
+)
+
+
+@Kernel
+def step(
+    y, x0_out, entry, seen, x, m, uncond, h1, h2, h3, h4, v, log_variance, table, scale, seed,
+    stream, sample_offset, strength, guidance, clip,
+    width, total, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
+    GUIDED: tl.constexpr, V: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr, CLIPPED: tl.constexpr,
+    TWICE: tl.constexpr,
+    ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """One sampler step: see ``codes.COLUMNS`` for what the columns of ``table`` mean.
+
+    GUIDED: by the number ``guidance``, or by ``scale``, "one" or one a "row"; width: of the table, 0 for a single row.
+    seen: the next model input, written again ``total`` elements on if TWICE.
+    """
+    run, block, start, place, inside = place_of(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    row = row_of(run, per, frames, shared, ROWS)
+    at = table + row * width
+    if V != "none" and V != "tensor":
+        prefetch(x, start, block, units, R, C, UNIT, EVEN, ASM)
+        prefetch(m, start, block, units, R, C, UNIT, EVEN, ASM)
+    state = load(x, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+    model = load(m, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+    if GUIDED != "none":
+        free = load(uncond, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+        if GUIDED == "number":
+            model = free + guidance * (model - free)
+        elif GUIDED == "one":
+            model = free + tl.load(scale) * (model - free)
+        else:
+            model = free + tl.load(scale + row) * (model - free)
+    data = tl.load(at + P_X) * state + tl.load(at + P_M) * model
+    if CLIPPED:
+        data = tl.where(data > clip, clip, tl.where(data < -clip, -clip, data))  # NaN stays
+    value = tl.load(at + C_X) * state + tl.load(at + C_M) * model + tl.load(at + C_X0) * data
+    if h1 is not None:
+        value = value + tl.load(at + C_H1) * load(h1, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+    if h2 is not None:
+        value = value + tl.load(at + C_H2) * load(h2, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+    if h3 is not None:
+        value = value + tl.load(at + C_H3) * load(h3, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+    if h4 is not None:
+        value = value + tl.load(at + C_H4) * load(h4, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+    if V != "none":
+        if V == "tensor":
+            z = load(v, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+        else:
+            z = made_noise(seed, stream, sample_offset, strength, 1.0, run, block, place, units, sample_runs,
+                           channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
+        strong = tl.load(at + C_NOISE)
+        if log_variance is not None:
+            learned = load(log_variance, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+            strong = strong * accurate_exp(0.5 * (tl.load(at + L_0) + tl.load(at + L_V) * learned))
+        value = value + strong * z
+    store(y, start, place, value, inside, EVEN, EMULATE)
+    if x0_out is not None:
+        store(x0_out, start, place, data, inside, EVEN, EMULATE)
+    if entry is not None:
+        kept = tl.load(at + H_X) * state + tl.load(at + H_M) * model + tl.load(at + H_X0) * data
+        store(entry, start, place, kept, inside, EVEN, EMULATE)
+    if seen is not None:
+        ahead = tl.load(at + C_IN) * value
+        store(seen, start, place, ahead, inside, EVEN, EMULATE)
+        if TWICE:
+            store(seen + total, start, place, ahead, inside, EVEN, EMULATE)
 
 
 def declines(call: StepCall) -> str:
@@ -35,7 +113,7 @@ def declines(call: StepCall) -> str:
     return ""
 
 
-def step(call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def run(call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See ``StepCall``."""
     x, m, row, uncond, guidance, clip, history, noise, log_variance = call[:9]
     seen = call.model_input
@@ -54,7 +132,7 @@ def step(call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     laid = (data.shape[0],) + (1,) * (data.ndim - 1) if each else (1,) * data.ndim
     how = plan(tuple(data.shape), laid, tile, kind in ("exact", "fast"), offset)
     guided = "none" if uncond is None else "number" if scale is None else "one" if is_one(scale) else "row"
-    launch.step(
+    step(
         device,
         how.grid,
         (

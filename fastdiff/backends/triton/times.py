@@ -11,9 +11,9 @@ from torch import Tensor
 from ...program import Program
 from ...tensors import Gathered, cached
 from ..interface import differentiable
-from . import arguments, launch
+from . import arguments
 from .arguments import TYPES, device_of, seed_of, untouched
-from .programs import flat
+from .programs import coefficients, flat
 
 _ROWS = 128  # a program
 
@@ -56,7 +56,7 @@ def evaluate(program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] |
     t = (t if t.dtype is torch.float32 else t.double()).contiguous()
     columns = torch.empty((len(program.outputs), *t.shape), dtype=torch.float32, device=t.device)
     how = columns, None, t, None, constants_of(program, t.device), 0, 0, t.numel()
-    launch.coefficients(t.device, *coefficients_launch(*how, flat(program.code), program.outputs))
+    coefficients(t.device, *coefficients_launch(*how, flat(program.code), program.outputs))
     return columns.unbind(0)
 
 
@@ -69,5 +69,5 @@ def times(
         return None
     t = torch.empty(samples, dtype=torch.int64 if discrete else torch.float64, device=where)
     how = None, t, None, seed, constants_of(program, where), stream, sample_offset, samples
-    launch.coefficients(where, *coefficients_launch(*how, flat(program.code), program.outputs))
+    coefficients(where, *coefficients_launch(*how, flat(program.code), program.outputs))
     return t

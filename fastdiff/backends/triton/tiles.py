@@ -1,0 +1,181 @@
+"""What kernels have in common: how they go through their data. They read coefficients and know nothing of diffusion.
+
+Data is runs of ``width`` = UNIT * units elements that share a row (and, where noise is made, a sample). A program does
+a tile of R runs by C elements: part of one run (R = 1), or several short runs whole. What differs between calls is a
+constexpr, so nothing that is not needed is compiled in; sizes that change are not.
+
+The parameters that all kernels share:
+
+    index, steps, stride    rows of coefficients that are gathered: entry index[row] of columns with ``stride``
+    units, runs, blocks     the size of a run over UNIT, the number of runs, of tiles in a run
+    per, frames, shared     runs in a stretch of one row, then rows that alternate, then how often they come again
+    sample_runs             runs in a sample, for noise that is made
+    *_KIND                  of a coefficient: "none", "one" number, "row", or "gathered"
+    ROWS                    how runs map to rows: "one", "run" (each its own) or "layout"
+    GRID                    "runs": a tile has whole runs; else "blocks, runs", or "all" in one dimension
+    SAMPLES                 a run is a sample ("run"), or part of one
+    EVEN                    the tiles cover the runs exactly, so nothing is masked
+    WIDE                    offsets need 64 bits
+    EMULATE, ASM            in the interpreter; on an NVIDIA GPU
+
+What the compiler needs to be shown:
+
+- The place of an element in its tile is known when a kernel is compiled. It is kept apart from where the tile starts,
+  so an address is one register and a constant, and four neighbours are seen to share a counter of the noise.
+- The last compiler moves the loads of a tile behind its noise, where registers are free. So the data is prefetched into
+  the L2 cache first, 64 bytes an instruction: memory and arithmetic overlap also where all programs run at once.
+- Noise is written for one element: four normals, of which it takes one. Where noise goes into two results its indices
+  are tied to the layout of the data; left to itself, Triton lays them out one a thread, and each thread makes all four.
+- Fast noise is made with its factor in the radius, so it costs one multiply-add an element in the sum it goes into.
+- A mask that is broadcast is found by one division for the 8 (or 4) elements that lie together in it.
+- The constant of smooth L1 and pseudo-Huber is inverted once a row, so no element is divided by it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .philox import narrow, normals, widen
+
+
+@triton.jit
+def place_of(units, runs, blocks, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr,
+             EVEN: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """(run, block, start, place, whether it exists) of each element, which is number ``start`` + ``place`` of the data;
+    a run that does not exist is the last. The place in the tile is apart: it is known when the kernel is compiled."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    if GRID == "runs":
+        block = program * 0
+        first = program * R
+    elif GRID == "blocks, runs":
+        block = program
+        first = tl.program_id(1)
+    else:
+        block = program % blocks
+        first = program // blocks
+    if WIDE:
+        first = first.to(tl.int64)
+    width = units * UNIT
+    place = tl.arange(0, C)
+    if R == 1:
+        run = first
+        safe = run
+        inside = block * C + place < width
+    else:
+        run = (first + tl.arange(0, R))[:, None]
+        safe = tl.minimum(run, runs - 1)
+        place = place[None, :]
+        inside = (block * C + place < width) & (run < runs)
+    return safe, block, run * units * UNIT + block * C, place, inside
+
+
+@triton.jit
+def row_of(run, per, frames, shared, ROWS: tl.constexpr):
+    if ROWS == "one":
+        return run * 0
+    elif ROWS == "run":
+        return run
+    else:
+        stretch = run // per
+        return stretch // (frames * shared) * frames + stretch % frames
+
+
+@triton.jit
+def entry_of(index, row, steps, INDEX: tl.constexpr):
+    """(entry of the columns, whether there is one)"""
+    if INDEX == "none":
+        return row, row == row
+    else:
+        if INDEX == "one":
+            entry = tl.load(index + row * 0)
+        else:
+            entry = tl.load(index + row)
+        inside = entry.to(tl.uint64) < steps.to(tl.uint64)  # a negative one is large
+        return tl.where(inside, entry, 0).to(tl.int32), inside
+
+
+@triton.jit
+def coefficient(pointer, row, entry, found, stride, KIND: tl.constexpr):
+    if KIND == "one":
+        return tl.load(pointer + row * 0)
+    elif KIND == "row":
+        return tl.load(pointer + row)
+    else:
+        return tl.where(found, tl.load(pointer + entry * stride), float("nan"))
+
+
+@triton.jit
+def load(pointer, start, place, inside, EVEN: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
+         EMULATE: tl.constexpr):  # fmt: skip
+    if EVEN:
+        return widen(tl.load(pointer + start + place), ASM and UNIT > 1, EMULATE)
+    else:
+        return widen(tl.load(pointer + start + place, mask=inside, other=0.0), ASM and UNIT > 1, EMULATE)
+
+
+@triton.jit
+def store(pointer, start, place, value, inside, EVEN: tl.constexpr, EMULATE: tl.constexpr):
+    stored = narrow(value, pointer.dtype.element_ty, EMULATE)
+    if EVEN:
+        tl.store(pointer + start + place, stored)
+    else:
+        tl.store(pointer + start + place, stored, mask=inside)
+
+
+@triton.jit
+def prefetch(pointer, start, block, units, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
+             ASM: tl.constexpr):  # fmt: skip
+    """Has the data of a tile on its way while its noise is made. The loads come first here too, but the last compiler
+    puts them behind the noise, where there are registers for what they bring."""
+    EACH: tl.constexpr = 512 // pointer.dtype.element_ty.primitive_bitwidth  # of 64 bytes
+    if ASM and R == 1 and C >= 32 * EACH:
+        place = tl.arange(0, C // EACH) * EACH
+        if not EVEN:
+            place = tl.minimum(place, units * UNIT - block * C - 1)
+        address = (pointer + start + place).to(tl.uint64)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], tl.int32, False, 1)
+
+
+@triton.jit
+def laid_out(index, data, EMULATE: tl.constexpr):
+    """``index``, with its elements where those of ``data`` are. Triton lays out what it makes of an index for its first
+    use and moves it through shared memory for others, a thread having one element; and only a thread that has all four
+    of a counter makes them together. The zero is one that the last compiler finds, not Triton."""
+    if EMULATE:
+        return index
+    else:
+        return index + ((data.to(tl.uint32, bitcast=True) >> 16) >> 16).to(index.dtype)
+
+
+@triton.jit
+def made_noise(seed, stream, sample_offset, strength, factor, run, block, place, units, sample_runs, channel_runs,
+               SEED: tl.constexpr, OFFSET: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SAMPLES: tl.constexpr,
+               FAST: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+    """Noise of a tile: Philox normals, plus ``strength`` times one normal a (sample, channel). FAST: times ``factor``,
+    which costs nothing there."""
+    if SEED == "tensor":
+        key = tl.load(seed)
+    else:
+        key = seed.to(tl.int64)
+    if SAMPLES == "run":
+        sample, inner = run, run * 0
+    else:
+        sample, inner = run // sample_runs, run % sample_runs
+    sample = sample.to(tl.int64) + sample_offset
+    if UNIT >= 4 and C >= 4:
+        # Four neighbours in the tile are four of a counter. With the last of the four for all, the compiler sees that
+        # they are the same.
+        group = inner * units * (UNIT // 4) + block * (C // 4) + ((place | 3) >> 2)
+        n = normals(key, stream, sample, group, place & 3, factor, FAST, ASM, EMULATE)
+    else:
+        index = inner * units * UNIT + block * C + place
+        n = normals(key, stream, sample, index >> 2, index & 3, factor, FAST, ASM, EMULATE)
+    if OFFSET:
+        # Stream 1 is that of the channel offsets: see ops/noise.py.
+        index = inner // channel_runs
+        shift = normals(key, stream * 0 + 1, sample, index >> 2, index & 3, factor, FAST, ASM, EMULATE)
+        n = n + strength * shift
+    return n
