@@ -1,5 +1,5 @@
-// The numbers by which Python and both kinds of kernel mean the same things. Python has its own lists of the names, in
-// this order (fastdiff/codes.py); fastdiff._C tells these, and a test compares them.
+// The numbers that Python and the kernels share. Python has its own lists of the names, in this order
+// (fastdiff/codes.py); fastdiff._C tells which it was built with, and a test compares the two.
 #pragma once
 
 #define FASTDIFF_COLUMNS(X)                                                                                            \

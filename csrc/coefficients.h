@@ -1,4 +1,4 @@
-// Coefficient programs (fastdiff/program.py): where the numbers of a row come from, by its time, or by a uniform.
+// Coefficient programs (fastdiff/program.py): they compute the coefficients of a row from its time, or a time from a uniform.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -27,15 +27,16 @@ struct Program {
   bool allows(double input) const { return input >= low && input <= high && input < __builtin_inf(); }
 };
 
-// That of a capsule which `coefficient_program` made; raises TypeError or ValueError for another, or one that computes
-// another number of things.
+// The program in a capsule that `coefficient_program` made. Raises TypeError or ValueError for another object, and for a
+// program with another number of outputs.
 const Program& program_of(PyObject* capsule, int outputs);
 
-// What the program computes for each of `rows` inputs: output k of row r is out[k * rows + r], in float64 if `wide`,
-// rounded to float32 otherwise.
+// Runs the program on each of `rows` inputs. Output k of row r is out[k * rows + r], in float64 if `wide`, rounded to
+// float32 otherwise.
 void evaluate(const Program& program, const double* inputs, int64_t rows, bool wide, void* out);
 
-// What the program makes of a uniform u in (0, 1) a sample, from sample `first` on: float64, or int64 if `index`.
+// Makes a uniform in (0, 1) for each sample, from sample `first` on, and runs the program on it: float64 results, or
+// int64 if `index`.
 void draw(const Program& program, uint64_t seed, uint32_t stream, uint64_t first, int64_t count, bool index, void* out);
 
 void bind_coefficients(pybind11::module_& module);

@@ -1,6 +1,7 @@
-// Fast calls on plain tensors: what a training step of a batch with one time a sample, and a sampler step, come down to
-// most of the time. A call reads its tensors itself, gathers its rows and makes its results; so it costs the host a
-// microsecond or two. Anything else than the plain case gives None, and is done, or refused, by fastdiff/ops.
+// Fast calls: noising, the mean loss and conversion of a batch with one time a sample, and a sampler step, on contiguous
+// CPU tensors. A call reads its tensors, computes its coefficients and makes its results by itself, so it costs the host a
+// microsecond or two. It returns None for tensors that it does not take; fastdiff/ops then does the call, or refuses it,
+// with the same bits.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,5 +1,5 @@
-// What a fused scheduler does in every step besides the arithmetic: see whether its tables still hold, and make the
-// object that it returns. A microsecond in Python, a third of it here.
+// The work of a fused scheduler's step besides the arithmetic: check that its tables are still right, and make the object
+// that it returns. It takes a microsecond in Python, a third of that here.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,6 +1,6 @@
-// The calls behind fastdiff.ops.step_table, on whole tensors: a row that is placed already, so that a step or a noising is
-// one call. What torch.randn would draw can be drawn in the same pass. As in fast_calls.h, anything else than the plain case
-// gives None, before anything is drawn.
+// Fast calls of step tables (fastdiff/ops/step_table.py): a step, or a noising, of a row whose coefficients are placed
+// already. The noise that torch.randn would draw can be drawn in the same pass. As in fast_calls.h, a call returns None
+// for tensors that it does not take, and has drawn nothing then.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -2,7 +2,7 @@
 // from 2.10): pointer, dtype and sizes of a tensor in some 40 ns, where its Python attributes take ten times that.
 // Nothing of PyTorch is included or linked.
 //
-// What is not plain here is refused without an exception; the caller leaves it to Python.
+// Tensors of other classes, layouts, devices or dtypes are refused without an exception; the caller leaves them to Python.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// A run of sampler steps, prepared once: a step is then a call with three or four arguments.
+// A run of sampler steps. Everything that stays the same is prepared once; a step is then a call with four arguments.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// Python's lock, let go of while a kernel works.
+// Releases Python's lock while a kernel works.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -102,7 +102,7 @@ def test_times_are_those_of_the_formula(timesteps, process):
     program = traced.program()
     assert program is not None, traced.why
     found = native.times(program, 7, 4096, 3, 11, "cpu", process.discrete)
-    u = fastdiff.backends.reference.uniform(7, 4096, 3, 11, "cpu")
+    u = fastdiff.backends.reference.backend.uniform(7, 4096, 3, 11, "cpu")
     expected = timesteps(u, process)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

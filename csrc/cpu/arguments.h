@@ -1,5 +1,5 @@
-// What the kernels are told. Plain data without member functions: these types are shared by translation units that are
-// compiled for different instruction sets, where an inline function could be linked from the wrong one.
+// The arguments of the kernels. They are plain data without member functions: translation units that are compiled for
+// different instruction sets share these types, and an inline function could be linked from the wrong one.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// What the step kernel is told, and what the host works out before it is launched. See fastdiff/ops/step.py for the
-// formula, step_group.h for the arithmetic, step.cu for the kernel.
+// The arguments of the step kernel, and the choices that the host makes before it is launched. See fastdiff/ops/step.py
+// for the formula, step_group.h for the arithmetic, step.cu for the kernel.
 #pragma once
 
 #include <cstddef>
