@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...modes import lasting
 from ...program import Program, lookup
 from ...torch_access import _C
 from ..interface import differentiable
@@ -22,7 +23,8 @@ def handle(program: Program, names: tuple[str, ...]) -> Any:
         part = program if names == program.names else program.of(*names)
         if part.index and all(part.code[output][0] in ("lookup", "number") for output in part.outputs):
             # As rows of a table that has nothing else.
-            part = lookup(part.columns(torch.device("cpu"), torch.float64), names)
+            with lasting():
+                part = lookup(part.columns(torch.device("cpu"), torch.float64), names)
         places = {name: k for k, name in enumerate(_C.codes["operations"])}
         code = tuple((places[operation], *(*operands, 0, 0, 0)[:3]) for operation, *operands in part.code)
         table, height, width = None, 0, 0
