@@ -27,7 +27,7 @@ class Heun(Churned):
 
     def plan(self, process: Process, steps: int | None, prediction: str | Prediction) -> Plan:
         path, start, after, added = self.churned(process, steps)
-        # In coordinates u = x / here the path's slope is (u - data x0) / s, s = sigma / here.
+        # Heun's method runs on u = x / here against s = sigma / here, where the slope is du/ds = (u - data x0) / s.
         here, there, data = self._coordinates(process, path.levels.alpha, path.ends[0])
         if not bool((here > 0).all()):
             raise ValueError(

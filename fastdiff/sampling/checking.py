@@ -1,4 +1,4 @@
-"""Checks what a run is asked, before anything is drawn or computed."""
+"""The checks of the arguments of a run, before anything is drawn or computed."""
 
 from __future__ import annotations
 

@@ -11,8 +11,9 @@ from ..showing import brief
 
 
 def conditions(cond: Any, uncond: Any, batch: int) -> tuple[Any, Any]:
-    """What the network is given: (the condition, both halves, the unconditional first; without ``uncond`` the condition
-    again). Raises ValueError for another batch size, TypeError for a text."""
+    """The conditions of the network: (the condition, the two halves of a guided batch, the unconditional first).
+    Without ``uncond`` the second is the condition again. Raises ValueError for another batch size, TypeError for a
+    text."""
     for name, half in (("cond", cond), ("uncond", uncond)):
         if isinstance(half, str):
             raise TypeError(

@@ -1,4 +1,6 @@
-"""What changes a step beyond its row: when guidance applies, rescaled guidance, dynamic thresholding, classifiers."""
+"""The options of sampling that look at the network's output before a step: guidance in an interval of times, rescaled
+guidance, dynamic thresholding, classifier guidance.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,9 @@ class Guidance:
     """The options of ``fastdiff.sample`` that have to look at the network's output before the step, checked.
 
     Attributes:
-        guided: for each row whether the unconditional half is computed.
-        rows: the plan's, with room for a gradient of the mean.
-        looks: whether anything looks: then each step needs ``prepare``.
+        guided: for each row, whether the unconditional half is computed.
+        rows: the step table of the plan, with a history entry for the gradient of the mean if there is one.
+        looks: whether an option looks at the output: then each step needs ``prepare``.
     """
 
     def __init__(

@@ -242,7 +242,8 @@ def _general_step(
     plan: Plan, guidance: Guidance, steps: Any, k: int, m: Tensor, noise: Tensor | int | None, copies: int,
     want_x0: bool, time: Tensor,
 ) -> None:  # fmt: skip
-    """The step of row k with what few runs ask for: a look at the network's output first, or at the x0 estimate."""
+    """The step of row k for runs with rare options: a learned variance, an option that looks at the network's output,
+    or a wanted x0 estimate."""
     guided, variance, options = guidance.guided[k], None, {}
     if plan.learned_variance:
         m, variance = _variance(m, steps.x.shape, guided)
@@ -272,7 +273,7 @@ def _start(request: Request, plan: Plan, source: NoiseSource) -> Tensor:
 
 
 def _model_time(plan: Plan, device: Any, dtype: Any) -> Tensor:
-    """What the network is given as t in each row, [rows]. A copy: a network may change the t that it is given."""
+    """The time that the network is called with in each row, [rows]. It is a copy, because a network may change it."""
     time = plan.model_time.to(device, copy=True)
     if time.is_floating_point():
         time = time.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -280,7 +281,7 @@ def _model_time(plan: Plan, device: Any, dtype: Any) -> Tensor:
 
 
 def _of_batches(model_time: Tensor, guided: Sequence[bool], batch: int) -> list[Tensor]:
-    """The same for a batch: [batch], or [2 batch] where it is guided."""
+    """``model_time`` for a batch, one tensor a row: [batch], or [2 batch] if the row is guided."""
     halves = model_time[:, None].expand(-1, batch).unbind(0)
     if not any(guided):
         return list(halves)

@@ -1,4 +1,4 @@
-"""Where the noise of a run comes from: a seed, a generator a sample, or a function of the step."""
+"""The noise of a run: from a seed, from one generator a sample, or from a function of the step."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class NoiseSource:
     """The noise of one run: of its start, and of each row of its plan.
 
     Attributes:
-        initial: the noise that sampling starts from, and that of known data: a tensor of the samples' shape, or the
-            ``Philox`` to make it from; None where neither is needed.
-        philox: what the noise of rows is made from, if it is made from a seed.
-        streams: for each row the stream of ``philox`` that it adds, None where it adds none. None in place of the list
-            where rows add tensors: those of ``step``.
+        initial: the noise that sampling starts from, which is also the noise of known data: a tensor of the samples'
+            shape, or the ``Philox`` to make it from; None if neither is needed.
+        philox: the ``Philox`` that makes the noise of rows, if it is made from a seed.
+        streams: for each row the stream of ``philox`` that it adds, or None if it adds no noise. None in place of the
+            list if rows add tensors, which ``step`` gives.
     """
 
     def __init__(self, request: Request, plan: Plan):

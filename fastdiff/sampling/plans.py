@@ -1,4 +1,4 @@
-"""The plans of samplers, which are kept: in a short run making one is most of the time."""
+"""The plans of samplers, which are kept: in a short run, making a plan takes most of the time."""
 
 from __future__ import annotations
 

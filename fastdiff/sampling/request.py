@@ -1,4 +1,4 @@
-"""What a run of ``fastdiff.sample`` is asked."""
+"""The record of a run: the arguments of ``fastdiff.sample``."""
 
 from __future__ import annotations
 

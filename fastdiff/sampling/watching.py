@@ -1,4 +1,4 @@
-"""Who looks on while samples are drawn: the callback, and the trajectory that is returned."""
+"""The observers of a run: the callback, and the trajectory that is returned."""
 
 from __future__ import annotations
 

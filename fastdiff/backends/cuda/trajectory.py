@@ -74,7 +74,8 @@ class Trajectory(Any_Trajectory):
         return self._prepared
 
     def _buffer(self, name: str, k: int, batch: int) -> tuple[Tensor, Memory]:
-        """Memory to write x, or what the network sees, at step k to: two by turns, if they may be used again."""
+        """The output buffer ``name`` of step k: x, or the next input of the network. Two buffers take turns if a step
+        may write over earlier results; otherwise each step has a new one."""
         key = name, k % 2, batch
         found = self._buffers.get(key) if self._reuse else None
         if found is None or found[0] is self.x:

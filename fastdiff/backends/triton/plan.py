@@ -45,10 +45,14 @@ def plan(
     shape: tuple[int, ...], rows: tuple[int, ...], tile: int, made: bool = False, channels: bool = False,
     sums: bool = False,
 ) -> Plan:  # fmt: skip
-    """The plan for data of ``shape`` with ``rows`` (the second result of ``layout_of``).
+    """The tiling of data of ``shape``.
 
-    ``made``: no run spans two samples, as noise is made by sample; ``channels``: nor two channels. ``sums``: rows are
-    summed, so a tile has several runs only where those are whole rows.
+    Args:
+        rows: the shape of the rows, as ``layout_of`` returns it.
+        tile: elements a tile.
+        made: noise is made, which is counted by sample: a run stays within one sample.
+        channels: offset noise is made, which is counted by channel: a run stays within one channel.
+        sums: rows are summed: a tile has several runs only if each run is a whole row.
     """
     elements = math.prod(shape)
     (outer, shared, frames, inner, samples, count), _ = layout_of(shape, rows)
