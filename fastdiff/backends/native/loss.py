@@ -7,8 +7,7 @@ scaled. For float16, whose losses are scaled, it is always computed in the backw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,19 +107,9 @@ class _Loss(torch.autograd.Function):
         return gradient if for_prediction else None, d_weight, *(None,) * 4
 
 
-_apply = super(torch.autograd.Function, _Loss).apply  # what Function.apply comes to where no transform is at work
-
-
-def recorded(
-    prediction: Tensor,
-    weight: Tensor | None,
-    made: tuple[Tensor, Tensor | None, Tensor | None],
-    kept: Sequence[Any],
-    call_of: Callable[..., LossCall],
-    otherwise: Backend,
-) -> Tensor:
-    """The loss of ``made``, recorded for autograd: see ``_Loss``."""
-    return _apply(prediction, weight, made, kept, call_of, otherwise)
+# (prediction, weight, (value, means, gradient), kept, call_of, otherwise) -> the loss, recorded for autograd: see
+# ``_Loss``. It is what Function.apply comes to where no transform is at work.
+recorded = super(torch.autograd.Function, _Loss).apply
 
 
 def loss_gradient(upstream: Tensor, call: LossCall) -> Tensor:

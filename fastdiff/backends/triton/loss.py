@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -336,20 +336,9 @@ class _Loss(torch.autograd.Function):
         return gradient, d_weight, *(None,) * 5
 
 
-_apply = super(torch.autograd.Function, _Loss).apply  # what Function.apply comes to where no transform is at work
-
-
-def recorded(
-    prediction: Tensor,
-    weight: Any,
-    made: tuple,
-    kept: Sequence[Any],
-    call_of: Callable[..., LossCall],
-    again: Callable[..., Tensor],
-    otherwise: Backend,
-) -> Tensor:
-    """The loss of ``made``, recorded for autograd: see ``_Loss``."""
-    return _apply(prediction, weight, made, kept, call_of, again, otherwise)
+# (prediction, weight, made, kept, call_of, again, otherwise) -> the loss, recorded for autograd: see
+# ``_Loss``. It is what Function.apply comes to where no transform is at work.
+recorded = super(torch.autograd.Function, _Loss).apply
 
 
 def loss_gradient(upstream: Tensor, call: LossCall) -> Tensor:
