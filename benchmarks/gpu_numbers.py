@@ -37,6 +37,7 @@ import gpu_records
 import torch
 import triton
 from asked import cuda, reference
+from asked import kernel as kernel_of
 from asked import triton as operations
 from roofline import GPU, gpu_of, share_of_copy
 from triton.backends.compiler import GPUTarget
@@ -228,7 +229,7 @@ def needed(exponents: Sequence[int]) -> tuple[dict[str, tuple[str, tuple]], list
 def _compiled(task: tuple[str, tuple[str, tuple], GPUTarget]) -> dict[str, Any]:
     """Compiles one kernel, and its launcher."""
     name, (kernel_name, key), target = task
-    kernel, start = getattr(launch, kernel_name), time.perf_counter()
+    kernel, start = kernel_of(kernel_name), time.perf_counter()
     try:
         compiled = kernel.compile(key, target)
         CudaLauncher(compiled.src, compiled.metadata)

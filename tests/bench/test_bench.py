@@ -385,7 +385,7 @@ def get_args():
         assert found.sources == ["a source"] and GraphLowering.save_output_code is before
 
     def test_recorder(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "fastdiff.backends.triton", None)
+        monkeypatch.setitem(sys.modules, "fastdiff.backends.triton.launch", None)
         assert counting.recorded(lambda: None) is None
 
         class Launches(list):
@@ -397,7 +397,7 @@ def get_args():
 
         found = Launches()
         launch = type("Launch", (), {"bytes": 12})
-        monkeypatch.setitem(sys.modules, "fastdiff.backends.triton", type("M", (), {"launches": lambda: found}))
+        monkeypatch.setitem(sys.modules, "fastdiff.backends.triton.launch", type("M", (), {"launches": lambda: found}))
         count = counting.recorded(lambda: found.extend([launch(), launch()]))
         assert (count.bytes, count.launches, count.by) == (24, 2, "launch recorder")
         found.clear()
