@@ -52,10 +52,3 @@ class Asked:
 
 native, triton, cuda, reference = (Asked(b.backend) for b in (_native, _triton, _cuda, _reference))
 operators = Asked(_operators)
-
-
-def kernel(name):
-    """The Triton kernel of that name. (Its modules import Triton.)"""
-    from fastdiff.backends.triton import affine, loss, programs, step
-
-    return {"affine": affine.affine, "coefficients": programs.coefficients, "loss": loss.loss, "step": step.step}[name]

@@ -23,10 +23,10 @@ from unittest import mock
 
 import torch
 from asked import cuda, reference
-from asked import kernel as kernel_of
 from asked import triton as operations
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton_kernels import KERNELS
 
 import fastdiff
 from fastdiff import ops
@@ -249,7 +249,7 @@ def variants(chosen: list[Case]) -> list[tuple[str, tuple]]:
 
 
 def compile_one(kernel: str, key: tuple, architecture: int) -> None:
-    kernel_of(kernel).compile(key, GPUTarget("cuda", architecture, 32))
+    KERNELS[kernel].compile(key, GPUTarget("cuda", architecture, 32))
 
 
 def compile_all(chosen: list[Case], architecture: int) -> int:

@@ -37,12 +37,12 @@ import gpu_records
 import torch
 import triton
 from asked import cuda, reference
-from asked import kernel as kernel_of
 from asked import triton as operations
 from roofline import GPU, gpu_of, share_of_copy
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton_compiled import machine_code
+from triton_kernels import KERNELS
 
 import fastdiff
 from fastdiff import doctor, ops
@@ -229,7 +229,7 @@ def needed(exponents: Sequence[int]) -> tuple[dict[str, tuple[str, tuple]], list
 def _compiled(task: tuple[str, tuple[str, tuple], GPUTarget]) -> dict[str, Any]:
     """Compiles one kernel, and its launcher."""
     name, (kernel_name, key), target = task
-    kernel, start = kernel_of(kernel_name), time.perf_counter()
+    kernel, start = KERNELS[kernel_name], time.perf_counter()
     try:
         compiled = kernel.compile(key, target)
         CudaLauncher(compiled.src, compiled.metadata)

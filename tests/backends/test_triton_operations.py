@@ -310,7 +310,7 @@ def test_rows_gathered_in_the_loss(rows, places):
     p, q, weight = {"a b": (a, b, weight), "a _ b": (a, None, b), "_ b a": (None, b, a)}[places]
     x0, n, prediction = random((3, 5, 48)), random((3, 5, 48)), torch.ones(3, 5, 48, device=DEVICE)
     got = triton.loss(prediction, x0, n, p, q, None, weight, None, None, "mse", "none", "none")
-    p, q, weight = (as_tensor(row) for row in (p, q, weight))
+    p, q, weight = map(as_tensor, (p, q, weight))
     want = reference.loss(prediction, x0, n, p, q, None, weight, None, None, "mse", "none", "none")
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0, equal_nan=True)
 

@@ -14,6 +14,7 @@ import triton
 
 pytestmark = pytest.mark.compiles
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +23,8 @@ def findings(tmp_path_factory):
     if not triton.__version__.startswith("3.6."):
         pytest.skip(f"the instructions are those that Triton 3.6 makes; this is {triton.__version__}")
     out = tmp_path_factory.mktemp("ptx") / "findings.json"
-    done = subprocess.run(
-        [sys.executable, HERE / "ptx.py", out],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
-    )  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks")))}
+    done = subprocess.run([sys.executable, HERE / "ptx.py", out], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
 
