@@ -8,7 +8,9 @@ import pytest
 
 import fastdiff
 
-native = pytest.mark.skipif(fastdiff.backends.native.backend.unavailable_because, reason="needs the native backend")
+native = pytest.mark.skipif(
+    bool(fastdiff.backends.native.backend.unavailable_because), reason="needs the native backend"
+)
 
 
 def run(*command: str) -> str:
