@@ -434,15 +434,16 @@ class Objective:
         if program is None:
             return None
         x0_, n = (x0 if self.prediction.uses_x0 else None), (noise if self.prediction.uses_noise else None)
-        made = partial(self._placed_rows, prediction, x0, noise, t, rows)
+        # The prediction itself is not held: a loss that is kept would keep it.
+        made = partial(self._placed_rows, prediction.dtype is torch.float64, x0, noise, t, rows)
         at_hand = rows.at_hand if rows is not None and rows.program is program else None
         function = self.loss_function.function
         return fast.loss(program, self._made.present, function, prediction, x0_, n, t, at_hand, made)
 
-    def _placed_rows(self, prediction: Tensor, x0: Tensor, noise: Any, t: Any, rows: Rows | None) -> tuple[Any, ...]:
+    def _placed_rows(self, wide: bool, x0: Tensor, noise: Any, t: Any, rows: Rows | None) -> tuple[Any, ...]:
         """``_rows_of_loss`` of ``rows``, or of others where there are none of the process as it is now."""
         if rows is None or rows.coefficients is not self._made:
-            rows = self._rows(t, x0, compute_dtype(prediction, x0, tensor_of(noise)))
+            rows = self._rows(t, x0, torch.float64 if wide else compute_dtype(x0, tensor_of(noise)))
         return self._rows_of_loss(rows)
 
     def _loss(

@@ -1,5 +1,7 @@
 """Objective, q_sample and diffusion_loss: against each other and against trainers' own arithmetic."""
 
+import weakref
+
 import numpy as np
 import oracle
 import pytest
@@ -364,3 +366,16 @@ def test_a_scaled_diffusion_loss_has_a_scaled_gradient():
         (scale * fastdiff.diffusion_loss(leaf, x0, noise, t, process, "v_prediction", "min_snr")).backward()
         found.append(leaf.grad)
     assert torch.equal(found[1], 4 * found[0]) and bool(found[0].any())
+
+
+def test_a_loss_that_is_kept_does_not_keep_the_networks_output():
+    """Once its backward has run: losses are often kept, to be logged."""
+    objective, x0 = fastdiff.Objective(fastdiff.VariancePreserving()), torch.randn(2, 3, 4, 4)
+    for how in ({}, {"mask": torch.ones(2, 1, 4, 4)}):
+        leaf = torch.randn(2, 3, 4, 4, requires_grad=True)
+        output = leaf * 2
+        loss = objective.loss(output, objective.noise(x0), **how)
+        loss.backward()
+        gone = weakref.ref(output)
+        del output
+        assert gone() is None
