@@ -1,5 +1,6 @@
 """Objective, q_sample and diffusion_loss: against each other and against trainers' own arithmetic."""
 
+import gc
 import weakref
 
 import numpy as np
@@ -379,3 +380,21 @@ def test_a_loss_that_is_kept_does_not_keep_the_networks_output():
         gone = weakref.ref(output)
         del output
         assert gone() is None
+
+
+@pytest.mark.parametrize("how", [{}, {"mask": torch.ones(2, 1, 4, 4)}, {"reduction": "none"}], ids=str)
+def test_a_loss_that_nobody_holds_is_gone(how, backend):
+    """With its gradient, which is as large as the data, and without waiting for the garbage collector."""
+    objective, x0 = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction"), torch.randn(2, 3, 4, 4)
+    output, noised = torch.randn(2, 3, 4, 4, requires_grad=True), objective.noise(x0)
+    gc.collect()
+    gc.disable()
+    try:
+        loss = objective.loss(output, noised, **how)
+        gone = weakref.ref(loss)
+        del loss
+        assert gone() is None
+        objective.loss(output, noised, **how).sum().backward()
+        assert not [o for o in gc.get_objects() if type(o).__name__ == "_LossBackward"]
+    finally:
+        gc.enable()

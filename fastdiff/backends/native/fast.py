@@ -101,9 +101,10 @@ def loss(
     if made is None or not recorded:
         return None if made is None else made[0]
     value, gradient = made
+    dtype = value.dtype  # ``call_of`` must not hold the loss, which holds it
 
     def call_of(prediction, x0, n, _):  # t, which the rows are made from, has not changed
-        p, q, scale, weight, c = (row if row is None else row.to(value.dtype) for row in rows())
+        p, q, scale, weight, c = (row if row is None else row.to(dtype) for row in rows())
         return LossCall(prediction, x0, n, p, q, scale, weight, c, None, function)
 
     return _recorded(prediction, None, (value, None, gradient), (prediction, x0, n, t), call_of, _reference)
