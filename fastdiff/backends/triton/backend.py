@@ -63,18 +63,14 @@ class Triton(Backend):
 
         return fast
 
-    def _device_of(self, device: Any, seed: Any) -> torch.device:
-        return self._random.device_of(device, seed)
-
     def supports(self, call: Call) -> tuple[bool, str]:
         because = self._modules[type(call)].declines(call)
         return not because, because
 
     def uniform(self, seed: int | Tensor, samples: int, stream: int, sample_offset: int = 0, device: Any = None):
-        where = self._device_of(device, seed)
-        if not self._random.makes(where):
-            return reference.backend.uniform(seed, samples, stream, sample_offset, device)
-        return self._random.uniform(seed, samples, stream, sample_offset, where)
+        arguments = seed, samples, stream, sample_offset, device
+        found = self._random.uniform(*arguments)
+        return reference.backend.uniform(*arguments) if found is None else found
 
     def normal(
         self,
@@ -86,10 +82,9 @@ class Triton(Backend):
         device: Any = None,
         rng: str = "exact",
     ) -> Tensor:
-        where = self._device_of(device, seed)
-        if not self._random.makes(where, dtype):
-            return reference.backend.normal(seed, shape, stream, sample_offset, dtype, device)
-        return self._random.normal(seed, shape, stream, sample_offset, dtype, where, rng)
+        arguments = seed, shape, stream, sample_offset, dtype, device
+        found = self._random.normal(*arguments, rng)
+        return reference.backend.normal(*arguments) if found is None else found
 
     def noise(self, call: NoiseCall) -> tuple[Tensor, Any]:
         return self._modules[NoiseCall].run(call)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,16 +13,14 @@ from .programs import coefficients
 from .times import coefficients_launch
 
 
-def makes(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether noise can be made here on ``device``, in ``dtype``."""
-    return dtype in DATA and untouched() and arguments.runs_on(device)
-
-
-def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: torch.device) -> Tensor:
-    """See ``Backend.uniform``."""
-    u = torch.empty(samples, dtype=torch.float64, device=device)
+def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any) -> Tensor | None:
+    """See ``Backend.uniform``; None for a device that the kernels do not run on."""
+    where = device_of(device, seed)
+    if not _makes(where):
+        return None
+    u = torch.empty(samples, dtype=torch.float64, device=where)
     if samples:
-        coefficients(device, *coefficients_launch(None, u, None, seed, None, stream, sample_offset, samples))
+        coefficients(where, *coefficients_launch(None, u, None, seed, None, stream, sample_offset, samples))
     return u
 
 
@@ -30,14 +30,18 @@ def normal(
     stream: int,
     sample_offset: int,
     dtype: torch.dtype,
-    device: torch.device,
+    device: Any,
     rng: str,
-) -> Tensor:
-    """See ``Backend.normal``."""
-    z = torch.empty(shape, dtype=dtype, device=device)
+) -> Tensor | None:
+    """See ``Backend.normal``; None for a device that the kernels do not run on, or another dtype than theirs."""
+    where = device_of(device, seed)
+    if dtype not in DATA or not _makes(where):
+        return None
+    z = torch.empty(shape, dtype=dtype, device=where)
     if z.numel():
-        affine.run(tuple(shape), device, None, None, Seeded(seed, stream, sample_offset, 0.0, rng), None, None, z)
+        affine.run(tuple(shape), where, None, None, Seeded(seed, stream, sample_offset, 0.0, rng), None, None, z)
     return z
 
 
-__all__ = ["device_of", "makes", "normal", "uniform"]
+def _makes(device: torch.device) -> bool:
+    return untouched() and arguments.runs_on(device)
