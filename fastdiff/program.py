@@ -414,8 +414,8 @@ class _Recorder(Recording):
         if name == "pow" and not isinstance(args[1], Tensor):
             return self._power(self.operand(args[0]), float(args[1]))
         if name == "div" and kwargs.get("rounding_mode") is not None:
-            how = kwargs["rounding_mode"]
-            return self.writer.add(how, self.writer.add("div", *map(self.operand, args[:2])))
+            # PyTorch's is not the rounded quotient: where that rounds up to a whole number, it is one less.
+            raise Untraceable("it uses an operation that programs have not (div with rounding_mode)")
         if name in ("add", "sub", "rsub"):
             a, b = (self.operand(v) for v in (args[1::-1] if name == "rsub" else args[:2]))
             b = self.writer.add("mul", b, self.writer.number(kwargs.get("alpha", args[2] if len(args) > 2 else 1)))

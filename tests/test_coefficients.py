@@ -285,7 +285,18 @@ def counting():
 
 CONSTANT = [None, "min_snr", fastdiff.MinSNR(3.0), capped, twice, by_default, Mine(), closure(5.0)]
 CONSTANT += [lambda levels: 1 / (1 + levels.t), lambda levels: torch.exp(-levels.sigma) * math.pi]
+CONSTANT += [lambda levels: levels.snr.clamp(max=5.0)]
+
+
+def importing(levels):
+    import cmath
+
+    return levels.snr * abs(cmath.pi)
+
+
 OTHERWISE = {
+    "a rounded quotient": (lambda levels: torch.div(levels.snr, levels.alpha, rounding_mode="floor"), "rounding_mode"),
+    "an import of its own": (importing, "imports 'cmath'"),
     "an object that may change": (Changing(), "uses a Changing"),
     "a module": (Learned(), "uses a Learned"),
     "a tensor": (lambda levels: levels.snr.clamp(max=TENSOR), "uses a Tensor"),
@@ -429,3 +440,18 @@ def test_the_names_of_operations_are_those_of_cpp():
     if native.available:
         assert native.fast._C.codes["operations"] == list(OPERATIONS)
     assert set(fastdiff.program.OF_NOISE + fastdiff.program.OF_LOSS) | {"weight"} == set(NAMES)
+
+
+def test_no_more_is_computed_than_is_used():
+    """The weight alone is for who looks at it: the loss has it times the factor of its error function."""
+    made = fastdiff.Objective(fastdiff.VariancePreserving())._coefficients
+    assert made.used == ("alpha", "sigma", "q", "loss_weight")
+
+
+def test_coefficients_of_a_time_that_was_changed_are_refused():
+    objective = fastdiff.Objective(fastdiff.VPSDE(), "epsilon", lambda levels: levels.snr * float(levels.snr.mean()))
+    t = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    noised = objective.noise(torch.zeros(2, 3), t)
+    t += 0.1
+    with pytest.raises(RuntimeError, match="t was changed in place"):
+        noised.weight  # noqa: B018

@@ -17,6 +17,7 @@ from tiny_run import ABAR, KARRAS, LEVELS, SIGMAS, START, STEPS, Z, at, clean, r
 
 import fastdiff
 from fastdiff import losses, prediction, samplers, timesteps, weighting
+from fastdiff.tabulated import TabulatedFlow
 
 VP, FLOW, EDM, VPSDE = (
     fastdiff.VariancePreserving(), fastdiff.RectifiedFlow(), fastdiff.EDM(), fastdiff.VPSDE(),
@@ -327,3 +328,38 @@ def test_timesteps_as_a_tensor_are_those_numbers():
 def test_leading_timesteps_end_at_zero():
     plan = samplers.Euler(spacing="leading").plan(VP, 4, "epsilon")
     assert plan.times.tolist() == [750, 500, 250, 0]
+
+
+def test_settings_of_samplers_are_named():
+    for name in samplers.__all__:
+        kind = getattr(samplers, name)
+        if isinstance(kind, type) and issubclass(kind, samplers.schedule.Scheduled):
+            with pytest.raises(TypeError, match="positional argument"):
+                kind(1.0)
+
+
+def test_a_table_of_weights_is_itself_alone():
+    one, other = (weighting.PerTimestep([1.0, 2.0]) for _ in range(2))
+    assert one == one and one != other and len({one, other}) == 2
+
+
+def test_the_times_of_a_table_of_sigmas():
+    """0 of the way is its last, the cleanest; all of it the first."""
+    flow = TabulatedFlow([1.0, 0.5, 0.25, 0.1], [1000.0, 500.0, 250.0, 100.0])
+    assert flow.time(torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)).tolist() == [3, 2, 0]
+
+
+@pytest.mark.parametrize("ends", [{"sigma_max": -0.5}, {"sigma_max": 0.0}, {"sigma_min": 0.0}, {"sigma_min": -0.5}])
+def test_ends_of_a_schedule_are_positive(ends):
+    with pytest.raises(ValueError, match="0 < sigma_min < sigma_max is needed"):
+        samplers.Euler(sigmas="karras", **ends)
+
+
+def test_a_step_offset_may_be_any_whole_number():
+    runs = [
+        fastdiff.sample(
+            lambda x, t: 0.5 * x, (2, 3), VP, "ddpm", 3, "epsilon", seed=1, step_offset=offset, progress=False
+        )
+        for offset in (2, np.int64(2), torch.tensor(2), 0)
+    ]
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2]) and not torch.equal(runs[0], runs[3])

@@ -262,3 +262,17 @@ def test_export_keeps_the_operators():
     program = torch.export.export(Step(), arguments)
     assert torch.equal(program.module()(*arguments), Step()(*arguments))
     assert "fastdiff.loss" in program.graph_module.code
+
+
+def test_a_guided_step_and_noise_of_any_stream_are_the_same_compiled():
+    x, m, uncond = data(3, 3, 4, 5)
+    row, scale = torch.rand(len(fastdiff.ops.COLUMNS)), torch.tensor([1.0, 2.0, 3.0])
+    philox = fastdiff.ops.Philox(3, 5, 2, offset=0.1)
+
+    def both(x, m, uncond, scale):
+        y, x0, entry = fastdiff.ops.step(x, m, row, uncond=uncond, guidance=scale)
+        return y, x0, entry, fastdiff.ops.materialize(philox, (3, 2, 4), x.device)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(x, m, uncond, scale), both(x, m, uncond, scale)):
+        assert torch.equal(a, b)
