@@ -398,3 +398,16 @@ def test_a_loss_that_nobody_holds_is_gone(how, backend):
         assert not [o for o in gc.get_objects() if type(o).__name__ == "_LossBackward"]
     finally:
         gc.enable()
+
+
+def test_an_error_that_is_infinite_in_the_space_of_the_loss():
+    """At zero terminal SNR an error of epsilon is no finite error of x0."""
+    process = fastdiff.VariancePreserving(zero_terminal_snr=True)
+    with pytest.raises(ValueError, match="an error of 'epsilon' is no finite error of 'sample' at t = 999"):
+        fastdiff.Objective(process, "epsilon", error_space="sample")
+    fastdiff.Objective(process, "v_prediction", error_space="sample")
+
+
+def test_tensors_of_one_dimension_that_differ():
+    with pytest.raises(ValueError, match=r"noise has shape \(3,\), but x0 \(2,\); they must be equal.$"):
+        fastdiff.ops.noise(torch.zeros(2), 1.0, 1.0, torch.zeros(3))
