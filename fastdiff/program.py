@@ -438,11 +438,6 @@ class _Recorder(Recording):
             return self.writer.add("reciprocal", self.writer.add("sqrt", self.operand(args[0])))
         if name == "square":
             return self._power(self.operand(args[0]), 2.0)
-        if name == "remainder":
-            # a - b floor(a / b), with the sign of b, where a number of turns is small.
-            a, b = (self.operand(v) for v in args[:2])
-            turns = self.writer.add("floor", self.writer.add("div", a, b))
-            return self.writer.add("sub", a, self.writer.add("mul", b, turns))
         if name not in _SAME or kwargs:
             raise Untraceable(f"it uses an operation that programs have not ({name})")
         return self.writer.add(_SAME[name], *map(self.operand, args))

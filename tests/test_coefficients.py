@@ -296,6 +296,7 @@ def importing(levels):
 
 OTHERWISE = {
     "a rounded quotient": (lambda levels: torch.div(levels.snr, levels.alpha, rounding_mode="floor"), "rounding_mode"),
+    "a remainder": (lambda levels: levels.snr % levels.alpha, r"programs have not \(remainder\)"),
     "an import of its own": (importing, "imports 'cmath'"),
     "an object that may change": (Changing(), "uses a Changing"),
     "a module": (Learned(), "uses a Learned"),
