@@ -155,33 +155,6 @@ void step(py::handle layout, py::handle x, py::handle m, py::handle uncond, py::
   run(a, rows.wide, team);
 }
 
-// out[k, r] = table[indices[r], k]: every column becomes a row array. Returns -1, or the place of the first index that
-// is out of range, before anything is written.
-int64_t gather(py::handle table, py::handle rows, py::handle columns, py::handle indices, py::handle out) {
-  const int64_t width = parse_integer("columns", columns);
-  if (width < 1 || width > 4096) throw py::value_error("columns: must be from 1 to 4096");
-  const Indices t = parse_indices(indices);
-  const int64_t height = parse_integer("height", rows);
-  int64_t results, entries;
-  if (__builtin_mul_overflow(t.count, width, &results) || __builtin_mul_overflow(height, width, &entries))
-    throw py::value_error("gather: too many");
-  const Input from = parse_input("table", table, entries);
-  if (from.dtype != DType::f32 && from.dtype != DType::f64) throw py::value_error("table: must be float32 or float64");
-  const Output to = parse_optional_output("out", out, results, from.dtype);
-  if (!to.data) throw py::value_error("out: is needed");
-  for (int64_t r = 0; r < t.count; ++r)
-    if (t.data[r] < 0 || t.data[r] >= height) return r;
-  for (int64_t r = 0; r < t.count; ++r) {
-    for (int64_t k = 0; k < width; ++k) {
-      if (from.dtype == DType::f32)
-        ((float*)to.data)[k * t.count + r] = ((const float*)from.data)[t.data[r] * width + k];
-      else
-        ((double*)to.data)[k * t.count + r] = ((const double*)from.data)[t.data[r] * width + k];
-    }
-  }
-  return -1;
-}
-
 py::list simd_names() {
   py::list names;
   int count;
@@ -235,7 +208,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("convert", convert);
   module.def("loss", loss);
   module.def("step", step);
-  module.def("gather", gather);
   bind_coefficients(module);
   bind_fast_calls(module);
   bind_trajectory(module);

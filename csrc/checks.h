@@ -59,7 +59,7 @@ uint64_t parse_seed(py::handle value);
 int64_t parse_integer(const char* name, py::handle value);
 double parse_number(const char* name, py::handle value);
 
-// Indices of rows of a table, for gather: (pointer, code 5, number of elements).
+// int64 numbers in memory: (pointer, code 5, number of elements).
 struct Indices {
   const int64_t* data;
   int64_t count;
