@@ -5,9 +5,9 @@ from fastdiff.backends import cuda as _cuda
 from fastdiff.backends import native as _native
 from fastdiff.backends import reference as _reference
 from fastdiff.backends import triton as _triton
-from fastdiff.backends.interface import able
-from fastdiff.calls import ConvertCall, LossCall, NoiseCall, StepCall
-from fastdiff.ops.torch_library import operators as _operators
+from fastdiff.backends.interface import able, run
+from fastdiff.calls import ConvertCall, LossCall, NoiseCall, NormalCall, StepCall, UniformCall
+from fastdiff.ops.operators import operators as _operators
 
 
 class Asked:
@@ -23,31 +23,31 @@ class Asked:
     def available(self):
         return not self.backend.unavailable_because
 
-    def _of(self, call):
-        return able(self.backend, call), call
-
     def noise(self, *arguments):
-        backend, call = self._of(NoiseCall(*arguments))
-        return backend.noise(call)
+        return run(self.backend, NoiseCall(*arguments))
 
     def noise_and_target(self, *arguments):
         return self.backend.noise_and_target(NoiseCall(*arguments[:7]), *arguments[7:])
 
     def loss(self, *arguments):
-        backend, call = self._of(LossCall(*arguments))
-        return backend.loss(call)
+        return run(self.backend, LossCall(*arguments))
 
     def loss_gradient(self, upstream, *arguments):
-        backend, call = self._of(LossCall(*arguments))
-        return backend.loss_gradient(upstream, call)
+        call = LossCall(*arguments)
+        return able(self.backend, call).loss_gradient(upstream, call)
 
     def convert(self, m, x_t, k_x, k_m):
-        backend, call = self._of(ConvertCall(m, x_t, k_x, k_m))
-        return backend.convert(call)
+        return run(self.backend, ConvertCall(m, x_t, k_x, k_m))
 
     def step(self, x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, **more):
         call = StepCall(x, m, row, uncond, guidance, clip, history, noise, log_variance, dtype, *wanted, **more)
-        return self._of(call)[0].step(call)
+        return run(self.backend, call)
+
+    def uniform(self, *arguments, **named):
+        return run(self.backend, UniformCall(*arguments, **named))
+
+    def normal(self, *arguments, **named):
+        return run(self.backend, NormalCall(*arguments, **named))
 
 
 native, triton, cuda, reference = (Asked(b.backend) for b in (_native, _triton, _cuda, _reference))

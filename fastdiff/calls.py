@@ -1,6 +1,8 @@
 """The records of the operations: each holds what one operation is asked. ``fastdiff.ops`` checks the arguments and
 makes the record, a backend runs it.
 
+``operation`` of a record is the name of the module that runs it, in the package of each backend.
+
 The tensors of a record are on one device and have the shape [batch, ...]. Coefficients are *placed*: they have as many
 dimensions as the data, of size 1 where elements share them ([B, 1, 1, 1], or [B, 1, F, 1, 1]). They are float32, or
 float64 where the data is float64; None leaves the term out of the formula. Noise is a tensor, or the ``Philox`` to make
@@ -19,6 +21,32 @@ from .philox import Philox
 Noise = Tensor | Philox | None
 
 
+class UniformCall(NamedTuple):
+    """One uniform a sample in the open interval (0, 1): float64 [samples]."""
+
+    seed: int | Tensor
+    samples: int
+    stream: int
+    sample_offset: int = 0
+    device: Any = None
+
+    operation = "uniform"
+
+
+class NormalCall(NamedTuple):
+    """Standard normals of ``shape``, in ``dtype``; ``rng`` as in ``Philox``."""
+
+    seed: int | Tensor
+    shape: tuple[int, ...]
+    stream: int = 0
+    sample_offset: int = 0
+    dtype: torch.dtype = torch.float32
+    device: Any = None
+    rng: str = "exact"
+
+    operation = "normal"
+
+
 class NoiseCall(NamedTuple):
     """x_t = alpha x0 + sigma (n + perturbation xi).
 
@@ -32,6 +60,8 @@ class NoiseCall(NamedTuple):
     perturbation: float = 0.0
     xi: Noise = None  # [batch, ...]
     keep_noise: bool = True
+
+    operation = "noise"
 
 
 class LossCall(NamedTuple):
@@ -54,6 +84,8 @@ class LossCall(NamedTuple):
     mask_normalization: str = "none"
     reduction: str = "mean"
 
+    operation = "loss"
+
 
 class ConvertCall(NamedTuple):
     """k_x x_t + k_m m, in the dtype of m."""
@@ -62,6 +94,8 @@ class ConvertCall(NamedTuple):
     x_t: Tensor  # [batch, ...]
     k_x: Any  # placed
     k_m: Any  # placed
+
+    operation = "convert"
 
 
 class StepCall(NamedTuple):
@@ -86,6 +120,8 @@ class StepCall(NamedTuple):
     known_noise: Noise = None  # [batch, ...]
     model_input: Tensor | None = None  # [batch, ...] or [2 batch, ...]; it is overwritten with c_in y
 
+    operation = "step"
+
     @property
     def data(self) -> tuple[Any, ...]:
         """The operands of the size of x, without the mask and ``model_input``."""
@@ -107,7 +143,7 @@ class RunCall(NamedTuple):
     reuse: bool = False
 
 
-Call = NoiseCall | LossCall | ConvertCall | StepCall
+Call = UniformCall | NormalCall | NoiseCall | LossCall | ConvertCall | StepCall
 
 
 def seed_of(noise: Noise) -> Any:

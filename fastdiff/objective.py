@@ -14,9 +14,9 @@ from . import explaining, from_scheduler, losses, ops, sampling
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
-from .backends.interface import able
+from .backends.interface import run
 from .backends.registry import remakes_noise
-from .calls import LossCall, NoiseCall
+from .calls import LossCall, NoiseCall, UniformCall
 from .coefficients import Coefficients, Rows, Traced, drawn
 from .losses import Loss
 from .modes import wrapping
@@ -263,7 +263,7 @@ class Objective:
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
         fast = backend.fast
-        if fast is not None and x0.is_contiguous() and not with_target and not self.input_perturbation:
+        if fast is not None and not with_target and not self.input_perturbation:
             done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng)
             if done is not None:
                 return done
@@ -295,7 +295,7 @@ class Objective:
             p, q = rows.p if self.prediction.uses_x0 else None, rows.q if self.prediction.uses_noise else None
             x_t, n, target = backend.noise_and_target(call, p, q)
         else:
-            x_t, n = able(backend, call).noise(call)
+            x_t, n = run(backend, call)
         return Noised(self, x0, x_t, t, n, rows, target)
 
     def _no_times(self, t: Tensor) -> bool:
@@ -321,11 +321,18 @@ class Objective:
                 t = self._draw(backend, seed, len(x0), sample_offset, x0.device)
             else:
                 draw = times, Stream.TIMESTEP
-        made = seed, Stream.NOISE, sample_offset, offset
-        done = fast.noise(program, draw, x0, t, noise, made, keep, rng)
+        made, data = (seed, Stream.NOISE, sample_offset, offset), x0
+        if not x0.is_contiguous():
+            # Noise that is made counts elements in their logical order, so there is a copy in any case.
+            if noise is not None or x0.requires_grad:
+                return None
+            data = x0.contiguous()
+        done = fast.noise(program, draw, data, t, noise, made, keep, rng)
         if done is None:
             return None
         x_t, n, t, known = done
+        if data is not x0:  # a channels_last network gets a channels_last x_t
+            x_t = torch.empty_like(x0).copy_(x_t)
         if noise is not None:
             n = noise
         elif n is None:
@@ -340,7 +347,9 @@ class Objective:
         if program is not None:
             t = backend.times(program, seed, samples, Stream.TIMESTEP, sample_offset, device, self.process.discrete)
         if t is None:
-            t = self.timesteps(backend.uniform(seed, samples, Stream.TIMESTEP, sample_offset, device), self.process)
+            t = self.timesteps(
+                run(backend, UniformCall(seed, samples, Stream.TIMESTEP, sample_offset, device)), self.process
+            )
         return t
 
     def _offset_noise(self, x0: Tensor, seed: int | Tensor, sample_offset: int, rng: str) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from asked import native
+from asked import native, reference
 
 import fastdiff
 from fastdiff import losses, weighting
@@ -102,7 +102,7 @@ def test_times_are_those_of_the_formula(timesteps, process):
     program = traced.program()
     assert program is not None, traced.why
     found = native.times(program, 7, 4096, 3, 11, "cpu", process.discrete)
-    u = fastdiff.backends.reference.backend.uniform(7, 4096, 3, 11, "cpu")
+    u = reference.uniform(7, 4096, 3, 11, "cpu")
     expected = timesteps(u, process)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

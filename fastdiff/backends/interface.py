@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calls import Call, ConvertCall, LossCall, NoiseCall, RunCall, StepCall
+from ..calls import Call, LossCall, NoiseCall, NormalCall, RunCall
 from ..philox import Philox, Stream
 from ..program import Program
 from ..tensors import Gathered
@@ -31,11 +35,12 @@ def differentiable(*tensors: Any) -> bool:
 
 
 class Backend:
-    """One implementation of the operations. Its methods are called only with records that ``supports`` accepts; with
-    others its fallback, ``otherwise``, is asked.
+    """One implementation of the operations: a package with a module for each. What it does not support, its fallback,
+    ``otherwise``, is asked.
 
     Attributes:
         name: the name that ``use_backend`` takes.
+        package: the name of the package of its operations.
         devices: the types of device that it is for.
         unavailable_because: why it cannot be used in this installation; empty if it can.
         fast: the module of its fast calls, or None if it has none.
@@ -44,6 +49,7 @@ class Backend:
     """
 
     name: str
+    package: str
     devices: tuple[str, ...]
     unavailable_because = ""
     otherwise: Backend | None = None
@@ -63,53 +69,41 @@ class Backend:
         """Why this machine has no device for it; empty if it has one."""
         return ""
 
-    def supports(self, call: Call) -> tuple[bool, str]:
-        """(True, "") if it runs this call; (False, the reason) if not."""
-        raise NotImplementedError
-
     # ---- the operations
 
-    def uniform(self, seed: int | Tensor, samples: int, stream: int, sample_offset: int = 0, device: Any = None):
-        """One uniform a sample in the open interval (0, 1): float64 [samples]."""
-        raise NotImplementedError
+    @cached_property
+    def modules(self) -> dict[type, ModuleType]:
+        """The module that runs each record. It has the functions
 
-    def normal(
-        self,
-        seed: int | Tensor,
-        shape: tuple[int, ...],
-        stream: int = 0,
-        sample_offset: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: Any = None,
-        rng: str = "exact",
-    ) -> Tensor:
-        """Standard normals of ``shape``; ``rng`` as in ``fastdiff.ops.Philox``."""
-        raise NotImplementedError
+        - ``declines(call)``: why it does not run this call; "" if it does;
+        - ``run(call, backend)``: the result, as the record says. ``backend`` is the one that was asked;
+        - for a loss, ``gradient(upstream, call, backend)``: see ``loss_gradient``.
 
-    def noise(self, call: NoiseCall) -> tuple[Tensor, Any]:
-        """(x_t, n): see ``NoiseCall``."""
-        raise NotImplementedError
+        A record that the package has no module for is left to the fallback.
+        """
+        names = {kind: f"{self.package}.{kind.operation}" for kind in Call.__args__}
+        return {kind: import_module(name) for kind, name in names.items() if find_spec(name)}
 
-    def loss(self, call: LossCall) -> Tensor:
-        """The loss: see ``LossCall``."""
-        raise NotImplementedError
+    def supports(self, call: Call) -> tuple[bool, str]:
+        """(True, "") if it runs this call; (False, the reason) if not."""
+        module = self.modules.get(type(call))
+        because = module.declines(call) if module else f"it has no operation {call.operation!r}"
+        return not because, because
+
+    def run(self, call: Call) -> Any:
+        """The result of a call that it supports: see the record."""
+        return self.modules[type(call)].run(call, self)
 
     def loss_gradient(self, upstream: Tensor, call: LossCall) -> Tensor:
-        """The gradient of the loss by the prediction, times ``upstream``, shaped and typed as the prediction. It is not
-        recorded by autograd.
+        """The gradient of a loss that it supports by the prediction, times ``upstream``, shaped and typed as the
+        prediction. It is not recorded by autograd.
 
         Args:
             upstream: the gradient of the loss's result: [], or the shape of the result for reduction "none".
         """
-        raise NotImplementedError
+        return self.modules[LossCall].gradient(upstream, call, self)
 
-    def convert(self, call: ConvertCall) -> Tensor:
-        """The converted output: see ``ConvertCall``."""
-        raise NotImplementedError
-
-    def step(self, call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(y, x0 estimate, history entry): see ``StepCall``."""
-        raise NotImplementedError
+    # ---- abilities
 
     def fast_step(self, x: Tensor, m: Tensor, row: Tensor, clip: float | None, n: Any, want_x0: bool) -> Any:
         """A step as a fast call: (y, x0 estimate or None); or None if it does not take these tensors.
@@ -132,10 +126,10 @@ class Backend:
         Args:
             p, q: placed coefficients; None leaves the term out.
         """
-        x_t, n = able(self, call).noise(call)
+        x_t, n = run(self, call)
         zero = torch.zeros((1,) * call.x0.ndim, dtype=call.alpha.dtype, device=call.x0.device)
         target = NoiseCall(call.x0, n, zero if p is None else p, zero if q is None else q, keep_noise=False)
-        return x_t, n, able(self, target).noise(target)[0]
+        return x_t, n, run(self, target)[0]
 
     # ---- coefficients at times
 
@@ -160,9 +154,9 @@ class Backend:
         if not isinstance(noise, Philox):
             return noise
         shape, how = tuple(shape), {"device": device, "rng": noise.rng}
-        n = self.normal(noise.seed, shape, noise.stream, noise.sample_offset, **how)
+        n = run(self, NormalCall(noise.seed, shape, noise.stream, noise.sample_offset, **how))
         if noise.offset:
-            channels = self.normal(noise.seed, shape[:2], Stream.OFFSET, noise.sample_offset, **how)
+            channels = run(self, NormalCall(noise.seed, shape[:2], Stream.OFFSET, noise.sample_offset, **how))
             n = n + noise.offset * channels.reshape(*shape[:2], *(1,) * (len(shape) - 2))
         return n
 
@@ -172,3 +166,8 @@ def able(backend: Backend, call: Call) -> Backend:
     while not backend.supports(call)[0]:
         backend = backend.otherwise
     return backend
+
+
+def run(backend: Backend, call: Call) -> Any:
+    """The result of ``call`` by ``backend``, or by the first of its fallbacks that supports it."""
+    return able(backend, call).run(call)

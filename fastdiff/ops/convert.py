@@ -25,4 +25,4 @@ def convert(
     dtype = compute_dtype(m, x_t)
     k_x, k_m = place_all(m.shape, dtype, m.device, k_x=k_x, k_m=k_m)
     call = ConvertCall(m, x_t, k_x, k_m)
-    return dispatch.runs(call, m.device).convert(call)
+    return dispatch.run(call, m.device)

@@ -1,15 +1,17 @@
-"""The choice of what runs an operation. While a program is traced, it is the operators of ``torch_library``; otherwise
+"""The choice of what runs an operation. While a program is traced, it is the operators of ``operators/``; otherwise
 the backend of the device. If that does not support the call, its fallback is asked.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..backends import registry
-from ..backends.interface import Backend, able
+from ..backends import interface, registry
+from ..backends.interface import Backend
 from ..calls import Call
-from .torch_library import operators
+from .operators import operators
 
 
 def get(device: torch.device) -> Backend:
@@ -17,6 +19,6 @@ def get(device: torch.device) -> Backend:
     return operators if torch.compiler.is_compiling() else registry.get(device)
 
 
-def runs(call: Call, device: torch.device) -> Backend:
-    """The backend that runs ``call``, whose data is on ``device``."""
-    return able(get(device), call)
+def run(call: Call, device: torch.device) -> Any:
+    """The result of ``call``, whose data is on ``device``."""
+    return interface.run(get(device), call)

@@ -85,13 +85,13 @@ def normalized(call: LossCall) -> Tensor:
     """The loss of ``call``. "sample" is made of its means of rows, for all backends alike."""
     prediction, weight, mask = call.prediction, call.weight, call.mask
     if call.mask_normalization != "sample":
-        return dispatch.runs(call, prediction.device).loss(call)
+        return dispatch.run(call, prediction.device)
     shape, batch = prediction.shape, len(prediction)
     weight = as_tensor(weight)
     if weight.shape[0] != batch:  # rows that samples share
         weight = weight.expand(batch, *weight.shape[1:])
     by_row = call._replace(weight=weight, mask_normalization="none", reduction="none")
-    rows = dispatch.runs(by_row, prediction.device).loss(by_row)
+    rows = dispatch.run(by_row, prediction.device)
     sums = rows.double().flatten(1).sum(1) if rows.ndim > 1 else rows.double()
     sums = sums * (math.prod(shape) // max(1, rows.numel()))  # elements in a row
     if mask is None:

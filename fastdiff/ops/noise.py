@@ -52,7 +52,7 @@ def noise(
         xi = perturbation_noise
     alpha, sigma = place_all(x0.shape, compute_dtype(x0, given), x0.device, alpha=alpha, sigma=sigma)
     call = NoiseCall(x0, n, alpha, sigma, perturbation, xi, keep_noise)
-    return dispatch.runs(call, x0.device).noise(call)
+    return dispatch.run(call, x0.device)
 
 
 def materialize(noise: Philox, shape: Sequence[int], device: torch.device) -> Tensor:

@@ -97,7 +97,7 @@ def step(
         x, m, row, uncond, guidance, clip, tuple(history), noise, log_variance, x.dtype, return_x0, return_entry,
         threshold, mask, known, known_noise, model_input,
     )  # fmt: skip
-    return dispatch.runs(call, x.device).step(call)
+    return dispatch.run(call, x.device)
 
 
 def check_inpainting(x: Tensor, mask: Tensor | None, known: Tensor | None, known_noise: Tensor | Philox | None) -> None:

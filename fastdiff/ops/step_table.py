@@ -94,7 +94,7 @@ class PreparedSteps(_Placed):
         call = StepCall(
             x, m, row, None, 1.0, clip, tuple(history), noise, log_variance, dtype, return_x0, return_entry, threshold
         )
-        return dispatch.runs(call, x.device).step(call)
+        return dispatch.run(call, x.device)
 
 
 class PreparedNoise(_Placed):
@@ -126,4 +126,4 @@ class PreparedNoise(_Placed):
         rows = self.placed(x0.device, compute_dtype(x0, n))[index]
         alpha, sigma = (place_rows("index", column, x0.shape) for column in rows.unbind(-1))
         call = NoiseCall(x0, n, alpha, sigma)
-        return dispatch.runs(call, x0.device).noise(call)[0]
+        return dispatch.run(call, x0.device)[0]

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 from asked import triton as operations
 
-from fastdiff.backends.interface import able
+from fastdiff.backends.interface import run
 from fastdiff.backends.triton import arguments as taken
 from fastdiff.backends.triton import fast as fast_calls
 from fastdiff.backends.triton import launch, workspace
@@ -199,11 +199,11 @@ def test_what_a_launch_costs_the_host(direct):
 
     def noise():
         call = NoiseCall(x0, ops.Philox(seed), *rows, keep_noise=False)
-        return able(operations.backend, call).noise(call)
+        return run(operations.backend, call)
 
     def loss():
         call = LossCall(prediction, None, x0, None, rows[0], None, rows[1])
-        return able(operations.backend, call).loss(call)
+        return run(operations.backend, call)
 
     calls = {
         "noising": (noise, 1, 1),

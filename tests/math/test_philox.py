@@ -416,9 +416,12 @@ def test_a_backend_with_a_fast_way_is_asked_for_it(monkeypatch):
     asked = []
 
     class Quick(Backend):
-        def normal(self, *given, rng="exact", **how):
-            asked.append(rng)
-            return torch.zeros(given[1])
+        def supports(self, call):
+            return True, ""
+
+        def run(self, call):
+            asked.append(call.rng)
+            return torch.zeros(call.shape)
 
     monkeypatch.setattr(registry, "get", lambda device: Quick())
     for rng in ("fast", "exact"):

@@ -173,6 +173,18 @@ def test_formulas_of_time_are_fast_calls(name, only_fast_calls):
     assert objective.loss(m, objective.noise(x0, noised.t, n)).isfinite()
 
 
+def test_noising_is_a_fast_call_in_any_memory_format(only_fast_calls):
+    """Made noise counts elements in their logical order, whatever the strides."""
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), noise_offset=0.1)
+    x0, *_ = batch()
+    for x in (x0.to(memory_format=torch.channels_last), x0.transpose(1, 3), x0[:, :, ::2], x0[:1].expand(3, 4, 8, 8)):
+        got, want = objective.noise(x, seed=4), objective.noise(x.contiguous(), seed=4)
+        assert_same(got.x_t, want.x_t)
+        assert_same(got.noise, want.noise)
+        assert_same(got.t, want.t)
+        assert got.x_t.stride() == torch.empty_like(x).stride() and got.x0 is x
+
+
 def test_noising_is_a_fast_call_whatever_the_weighting(only_fast_calls):
     """Also where the weighting may change from batch to batch."""
     factor = torch.ones(1, dtype=torch.float64)

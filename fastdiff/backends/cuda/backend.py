@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import Call, RunCall, StepCall
+from ...calls import RunCall
 from .. import reference, triton
 from ..interface import Backend
 from . import step
@@ -18,7 +18,7 @@ from .trajectory import Trajectory
 class Cuda(Backend):
     """The sampler step on a CUDA device. What else it is asked, the next backend is."""
 
-    name, devices = "cuda", ("cuda",)
+    name, package, devices = "cuda", __package__, ("cuda",)
     unavailable_because = step.unavailable_because
     trial = step.unfit_because
 
@@ -41,21 +41,8 @@ class Cuda(Backend):
     def no_device_because(self) -> str:
         return "" if torch.cuda.is_available() else step.NO_DEVICE
 
-    def supports(self, call: Call) -> tuple[bool, str]:
-        because = step.declines(call) if type(call) is StepCall else "the CUDA backend has the sampler step alone"
-        return not because, because
-
-    def uniform(self, *arguments: Any, **named: Any) -> Tensor:
-        return self.otherwise.uniform(*arguments, **named)
-
-    def normal(self, *arguments: Any, **named: Any) -> Tensor:
-        return self.otherwise.normal(*arguments, **named)
-
     def noise_and_target(self, *arguments: Any) -> tuple[Tensor, Any, Tensor]:
         return self.otherwise.noise_and_target(*arguments)
-
-    def step(self, call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return step.step(call, self.otherwise)
 
     def trajectory(self, call: RunCall) -> Trajectory:
         return Trajectory(self, call)

@@ -141,8 +141,8 @@ def declines(call: StepCall) -> str:
     return unfit_because(x.device)
 
 
-def step(call: StepCall, maker: Backend) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See ``StepCall``. ``maker``: the backend that makes noise which the kernel does not."""
+def run(call: StepCall, backend: Backend) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See ``StepCall``."""
     x, m, table, uncond, guidance, clip, history, noise, log_variance = call[:9]
     threshold, mask, known, known_noise, model_input = call[-5:]
     dtype = x.dtype
@@ -153,7 +153,7 @@ def step(call: StepCall, maker: Backend) -> tuple[Tensor, Tensor | None, Tensor 
     # Whatever is pointed at must be held until the launch.
     held = [t if t is None else t.contiguous() for t in (x, m, uncond, table, log_variance, known, threshold)]
     entries = [t.contiguous() for t in history]
-    noise, known_noise = settled(noise, x, maker), settled(known_noise, x, maker)
+    noise, known_noise = settled(noise, x, backend.otherwise), settled(known_noise, x, backend.otherwise)
     scale = guidance.contiguous() if isinstance(guidance, Tensor) else guidance
     masked = repeated(mask, x)
     _C.cuda_step(

@@ -12,8 +12,7 @@ from ...modes import lasting
 from ...program import Program, lookup
 from ...torch_access import _C
 from ..interface import differentiable
-from .launch import memory, unsuited
-from .random import makes
+from .launch import makes, memory, unsuited
 
 
 def handle(program: Program, names: tuple[str, ...]) -> Any:
@@ -55,7 +54,7 @@ def times(
     program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any, discrete: bool
 ) -> Tensor | None:
     """See ``Backend.times``."""
-    if not makes(seed, device) or not samples:
+    if makes(seed, device) or not samples:
         return None
     out = torch.empty(samples, dtype=torch.int64 if discrete else torch.float64, device="cpu")
     _C.times(handle(program, program.names), memory(out), int(seed), stream, sample_offset)

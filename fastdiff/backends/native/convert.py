@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...calls import ConvertCall
 from ...torch_access import _C
-from ..interface import COEFFICIENTS, differentiable
+from ..interface import COEFFICIENTS, Backend, differentiable
 from ..saving import save, saved
 from .launch import arrange, contiguous, empty, in_format_of, memory, unsuited
 
@@ -17,7 +17,7 @@ def declines(call: ConvertCall) -> str:
     return unsuited(*call) or (COEFFICIENTS if differentiable(call.k_x, call.k_m) else "")
 
 
-def convert(call: ConvertCall) -> Tensor:
+def run(call: ConvertCall, backend: Backend) -> Tensor:
     """See ``ConvertCall``."""
     return _Convert.apply(*call) if differentiable(call.m, call.x_t) else _launch(*call)
 

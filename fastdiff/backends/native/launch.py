@@ -43,6 +43,11 @@ def unsuited(*tensors: Any) -> str:
     return ""
 
 
+def makes(seed: int | Tensor, device: Any) -> str:
+    """Why noise of this seed cannot be made here for ``device``; empty if it can."""
+    return unsuited(seed) or ("" if device is None or torch.device(device).type == "cpu" else f"noise on {device}")
+
+
 def contiguous(tensor: Any) -> Any:
     return tensor.contiguous() if isinstance(tensor, Tensor) else tensor
 

@@ -53,14 +53,14 @@ class Made(NamedTuple):
     gradient: Tensor | None
 
 
-def loss(call: LossCall, otherwise: Backend) -> Tensor:
+def run(call: LossCall, backend: Backend) -> Tensor:
     """See ``LossCall``."""
     prediction, weight = call.prediction, call.weight
     if not differentiable(prediction, weight):
         return launch(call).value
     made = launch(call, means=differentiable(weight), gradient=ahead(prediction) and call.reduction != "none")
     how = call[-3:]
-    return recorded(prediction, weight, made, call[:9], lambda *tensors: LossCall(*tensors, *how), otherwise)
+    return recorded(prediction, weight, made, call[:9], lambda *tensors: LossCall(*tensors, *how), backend.otherwise)
 
 
 def ahead(prediction: Tensor) -> bool:
@@ -94,11 +94,13 @@ class _Loss(torch.autograd.Function):
         call = ctx.call_of(*saved(ctx))
         if graph:
             inputs = [t for t, needed in ((call.prediction, for_prediction), (call.weight, for_weight)) if needed]
-            found = iter(torch.autograd.grad(ctx.otherwise.loss(call), inputs, upstream, create_graph=True))
+            found = iter(torch.autograd.grad(ctx.otherwise.run(call), inputs, upstream, create_graph=True))
             return next(found) if for_prediction else None, next(found) if for_weight else None, *(None,) * 4
         if for_prediction and gradient is None:
-            able = not modes.is_many(upstream)  # one gradient, not several at once
-            gradient = loss_gradient(upstream, call) if able else ctx.otherwise.loss_gradient(upstream, call)
+            if modes.is_many(upstream):  # several gradients at once
+                gradient = ctx.otherwise.loss_gradient(upstream, call)
+            else:
+                gradient = launch(call, upstream=upstream, value=False, gradient=True).gradient
         d_weight = None
         if for_weight:
             of = call.prediction, call.weight, call.mask, call.mask_normalization
@@ -112,7 +114,7 @@ class _Loss(torch.autograd.Function):
 recorded = super(torch.autograd.Function, _Loss).apply
 
 
-def loss_gradient(upstream: Tensor, call: LossCall) -> Tensor:
+def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
     """See ``Backend.loss_gradient``."""
     return launch(call, upstream=upstream, value=False, gradient=True).gradient
 

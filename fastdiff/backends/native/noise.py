@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...calls import NoiseCall, seed_of
 from ...torch_access import _C
-from ..interface import COEFFICIENTS, differentiable
+from ..interface import COEFFICIENTS, Backend, differentiable
 from ..saving import save, saved
 from .launch import arrange, contiguous, empty, in_format_of, memory, source, unsuited
 
@@ -21,7 +21,7 @@ def declines(call: NoiseCall) -> str:
     return because or (COEFFICIENTS if differentiable(alpha, sigma, xi) else "")
 
 
-def noise(call: NoiseCall) -> tuple[Tensor, Any]:
+def run(call: NoiseCall, backend: Backend) -> tuple[Tensor, Any]:
     """See ``NoiseCall``."""
     x0, n = call.x0, call.n
     if not differentiable(x0, n):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...calls import StepCall, seed_of
 from ...torch_access import _C
-from ..interface import differentiable
+from ..interface import Backend, differentiable
 from .launch import arrange, contiguous, empty, in_format_of, masked, memory, source, unsuited
 
 
@@ -24,7 +24,7 @@ def declines(call: StepCall) -> str:
     return "rows of more than one dimension" if call.row.ndim > 2 else ""
 
 
-def step(call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def run(call: StepCall, backend: Backend) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See ``StepCall``."""
     x, m, row, uncond, guidance, clip, history, noise, log_variance = call[:9]
     threshold, mask, known, known_noise, model_input = call[-5:]

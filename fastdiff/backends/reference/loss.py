@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from ...calls import LossCall
+from ..interface import Backend
 from .coefficients import rows
 from .error_functions import Error, error_derivative
 
 
-def loss(call: LossCall, n: Tensor | None) -> Tensor:
-    """See ``LossCall``; ``n`` is the noise as a tensor."""
-    prediction, function = call.prediction, call.function
+def declines(call: LossCall) -> str:
+    return ""
+
+
+def run(call: LossCall, backend: Backend) -> Tensor:
+    """See ``LossCall``."""
+    prediction, function, n = call.prediction, call.function, _noise_of(call, backend)
     p, q, scale, weight, c, mask = rows(call.p, call.q, call.scale, call.weight, call.c, call.mask)
     e = _scaled_error(prediction, call.x0, n, p, q, scale, weight.dtype, _kept(weight, mask))
     error = Error.apply(e, c, function)
@@ -29,9 +34,9 @@ def loss(call: LossCall, n: Tensor | None) -> Tensor:
     return (means.sum() / count if call.reduction == "mean" else means).to(weight.dtype)
 
 
-def loss_gradient(upstream: Tensor, call: LossCall, n: Tensor | None) -> Tensor:
-    """The gradient of ``loss`` by the prediction, times ``upstream``, without autograd."""
-    prediction = call.prediction
+def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
+    """See ``Backend.loss_gradient``."""
+    prediction, n = call.prediction, _noise_of(call, backend)
     p, q, scale, weight, c, mask = rows(call.p, call.q, call.scale, call.weight, call.c, call.mask)
     dtype = weight.dtype
     factor = upstream * sum_rows(weight, weight.shape)
@@ -41,10 +46,14 @@ def loss_gradient(upstream: Tensor, call: LossCall, n: Tensor | None) -> Tensor:
         factor = factor / count if call.reduction == "mean" and weight.numel() else factor
     kept = _kept(weight, mask)
     e = _scaled_error(prediction, call.x0, n, p, q, scale, dtype, kept)
-    gradient = factor.to(dtype) * error_derivative(e, c, call.function)
+    slope = factor.to(dtype) * error_derivative(e, c, call.function)
     for further in (None if mask is None else mask.to(dtype), scale):
-        gradient = gradient if further is None else further * gradient
-    return torch.where(kept, gradient, 0.0).to(prediction.dtype)
+        slope = slope if further is None else further * slope
+    return torch.where(kept, slope, 0.0).to(prediction.dtype)
+
+
+def _noise_of(call: LossCall, backend: Backend) -> Tensor | None:
+    return None if call.q is None else backend.materialize(call.n, call.prediction.shape, call.prediction.device)
 
 
 def _kept(weight: Tensor, mask: Tensor | None) -> Tensor:

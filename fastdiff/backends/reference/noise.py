@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ...calls import NoiseCall
+from ..interface import Backend
 from .coefficients import rows
 
 
-def noise(call: NoiseCall, n: Tensor, xi: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(x_t, n): see ``NoiseCall``; both noises are given as tensors."""
+def declines(call: NoiseCall) -> str:
+    return ""
+
+
+def run(call: NoiseCall, backend: Backend) -> tuple[Tensor, Any]:
+    """See ``NoiseCall``."""
+    shape, device = call.x0.shape, call.x0.device
+    n, xi = backend.materialize(call.n, shape, device), backend.materialize(call.xi, shape, device)
     alpha, sigma = rows(call.alpha, call.sigma)
     dtype = alpha.dtype
     seen = n.to(dtype)
     if xi is not None:
         seen = seen + call.perturbation * xi.to(dtype)
     x_t = (alpha * call.x0.to(dtype) + sigma * seen).to(call.x0.dtype)
-    return x_t, n if n is call.n else n.to(dtype)
+    return x_t, n.to(dtype) if n is not call.n and call.keep_noise else call.n

@@ -7,12 +7,16 @@ from torch import Tensor
 
 from ...calls import StepCall
 from ...codes import COLUMNS
+from ..interface import Backend
 
 
-def step(
-    call: StepCall, noise: Tensor | None, known_noise: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See ``StepCall``; both noises are given as tensors."""
+def declines(call: StepCall) -> str:
+    return ""
+
+
+def run(call: StepCall, backend: Backend) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See ``StepCall``."""
+    noise, known_noise = (backend.materialize(n, call.x.shape, call.x.device) for n in (call.noise, call.known_noise))
     x, m, row, uncond, guidance, clip = call[:6]
     mask, known, model_input, dtype = call.mask, call.known, call.model_input, call.dtype or x.dtype
     shape = row.shape[:-1] + (1,) * (x.ndim if row.ndim > 1 else 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...calls import RunCall, StepCall
 from ...codes import COLUMNS
-from ..interface import Backend, able
+from ..interface import Backend, run
 
 _AT = {name: k for k, name in enumerate(COLUMNS)}
 
@@ -112,12 +112,12 @@ class Trajectory:
         if copies > 1 or (copies and self.scales[k] != 1):
             seen = torch.empty((copies * len(x), *x.shape[1:]), dtype=x.dtype, device=x.device)
         entries = tuple(self._history[: self.reads[k]]) if history is None else history
-        run = self._run
+        of = self._run
         call = StepCall(
-            x, m, self._placed[k] if row is None else row, uncond, run.guidance if guided else 1.0, run.clip, entries,
-            noise, log_variance, x.dtype, want_x0, self.keeps[k], threshold, run.mask, run.known, run.known_noise, seen,
+            x, m, self._placed[k] if row is None else row, uncond, of.guidance if guided else 1.0, of.clip, entries,
+            noise, log_variance, x.dtype, want_x0, self.keeps[k], threshold, of.mask, of.known, of.known_noise, seen,
         )  # fmt: skip
-        self.x, x0, entry = able(self._backend, call).step(call)
+        self.x, x0, entry = run(self._backend, call)
         self.seen = self.x if seen is None else seen
         if want_x0:
             self.x0 = x0

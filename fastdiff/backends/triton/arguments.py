@@ -127,3 +127,11 @@ def device_of(device: Any, seed: Any) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def makes(seed: Any, device: Any) -> str:
+    """Why noise of this seed cannot be made here for ``device``; empty if it can."""
+    if not untouched():
+        return TRANSFORMED
+    where = device_of(device, seed)
+    return "" if runs_on(where) else f"the kernels do not run on {where}"

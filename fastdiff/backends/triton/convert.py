@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...calls import ConvertCall
-from ..interface import COEFFICIENTS, differentiable
+from ..interface import COEFFICIENTS, Backend, differentiable
 from ..saving import save, saved
 from . import affine
 from .affine import scaled
@@ -19,7 +19,7 @@ def declines(call: ConvertCall) -> str:
     return because or (COEFFICIENTS if differentiable(call.k_x, call.k_m) else "")
 
 
-def run(call: ConvertCall) -> Tensor:
+def run(call: ConvertCall, backend: Backend) -> Tensor:
     """See ``ConvertCall``; k_x and k_m may be ``Gathered``."""
     return (_Convert.apply if differentiable(call.m, call.x_t) else _launch)(*call)
 

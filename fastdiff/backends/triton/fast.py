@@ -305,7 +305,7 @@ def loss(
 
     def again(tensors, upstream, there):
         if there is None or not _plain(device, upstream) or upstream.dtype is not torch.float32:
-            return general.loss_gradient(upstream, call_of(*tensors))
+            return general.gradient(upstream, call_of(*tensors), reference.backend)
         d, used, last = there
         prediction, x0, given, *_ = tensors
         cells = used, of_this_stream(last, device).value

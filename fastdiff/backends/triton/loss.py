@@ -276,7 +276,7 @@ class Made(NamedTuple):
     written: tuple[Tensor, Tensor, Cell] | None = None
 
 
-def run(call: LossCall, otherwise: Backend) -> Tensor:
+def run(call: LossCall, backend: Backend) -> Tensor:
     """See ``LossCall``; the coefficients may be ``Gathered``."""
     call = _needed(call)
     prediction, weight = call.prediction, call.weight
@@ -289,7 +289,8 @@ def run(call: LossCall, otherwise: Backend) -> Tensor:
     def again(tensors: Sequence[Any], upstream: Tensor, written: Any) -> Tensor:
         return _gradient(LossCall(*tensors, *how), upstream, divisor, written)
 
-    return recorded(prediction, weight, made, call[:9], lambda *tensors: LossCall(*tensors, *how), again, otherwise)
+    call_of = lambda *tensors: LossCall(*tensors, *how)  # noqa: E731
+    return recorded(prediction, weight, made, call[:9], call_of, again, backend.otherwise)
 
 
 def ahead(prediction: Tensor) -> bool:
@@ -319,7 +320,7 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             call = ctx.call_of(*tensors)
             inputs = [t for t, needed in ((call.prediction, for_prediction), (call.weight, for_weight)) if needed]
-            found = iter(torch.autograd.grad(ctx.otherwise.loss(call), inputs, upstream, create_graph=True))
+            found = iter(torch.autograd.grad(ctx.otherwise.run(call), inputs, upstream, create_graph=True))
             return next(found) if for_prediction else None, next(found) if for_weight else None, *(None,) * 5
         gradient = d_weight = None
         if for_prediction and modes.is_many(upstream):
@@ -341,7 +342,7 @@ class _Loss(torch.autograd.Function):
 recorded = super(torch.autograd.Function, _Loss).apply
 
 
-def loss_gradient(upstream: Tensor, call: LossCall) -> Tensor:
+def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
     """See ``Backend.loss_gradient``."""
     call = _needed(call)
     divisor = None if call.mask_normalization == "none" else _pass(call).divisor

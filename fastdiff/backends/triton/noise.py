@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...calls import NoiseCall
-from ..interface import COEFFICIENTS, differentiable
+from ..interface import COEFFICIENTS, Backend, differentiable
 from ..saving import save, saved
 from . import affine
 from .affine import scaled
@@ -22,7 +22,7 @@ def declines(call: NoiseCall) -> str:
     return because or (COEFFICIENTS if differentiable(alpha, sigma, xi) else "")
 
 
-def run(call: NoiseCall) -> tuple[Tensor, Any]:
+def run(call: NoiseCall, backend: Backend) -> tuple[Tensor, Any]:
     """See ``NoiseCall``; alpha and sigma may be ``Gathered``."""
     x0, n = call.x0, call.n
     if not differentiable(x0, n):

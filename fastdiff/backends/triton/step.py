@@ -9,7 +9,7 @@ from torch import Tensor
 from ... import codes
 from ...calls import StepCall
 from ...codes import KEPT_STEPS
-from ..interface import differentiable
+from ..interface import Backend, differentiable
 from . import launch
 from .arguments import DATA, in_format_of, permuted, source_of, unsuited
 from .coefficients import is_one
@@ -113,7 +113,7 @@ def declines(call: StepCall) -> str:
     return ""
 
 
-def run(call: StepCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def run(call: StepCall, backend: Backend) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See ``StepCall``."""
     x, m, row, uncond, guidance, clip, history, noise, log_variance = call[:9]
     seen = call.model_input

@@ -1,0 +1,25 @@
+"""Normals on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...calls import NormalCall
+from ...codes import DATA
+from ...torch_access import _C
+from ..interface import Backend
+from .launch import arrange, makes, memory
+
+
+def declines(call: NormalCall) -> str:
+    """Why this backend does not support the call; empty if it does."""
+    return makes(call.seed, call.device) or ("" if call.dtype in DATA else f"normals in {call.dtype}")
+
+
+def run(call: NormalCall, backend: Backend) -> Tensor:
+    """See ``NormalCall``."""
+    z = torch.empty(call.shape, dtype=call.dtype, device="cpu")
+    layout, _ = arrange(z.shape)
+    _C.normal(layout, (int(call.seed), call.stream, call.sample_offset, 0.0), memory(z), torch.get_num_threads())
+    return z

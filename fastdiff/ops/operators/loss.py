@@ -1,0 +1,84 @@
+"""The loss, and its gradient, as operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import reference
+from ...backends.interface import COEFFICIENTS, Backend, able, differentiable
+from ...backends.registry import get
+from ...calls import LossCall
+from .declaring import declare, noise_arguments, parts, source, strided
+from .declaring import run as runs
+
+_ARGUMENTS = (
+    f"Tensor prediction, Tensor weight, Tensor? x0, {noise_arguments('n')}, Tensor? p, Tensor? q, Tensor? scale, "
+    "Tensor? c, Tensor? mask, str function, str normalization, str reduction"
+)
+
+
+def _call(prediction: Tensor, weight: Tensor, x0: Tensor | None, *arguments: Any) -> LossCall:
+    """A loss from the arguments of its operator."""
+    n, (p, q, scale, c, mask), how = source(*arguments[:6]), arguments[6:11], arguments[11:]
+    return LossCall(prediction, x0, n, p, q, scale, weight, c, mask, *how)
+
+
+def _fake(prediction, weight, *arguments):
+    return weight.new_empty(weight.shape if arguments[-1] == "none" else ())
+
+
+@declare("loss", f"({_ARGUMENTS}) -> Tensor", _fake)
+def _loss(prediction, *arguments):
+    return runs(_call(prediction, *arguments), prediction)
+
+
+def _fake_gradient(upstream, prediction, *arguments):
+    return torch.empty_like(prediction)
+
+
+@declare("loss_gradient", f"(Tensor upstream, {_ARGUMENTS}) -> Tensor", _fake_gradient)
+def _loss_gradient(upstream, prediction, *arguments):
+    call = _call(prediction, *arguments)
+    gradient = able(get(prediction.device), call).loss_gradient(upstream, call)
+    return strided(gradient, prediction)
+
+
+def _context(ctx, inputs, output):
+    ctx.arguments = tuple(None if isinstance(a, Tensor) else a for a in inputs)
+    ctx.tensors = tuple(k for k, a in enumerate(inputs) if isinstance(a, Tensor))
+    ctx.save_for_backward(*(inputs[k] for k in ctx.tensors))
+
+
+def _backward(ctx, upstream):
+    arguments = list(ctx.arguments)
+    for k, tensor in zip(ctx.tensors, ctx.saved_tensors):
+        arguments[k] = tensor
+    d_prediction = d_weight = None
+    if ctx.needs_input_grad[0]:
+        d_prediction = torch.ops.fastdiff.loss_gradient(upstream, *arguments)
+    if ctx.needs_input_grad[1]:
+        prediction, weight, (mask, _, normalization, reduction) = *arguments[:2], arguments[-4:]
+        means = torch.ops.fastdiff.loss(prediction, torch.ones_like(weight), *arguments[2:-1], "none")
+        count = max(1, weight.numel())
+        factor = {"mean": 1 / count, "sum": prediction.numel() / count, "none": 1.0}[reduction]
+        if reduction == "mean" and mask is not None:
+            factor = 1 / reference.rows_of_mean(prediction, weight, mask, normalization)
+        d_weight = (upstream * means * factor).to(weight.dtype)
+    return d_prediction, d_weight, *(None,) * (len(arguments) - 2)
+
+
+torch.library.register_autograd("fastdiff::loss", _backward, setup_context=_context)
+
+
+def declines(call: LossCall) -> str:
+    return COEFFICIENTS if differentiable(call.x0, call.n, call.p, call.q, call.scale, call.c, call.mask) else ""
+
+
+def run(call: LossCall, backend: Backend) -> Tensor:
+    prediction, x0, n, p, q, scale, weight, c, mask, *how = call
+    made = parts(n if q is not None else None, prediction.device)
+    x0 = x0 if p is not None else None
+    return torch.ops.fastdiff.loss(prediction, weight, x0, *made, p, q, scale, c, mask, *how)

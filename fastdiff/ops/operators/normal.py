@@ -1,0 +1,35 @@
+"""Normals as an operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends.interface import Backend
+from ...calls import NormalCall
+from ...philox import seed_tensor
+from .declaring import declare
+from .declaring import run as runs
+
+
+def _fake(seed, shape, stream, sample_offset, dtype, rng):
+    return seed.new_empty(shape, dtype=dtype)
+
+
+@declare(
+    "normal",
+    "(Tensor seed, SymInt[] shape, int stream, SymInt sample_offset, ScalarType dtype, str rng) -> Tensor",
+    _fake,
+)
+def _normal(seed, shape, stream, sample_offset, dtype, rng):
+    call = NormalCall(seed, tuple(shape), stream, sample_offset, dtype, seed.device, rng)
+    return runs(call, seed).contiguous()
+
+
+def declines(call: NormalCall) -> str:
+    return ""
+
+
+def run(call: NormalCall, backend: Backend) -> Tensor:
+    seed, shape, stream, sample_offset, dtype, device, rng = call
+    return torch.ops.fastdiff.normal(seed_tensor(seed, device), shape, stream, sample_offset, dtype, rng)
