@@ -6,7 +6,7 @@ from fastdiff.backends import native as _native
 from fastdiff.backends import reference as _reference
 from fastdiff.backends import triton as _triton
 from fastdiff.backends.interface import able, run
-from fastdiff.calls import ConvertCall, LossCall, NoiseCall, NormalCall, StepCall, UniformCall
+from fastdiff.calls import ConvertCall, GaussianCall, LossCall, NoiseCall, NormalCall, StepCall, UniformCall
 from fastdiff.ops.operators import operators as _operators
 
 
@@ -34,6 +34,13 @@ class Asked:
 
     def loss_gradient(self, upstream, *arguments):
         call = LossCall(*arguments)
+        return able(self.backend, call).loss_gradient(upstream, call)
+
+    def gaussian_kl(self, *arguments):
+        return run(self.backend, GaussianCall(*arguments))
+
+    def gaussian_kl_gradient(self, upstream, *arguments):
+        call = GaussianCall(*arguments)
         return able(self.backend, call).loss_gradient(upstream, call)
 
     def convert(self, m, x_t, k_x, k_m):

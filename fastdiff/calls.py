@@ -87,6 +87,42 @@ class LossCall(NamedTuple):
     operation = "loss"
 
 
+class GaussianCall(NamedTuple):
+    """weight * rho + simple_weight * e^2, summed row by row in float64, then reduced: a term of the variational bound.
+
+    e = prediction - (p x0 + q n), the means differ by d = scale e, and the model's log-variance is L = l_0 + l_v v.
+    rho, in nats, is chosen by ``half_width``: see ``fastdiff.ops.gaussian_kl``. The shape of ``weight`` says what a row
+    is. The result has the compute dtype: that shape for reduction "none", a scalar for "mean" and "sum". A term of
+    weight 0 adds 0, whatever the row holds."""
+
+    output: Tensor  # [batch, channels, ...]; with l_v [batch, 2 channels, ...]: the prediction, and v behind it
+    x0: Tensor | None  # [batch, channels, ...]
+    n: Noise  # [batch, channels, ...]
+    p: Any  # placed
+    q: Any  # placed
+    scale: Any  # placed
+    l_0: Any  # placed
+    l_v: Any  # placed
+    l_q: Any  # placed
+    half_width: Any  # placed; negative, or None: KL divergence. 0: density. Positive: bin
+    weight: Any  # placed
+    simple_weight: Any = None  # placed
+    freeze_mean: bool = False
+    reduction: str = "mean"
+
+    operation = "gaussian_kl"
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor | None]:
+        """(the prediction, v), views of ``output``; v is None without l_v."""
+        return tuple(self.output.chunk(2, 1)) if self.l_v is not None else (self.output, None)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the prediction."""
+        return self.halves[0].shape
+
+
 class ConvertCall(NamedTuple):
     """k_x x_t + k_m m, in the dtype of m."""
 
@@ -143,7 +179,7 @@ class RunCall(NamedTuple):
     reuse: bool = False
 
 
-Call = UniformCall | NormalCall | NoiseCall | LossCall | ConvertCall | StepCall
+Call = UniformCall | NormalCall | NoiseCall | LossCall | GaussianCall | ConvertCall | StepCall
 
 
 def seed_of(noise: Noise) -> Any:

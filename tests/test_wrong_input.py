@@ -384,6 +384,9 @@ OPERATIONS = {
     "loss": (
         lambda **given: ops.loss(**({"p": 1.0, "q": 1.0} | given)),
         {"prediction": "prediction", "x0": "x0", "n": "noise"}),
+    "gaussian_kl": (
+        lambda **given: ops.gaussian_kl(**given, p=1.0, q=1.0, scale=1.0, l_0=0.0, l_q=0.0),
+        {"output": "output", "x0": "x0", "n": "noise"}),
     "convert": (lambda **given: ops.convert(**given, k_x=1.0, k_m=1.0), {"x_t": "x_t", "m": "prediction"}),
     "step": (
         lambda **given: ops.step(row=ROW, mask=X > 0, **given),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Call, LossCall, NoiseCall, NormalCall, RunCall
+from ..calls import Call, GaussianCall, LossCall, NoiseCall, NormalCall, RunCall
 from ..philox import Philox, Stream
 from ..program import Program
 from ..tensors import Gathered
@@ -77,7 +77,7 @@ class Backend:
 
         - ``declines(call)``: why it does not run this call; "" if it does;
         - ``run(call, backend)``: the result, as the record says. ``backend`` is the one that was asked;
-        - for a loss, ``gradient(upstream, call, backend)``: see ``loss_gradient``.
+        - for a loss or a ``gaussian_kl``, ``gradient(upstream, call, backend)``: see ``loss_gradient``.
 
         A record that the package has no module for is left to the fallback.
         """
@@ -94,14 +94,14 @@ class Backend:
         """The result of a call that it supports: see the record."""
         return self.modules[type(call)].run(call, self)
 
-    def loss_gradient(self, upstream: Tensor, call: LossCall) -> Tensor:
-        """The gradient of a loss that it supports by the prediction, times ``upstream``, shaped and typed as the
-        prediction. It is not recorded by autograd.
+    def loss_gradient(self, upstream: Tensor, call: LossCall | GaussianCall) -> Tensor:
+        """The gradient of a loss that it supports by the network's output, times ``upstream``, shaped and typed as the
+        output. It is not recorded by autograd.
 
         Args:
             upstream: the gradient of the loss's result: [], or the shape of the result for reduction "none".
         """
-        return self.modules[LossCall].gradient(upstream, call, self)
+        return self.modules[type(call)].gradient(upstream, call, self)
 
     # ---- abilities
 

@@ -2,12 +2,14 @@
 
 - ``noise``: x_t = alpha x0 + sigma (n + gamma xi); n is given, or made from a seed.
 - ``loss``: target p x0 + q n, scaled error, error function, mask, sums of rows, weight, reduction.
+- ``gaussian_kl``: KL divergence or likelihood of Gaussians whose means differ by a scaled error, mean squared error.
 - ``convert``: k_x x_t + k_m m.
 - ``step``: guidance, x0, clamp, threshold, linear update with history, noise, learned variance, known data, next input.
 """
 
 from ..philox import Philox
 from .convert import convert
+from .gaussian_kl import gaussian_kl
 from .loss import loss
 from .noise import materialize, noise
 from .step import COLUMNS, step
@@ -20,6 +22,7 @@ __all__ = [
     "PreparedNoise",
     "PreparedSteps",
     "convert",
+    "gaussian_kl",
     "loss",
     "materialize",
     "noise",

@@ -39,6 +39,14 @@ def loss_arguments(n, *, weight=None, mask=None, how=("mse", "none", "mean"), dt
     return (prediction, weight, x0, *n, rows(), rows(), None, c, mask, *how)
 
 
+def gaussian_arguments(n, *, learned=True, grad=True, how=(False, "mean"), dtype=torch.float32, channels_last=False):
+    """Rows of each kind; the weights are those of a hybrid loss."""
+    output = data(3, 4 if learned else 2, 4, 5, dtype=dtype, grad=grad, channels_last=channels_last)
+    half_width = torch.tensor([-1.0, 0.0, 0.1]).view(3, 1, 1, 1)
+    coefficients = rows(), rows(), rows(), rows(), rows() if learned else None, rows(), half_width, rows()
+    return (output, rows(), data(3, 2, 4, 5), *n, *coefficients, *how)
+
+
 CASES = {
     "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0)),
     "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, torch.float32, "exact")),
@@ -88,6 +96,20 @@ CASES = {
             data(3, 2, 4, 5, channels_last=True),
             *loss_arguments(MADE, grad=False)[1:],
         ),
+    ),
+    "gaussian_kl": (OPS.gaussian_kl, lambda: gaussian_arguments(given())),
+    "gaussian_kl with made noise": (OPS.gaussian_kl, lambda: gaussian_arguments(MADE, dtype=torch.bfloat16)),
+    "gaussian_kl per row, of a frozen mean": (
+        OPS.gaussian_kl,
+        lambda: gaussian_arguments(given(), channels_last=True, how=(True, "none")),
+    ),
+    "gaussian_kl summed, of a variance that is not learned": (
+        OPS.gaussian_kl,
+        lambda: gaussian_arguments(given(), learned=False, how=(False, "sum")),
+    ),
+    "gradient of gaussian_kl": (
+        OPS.gaussian_kl_gradient,
+        lambda: (torch.tensor(0.5), *gaussian_arguments(MADE, grad=False)),
     ),
     "convert": (OPS.convert, lambda: (data(3, 2, 4, 5, grad=True), data(3, 2, 4, 5, grad=True), rows(), rows())),
     "step": (OPS.step, lambda: step_arguments(data(3, 2, 4, 5))),
@@ -177,6 +199,10 @@ def _reference(operator, *arguments):
             model_input=seen if copies else None,
         )  # fmt: skip
         return y, *(torch.empty(0, dtype=x.dtype) if tensor is None else tensor for tensor in (x0, entry)), seen
+    if name == "gaussian_kl":
+        output, weight, x0 = arguments[:3]
+        n, coefficients, (simple_weight, *how) = source(*arguments[3:9]), arguments[9:16], arguments[16:]
+        return (reference.gaussian_kl(output, x0, n, *coefficients, weight, simple_weight, *how),)
     prediction, weight, x0 = arguments[:3]
     n, (p, q, scale, c, mask) = source(*arguments[3:9]), arguments[9:14]
     return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *arguments[14:]),)
