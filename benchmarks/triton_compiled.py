@@ -48,6 +48,7 @@ EVERYWHERE = {
     *("noising, fast, bf16", "noising, exact, bf16", "noising, given, bf16", "noising, given, fp32"),
     *("loss v, fast, bf16", "loss v, exact, bf16", "loss v, given, bf16", "loss v, given, fp32"),
     *("loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
+    *("hybrid loss, fast, bf16", "hybrid loss with bins, exact, bf16", "hybrid loss with bins, given, fp32"),
     *("coefficients of SD3, drawn", "coefficients of EDM, drawn", "coefficients of VPSDE, drawn"),
     *("operations of angles", "all other operations"),
 }
@@ -111,8 +112,25 @@ def cases() -> dict[str, Any]:
 
         return call
 
+    def hybrid(dtype, n, bins, frozen=True):
+        """Of epsilon: simple_weight e^2, and the bound of a variance that is learned. ``bins``: rows may be of bins."""
+
+        def call():
+            output = meta(SHAPE[0], 2 * SHAPE[1], *SHAPE[2:], dtype=dtype).requires_grad_()
+            x0 = meta(*SHAPE, dtype=dtype) if bins else None
+            q, scale, l_0, l_v, l_q, half_width, weight = column[1:]
+            how = half_width if bins else None, plain[0], weight, frozen, "mean"
+            operations.gaussian_kl(output, x0, n, None, q, scale, l_0, l_v, l_q, *how).backward()
+
+        return call
+
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         given = meta(*SHAPE, dtype=dtype)
+        for rng in ("fast", "exact", "given"):
+            source = given if rng == "given" else ops.Philox(seed, rng=rng)
+            found[f"hybrid loss, {rng}, {name}"] = hybrid(dtype, source, False)
+            found[f"hybrid loss with bins, {rng}, {name}"] = hybrid(dtype, source, True)
+            found[f"bound, mean learned too, {rng}, {name}"] = hybrid(dtype, source, False, frozen=False)
         for rng in ("fast", "exact"):
             made = ops.Philox(seed, rng=rng)
             found[f"noising, {rng}, {name}"] = noise(SHAPE, dtype, made)

@@ -1,7 +1,7 @@
 """The Triton backend against the reference, on a GPU or, without one, in Triton's interpreter.
 
 A GPU compiles each variant of a kernel, and all tests together ask for over a thousand. There those marked
-``gpu_variants`` are run, the others skipped: they reach every branch of the kernels in at most 150 variants
+``gpu_variants`` are run, the others skipped: they reach every branch of the kernels in at most 190 variants
 (test_triton_variants.py counts them).
 
     python -m pytest tests/backends/test_triton_operations.py -m gpu_variants -n 16
@@ -29,7 +29,7 @@ import triton as jit
 import triton.language as tl
 from asked import reference, triton
 
-from fastdiff.backends.triton import affine, interpreted, loss, plan, step
+from fastdiff.backends.triton import affine, gaussian_kl, interpreted, loss, plan, step
 from fastdiff.backends.triton.launch import launches
 from fastdiff.backends.triton.philox import fma
 
@@ -92,7 +92,7 @@ def assert_as_good(got, want, exact):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Rows of several tiles without large data."""
-    for module in (affine, loss, step):
+    for module in (affine, gaussian_kl, loss, step):
         monkeypatch.setattr(module, "tile_of", lambda elements, itemsize: 64)
 
 
@@ -496,6 +496,173 @@ class Computed(TorchDispatchMode):
         if not function.is_view and "empty" not in function.name() and "detach" not in function.name():
             self.names.append(function.name())
         return function(*args, **(kwargs or {}))
+
+
+# Of ops.gaussian_kl: whether the variance is learned, half-widths, noise, whether the mean is frozen, whether there are
+# weights of the squared error, whether x0 is in the target, reduction.
+GAUSSIANS = [
+    (True, "none", "made", True, "row", False, "mean"),
+    (True, "row", "given", False, "row", True, "none"),
+    (False, "none", "given", True, "one", True, "mean"),
+    (True, "row", "given", False, "none", True, "none"),
+    (False, "one", "made", False, "none", False, "sum"),
+    (False, "row", "none", False, "one", False, "mean"),
+    (True, "one", "made", True, "none", False, "sum"),
+]
+WIDTHS = [-1.0, 1 / 255, 0.0, 0.5]
+
+
+def gaussian_arguments(shape, rows, dtype, how, gathered=None):
+    learned, widths, noise, freeze_mean, simple, reads_x0, reduction = how
+    learned = learned and len(shape) > 1
+    p, q, scale, l_v, weight, simple_weight = (random(rows).abs() * 0.4 + 0.1 for _ in range(6))
+    l_0, l_q = (random(rows).clamp(-2, 2) for _ in range(2))
+    one, count = torch.ones((1,) * len(shape), device=DEVICE), math.prod(rows)
+    half_width = {
+        "none": None,
+        "one": one * 0.3,
+        "row": torch.tensor((WIDTHS * count)[:count], device=DEVICE).view(rows),
+    }[widths]
+    output = random((shape[0], 2 * shape[1], *shape[2:]) if learned else shape, dtype)
+    n = {"made": ops.Philox(5), "given": random(shape, dtype), "none": None}[noise]
+    p, q, l_v = p if reads_x0 else None, None if n is None else q, l_v if learned else None
+    simple_weight = {"none": None, "one": one * 0.2, "row": simple_weight}[simple]
+    rest = (l_0, l_v, l_q, half_width, weight, simple_weight, freeze_mean, reduction)
+    return [output, random(shape, dtype), n, p, q, scale, *rest]
+
+
+def run_gaussian(backend, arguments, convert=lambda t: t.detach().clone()):
+    values = [convert(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    values[0].requires_grad_()
+    value = backend.gaussian_kl(*values)
+    upstream = torch.linspace(0.5, 2, max(1, value.numel())).to(value)[: value.numel()].view_as(value)
+    value.backward(upstream)
+    return value.detach(), values[0].grad
+
+
+def compare_gaussians(arguments):
+    results = run_gaussian(triton, arguments), run_gaussian(reference, arguments)
+    for got, want, exact in zip(*results, run_gaussian(reference, arguments, lambda t: t.detach().double())):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        # Terms cancel: the scale of the errors is that of the tensor.
+        bound = 2 * (want.double() - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+        assert bool(((got.double() - exact).abs() <= bound + torch.finfo(got.dtype).eps * exact.abs()).all())
+
+
+@diagonal(layout=LAYOUTS, dtype=DTYPES, how=GAUSSIANS)
+def test_gaussian_kl_and_gradient(layout, dtype, how):
+    compare_gaussians(gaussian_arguments(*layout, dtype, how))
+
+
+@diagonal(
+    3,
+    layout=[((3, 2, 200), (3, 1, 1)), ((2, 3, 2, 70), (2, 1, 2, 1)), ((2, 128), (1, 1))],
+    how=[(*GAUSSIANS[1][:-1], reduction) for reduction in ("mean", "none", "sum")],
+)
+def test_gaussian_rows_of_several_tiles(layout, how, small_tiles):
+    compare_gaussians(gaussian_arguments(*layout, torch.bfloat16, how))
+
+
+@diagonal(2, rows=[(3, 1, 1), (1, 1, 1), (3, 5, 1)])
+def test_gaussian_rows_that_are_gathered(rows):
+    arguments = gaussian_arguments((3, 5, 48), rows, torch.float32, GAUSSIANS[1])
+    arguments[-2:] = True, "mean"
+    table = torch.rand(7, 9, device=DEVICE) - 0.3
+    index = torch.arange(math.prod(rows), device=DEVICE).view(rows) % 7
+    plain = list(arguments)
+    for column, k in enumerate(range(3, 12)):
+        plain[k] = as_tensor(Gathered(table[:, column], index))
+        arguments[k] = Gathered(table[:, column], index)
+    arguments[10] = plain[10] = random((3, 1, 1)) if rows == (1, 1, 1) else plain[10]  # sums of rows
+    if rows == (1, 1, 1):
+        rows = (3, 1, 1)
+    got, want = (run_gaussian(backend, which) for backend, which in ((triton, arguments), (reference, plain)))
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6 * float(w.abs().max()))
+
+
+@diagonal(1, dtype=[torch.bfloat16, torch.float16, torch.float32])
+def test_gaussian_backward_twice_scaled_and_by_zero(dtype):
+    arguments = gaussian_arguments((4, 3, 100), (4, 1, 1), dtype, GAUSSIANS[0])
+    arguments[0].requires_grad_()
+    (exact,) = torch.autograd.grad(reference.gaussian_kl(*arguments), arguments[0])
+    loss = triton.gaussian_kl(*arguments)
+    for scale in (1.0, 1.0, -3.0, 0.0, 2.0**12):
+        (found,) = torch.autograd.grad(loss * scale, arguments[0], retain_graph=True)
+        near = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-5 * abs(scale) * float(exact.abs().max()) + 1e-7}
+        torch.testing.assert_close(found.double(), scale * exact.double(), **near)
+
+
+@gpu_variants
+def test_a_hybrid_loss_is_one_launch_that_reads_and_writes_both_halves_once():
+    """In bfloat16, of epsilon with noise that is made again: 4 bytes read and 4 written an element."""
+    arguments = gaussian_arguments((4, 2, 512), (4, 1, 1), torch.bfloat16, GAUSSIANS[0])
+    elements = 4 * 2 * 512
+    arguments[0].requires_grad_()
+    with launches() as launched:
+        loss = triton.gaussian_kl(*arguments)
+    assert launched == ["gaussian_kl"]
+    assert 0 < launched[0].read - 4 * elements < 1000 and 0 < launched[0].written - 4 * elements < 100
+    with launches() as launched:
+        loss.backward()
+    assert launched == ["gaussian_kl"] and launched[0].bytes == 8  # compares two numbers
+    arguments[0] = arguments[0].detach()
+    with launches() as launched:
+        triton.gaussian_kl(*arguments)
+    assert launched[0].written < 100
+
+
+def test_a_changed_input_of_gaussian_kl_is_noticed_in_backward():
+    arguments = gaussian_arguments((3, 2, 128), (3, 1, 1), torch.float32, GAUSSIANS[1])
+    arguments[0].requires_grad_()
+    loss = triton.gaussian_kl(*arguments)
+    arguments[2].add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.sum().backward()
+
+
+def test_what_is_not_finite_reaches_a_gaussian_term_and_what_is_left_out_does_not():
+    shape, rows = (6, 2, 40), (6, 1, 1)
+    for how in (GAUSSIANS[0], GAUSSIANS[1]):
+        arguments = gaussian_arguments(shape, rows, torch.float32, (*how[:-1], "none"))
+        arguments[0][0, 0, 3], arguments[0][1, 3, 3], arguments[0][2, 1, 5] = math.nan, math.nan, math.inf
+        arguments[0][4, :, 7], arguments[0][5, 2, 7] = math.nan, math.nan
+        arguments[10][4:], arguments[11][4] = 0, 0  # the second has its squared error still
+        results = [run_gaussian(backend, arguments) for backend in (triton, reference)]
+        for got, want in zip(*results):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+        value, gradient = results[0]
+        assert value.flatten()[4] == 0 and not gradient[4].any()
+        assert value.flatten()[5] > 0 and bool(gradient[5].isfinite().all())
+
+
+@gpu_variants
+def test_any_float_of_a_gaussian_term():
+    """Of all sizes, against the reference in float64: functions of the kernel itself make them."""
+    logs = torch.linspace(-40, 40, 2001, device=DEVICE)
+    for half_width in (None, 0.0, 1 / 255, 0.5):
+        for d in (0.0, 1e-3, 0.4, -3.0, 100.0):
+            output = torch.cat([torch.full_like(logs, d)[:, None], logs[:, None]], 1)
+            x0, one = torch.zeros_like(output[:, :1]), torch.ones(1, 1, device=DEVICE)
+            width = None if half_width is None else one * half_width
+            arguments = [output, x0, None, None, None, one, one * 0, one, one * 0.5, width]
+            arguments += [torch.ones(2001, 1, device=DEVICE), None, False, "none"]
+            got, want = run_gaussian(triton, arguments), run_gaussian(reference, arguments, lambda t: t.double())
+            for g, w in zip(got, want):
+                # exp(L) of L up to 40, rounded to 2^-24 of itself; a number below the normal ones may be 0.
+                inside = (w.abs() < 1e37) & (w.abs() > 1e-36)
+                torch.testing.assert_close(g[inside].double(), w[inside], rtol=2e-5, atol=2e-6)
+
+
+@gpu_variants
+def test_fast_noise_in_gaussian_kl():
+    arguments = gaussian_arguments((3, 4, 8, 8), (3, 1, 1, 1), torch.bfloat16, GAUSSIANS[1])
+    results = []
+    for rng in ("exact", "fast"):
+        arguments[2] = ops.Philox(5, offset=0.1, rng=rng)
+        results.append(run_gaussian(triton, arguments))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.01)
 
 
 def test_a_training_step_is_three_launches():

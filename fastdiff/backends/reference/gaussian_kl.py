@@ -23,8 +23,8 @@ def run(call: GaussianCall, backend: Backend) -> Tensor:
     """See ``GaussianCall``."""
     of = _operands(call, backend)
     terms = torch.where(of.bounds, of.weight * Term.apply(of.d, of.log_variance, of.l_q, of.half_width, of.x0), 0.0)
-    if of.simple_weight is not None:
-        terms = terms + torch.where(of.errs, of.simple_weight * (of.e * of.e), 0.0)
+    e = torch.where(of.errs, of.e, 0.0)  # without a weight too: a frozen mean has a gradient, which is 0
+    terms = terms + (e * e if of.simple_weight is None else of.simple_weight * (e * e))
     dtype, count = of.weight.dtype, of.weight.numel()
     sums = sum_rows(terms, of.weight.shape)
     if call.reduction == "sum":

@@ -1,4 +1,4 @@
-"""The error functions and their derivatives, as device functions, in forms that keep their digits.
+"""Elementary functions, the error functions and their derivatives, as device functions, in forms that keep their digits.
 
 They use no library function: those differ by target, and the interpreter has none. The polynomials are interpolations
 at Chebyshev points, good to 2.2 units of 2^-24. ASM: on an NVIDIA GPU, whose own instructions for 1/x, 1/sqrt(x) and
@@ -10,9 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .philox import fma
+
 
 @triton.jit
-def _inverse(x, ASM: tl.constexpr):
+def inverse(x, ASM: tl.constexpr):
     """1 / x"""
     if ASM:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
@@ -57,6 +59,56 @@ def accurate_exp(x):
 
 
 @triton.jit
+def exponential(x, ASM: tl.constexpr, EMULATE: tl.constexpr):
+    """exp(x); 0 where that is denormal, on an NVIDIA GPU. What the product with 1 / ln 2 rounds off, and what the
+    constant leaves out, becomes a factor."""
+    x = tl.clamp(x, -150.0, 150.0, tl.PropagateNan.ALL)
+    product = x * 1.4426950408889634
+    rest = fma(x, 1.4426950408889634, -product, EMULATE) + x * 1.925963033500649e-08
+    return _power_of_2(product, ASM) * tl.fma(rest, 0.6931471805599453, 1.0)
+
+
+@triton.jit
+def exp_excess(z):
+    """exp(z) - 1 - z for abs(z) <= 1."""
+    value = tl.fma(z, 2.806280260870996e-06, 2.5358512243303926e-05)
+    value = tl.fma(z, value, 0.00019838101968248692)
+    value = tl.fma(z, value, 0.0013885396911830943)
+    value = tl.fma(z, value, 0.008333339675919085)
+    value = tl.fma(z, value, 0.041666736595236314)
+    value = tl.fma(z, value, 0.16666666646842102)
+    value = tl.fma(z, value, 0.49999999781421695)
+    return z * z * value
+
+
+@triton.jit
+def _twice_artanh(w):
+    """2 artanh(w) = ln((1 + w) / (1 - w)) for abs(w) <= 1/3."""
+    z = w * w
+    value = tl.fma(z, 0.28157778359061375, 0.27965157746385366)
+    value = tl.fma(z, value, 0.40024595230576043)
+    value = tl.fma(z, value, 0.6666632164138252)
+    value = tl.fma(z, value, 2.0000000076817583)
+    return w * value
+
+
+@triton.jit
+def log_1_plus(x, ASM: tl.constexpr):
+    """ln(1 + x) for x from 0 to 1."""
+    return _twice_artanh(x * inverse(2.0 + x, ASM))
+
+
+@triton.jit
+def logarithm(x, ASM: tl.constexpr):
+    """ln(x) for normal numbers x; about -88 for 0 and denormal ones."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23  # so that the fraction is from sqrt(1/2) to sqrt(2)
+    fraction = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    log = _twice_artanh((fraction - 1.0) * inverse(fraction + 1.0, ASM))
+    return tl.where(x != x, x, tl.fma(exponent.to(tl.float32), 0.6931471805599453, log))
+
+
+@triton.jit
 def reciprocal(c):
     """1 / c, at most the largest float32, so that 0 times it is 0: what the functions with a c take, once a row.
     NaN, as of a t out of range, stays."""
@@ -98,7 +150,7 @@ def _tanh(e, ASM: tl.constexpr):
     value = tl.fma(z, value, 0.13332870602607727)
     value = tl.fma(z, value, -0.3333333134651184)
     q = _power_of_2(-2.8853900817779268 * size, ASM)
-    large = tl.fma(-2.0 * q, _inverse(1.0 + q, ASM), 1.0)
+    large = tl.fma(-2.0 * q, inverse(1.0 + q, ASM), 1.0)
     return tl.where(size < 0.6, tl.fma(e * z, value, e), tl.where(e < 0, -large, large))
 
 
@@ -114,7 +166,7 @@ def error(e, c, inverse_c, FUNCTION: tl.constexpr, ASM: tl.constexpr):
         return slope * tl.fma(-0.5 * c, slope, e)
     elif FUNCTION == "pseudo_huber":  # sqrt(e^2 + c^2) - c = |e| |u| / (sqrt(1 + u^2) + 1)
         u, root = _slope_of_root(e, inverse_c, ASM)
-        return tl.abs(e) * (tl.abs(u) * _inverse(tl.fma(u, u, 1.0) * root + 1.0, ASM))
+        return tl.abs(e) * (tl.abs(u) * inverse(tl.fma(u, u, 1.0) * root + 1.0, ASM))
     else:
         tl.static_assert(FUNCTION == "log_cosh")
         return _log_cosh(tl.abs(e), ASM)

@@ -113,12 +113,12 @@ class Kernel:
 
     def options(self, constants: tuple) -> dict[str, Any]:
         """How a variant is compiled. Only where no bits are promised may products and sums be contracted: where noise
-        is made with the fast transform, and in a loss. There the exact noise keeps its bits all the same: its only
+        is made with the fast transform, and in losses. There the exact noise keeps its bits all the same: its only
         product that a sum takes in is an instruction of NVIDIA's that is not contracted."""
         named = dict(zip(self.constants, constants))
         noise = named.get("N", named.get("V"))
         kept = noise != "exact" or (named["ASM"] and not named["OFFSET"])
-        contracted = noise == "fast" or (self.name == "loss" and kept)
+        contracted = noise == "fast" or (self.name in ("loss", "gaussian_kl") and kept)
         return {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": contracted}
 
     def compile(self, key: tuple, target: GPUTarget) -> Any:

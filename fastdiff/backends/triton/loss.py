@@ -243,7 +243,7 @@ def declines(call: LossCall) -> str:
         return because
     if differentiable(x0, n, p, q, scale, c, mask) or (isinstance(weight, Gathered) and differentiable(weight)):
         return COEFFICIENTS
-    if not _own_rows(tuple(prediction.shape), shape_of(weight), p, q, scale, c):
+    if not own_rows(tuple(prediction.shape), shape_of(weight), p, q, scale, c):
         return "rows that alternate too often for a layout"
     return "" if mask is None or (type(mask) in TYPES and mask.dtype in launch.POINTERS) else "a mask of another dtype"
 
@@ -349,7 +349,7 @@ def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
     return _gradient(call, upstream, divisor, None)
 
 
-def _own_rows(shape: tuple[int, ...], own: tuple[int, ...], *others: Any) -> bool:
+def own_rows(shape: tuple[int, ...], own: tuple[int, ...], *others: Any) -> bool:
     """Whether the rows of the weight, and of the other coefficients, are rows of one layout: then each has one sum."""
     for other in others:
         rows = shape_of(other)
@@ -360,7 +360,7 @@ def _own_rows(shape: tuple[int, ...], own: tuple[int, ...], *others: Any) -> boo
     return layout_of(shape, own)[1] == own
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
@@ -382,7 +382,7 @@ def lay(call: LossCall) -> Laid:
     coefficients = (weight, p, q, scale, c)
     own, shape = shape_of(weight), tuple(prediction.shape)
     back, data, placed = permuted((prediction, x0, n), coefficients)
-    if back is not None and not _own_rows(tuple(data[0].shape), shape_of(placed[0])):
+    if back is not None and not own_rows(tuple(data[0].shape), shape_of(placed[0])):
         data, placed, back = [t if t is None else t.contiguous() for t in (prediction, x0, n)], list(coefficients), None
     if back is not None:
         shape, own = tuple(data[0].shape), shape_of(placed[0])
@@ -486,7 +486,7 @@ def loss_launch(
             *(prediction, x0, n if kind == "tensor" else None, gradient, laid.mask),
             *(*pointers, rows.index, source[0]),
             *(up, used, assumed, result, means, divisor, counters, partials),
-            *(*source[1:], high := _float32(size), size - high, mean, mean / size),
+            *(*source[1:], high := float32(size), size - high, mean, mean / size),
             *(*mask.numbers, how.rows, how.parts, number),
             *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs),
         ),

@@ -50,7 +50,7 @@ def plan(
     Args:
         rows: the shape of the rows, as ``layout_of`` returns it.
         tile: elements a tile.
-        made: noise is made, which is counted by sample: a run stays within one sample.
+        made: a run stays within one sample: noise is made, which is counted by sample; or between samples lies more.
         channels: offset noise is made, which is counted by channel: a run stays within one channel.
         sums: rows are summed: a tile has several runs only if each run is a whole row.
     """
