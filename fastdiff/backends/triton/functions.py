@@ -1,4 +1,4 @@
-"""Elementary functions, the error functions and their derivatives, as device functions, in forms that keep their digits.
+"""Elementary functions, and the error functions and their derivatives, in forms that keep their digits.
 
 They use no library function: those differ by target, and the interpreter has none. The polynomials are interpolations
 at Chebyshev points, good to 2.2 units of 2^-24. ASM: on an NVIDIA GPU, whose own instructions for 1/x, 1/sqrt(x) and

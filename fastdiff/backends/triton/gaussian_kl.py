@@ -106,9 +106,9 @@ def gaussian_kl(
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """weight rho + simple_weight e^2. Writes the sums if there is a ``result``, and the gradient by the network's output
-    if there is a ``gradient``. ``prediction`` is that output: with ``l_v`` its samples are twice as long, v being the
-    second half of each. See the kernel ``loss`` for ``upstream``, ``used``, ``assumed`` and the numbers."""
+    """weight rho + simple_weight e^2. Writes the sums if there is a ``result``, and the gradient by the network's
+    output if there is a ``gradient``. ``prediction`` is that output: with ``l_v`` its samples are twice as long, v
+    being the second half of each. See the kernel ``loss`` for ``upstream``, ``used``, ``assumed`` and the numbers."""
     if UPSTREAM != "none" and used is not None:
         came = tl.load(upstream)
         if came == tl.load(used):
