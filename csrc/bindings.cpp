@@ -67,6 +67,7 @@ constexpr PyMethodDef general_method(const char* name) {
 PyMethodDef methods[] = {general_method<NoiseOperands, NoiseArguments>("noise"),
                          general_method<ConvertOperands, ConvertArguments>("convert"),
                          general_method<LossOperands, LossCall>("loss"),
+                         general_method<GaussianOperands, GaussianCall>("gaussian_kl"),
                          general_method<StepOperands, StepArguments>("step"),
                          {nullptr, nullptr, 0, nullptr}};
 

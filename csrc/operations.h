@@ -19,6 +19,10 @@ struct LossOperands {
   PyObject *prediction, *x0, *n, *p, *q, *scale, *weight, *c, *mask, *y, *r, *function, *normalization, *reduction,
       *upstream, *result, *means, *gradient;
 };
+struct GaussianOperands {
+  PyObject *output, *x0, *n, *p, *q, *scale, *l_0, *l_v, *l_q, *half_width, *weight, *simple_weight, *freeze_mean,
+      *reduction, *upstream, *result, *gradient;
+};
 struct StepOperands {
   PyObject *x, *m, *uncond, *guidance, *table, *clip, *history, *noise, *log_variance, *y, *x0, *entry, *threshold,
       *mask, *known, *known_noise, *model_input;
@@ -80,6 +84,39 @@ void fill(Reader& read, const LossOperands& from, LossCall& call) {
   optional_output("means", from.means, layout.rows, means, DType::f64);
   call.means = (double*)means.data;
   optional_output("gradient", from.gradient, layout.elements, to.gradient);
+  to.layout = layout;
+}
+
+inline void fill(Reader& read, const GaussianOperands& from, GaussianCall& call) {
+  GaussianArguments& to = call.kernel;
+  const Layout& layout = read.layout;
+  const bool learned = from.l_v != Py_None;
+  // The network's output has the prediction and v of a sample one behind the other.
+  const int64_t elements = learned ? 2 * layout.elements : layout.elements;
+  if (learned && layout.elements && (layout.samples == 0 || layout.elements % layout.samples))
+    read.refuse("layout", "the samples do not divide the elements");
+  to.output = parse_input("output", from.output, elements);
+  if (given(from.x0)) read.input("x0", from.x0, to.x0);
+  if (given(from.n)) read.noise("n", from.n, to.n);
+  if (from.p != Py_None) read.rows("p", from.p, to.p);
+  if (from.q != Py_None) read.rows("q", from.q, to.q);
+  read.rows("scale", from.scale, to.scale);
+  read.rows("l_0", from.l_0, to.l_0);
+  if (learned) read.rows("l_v", from.l_v, to.l_v);
+  read.rows("l_q", from.l_q, to.l_q);
+  if (from.half_width != Py_None) read.rows("half_width", from.half_width, to.half_width);
+  read.rows("weight", from.weight, to.weight);
+  if (from.simple_weight != Py_None) read.rows("simple_weight", from.simple_weight, to.simple_weight);
+  if (from.upstream != Py_None) read.rows("upstream", from.upstream, call.upstream);
+  if ((to.p.data || to.half_width.data) && !to.x0.data) read.refuse("x0", "is needed with p, and with half_width");
+  if (!to.q.data != (to.n.kind == Noise::none)) read.refuse("n", "goes with q, both or neither");
+  to.freeze_mean = parse_code("freeze_mean", from.freeze_mean, 2);
+  call.reduction = Reduction(parse_code("reduction", from.reduction, 3));
+  const bool reduced = call.reduction != Reduction::none;
+  if (call.upstream.stride && layout.rows > 1 && reduced)
+    read.refuse("upstream", "a reduced loss has one upstream gradient");
+  optional_output("result", from.result, reduced ? 1 : layout.rows, call.result, read.compute());
+  optional_output("gradient", from.gradient, elements, to.gradient);
   to.layout = layout;
 }
 

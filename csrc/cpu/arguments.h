@@ -104,6 +104,17 @@ struct LossArguments {
   Output gradient;
 };
 
+struct GaussianArguments {
+  Layout layout;
+  Input output, x0;  // output: of the network, with l_v twice as many elements
+  Noise n;
+  Rows p, q, scale, l_0, l_v, l_q, half_width, weight, simple_weight;
+  Rows factor;  // of the gradient: upstream / divisor
+  bool freeze_mean;
+  double* sums;  // one a unit of work, or null where no value is wanted
+  Output gradient;  // by the output
+};
+
 struct MaskSumArguments {
   Layout layout;
   Mask mask;

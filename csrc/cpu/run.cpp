@@ -171,6 +171,34 @@ void reduce(const LossCall& call, bool wide, const double* sums, const double* d
   put(call.result, wide, 0, total);
 }
 
+// Runs the kernel of a loss, whose factor and sums are made here, and puts the loss together from its sums.
+template <class Arguments>
+void in_units(LossCall& call, Arguments& arguments, void (*kernel)(const Arguments&, int64_t, int64_t), bool wide,
+              int threads) {
+  const Layout& layout = arguments.layout;
+  const bool value = call.result.data || call.means;
+  const int64_t rows = layout.rows, units = unit_count(layout);
+  // One piece of memory: the sums of the units, then for each row its sum, divisor and factor.
+  const std::unique_ptr<double[]> memory(new double[size_t(units + 3 * rows + 1)]);
+  double *unit_sums = memory.get(), *row_sums = unit_sums + units, *divisors = row_sums + rows,
+         *factors = divisors + rows;
+  const int64_t kept = find_divisors(call, wide, threads, unit_sums, divisors);
+  if (arguments.gradient.data) {
+    find_factors(call, wide, divisors, kept, factors);
+    arguments.factor = {factors, 1};
+  }
+  arguments.gradient = placed(arguments.gradient, layout, kGradientCache);
+  arguments.sums = value ? unit_sums : nullptr;
+  if (units && (value || arguments.gradient.data))
+    parallel(layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+  if (!value) return;
+  if (units)
+    sum_rows(layout, unit_sums, row_sums);
+  else
+    for (int64_t row = 0; row < rows; ++row) row_sums[row] = 0;
+  reduce(call, wide, row_sums, divisors, kept);
+}
+
 }  // namespace
 
 void run(NormalArguments& arguments, int threads) {
@@ -212,32 +240,19 @@ void run(StepArguments& arguments, bool wide, int threads) {
 }
 
 void run(LossCall& call, bool wide, int threads) {
-  LossArguments& kernel_arguments = call.kernel;
-  const Layout& layout = kernel_arguments.layout;
-  const bool value = call.result.data || call.means;
-  const int64_t rows = layout.rows, units = unit_count(layout);
-  // One piece of memory: the sums of the units, then for each row its sum, divisor and factor.
-  const std::unique_ptr<double[]> memory(new double[size_t(units + 3 * rows + 1)]);
-  double *unit_sums = memory.get(), *row_sums = unit_sums + units, *divisors = row_sums + rows,
-         *factors = divisors + rows;
-  const int64_t kept = find_divisors(call, wide, threads, unit_sums, divisors);
-  if (kernel_arguments.gradient.data) {
-    find_factors(call, wide, divisors, kept, factors);
-    kernel_arguments.factor = {factors, 1};
-  }
-  kernel_arguments.gradient = placed(kernel_arguments.gradient, layout, kGradientCache);
-  kernel_arguments.sums = value ? unit_sums : nullptr;
-  kernel_arguments.every_sum = call.means;
-  if (units && (value || kernel_arguments.gradient.data)) {
-    const auto kernel = chosen().table->loss[wide];
-    parallel(layout, threads, [&](int64_t begin, int64_t end) { kernel(kernel_arguments, begin, end); });
-  }
-  if (!value) return;
-  if (units)
-    sum_rows(layout, unit_sums, row_sums);
-  else
-    for (int64_t row = 0; row < rows; ++row) row_sums[row] = 0;
-  reduce(call, wide, row_sums, divisors, kept);
+  call.kernel.every_sum = call.means;
+  in_units(call, call.kernel, chosen().table->loss[wide], wide, threads);
+}
+
+void run(GaussianCall& call, bool wide, int threads) {
+  GaussianArguments& arguments = call.kernel;
+  // As a loss without a mask, of weight 1: the weights are in the terms.
+  LossCall loss{};
+  loss.kernel.layout = arguments.layout;
+  loss.reduction = call.reduction;
+  loss.upstream = call.upstream;
+  loss.result = call.result;
+  in_units(loss, arguments, chosen().table->gaussian[wide], wide, threads);
 }
 
 }  // namespace fastdiff

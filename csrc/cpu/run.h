@@ -24,4 +24,13 @@ struct LossCall {
 
 void run(LossCall& call, bool wide, int threads);
 
+struct GaussianCall {
+  GaussianArguments kernel;  // its factor and sums are made here
+  Reduction reduction;
+  Rows upstream;  // of the result; absent: 1
+  Output result;  // one number, or one a row, in the compute dtype
+};
+
+void run(GaussianCall& call, bool wide, int threads);
+
 }  // namespace fastdiff

@@ -12,6 +12,7 @@ struct Table {
   void (*noise[2])(const NoiseArguments&, int64_t begin, int64_t end);
   void (*convert[2])(const ConvertArguments&, int64_t begin, int64_t end);
   void (*loss[2])(const LossArguments&, int64_t begin, int64_t end);
+  void (*gaussian[2])(const GaussianArguments&, int64_t begin, int64_t end);
   void (*mask_sum[2])(const MaskSumArguments&, int64_t begin, int64_t end);
   void (*step[2])(const StepArguments&, int64_t begin, int64_t end);
 };

@@ -2,6 +2,7 @@
 // what may be used. Everything but the table is inside that namespace or static, because a function with one name in
 // two of these would be linked from either, and run instructions that the machine may lack.
 #include "affine.h"
+#include "gaussian.h"
 #include "loss.h"
 #include "step.h"
 #include "table.h"
@@ -16,6 +17,7 @@ const Table table = {
     {noise_units<float>, noise_units<double>},
     {convert_units<float>, convert_units<double>},
     {loss_units<float>, loss_units<double>},
+    {gaussian_units<float>, gaussian_units<double>},
     {mask_sum_units<float>, mask_sum_units<double>},
     {step_units<float>, step_units<double>},
 };

@@ -204,6 +204,116 @@ def test_a_changed_input_is_noticed_in_backward():
         (2 * loss).backward()
 
 
+# Of ops.gaussian_kl: whether the variance is learned, half-widths, noise, whether the mean is frozen, whether there are
+# weights of the squared error, whether x0 is in the target, reduction.
+GAUSSIANS = [
+    (True, None, "made", True, True, False, "mean"),
+    (True, "rows", "given", False, True, True, "none"),
+    (False, 0.3, "made", False, False, False, "sum"),
+    (False, None, "given", True, True, True, "mean"),
+    (True, "rows", None, False, False, True, "none"),
+    (False, "rows", None, False, True, False, "mean"),
+    (True, 0.3, "made", True, False, False, "sum"),
+]
+
+
+def gaussian_arguments(shape, rows, dtype, how):
+    learned, widths, noise, freeze_mean, simple, reads_x0, reduction = how
+    learned, wide, count = learned and len(shape) > 1, compute_dtype(torch.empty(0, dtype=dtype)), math.prod(rows)
+    p, q, scale, l_v, weight, simple_weight = (random(rows, wide).abs() * 0.4 + 0.1 for _ in range(6))
+    l_0, l_q = (random(rows, wide).clamp(-2, 2) for _ in range(2))
+    half_width = None if widths is None else torch.tensor(0.3 if widths == 0.3 else 0.0, dtype=wide).expand(rows)
+    if widths == "rows":
+        half_width = torch.tensor(([-1.0, 1 / 255, 0.0, 0.5] * count)[:count], dtype=wide).view(rows)
+    output = random((shape[0], 2 * shape[1], *shape[2:]) if learned else shape, dtype)
+    n = {"made": ops.Philox(5), "given": random(shape, dtype), None: None}[noise]
+    p, q, l_v = p if reads_x0 else None, None if n is None else q, l_v if learned else None
+    rest = (l_0, l_v, l_q, half_width, weight, simple_weight if simple else None, freeze_mean, reduction)
+    return [output, random(shape, dtype), n, p, q, scale, *rest]
+
+
+def run_gaussian(backend, arguments, convert=lambda t: t.detach().clone()):
+    values = [convert(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    values[0].requires_grad_()
+    value = backend.gaussian_kl(*values)
+    upstream = torch.linspace(0.5, 2, max(1, value.numel())).to(value)[: value.numel()].view_as(value)
+    value.backward(upstream)
+    return value.detach(), values[0].grad
+
+
+@pairwise(layout=LAYOUTS, dtype=DTYPES, how=GAUSSIANS)
+def test_gaussian_kl_and_gradient(layout, dtype, how, simd):
+    arguments = gaussian_arguments(*layout, dtype, how)
+    results = run_gaussian(native, arguments), run_gaussian(reference, arguments)
+    for got, want, exact in zip(*results, run_gaussian(reference, arguments, lambda t: t.detach().double())):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        if not math.prod(layout[0]):
+            assert_same(got, want)
+            continue
+        # Terms cancel: the scale of the errors is that of the tensor. float64 is its own truth.
+        info = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+        bound = 2 * (want.double() - exact).abs().max() + 4 * info.eps * exact.abs().max() * (
+            4 if info.bits == 64 else 1
+        )
+        assert bool(((got.double() - exact).abs() <= bound + torch.finfo(got.dtype).eps * exact.abs()).all())
+
+
+def test_gaussian_kl_has_the_same_bits_everywhere():
+    """For every instruction set, thread count and run: odd sizes, frames, rows of each kind."""
+    for shape, rows in (((3, 2, 5, 4099), (3, 1, 5, 1)), ((3, 2, 4099), (1, 1, 1))):
+        arguments, expected = gaussian_arguments(shape, rows, torch.float32, GAUSSIANS[1]), None
+        for variant in _C.simd_variants():
+            _C.set_simd(variant)
+            for threads in (1, 2, 2):
+                torch.set_num_threads(threads)
+                found = run_gaussian(native, arguments)
+                expected = expected or found
+                assert all(torch.equal(f, e) for f, e in zip(found, expected))
+    _C.set_simd(_C.simd_variants()[0])
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_any_float_of_a_gaussian_term(wide, simd):
+    """Log-variances of all sizes, against the reference in float64: functions of the kernel itself make the terms."""
+    logs = torch.linspace(-40, 40, 2001, dtype=wide)
+    one, near = torch.ones(1, 1, dtype=wide), 2e-5 if wide == torch.float32 else 1e-13
+    for half_width in (None, 0.0, 1 / 255, 0.5):
+        for d in (0.0, 1e-3, 0.4, -3.0, 100.0):
+            output = torch.stack([torch.full_like(logs, d), logs], 1)
+            width = None if half_width is None else one * half_width
+            coefficients = [one, one * 0, one, one * 0.5, width, torch.ones(2001, 1, dtype=wide), None]
+            arguments = [output, torch.zeros_like(output[:, :1]), None, None, None, *coefficients, False, "none"]
+            got, want = run_gaussian(native, arguments), run_gaussian(reference, arguments, lambda t: t.double())
+            for g, w in zip(got, want):
+                # exp(L) of L up to 40, rounded to 2^-24 of itself; below the normal numbers digits go.
+                inside = (w.abs() < 1e37) & (w.abs() > 1e-36)
+                torch.testing.assert_close(g[inside].double(), w[inside], rtol=near, atol=near / 10)
+
+
+def test_a_changed_input_of_gaussian_kl_is_noticed_in_backward():
+    arguments = gaussian_arguments((3, 2, 8), (3, 1, 1), torch.float32, GAUSSIANS[3])
+    arguments[0].requires_grad_()
+    loss = native.gaussian_kl(*arguments)
+    arguments[2].add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        (2 * loss).backward()
+
+
+def test_what_is_not_finite_reaches_a_gaussian_term_and_what_is_left_out_does_not(simd):
+    for how in (GAUSSIANS[0], GAUSSIANS[1]):
+        arguments = gaussian_arguments((6, 2, 40), (6, 1, 1), torch.float32, (*how[:-1], "none"))
+        arguments[0][0, 0, 3], arguments[0][1, 3, 3], arguments[0][2, 1, 5] = math.nan, math.nan, math.inf
+        arguments[0][4, :, 7], arguments[0][5, 2, 7] = math.nan, math.nan
+        arguments[10][4:], arguments[11][4] = 0, 0  # the second has its squared error still
+        results = [run_gaussian(backend, arguments) for backend in (native, reference)]
+        for got, want in zip(*results):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+        value, gradient = results[0]
+        assert value.flatten()[4] == 0 and not gradient[4].any()
+        assert value.flatten()[5] > 0 and bool(gradient[5].isfinite().all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batched", [False, True])
 def test_convert_and_step(dtype, batched, simd):
@@ -328,6 +438,9 @@ class TestBinding:
             "convert": [self.LAYOUT, self.GOOD, self.GOOD, self.ROWS, self.ROWS, self.GOOD, 1],
             "loss": [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, *(None,) * 4, 0, 0, 0,
                      None, (self.X.data_ptr(), 0, 1), None, self.GOOD, 1],
+            "gaussian_kl": [self.LAYOUT, (self.X.data_ptr(), 0, 128), self.GOOD, (1, 0, 0, 0.0), self.ROWS, self.ROWS,
+                            self.ROWS, self.ROWS, self.ROWS, self.ROWS, self.ROWS, self.ROWS, None, 1, 0, None,
+                            (self.X.data_ptr(), 0, 1), (self.X.data_ptr(), 0, 128), 1],
             "step": [self.LAYOUT, self.GOOD, self.GOOD, None, None, (self.X.data_ptr(), 0, 18), None, (), None, None,
                      self.GOOD, None, None, None, None, None, None, None, 1],
             "trajectory": self.RUN,
