@@ -79,7 +79,11 @@ class Constancy:
         parameters = getattr(kind, "__dataclass_params__", None)
         if not (parameters is not None and parameters.frozen) and not hasattr(kind, "_changes"):
             raise NotConstant(f"{what} uses a {kind.__name__}, which may change")
-        fields = vars(value) if hasattr(value, "__dict__") else {f.name: getattr(value, f.name) for f in _fields(value)}
+        fields = (
+            vars(value)
+            if hasattr(value, "__dict__")
+            else {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        )
         ours = _is_of(kind.__module__, (_OURS,))
         for name, held in fields.items():
             if not (ours and name.startswith("_")):  # what is private of ours is not written into
@@ -138,10 +142,6 @@ class Constancy:
 
 def _is_of(module: str | None, packages: tuple[str, ...]) -> bool:
     return bool(module) and module.split(".")[0] in packages
-
-
-def _fields(value: Any) -> tuple[Any, ...]:
-    return dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
 
 
 def _in_cell(cell: Any) -> Any:

@@ -596,7 +596,8 @@ def test_a_mask_of_all_channels():
     refused(lambda: V.loss(X0, noised, mask=torch.ones(4, 8, 8)), "A mask of all channels is mask.view(4, 1, 8, 8)")
     refused(lambda: V.loss(X0, noised, mask=torch.ones(8, 8)), "A mask of the last dimensions is mask.view(1, 1, 8, 8)")
     refused(lambda: V.loss(X0, noised, mask=np.ones((4, 1, 8, 8))), "mask must be a tensor; got ndarray")
-    assert "view" not in refused(lambda: V.loss(X0, noised, mask=torch.ones(5, 5)), "mask has shape (5, 5)")
+    for mask in (torch.ones(5, 5), X0[..., None]):
+        assert "view" not in refused(lambda: V.loss(X0, noised, mask=mask), f"mask has shape {tuple(mask.shape)}")  # noqa: B023
 
 
 def test_a_time_that_is_a_text():

@@ -18,6 +18,7 @@ from fastdiff import samplers
 from fastdiff import sigma_schedules as schedules
 from fastdiff.ops import COLUMNS
 from fastdiff.samplers.spacing import discrete_timesteps, multistep_timesteps
+from fastdiff.samplers.unipc import bend
 
 SHAPE = (2, 3, 4)
 STEPS = [5, 20, 50]
@@ -195,6 +196,22 @@ def test_unipc(steps, order, variant, process, prediction, schedule, clip):
         sampler, process, prediction, schedule, steps, clip,
         lambda x, at, i, n: truth.unipc(x, at, i, orders, variant),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("corrects", [False, True])
+@pytest.mark.parametrize("order, variant", [(1, "bh2"), (2, "bh2"), (2, "bh1"), (3, "bh2"), (3, "bh1")])
+def test_weights_of_unipc_are_those_of_each_step(order, variant, corrects):
+    """Of steps in any shape: here [2, 3], and one after the other."""
+    h = torch.tensor([[0.1, 0.4, 0.7], [1.0, 2.0, math.inf]], dtype=torch.float64)
+    r = [torch.full_like(h, -1.5 - k) for k in range(order - 1)]
+    found = bend(h, r, corrects, variant)
+    assert found.shape == (2, 3, order + 1)
+    for i in range(2):
+        for j in range(3):
+            one = bend(h[i, j], [each[i, j] for each in r], corrects, variant)
+            torch.testing.assert_close(found[i, j], one, rtol=0, atol=0)
+            # What is added to the first-order step weighs differences.
+            torch.testing.assert_close(one.sum(), h.new_tensor(0.0), rtol=0, atol=1e-12)
 
 
 @clipped
