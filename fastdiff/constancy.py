@@ -95,7 +95,7 @@ class Constancy:
                 held = getattr(held, "fget", held)
                 held = getattr(held, "__func__", held)
                 if isinstance(held, types.FunctionType):
-                    if not (name.startswith("__") and name.endswith("__")) or name == "__call__":
+                    if not name.startswith("__") or name == "__call__":
                         self._look_at(held, f"{kind.__name__}.{name}")
                 elif not name.startswith("__") and not isinstance(held, types.MemberDescriptorType):
                     self._look_at(held, f"{kind.__name__}.{name}")

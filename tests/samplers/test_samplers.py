@@ -348,8 +348,9 @@ def test_times_between_timesteps():
     expected = torch.stack([ratio[0], 0.75 * ratio[0] + 0.25 * ratio[1], ratio[2]])
     torch.testing.assert_close(levels.sigma / levels.alpha, expected)
     torch.testing.assert_close(levels.alpha**2 + levels.sigma**2, torch.ones(3, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"\[0, 999\]"):
-        process.levels_between([999.5])
+    for t in (999.5, -0.5, math.nan):
+        with pytest.raises(ValueError, match=rf"t must lie in \[0, 999\] .*; got {t}\.$"):
+            process.levels_between([3.0, t])
 
 
 # ------------------------------------------------------------------------------------------------------------ accuracy
