@@ -123,7 +123,7 @@ class Constancy:
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 variable = instruction.argval
                 value = self._read(lambda variable=variable: _global(names, variable), f"{name} ({variable})")
-                after = instructions[k + 1].opname if k + 1 < len(instructions) else ""
+                after = instructions[k + 1].opname  # there is one: code ends by returning
                 if after in _READS and isinstance(value, types.FunctionType):
                     raise NotConstant(f"{name} reads an attribute of {variable}")
         for constant in code.co_consts:
