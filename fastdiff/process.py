@@ -184,7 +184,7 @@ class Process:
             raise ValueError(f"{self!r} has the noise levels of its timesteps and no other sigma: pass t.")
         sigma = as_float64(sigma)
         t = self._time_at(sigma)
-        if value_checks_are_free(sigma) and sigma.numel():
+        if value_checks_are_free(sigma):
             inside = sigma.isfinite() & (sigma >= 0) & (t >= self.t_min - 1e-9) & (t <= self.t_max + 1e-9)
             if not bool(inside.all()):
                 raise ValueError(f"{self!r} has no noise level sigma = {_first(sigma[~inside])}.")

@@ -513,7 +513,17 @@ def counting():
 CONSTANT = [None, "min_snr", fastdiff.MinSNR(3.0), capped, twice, by_default, Mine(), closure(5.0)]
 CONSTANT += [lambda levels: 1 / (1 + levels.t), lambda levels: torch.exp(-levels.sigma) * math.pi]
 CONSTANT += [lambda levels: levels.snr.clamp(max=5.0)]
-CONSTANT += [by_pairs, within, Twice(), Holding(), Shared(), CALLED, Slots(), repeated]
+CONSTANT += [
+    lambda levels: levels.snr * capped(levels),
+    by_pairs,
+    within,
+    Twice(),
+    Holding(),
+    Shared(),
+    CALLED,
+    Slots(),
+    repeated,
+]
 CONSTANT += [lambda levels: levels.snr.to(torch.float64).clamp(max=abs(-5.0)) * (1.0 if ... is not None else 2.0)]
 
 
@@ -533,11 +543,12 @@ OTHERWISE = {
     "a class of one's own": (lambda levels: levels.snr.clamp(max=Settings.gamma), "reads Settings"),
     "a count": (counting(), "writes 'calls'"),
     "an attribute of a function": (lambda levels: levels.snr * capped.factor, "attribute of capped"),
+    "an attribute of a function, first": (lambda levels: capped.factor * levels.snr, "attribute of capped"),
     "a tensor as a default": (by_a_tensor, "by_a_tensor uses a Tensor"),
     "a tensor as a default of a name": (by_a_tensor_of_that_name, "uses a Tensor"),
     "a tensor among numbers": (by_a_pair_of_tensors, "uses a Tensor"),
     "a tensor around it": (closure(TENSOR), r"\(gamma\) uses a Tensor"),
-    "a tensor in a function in it": (within_a_tensor, "uses a Tensor"),
+    "a tensor in a function in it": (within_a_tensor, r"^within_a_tensor \(TENSOR\) uses a Tensor"),
     "a name that is not there": (missing, r"missing \(NOWHERE\) is not there"),
     "what it writes": (writing, "writing writes 'WRITTEN'"),
     "a tensor in a method": (Reading(), r"formula \(TENSOR\) uses a Tensor"),

@@ -780,6 +780,38 @@ def test_what_is_printed_is_short(thing, shown):
     assert repr(thing) == shown
 
 
+def objective_of_a_weight(count):
+    return fastdiff.Objective(VP, weighting=lambda levels: torch.where(levels.t < count, math.inf, 1 / levels.snr))
+
+
+WARNED = {
+    "an infinite weight": (lambda: objective_of_a_weight(1), r"is infinite at t = \[0\]: these"),
+    "three of them": (lambda: objective_of_a_weight(3), r"is infinite at t = \[0, 1, 2\]: these"),
+    "more of them": (lambda: objective_of_a_weight(4), r"is infinite at t = \[0, 1, 2\]\.\.\.: these"),
+    "a mask of nothing": (lambda: V.loss(X0, V.noise(X0), mask=torch.zeros(4)), "mask is 0 everywhere"),
+    "the same, of a call": (
+        lambda: fastdiff.diffusion_loss(X0, X0, X0, torch.tensor([1, 2, 3, 4]), VP, mask=torch.zeros(4)),
+        "mask is 0 everywhere",
+    ),
+    "the same, of an operation": (
+        lambda: fastdiff.ops.loss(X0, None, X0, q=1.0, mask=torch.zeros(4)),
+        "mask is 0 everywhere",
+    ),
+    "a form without effect": (
+        lambda: fastdiff.Objective(VP, "v_prediction", fastdiff.MinSNR(5.0, "shifted"), error_space="sample"),
+        "has no effect",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_a_warning_points_at_the_line_that_led_to_it(name):
+    call, words = WARNED[name]
+    with pytest.warns(UserWarning, match=words) as found:
+        call()
+    assert [warning.filename for warning in found] == [__file__]
+
+
 def test_a_sampler_of_ones_own_is_printed():
     class Mine(samplers.Sampler):
         def __init__(self):

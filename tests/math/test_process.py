@@ -476,6 +476,7 @@ TIMES = [
     (fastdiff.VariancePreserving(), 0.0, 0.0),
     (fastdiff.VariancePreserving(steps=2), 1e5, 1.0),
     (fastdiff.VariancePreserving(steps=1), 0.5, 0.0),
+    (fastdiff.VariancePreserving(steps=1), 1e-6, 0.0),
     (fastdiff.VPSDE(2.0, 2.0), math.sqrt(math.e - 1), 0.5),  # alpha = exp(-t)
     (fastdiff.SubVPSDE(2.0, 2.0), math.exp(0.5) - math.exp(-0.5), 0.5),
     (fastdiff.RectifiedFlow(3.0, 0.1), 0.1 + 0.9 * 0.75, 0.5),

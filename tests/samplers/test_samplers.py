@@ -321,6 +321,7 @@ def test_multistep_spacings():
 
 
 def test_spacings_at_their_ends():
+    assert discrete_timesteps(1000, 2, "linspace") == [999, 0]
     assert discrete_timesteps(1000, 1) == [999] and discrete_timesteps(1000, 1, "linspace") == [0]
     assert discrete_timesteps(1000, 1, "leading") == [0] and discrete_timesteps(1000, 1, "leading", 999) == [999]
     for spacing in ("trailing", "leading", "linspace"):
