@@ -26,7 +26,7 @@ _LIBRARIES = ("torch", "math", "numpy", "builtins", "typing", "operator")
 _NUMBERS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, enum.Enum, types.EllipsisType)
 _WRITES = ("STORE_GLOBAL", "STORE_NAME", "STORE_ATTR", "STORE_DEREF", "DELETE_GLOBAL", "DELETE_NAME", "DELETE_ATTR")
 _READS = ("LOAD_ATTR", "LOAD_METHOD")
-_ANYTHING = {"__import__", "eval", "exec", "globals", "input", "locals", "open", "vars"}  # builtins that may read all
+_ANYTHING = {"__import__", "eval", "exec", "globals", "input", "locals", "vars"}  # builtins that may read all
 _MISSING = object()
 
 

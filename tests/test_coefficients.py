@@ -667,6 +667,9 @@ def test_why_something_is_not_constant_names_what(part, words):
 def test_names_are_looked_up_again(monkeypatch):
     """Those of numbers and of functions of one's own, wherever they stand; modules and builtins are what they are."""
     assert Constancy(lambda levels: math.exp(abs(levels.snr)), fastdiff.MinSNR(), Slots(), torch.exp).names == []
+    process = fastdiff.RectifiedFlow()
+    process.twin = process  # looked at once
+    assert Constancy(process).names == []
     gamma = 5.0
     inner = closure(gamma)
     around = lambda levels: inner(levels).clamp(max=gamma)  # noqa: E731
