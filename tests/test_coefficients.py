@@ -101,6 +101,7 @@ def test_times_are_those_of_the_formula(timesteps, process):
     traced = drawn(timesteps, process)
     program = traced.program()
     assert program is not None, traced.why
+    assert (program.low, program.high) == (2.0**-53, 1 - 2.0**-53)
     found = native.times(program, 7, 4096, 3, 11, "cpu", process.discrete)
     u = fastdiff.backends.reference.backend.uniform(7, 4096, 3, 11, "cpu")
     expected = timesteps(u, process)

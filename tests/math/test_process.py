@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from oracle import UNIT, assert_close
 
 import fastdiff
-from fastdiff.tabulated import TabulatedFlow, TabulatedVP
+from fastdiff.tabulated import TabulatedEDM, TabulatedFlow, TabulatedVP
 
 PROFILE = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -337,12 +337,17 @@ def test_low_precision_t_is_widened_first(dtype):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (2, 0), (0,), (2, 3, 4)])
-@pytest.mark.parametrize("name", ["vp", "edm", *CONTINUOUS])
+@pytest.mark.parametrize("name", ["vp", "table of a flow", "table of edm", "edm", *CONTINUOUS])
 def test_any_shape_of_t(name, shape):
     """t of a scalar, a batch, rows by frame or by token, or nothing at all: the result has t's shape."""
     count = math.prod(shape)
     if name == "vp":
         process, t = fastdiff.VariancePreserving(), (torch.arange(count) * 37 % 1000).reshape(shape)
+    elif name.startswith("table"):
+        sigmas = np.linspace(1, 0.1, 10)
+        process = TabulatedFlow(sigmas, sigmas) if name.endswith("flow") else TabulatedEDM(sigmas, sigmas, 0.5)
+        t = (torch.arange(count) * 7 % 10).reshape(shape)
+        assert torch.equal(process.model_time(process.levels(t)), torch.from_numpy(sigmas)[t])
     else:
         make, _, parameters = CONTINUOUS.get(name, (fastdiff.EDM, None, {}))
         process, t = make(**parameters), (torch.arange(count, dtype=torch.float64) / 100).reshape(shape)
