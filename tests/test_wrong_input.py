@@ -223,6 +223,9 @@ CASES = {
     "sigma below what VESDE has": (
         lambda: objective(fastdiff.VESDE(), "score").noise(X, sigma=0.001),
         ValueError, r"no noise level sigma = 0\.001"),
+    "t a frame or a channel, on every path": (
+        lambda: objective().noise(torch.zeros(2, 3, 3, 4, 4), torch.zeros(2, 3).long(), seed=1, with_target=True),
+        ValueError, r"t has shape \(2, 3\), which could be one a frame or one a channel"),
     "t a frame or a channel": (
         lambda: objective(FLOW, "flow").noise(torch.zeros(2, 3, 3, 4, 4), torch.rand(2, 3)), ValueError,
         r"one a frame or one a channel.*\(2, 1, 3, 1, 1\).*\(2, 3, 1, 1, 1\)"),
