@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,7 +31,7 @@ from .prediction import Prediction
 from .process import Process, as_times, check_process
 from .program import Program
 from .samplers import Sampler
-from .showing import brief
+from .showing import brief, warn
 from .tensors import as_tensor, value_checks_are_free
 from .timesteps import Timesteps
 from .weighting import WeightingLike
@@ -124,7 +123,7 @@ class Objective:
         self.noise_offset_dim = noise_offset_dim
         unused = self.weighting.unused(self.prediction, self.error_space) if hasattr(self.weighting, "unused") else None
         if unused:
-            warnings.warn(unused, stacklevel=3)
+            warn(unused)
         self._prepare()
 
     def _prepare(self) -> None:

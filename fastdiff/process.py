@@ -184,7 +184,7 @@ class Process:
             raise ValueError(f"{self!r} has the noise levels of its timesteps and no other sigma: pass t.")
         sigma = as_float64(sigma)
         t = self._time_at(sigma)
-        if value_checks_are_free(sigma) and sigma.numel():
+        if value_checks_are_free(sigma):
             inside = sigma.isfinite() & (sigma >= 0) & (t >= self.t_min - 1e-9) & (t <= self.t_max + 1e-9)
             if not bool(inside.all()):
                 raise ValueError(f"{self!r} has no noise level sigma = {_first(sigma[~inside])}.")
@@ -338,8 +338,9 @@ class VariancePreserving(Process):
         Raises ValueError for a t outside [0, steps - 1].
         """
         t = as_float64(t)
-        if not bool(((t >= 0) & (t <= self.steps - 1)).all()):
-            raise ValueError(f"t must lie in [0, {self.steps - 1}] for {self!r}; got {_first(t)}.")
+        inside = (t >= 0) & (t <= self.steps - 1)
+        if not bool(inside.all()):
+            raise ValueError(f"t must lie in [0, {self.steps - 1}] for {self!r}; got {_first(t[~inside])}.")
         low = t.floor().long()
         alpha, sigma = self.alpha_sigma(low)
         above = self.alpha_sigma((low + 1).clamp(max=self.steps - 1))

@@ -100,7 +100,7 @@ def place_rows(name: str, rows: Tensor, shape: torch.Size) -> Tensor:
     if rows.numel() == 1:
         return rows.reshape((1,) * len(shape))
     full = [1] * len(shape)
-    if rows.ndim == 2 and len(shape) > 2 and rows.shape[1] in shape[2:]:
+    if rows.ndim == 2 and rows.shape[1] in shape[2:]:
         full[0], full[2 + list(shape[2:]).index(rows.shape[1])] = rows.shape[0], rows.shape[1]
         hint = f" For frames behind the channels pass it as {tuple(full)}."
     else:

@@ -291,10 +291,14 @@ def test_empty_batch():
     "make, parameters, words",
     [
         (timesteps.Uniform, (0.7, 0.2), "0 <= low < high <= 1 is needed; got low=0.7, high=0.2"),
+        (timesteps.Uniform, (0.3, 0.3), "0 <= low < high <= 1 is needed; got low=0.3, high=0.3"),
+        (timesteps.Uniform, (0.0, 1.0, "t"), "by must be 'fraction' or 'sigma'; got 't'"),
         (timesteps.Uniform, (-0.1, 1.0), "got low=-0.1"),
         (timesteps.Uniform, (0.0, 1.5), "high=1.5"),
         (timesteps.LogitNormal, (0.0, -1.0), "std must be a positive number; got -1.0"),
         (timesteps.LogNormal, (0.0, -1.0), "std must be a positive number; got -1.0"),
+        (timesteps.Mode, (1.76,), r"\[-1, 1.7519\].*got 1.76"),
+        (timesteps.Mode, (-1.001,), r"\[-1, 1.7519\].*got -1.001"),
         (timesteps.Mode, (2.0,), r"scale must lie in \[-1, 1.7519\] \(monotone there\); got 2.0"),
         (timesteps.Mode, (-1.5,), r"\[-1, 1.7519\].*got -1.5"),
         (timesteps.Shifted, (timesteps.Uniform(), 0.0), "shift must be a positive number; got 0.0"),
@@ -319,3 +323,24 @@ def test_log_normal_wants_edm(process):
     """A sigma of 80 is neither a fraction nor an index."""
     with pytest.raises(ValueError, match="LogNormal|EDM|sigma"):
         timesteps.LogNormal()(float64([0.5]), process)
+
+
+def test_what_is_just_accepted():
+    u = float64([0.0, 0.5, 1 - 2.0**-53])
+    for scale in (-1.0, 2 / (math.pi - 2)):
+        assert_close(
+            timesteps.Mode(scale).fraction(u), np.clip(oracle.quantile_mode(u.numpy(), scale), 0, 1), absolute=1e-15
+        )
+    assert timesteps.Uniform(0.0, 1.0).fraction(u) is u
+    assert timesteps.Uniform(0.0, 0.5).fraction(u).tolist() == [0.0, 0.25, 0.5 - 2.0**-54]
+    assert timesteps.Uniform(0.5, 1.0).fraction(float64([0.0, 0.5])).tolist() == [0.5, 0.75]
+
+
+def test_uniform_in_the_sigma_of_a_flow():
+    """After the shift, and from the least noise on that the flow has."""
+    process = fastdiff.RectifiedFlow(3.0, sigma_min=0.1)
+    u = float64([0.0, 0.25, 0.5, 1.0])
+    sigma = process.levels(timesteps.Uniform(by="sigma")(u, process)).sigma
+    assert_close(sigma, [0.1, 0.25, 0.5, 1.0], rel=1e-12)
+    sigma = process.levels(timesteps.Uniform(0.2, 0.6, by="sigma")(u, process)).sigma
+    assert_close(sigma, [0.2, 0.3, 0.4, 0.6], rel=1e-12)
