@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from . import BenchError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = ("epsilon", "v_prediction", "flow")
-OPERATIONS = ("noising", "loss", "loss+gradient", "training step", "sampler step", "sampler step+noise")
+_OF_EACH_KIND = ("noising", "loss", "loss+gradient", "training step", "sampler step", "sampler step+noise")
+OPERATIONS = (*_OF_EACH_KIND, "hybrid loss")
 
 LATENT = (1, 4, 32, 32)
 LATENTS = (64, 4, 64, 64)
@@ -28,7 +30,8 @@ class Case:
 
     Attributes:
         operation: one of ``OPERATIONS``. Noising, the losses and the sampler step are given their noise; a training
-            step (t, noise, loss, gradient of the prediction) and "sampler step+noise" make it.
+            step (t, noise, loss, gradient of the prediction) and "sampler step+noise" make it. The hybrid loss is that
+            of a network that predicts epsilon and learns the variance, with its gradient.
         kind: what the network predicts. The sampler is DDPM with a clamp; Euler for "flow".
         dtype: a key of ``DTYPES``.
         shape: [batch, ...].
@@ -70,7 +73,7 @@ class Preset:
 
     shapes: tuple[tuple[int, ...], ...]
     kinds: tuple[str, ...] = KINDS
-    operations: tuple[str, ...] = OPERATIONS
+    operations: tuple[str, ...] = _OF_EACH_KIND
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     extra: tuple[Case, ...] = ()
     seconds: float = 60.0
@@ -81,7 +84,10 @@ class Preset:
 _LADDER = tuple(Case("training step", "v_prediction", "fp32", (batch, 4, 64, 64)) for batch in (1, 4, 16))
 _SHORT_LADDER = _LADDER[1:2]
 # The largest size of one kind: a call of the others takes a tenth of a second and more.
-_LARGE = tuple(Case(operation, "v_prediction", dtype, LARGE) for operation in OPERATIONS for dtype in ("fp32", "bf16"))
+_LARGE = tuple(
+    Case(operation, "v_prediction", dtype, LARGE) for operation in _OF_EACH_KIND for dtype in ("fp32", "bf16")
+)
+_HYBRID = tuple(Case("hybrid loss", "epsilon", dtype, LATENTS) for dtype in ("fp32", "bf16"))
 
 PRESETS = {
     "quick": Preset(
@@ -92,7 +98,9 @@ PRESETS = {
         seconds=10.0,
         compile_seconds=16.0,
     ),
-    "full": Preset((LATENT, LATENTS, VIDEO, PIXELS), extra=_LADDER + _LARGE, seconds=60.0, compile_seconds=60.0),
+    "full": Preset(
+        (LATENT, LATENTS, VIDEO, PIXELS), extra=_LADDER + _LARGE + _HYBRID, seconds=60.0, compile_seconds=60.0
+    ),
     "sdxl": Preset(((1, 4, 128, 128), (4, 4, 128, 128), (16, 4, 128, 128)), ("epsilon", "v_prediction")),
     "flux": Preset(((1, 4096, 64), (8, 4096, 64)), ("flow",)),
     "video": Preset((VIDEO, (1, 16, 21, 60, 104)), ("v_prediction", "flow")),
@@ -152,6 +160,12 @@ class Operands:
     t: Tensor
     time: Tensor
 
+    @cached_property
+    def output(self) -> Tensor:
+        """The output of a network that learns the variance too, [batch, 2 channels, ...]: the prediction, and what it
+        says of the variance. A leaf that requires grad, made at its first use."""
+        return torch.cat([self.prediction.detach(), 0.1 * self.prediction.detach()], 1).requires_grad_()
+
 
 def operands(shape: tuple[int, ...], dtype: str, device: torch.device, seed: int = 0) -> Operands:
     """Fresh operands."""
@@ -162,5 +176,5 @@ def operands(shape: tuple[int, ...], dtype: str, device: torch.device, seed: int
 
 
 def operand_bytes(case: Case) -> int:
-    """Bytes of one set of operands, its gradient among them."""
-    return 4 * case.tensor_bytes
+    """Bytes of one set of operands, gradients among them."""
+    return (8 if case.operation == "hybrid loss" else 4) * case.tensor_bytes

@@ -41,6 +41,7 @@ def floor_bytes(case: Case) -> int:
         "noising": 3,  # x0, noise; x_t
         "loss": 2 + reads_x0,  # prediction, noise, and x0 where the target needs it
         "loss+gradient": 3 + reads_x0,
+        "hybrid loss": 5,  # both halves of the output, noise; the gradient's halves (x0 only where t is 0)
         "training step": 4 + reads_x0,  # x0; x_t, and with the network between, prediction, x0; its gradient
         "sampler step": 3 if case.kind == "flow" else 4,  # x, model output, noise; x
         "sampler step+noise": 3,
@@ -252,6 +253,8 @@ def known_operands(case: Case, operands: Operands, result: Any) -> Count:
         moved = o.prediction.nbytes + o.noise.nbytes + x0
     elif case.operation == "loss+gradient":
         moved = o.prediction.nbytes + o.noise.nbytes + x0 + gradient
+    elif case.operation == "hybrid loss":
+        moved = o.output.nbytes + o.noise.nbytes + o.output.grad.nbytes
     elif case.operation == "training step":
         noised = result[0]
         kept = noised.noise_source.nbytes if isinstance(noised.noise_source, Tensor) else 0

@@ -5,6 +5,8 @@ Functions of tensors alone, so that ``torch.compile`` can have them; each result
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,6 +60,28 @@ def loss_flow(prediction: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor) -> T
     weighting = torch.ones_like(spread(sigma, x0))
     loss = weighting.float() * (prediction.float() - target.float()) ** 2
     return loss.reshape(target.shape[0], -1).mean(1).mean()
+
+
+def hybrid_loss(output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, table: Tensor) -> Tensor:
+    """L_simple + 0.001 L_vlb of Nichol and Dhariwal 2021, the latter as their functions ``normal_kl`` and
+    ``discretized_gaussian_log_likelihood`` compute it. ``table``: see ``peers``."""
+    prediction, v = output.float().chunk(2, 1)
+    scale, middle, half, true, half_width, weight = (spread(row, x0) for row in table[t].unbind(1))
+    x0, noise = x0.float(), noise.float()
+    log_variance = middle + half * v
+    difference = scale * (prediction.detach() - noise)
+    kl = 0.5 * (-1.0 + log_variance - true + torch.exp(true - log_variance) + difference**2 * torch.exp(-log_variance))
+    inverse = torch.exp(-0.5 * log_variance)
+    above, below = _normal_cdf(inverse * (half_width - difference)), _normal_cdf(inverse * (-half_width - difference))
+    log_above, log_below = above.clamp(min=1e-12).log(), (1.0 - below).clamp(min=1e-12).log()
+    log_between = (above - below).clamp(min=1e-12).log()
+    likelihood = torch.where(x0 < -0.999, log_above, torch.where(x0 > 0.999, log_below, log_between))
+    bound = torch.where(spread(t, x0) == 0, -likelihood, kl)
+    return F.mse_loss(prediction, noise) + (weight * bound).mean()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1.0 + torch.tanh((2.0 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
 def ddpm_mean(x: Tensor, x0: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -65,6 +65,25 @@ def sampling_plan(kind: str) -> fastdiff.samplers.Plan:
     return sampler.plan(_process(kind), SAMPLING_STEPS, kind)
 
 
+@cache
+def _variance_bound(device: torch.device) -> torch.Tensor:
+    """float32 [1000, 6]: scale, l_0, l_v, l_q, half-width and weight of ``ops.gaussian_kl`` after Nichol and Dhariwal
+    2021: L = (1 + v) / 2 ln beta + (1 - v) / 2 ln beta~, their weight 0.001, and bins of 8 bits where t is 0."""
+    alpha_bar = fastdiff.VariancePreserving().alpha_bar
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    beta = 1 - alpha_bar / before
+    posterior = beta * (1 - before) / (1 - alpha_bar)
+    posterior[0] = posterior[1]  # which is not 0
+    low, high = posterior.log(), beta.log()
+    scale = -beta / ((1 - beta) * (1 - alpha_bar)).sqrt()
+    half_width = torch.full_like(beta, -1.0)
+    half_width[0] = 1 / 255
+    weight = torch.full_like(beta, 0.001)
+    return torch.stack([scale, (high + low) / 2, (high - low) / 2, low, half_width, weight], 1).to(
+        device, torch.float32
+    )
+
+
 def _ours(case: Case, device: torch.device) -> Call:
     objective = _objective(case.kind)
     flow = case.kind == "flow"
@@ -92,6 +111,15 @@ def _ours(case: Case, device: torch.device) -> Call:
             return noised, loss
 
         return _fresh_gradient(step)
+    if case.operation == "hybrid loss":
+        table = _variance_bound(device)
+
+        def hybrid(o: Operands) -> Any:
+            scale, l_0, l_v, l_q, half_width, weight = table[o.t].unbind(1)
+            how = {"scale": scale, "l_0": l_0, "l_v": l_v, "l_q": l_q, "half_width": half_width, "weight": weight}
+            return ops.gaussian_kl(o.output, o.x0, o.noise, q=1.0, **how, simple_weight=1.0, freeze_mean=True)
+
+        return _with_gradient(hybrid, "output")
     row = sampling_plan(case.kind).table[STEP].float().to(device)
     clip = None if flow else CLIP
     made_here = ops.Philox(0, stream=STEP_STREAM)
@@ -149,6 +177,9 @@ def _plain(case: Case, device: torch.device, prepare: Callable[[Callable], Calla
             return loss_of(o.prediction, o.x0, o.noise, o.time if flow else o.t)
 
         return _without_gradient(loss) if case.operation == "loss" else _with_gradient(loss)
+    if case.operation == "hybrid loss":
+        table, function = _variance_bound(device), prepare(eager.hybrid_loss)
+        return _with_gradient(lambda o: function(o.output, o.x0, o.noise, o.t, table), "output")
     if flow:
         sigma, next_sigma = sampling_plan("flow").times[STEP : STEP + 2].float().unbind()
         euler = prepare(eager.euler)
@@ -189,11 +220,14 @@ def graphs(case: Case) -> list[tuple[str, str, tuple[int, ...], bool]]:
         "loss": [(f"loss_{case.kind}", False)],
         "loss+gradient": [(f"loss_{case.kind}", True)],
         "training step": [(noising, False), (f"loss_{case.kind}", True)],
+        "hybrid loss": [("hybrid_loss", True)],
     }.get(case.operation, [(f"step_{case.kind}", False)])
     return [(name, case.dtype, case.shape, gradient) for name, gradient in names]
 
 
 def _diffusers(case: Case, device: torch.device) -> Call:
+    if case.operation == "hybrid loss":
+        raise Missing("its training scripts learn no variance")
     schedulers = diffusers_schedulers()
     flow = case.kind == "flow"
     if case.operation == "sampler step":
@@ -271,9 +305,9 @@ def _fresh_gradient(call: Call) -> Call:
     return run
 
 
-def _with_gradient(loss: Call) -> Call:
+def _with_gradient(loss: Call, leaf: str = "prediction") -> Call:
     def run(o: Operands) -> Any:
-        o.prediction.grad = None
+        getattr(o, leaf).grad = None
         result = loss(o)
         result.backward()
         return result

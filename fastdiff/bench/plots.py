@@ -25,6 +25,7 @@ MARKERS = {
     "noising": "o",
     "loss": "s",
     "loss+gradient": "D",
+    "hybrid loss": "P",
     "training step": "*",
     "sampler step": "^",
     "sampler step+noise": "v",

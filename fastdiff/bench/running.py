@@ -158,7 +158,7 @@ class Run:
 
     def _sweep_group(self, shape: tuple, dtype: str, group: list[Case], sweep: int, progress: Progress) -> None:
         try:
-            sets, rotated = self._operand_sets(group[0])
+            sets, rotated = self._operand_sets(max(group, key=operand_bytes))
         except Exception as error:
             for case in group:
                 self._set_missing(case, f"no memory for its tensors: {_first_line(error)}")

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from drawn import described
@@ -126,6 +127,40 @@ class TestPeers:
             expected = ours(o)
         # float32 arithmetic in another order: some ulp of values of about 1 (of 1 / alpha, 3.4, in the sampler step).
         torch.testing.assert_close(theirs(o), expected, rtol=1e-5, atol=2e-6)
+
+    @pytest.mark.parametrize("at_0", [False, True])
+    @pytest.mark.parametrize("peer", ["eager", "reference"])
+    def test_same_hybrid_loss_and_gradient(self, peer, at_0):
+        ours, o, case = call("fastdiff", "hybrid loss", "epsilon")
+        o.t[:] = o.t.clamp(min=1)
+        if at_0:  # bins, of data near the means and far from them
+            o.t[::2] = 0
+            with torch.no_grad():
+                o.output[:, : SHAPE[1]] = o.noise + 0.3 * torch.randn(SHAPE)
+            o.x0.clamp_(-1, 1)
+        expected = ours(o).detach()
+        gradient, o.output.grad = o.output.grad.chunk(2, 1), None
+        found = peers.build(peer, case, CPU)(o).detach()
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=0)
+        # Differences of normal distribution functions lose digits.
+        near = {"rtol": 1e-3 if at_0 and peer == "eager" else 1e-4}
+        for half, truth in zip(o.output.grad.chunk(2, 1), gradient):
+            torch.testing.assert_close(half, truth, **near, atol=1e-4 * float(truth.abs().max()))
+        assert gradient[1].abs().max() > 0
+
+    def test_the_bound_of_the_hybrid_loss(self):
+        """Of the linear schedule: v from -1 to 1 goes from the posterior's log-variance to that of beta."""
+        scale, l_0, l_v, l_q, half_width, weight = peers._variance_bound(CPU).double().unbind(1)
+        betas = oracle.betas_linear(1000)
+        low, high = oracle.posterior_log_variance(betas, "repeat"), np.log(betas)
+        np.testing.assert_allclose(l_0 - l_v, low.astype(float), rtol=1e-6)
+        np.testing.assert_allclose(l_0 + l_v, high.astype(float), rtol=1e-6)
+        np.testing.assert_allclose(l_q, low.astype(float), rtol=1e-6)
+        # The mean is (x_t - beta / sqrt(1 - alpha_bar) epsilon) / sqrt(alpha).
+        by_epsilon = -betas / np.sqrt(1 - oracle.alpha_bar(betas)) / np.sqrt(1 - betas)
+        np.testing.assert_allclose(scale, by_epsilon.astype(float), rtol=1e-6)
+        assert half_width[0] == pytest.approx(1 / 255) and bool((half_width[1:] < 0).all())
+        assert torch.equal(weight.float(), torch.full((1000,), 0.001))
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("peer", ["eager", "reference", DIFFUSERS])
@@ -260,6 +295,7 @@ class TestCounting:
             ("loss", "flow", 3),
             ("loss+gradient", "epsilon", 3),
             ("loss+gradient", "v_prediction", 4),
+            ("hybrid loss", "epsilon", 5),
             ("training step", "epsilon", 4),
             ("training step", "v_prediction", 5),
             ("sampler step", "epsilon", 4),

@@ -1,4 +1,4 @@
-"""The terms of the variational bound on the CPU, and their gradient, which is written ahead as that of a loss is: in the
+"""The terms of the variational bound on the CPU, and their gradient. It is written ahead as that of a loss is: in the
 same pass, for an upstream gradient of 1."""
 
 from __future__ import annotations
