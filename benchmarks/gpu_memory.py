@@ -41,7 +41,7 @@ FAST = 1e-3  # the largest difference of a fast normal from the exact one
 EXPECTED = SimpleNamespace(
     **{
         name: getattr(reference, name)
-        for name in ("noise", "noise_and_target", "loss", "convert", "step", "normal", "uniform")
+        for name in ("noise", "noise_and_target", "loss", "gaussian_kl", "convert", "step", "normal", "uniform")
     },
     evaluate=lambda program, t, dtype: [row.to(dtype) for row in program.run(t)],
 )
@@ -65,6 +65,7 @@ def cases() -> Iterator[Case]:
     yield from _losses()
     yield from _steps()
     yield from _generators()
+    yield from _gaussians()
 
 
 def _generators() -> Iterator[Case]:
@@ -168,6 +169,30 @@ def _losses() -> Iterator[Case]:
         yield case("strided mask", *odd, FP32, mask=strided, how=how)
         yield case("mask by sample", *even, BF16, mask=torch.rand(2, 1, 1, 1) + 0.1, how=how)
         yield case("mask, several tiles", TILES, (2, 1), FP32, mask=torch.rand(TILES), how=how)
+
+
+def _gaussians() -> Iterator[Case]:
+    def gaussian(backend: Any, output: Tensor, *given: Any) -> Any:
+        """With the gradients of the network's output for two upstream gradients."""
+        leaf = output.clone().requires_grad_()
+        result = backend.gaussian_kl(leaf, *given)
+        upstreams = torch.ones_like(result), torch.full_like(result, 0.25)
+        return result.detach(), *(torch.autograd.grad(result, leaf, u, retain_graph=True)[0] for u in upstreams)
+
+    for (shape, rows), learned, (bins, reduction) in itertools.product(
+        ((EVEN, (2, 1, 1, 1)), (ODD, (3, 1, 1)), (TILES, (2, 1)), (FRAMES, (2, 1, 4, 1))),
+        (True, False),
+        ((True, "mean"), (False, "none")),
+    ):
+        dtype = FP32 if shape is TILES else BF16
+        p, q, scale, weight, l_v, simple = (0.4 * row.abs() + 0.1 for row in _rows(6, rows))
+        l_0, l_q = (row.clamp(-1, 1) for row in _rows(2, rows))
+        widths = torch.tensor([-1.0, 0.2, 0.0, 1 / 255] * weight.numel())[: weight.numel()].view(rows) if bins else None
+        output = data((shape[0], (1 + learned) * shape[1], *shape[2:]), dtype)
+        n = ops.Philox(3, 1) if bins else data(shape, dtype)
+        coefficients = p if bins else None, q, scale, l_0, l_v if learned else None, l_q, widths, weight, simple
+        name = f"gaussian_kl, {tuple(shape)}{', learned' * learned}{', bins' * bins} {reduction}"
+        yield Case(name, gaussian, (output, data(shape, dtype), n, *coefficients, not bins, reduction), 1e-5)
 
 
 def _steps() -> Iterator[Case]:

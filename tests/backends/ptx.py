@@ -111,7 +111,7 @@ def _picked(a: np.ndarray, b: np.ndarray, picks: np.ndarray) -> np.ndarray:
 COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "neu": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal, "nan": lambda a, b: np.isnan(a) | np.isnan(b),
-    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)), "gtu": lambda a, b: ~(a <= b),
 }  # fmt: skip
 WIDTH = {"pred": bool, "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "f32": np.uint32} | {
     f"{kind}{size}": getattr(np, f"uint{size}") for kind in "us" for size in (8, 16, 32, 64)
@@ -380,9 +380,9 @@ def findings() -> Iterator[dict[str, Any]]:
                 yield found(case, "noise", kept, wanted)
                 for data in (x0, None):
                     how = n, None if data is None else p, q, None, weight, None, None, "mse", "none", "mean"
-                    wanted = _gradients(reference, m, data, how)
+                    wanted = _gradients(reference.loss, m, data, how)
                     with compiled():
-                        results = _gradients(operations, m, data, how)
+                        results = _gradients(operations.loss, m, data, how)
                     for name, got, want in zip(("loss", "gradient", "gradient of half"), results, wanted):
                         yield found(case + (", v" if data is not None else ", epsilon"), name, got, want)
 
@@ -390,9 +390,9 @@ def findings() -> Iterator[dict[str, Any]]:
     for shape, rows in layouts:
         zero, one, n = torch.zeros(shape), torch.ones(rows), ops.Philox(99, 3)
         with compiled():
-            gradient = _gradients(operations, zero, None, (n, None, one, None, one, None, None, "mse", "none", "sum"))[
-                1
-            ]
+            gradient = _gradients(
+                operations.loss, zero, None, (n, None, one, None, one, None, None, "mse", "none", "sum")
+            )[1]
         yield found(
             f"exact noise, {'x'.join(map(str, shape))}",
             "noise of a loss",
@@ -413,11 +413,21 @@ def findings() -> Iterator[dict[str, Any]]:
             for function in ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh"):
                 case = f"given noise, {function}, mask, {str(dtype)[6:]}, {'x'.join(map(str, shape))}"
                 how = n, p, q, scale, weight, c, mask, function, "row", "mean"
-                wanted = _gradients(reference, m, x0, how)
+                wanted = _gradients(reference.loss, m, x0, how)
                 with compiled():
-                    results = _gradients(operations, m, x0, how)
+                    results = _gradients(operations.loss, m, x0, how)
                 for name, got, want in zip(("loss", "gradient", "gradient of half"), results, wanted):
                     yield found(case, name, got, want)
+            for bins in (False, True):
+                case = (
+                    f"exact noise, {'bins' if bins else 'divergences'}, {str(dtype)[6:]}, {'x'.join(map(str, shape))}"
+                )
+                how = _gaussian(rows, bins)
+                wanted = _gradients(reference.gaussian_kl, torch.cat([m, n], 1), x0, how)
+                with compiled():
+                    results = _gradients(operations.gaussian_kl, torch.cat([m, n], 1), x0, how)
+                for name, got, want in zip(("value", "gradient", "gradient of half"), results, wanted):
+                    yield found(case, f"gaussian_kl's {name}", got, want)
             step = (x0, m, n, 2.5, torch.randn(18), 0.5, (n, m), ops.Philox(3, 1, 20), None, dtype, (True, True))
             with compiled():
                 results = operations.step(*step)
@@ -425,10 +435,18 @@ def findings() -> Iterator[dict[str, Any]]:
                 yield found(f"exact noise, {str(dtype)[6:]}, {'x'.join(map(str, shape))}", "step", got, want)
 
 
-def _gradients(backend: Any, prediction: torch.Tensor, x0: torch.Tensor | None, how: tuple) -> list[torch.Tensor]:
+def _gaussian(rows: tuple[int, ...], bins: bool) -> tuple:
+    """The other arguments of a hybrid loss. ``bins``: rows are of each kind."""
+    p, q, scale, l_v, weight, simple_weight = (0.4 * torch.rand(rows) + 0.1 for _ in range(6))
+    l_0, l_q = (2 * torch.rand(rows) - 1 for _ in range(2))
+    widths = torch.tensor([-1.0, 0.2, 0.0, 1 / 255] * weight.numel())[: weight.numel()].view(rows) if bins else None
+    return ops.Philox(99, 3), p, q, scale, l_0, l_v, l_q, widths, weight, simple_weight, False, "mean"
+
+
+def _gradients(loss_of: Any, prediction: torch.Tensor, x0: torch.Tensor | None, how: tuple) -> list[torch.Tensor]:
     """The loss, its gradient as it was written ahead, and one for another upstream gradient."""
     leaf = prediction.clone().requires_grad_()
-    loss = backend.loss(leaf, x0, *how)
+    loss = loss_of(leaf, x0, *how)
     gradients = [torch.autograd.grad(scaled, leaf, retain_graph=True)[0] for scaled in (loss, loss * 0.5)]
     return [loss.detach(), *gradients]
 

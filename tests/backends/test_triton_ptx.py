@@ -57,3 +57,12 @@ def test_losses_and_gradients(findings):
     for f in found:
         near = 8 * 2**-23 + (torch.finfo(getattr(torch, f["dtype"][6:])).eps if f["dtype"] != "torch.float32" else 0)
         assert f["relative"] <= near + (1e-3 if f["case"].startswith("fast") else 0), f
+
+
+def test_gaussian_kl_and_its_gradient(findings):
+    """As near as losses are, by exponentials and logarithms of its own."""
+    found = [f for f in findings if f["name"].startswith("gaussian_kl")]
+    assert len(found) == 3 * 3 * 2 * 3
+    for f in found:
+        rounding = torch.finfo(getattr(torch, f["dtype"][6:])).eps if f["dtype"] != "torch.float32" else 0
+        assert f["relative"] <= 8 * 2**-23 + rounding, f

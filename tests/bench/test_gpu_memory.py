@@ -51,6 +51,8 @@ def test_every_case_equals_the_reference(script, capsys):
         ("loss", "result", "loss, one row, mse none mean"),
         ("loss", "gradient", "loss, float16, mse none mean"),
         ("loss", "means", "loss, mask, several tiles, mse global none"),
+        ("gaussian_kl", "result", "gaussian_kl, (3, 2, 33), learned none"),
+        ("gaussian_kl", "gradient", "gaussian_kl, (3, 2, 33), learned, bins mean"),
         ("step", "y", "step, triton, everything (3, 2, 33) torch.float32"),
         ("step", "seen", "step, triton, noise made (3, 2, 33) torch.float32"),
         ("coefficients", "drawn", "uniforms, seed a number"),
