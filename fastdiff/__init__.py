@@ -9,7 +9,7 @@ from .functional import diffusion_loss, q_sample
 from .noised import Noised
 from .objective import Objective
 from .prediction import Prediction
-from .process import EDM, VESDE, VPSDE, Process, RectifiedFlow, SubVPSDE, VariancePreserving
+from .process import EDM, VESDE, VPSDE, Cosine, Process, RectifiedFlow, SubVPSDE, TrigFlow, VariancePreserving
 from .sampling import sample
 from .weighting import (
     P2,
@@ -38,6 +38,7 @@ __all__ = [
     "VPSDE",
     "Bell",
     "CosMap",
+    "Cosine",
     "Debiased",
     "EDMWeighting",
     "InverseAlphaBar",
@@ -52,6 +53,7 @@ __all__ = [
     "SigmaSqrt",
     "SoftMinSNR",
     "SubVPSDE",
+    "TrigFlow",
     "TruncatedSNR",
     "Uniform",
     "VariancePreserving",

@@ -103,6 +103,13 @@ def _edm_input(levels: Levels) -> tuple[Tensor, Tensor]:
     return 1 / norm, (levels.sigma / levels.alpha).log() / 4
 
 
+def _trigflow(levels: Levels) -> tuple[Tensor, Tensor]:
+    # Lu and Song 2024: the velocity dx / dt of TrigFlow, which is -sigma_data times EDM's F; so it too is defined for
+    # every process.
+    p, q = _edm(levels)
+    return -_sigma_data(levels) * p, -_sigma_data(levels) * q
+
+
 _KINDS = {
     kind.name: kind
     for kind in (
@@ -114,6 +121,7 @@ _KINDS = {
         Prediction("score", _score, uses_x0=False),
         Prediction("previous_sample", _previous_sample),
         Prediction("edm", _edm, model_input=_edm_input),
+        Prediction("trigflow", _trigflow),
     )
 }
 EPSILON, SAMPLE = _KINDS["epsilon"], _KINDS["sample"]

@@ -151,7 +151,11 @@ DENSITIES = {
     "mode": (timesteps.Mode, FLOW, lambda u: oracle.quantile_mode(u, 1.29)),
     "cosmap": (timesteps.CosMap, FLOW, oracle.quantile_cosmap),
     "lognormal": (timesteps.LogNormal, EDM, lambda u: oracle.quantile_log_normal(u, -1.2, 1.2)),
-}
+    "uniform_log_snr": (
+        timesteps.UniformLogSNR, fastdiff.VPSDE(t_min=1e-3),
+        lambda u: oracle.quantile_uniform_log_snr(u, oracle.vpsde_alpha_sigma, 1e-3, 1.0),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(DENSITIES))
@@ -207,6 +211,7 @@ KINDS = {  # name: process and t at which the target is asked for
     "score": (VPSDE, [0.3, 0.7]),
     "previous_sample": (VP, [300, 700]),
     "edm": (EDM, [0.3, 7.0]),
+    "trigflow": (fastdiff.TrigFlow(), [0.3, 1.4]),
 }
 
 
@@ -245,6 +250,8 @@ PROCESSES = {
     "VPSDE": ({}, T, lambda t: oracle.vpsde_alpha_sigma(t, 0.1, 20.0)),
     "SubVPSDE": ({}, T, lambda t: oracle.subvpsde_alpha_sigma(t, 0.1, 20.0)),
     "VESDE": ({}, T, lambda t: oracle.vesde_alpha_sigma(t, 0.01, 50.0)),
+    "Cosine": ({}, T, oracle.cosine_alpha_sigma),
+    "TrigFlow": ({}, T, lambda t: oracle.trigflow_alpha_sigma(t, 0.5)),
 }  # fmt: skip
 
 
@@ -310,7 +317,8 @@ def test_what_a_name_stands_for_cannot_be_changed(module):
 @pytest.mark.parametrize(
     ("process", "ends"),
     [(FLOW, (1, 0.2)), (EDM, (80, 0.002)), (VPSDE, (1, 1e-3)), (fastdiff.SubVPSDE(), (1, 1e-3)),
-     (fastdiff.VESDE(), (1, 1e-5))],
+     (fastdiff.VESDE(), (1, 1e-5)), (fastdiff.VPSDE(t_min=1e-4), (1, 1e-4)), (fastdiff.VESDE(t_min=1e-4), (1, 1e-4)),
+     (fastdiff.Cosine(), (1, 0.2)), (fastdiff.TrigFlow(), (np.pi / 2, np.pi / 10))],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_the_times_that_a_process_is_sampled_at(process, ends):
