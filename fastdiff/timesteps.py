@@ -124,8 +124,11 @@ class CosMap(Timesteps):
 
 @dataclass(frozen=True)
 class LogNormal(Timesteps):
-    """ln(sigma / alpha) ~ N(mean, std^2): for EDM, whose t is that sigma (Karras et al. 2022, table 1), and for TrigFlow
-    and Cosine (Lu and Song 2024: t = arctan(exp(tau) / sigma_data), tau ~ N(-1, 1.4^2))."""
+    """ln(sigma / alpha) ~ N(mean, std^2).
+
+    For EDM, whose t is that sigma (Karras et al. 2022, table 1), and for TrigFlow and Cosine (Lu and Song 2024: t =
+    arctan(exp(tau) / sigma_data), tau ~ N(-1, 1.4^2)).
+    """
 
     mean: float = -1.2
     std: float = 1.2

@@ -54,6 +54,10 @@ def dpm(order, eta=0.0):
     return lambda x, levels: truth.dpmpp(x, levels, at, order, orders, eta, "midpoint", lambda i: Z[i])[-1]
 
 
+def predictor_corrector(x, levels):
+    return truth.predictor_corrector(x, levels, clean, 0.16, 1, lambda k: Z[k % STEPS])[-1]
+
+
 # name: (object, process, levels, the paper's loop); the object as docs/samplers.md says it
 SAMPLERS = {
     "ddpm": (samplers.DDPM(variance="fixed_small", final_noise=False), VP, LEVELS, ddpm),
@@ -73,6 +77,10 @@ SAMPLERS = {
     "unipc": (
         samplers.UniPC(order=2, solver_type="bh2"), VP, LEVELS,
         lambda x, levels: truth.unipc(x, levels, at, truth.multistep_orders(2, STEPS, lower=True))[-1],
+    ),
+    "predictor_corrector": (
+        samplers.PredictorCorrector(predictor=samplers.DDPM(), corrector_steps=1, snr=0.16), VP, LEVELS,
+        predictor_corrector,
     ),
     "lcm": (samplers.LCM(original_steps=50, timestep_scaling=10.0), VP, LEVELS, lcm),
     "flow_euler": (
