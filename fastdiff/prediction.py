@@ -47,6 +47,12 @@ def _sample(levels: Levels) -> tuple[Tensor, Tensor]:
     return torch.ones_like(levels.alpha), torch.zeros_like(levels.alpha)
 
 
+def velocity(levels: Levels) -> tuple[Tensor, Tensor]:
+    """(p, q) of cos(phi) n - sin(phi) x0 for any process, with the angle phi whose tangent is sigma / alpha."""
+    norm = torch.hypot(levels.alpha, levels.sigma)
+    return -levels.sigma / norm, levels.alpha / norm
+
+
 def _v_prediction(levels: Levels) -> tuple[Tensor, Tensor]:
     # Salimans and Ho 2022, appendix D; the norm is 1 for variance-preserving processes, and makes v the same quantity
     # in the sigma space of k-diffusion and EDM.
@@ -55,8 +61,7 @@ def _v_prediction(levels: Levels) -> tuple[Tensor, Tensor]:
             "v_prediction is not defined for RectifiedFlow (its path does not preserve the variance). "
             "The velocity n - x0 is prediction='flow'."
         )
-    norm = torch.hypot(levels.alpha, levels.sigma)
-    return -levels.sigma / norm, levels.alpha / norm
+    return velocity(levels)
 
 
 def _flow(levels: Levels) -> tuple[Tensor, Tensor]:

@@ -561,6 +561,23 @@ def weight_likelihood(kind, alpha, sigma, diffusion_squared, sigma_data=0.5):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Likelihood
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def mixture_log_density(x, weights, means, stds, alpha=1.0, sigma=0.0) -> np.ndarray:
+    """log p(x_t) in nats, x_t = alpha x0 + sigma n, x0 of a mixture of isotropic Gaussians: x [B, D], means [K, D].
+
+    A sum of Gaussians with means alpha mu_k and variances alpha^2 std_k^2 + sigma^2.
+    """
+    x, w, mu, std = ld(x)[:, None], ld(weights), LD(alpha) * ld(means), ld(stds)
+    variance = (LD(alpha) * std) ** 2 + LD(sigma) ** 2
+    logs = np.log(w) - ((x - mu) ** 2).sum(-1) / (2 * variance) - x.shape[-1] / LD(2) * np.log(2 * PI * variance)
+    top = logs.max(1, keepdims=True)
+    return (top + np.log(np.exp(logs - top).sum(1, keepdims=True)))[:, 0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Error functions, textbook forms. `decimal_*` are the same formulas with 60 digits, for the places where even a
 # longdouble of the textbook form has lost its digits (|e| << c, |e| << 1).
 # --------------------------------------------------------------------------------------------------------------------

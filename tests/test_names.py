@@ -305,7 +305,18 @@ def test_every_name_is_asked():
     assert set(LOSSES) == set(losses._NAMES)
     assert set(KINDS) == set(prediction._KINDS)
     asked = {name.split()[0] for name in PROCESSES} | {exported for exported, *_ in WEIGHTINGS.values()}
-    rest = {"Noised", "Objective", "PerTimestep", "Prediction", "Process", "diffusion_loss", "q_sample", "sample"}
+    rest = {
+        "Noised",
+        "Objective",
+        "PerTimestep",
+        "Prediction",
+        "Process",
+        "bits_per_dim",
+        "diffusion_loss",
+        "log_likelihood",
+        "q_sample",
+        "sample",
+    }
     modules = {"integrations", "losses", "ops", "samplers", "timesteps", "use_backend", "weighting"}
     assert asked | rest | modules == set(fastdiff.__all__)
     if (DOCS / "samplers.md").exists():  # not in an installed package
