@@ -52,8 +52,8 @@ def log_likelihood(
     """log p(x0) of each sample, in nats: of the distribution that deterministic sampling (DDIM) draws from.
 
     Args:
-        model: as in ``fastdiff.sample``: called as ``model(x, t)``, or ``model(x, t, cond)``. It is differentiated by x
-            (not where ``trace`` is exact for samples of no numbers), and must treat each sample by itself.
+        model: called as ``model(x, t)``, or ``model(x, t, cond)``, as in ``fastdiff.sample``. It is differentiated by
+            x, and must treat each sample by itself.
         x0: the data, [batch, ...], floating point. The network is given this dtype; all else is float64.
         process, prediction: those of training, or the ``Objective`` in place of the process.
         steps, timesteps: where a solver of fixed steps goes, as for samplers: the process's grid of so many times, or

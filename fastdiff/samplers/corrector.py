@@ -24,8 +24,10 @@ class PredictorCorrector(Sampler):
     for any process.
 
     A Langevin step is x + e s + sqrt(2 e) z, with the score s and new noise z. Its size, for each sample,
-    is e = 2 a (snr |z| / |s|)^2. a is 1 - beta of the step that follows in a process that preserves variance
+    is e = 2 a (snr abs(z) / abs(s))^2. a is 1 - beta of the step that follows in a process that preserves variance
     (algorithm 5), 1 in one whose data is not scaled (algorithm 4): (alpha / alpha')^2.
+
+    It is made for samples of many numbers. Of a few, abs(s) may be near 0, and the step then leads far away.
 
     N steps are N + (N - 1) corrector_steps calls of the network. Each call counts as a step for a callback, for
     ``noise`` and for ``step_offset``. Not with cond_fn or cuda_graph.
