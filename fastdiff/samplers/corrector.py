@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ops.checks import check_clip
 from ..ops.step import COLUMNS
 from ..philox import whole
 from ..prediction import Prediction
@@ -37,14 +38,17 @@ class PredictorCorrector(Sampler):
             ``DDIM``, ``Euler``, ``EulerAncestral``.
         corrector_steps: Langevin steps after each step but the last.
         snr: the signal-to-noise ratio r of the paper; > 0.
+        clip: clamp the predictor's x0 estimate to [-clip, clip]; None: as the predictor has it.
     """
 
     predictor: Sampler = DDPM()
     corrector_steps: int = 1
     snr: float = 0.16
+    clip: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        check_clip(self.clip)
         if not isinstance(self.predictor, Sampler):
             raise TypeError(f"predictor must be an object of fastdiff.samplers; got {self.predictor!r}.")
         object.__setattr__(self, "corrector_steps", whole("corrector_steps", self.corrector_steps))
@@ -94,5 +98,6 @@ class PredictorCorrector(Sampler):
             model_scale=scale,
             model_time=plan.model_time[rows],
             gradient=plan.gradient[rows],
+            clip=plan.clip if self.clip is None else self.clip,
             langevin=tuple(float(size[k - 1]) if c else 0.0 for k, c in zip(rows, corrects)),
         )

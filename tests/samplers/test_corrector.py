@@ -189,6 +189,14 @@ def test_discrete_steps_and_scaled_input():
     torch.testing.assert_close(run(edm, "edm", sampler, model=raw), plain, rtol=1e-10, atol=1e-10)
 
 
+def test_a_clip_of_its_own_or_of_its_predictor():
+    how = {"model": lambda x, t: 3 * x}
+    plain = run(VPSDE, "epsilon", PredictorCorrector(predictor=DDPM(timesteps=TIMES)), **how)
+    outer = run(VPSDE, "epsilon", PredictorCorrector(predictor=DDPM(timesteps=TIMES), clip=0.3), **how)
+    inner = run(VPSDE, "epsilon", PredictorCorrector(predictor=DDPM(timesteps=TIMES, clip=0.3)), **how)
+    assert torch.equal(outer, inner) and float(inner.abs().max()) <= 0.3 < float(plain.abs().max())
+
+
 def test_a_score_of_zero_takes_no_step():
     """Its direction is unknown; the step size would be infinite."""
     y = run(VPSDE, "score", PredictorCorrector(predictor=DDIM(timesteps=[0.6, 0.3])), model=lambda x, t: 0 * x)

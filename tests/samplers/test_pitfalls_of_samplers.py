@@ -53,12 +53,7 @@ def test_1_fixed_large_log_is_nan_upstream_and_a_logarithm_here():
 def test_2_a_clamp_acts_on_x0_alone(name):
     """With a clamp at 0.25 the x0 estimates stay within it, and the last x is one of them."""
     process, prediction = home(name)
-    estimates = []
-    sampler = (
-        samplers.PredictorCorrector(predictor=samplers.DDPM(clip=0.25))
-        if name == "predictor_corrector"
-        else samplers.NAMES[name](clip=0.25)
-    )
+    sampler, estimates = samplers.NAMES[name](clip=0.25), []
     x = run(sampler, process, 6, prediction, callback=lambda k, t, x, x0: estimates.append(x0))
     assert max(float(x0.abs().max()) for x0 in estimates) <= 0.25
     assert float(x.abs().max()) <= 0.25 * 1.001, "the last step ends on its x0 estimate (LCM: all but 4e-5 of it)"
