@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "first loss": torch.stack(losses[: steps // 10]).mean().item(),
         "last loss": torch.stack(losses[-steps // 10 :]).mean().item(),
     }
-    bits = fastdiff.bits_per_dim(likelihood, 2).mean().item()
+    bits = fastdiff.to_bits_per_dim(likelihood, 2).mean().item()
     print(f"held-out data under the model: {found['nll']:.3f} nats ({bits:.3f} bits per dimension)")
     print(f"the same under its own density: {found['entropy']:.3f} nats")
     print(f"samples under that density: {found['samples']:.3f} nats")

@@ -6,7 +6,7 @@ from types import ModuleType
 from . import losses, ops, samplers, timesteps, weighting
 from .backends import use_backend
 from .functional import diffusion_loss, q_sample
-from .likelihood import bits_per_dim, log_likelihood
+from .likelihood import log_likelihood, to_bits_per_dim
 from .noised import Noised
 from .objective import Objective
 from .prediction import Prediction
@@ -58,7 +58,7 @@ __all__ = [
     "TruncatedSNR",
     "Uniform",
     "VariancePreserving",
-    "bits_per_dim",
+    "to_bits_per_dim",
     "diffusion_loss",
     "integrations",
     "log_likelihood",

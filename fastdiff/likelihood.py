@@ -110,7 +110,7 @@ def log_likelihood(
     return prior + state.divergence + size * math.log(norm / _norm(first))
 
 
-def bits_per_dim(log_likelihood: Tensor, dimensions: int, bin_width: float = 1.0) -> Tensor:
+def to_bits_per_dim(log_likelihood: Tensor, dimensions: int, bin_width: float = 1.0) -> Tensor:
     """Log-likelihoods in nats as bits per dimension, the smaller the better: of the shape of ``log_likelihood``.
 
     Args:

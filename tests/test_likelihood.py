@@ -261,11 +261,11 @@ def test_an_adaptive_solver_that_is_missing(monkeypatch):
 def test_bits_per_dimension():
     """8 bits for 256 levels over [-1, 1] that are all as likely; a nat is 1 / ln 2 bits."""
     uniform = torch.full((2,), -12 * math.log(2), dtype=torch.float64)  # a density of 1/2 in each of 12 dimensions
-    assert fastdiff.bits_per_dim(uniform, 12, 2 / 256).tolist() == pytest.approx([8.0, 8.0])
-    assert fastdiff.bits_per_dim(torch.tensor([-6.0]), 3).item() == pytest.approx(2 / math.log(2))
+    assert fastdiff.to_bits_per_dim(uniform, 12, 2 / 256).tolist() == pytest.approx([8.0, 8.0])
+    assert fastdiff.to_bits_per_dim(torch.tensor([-6.0]), 3).item() == pytest.approx(2 / math.log(2))
     for given in ((0, 1.0), (3, 0.0)):
         with pytest.raises(ValueError, match="must be positive; got"):
-            fastdiff.bits_per_dim(torch.tensor([-6.0]), *given)
+            fastdiff.to_bits_per_dim(torch.tensor([-6.0]), *given)
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def test_every_name_is_asked():
         "PerTimestep",
         "Prediction",
         "Process",
-        "bits_per_dim",
+        "to_bits_per_dim",
         "diffusion_loss",
         "log_likelihood",
         "q_sample",
