@@ -77,9 +77,11 @@ class Objective:
     """What a network is trained on: a process, a prediction kind, a weighting and an error function.
 
     Args:
-        process: ``VariancePreserving``, ``RectifiedFlow``, ``EDM``, ``VPSDE``, ``VESDE`` or ``SubVPSDE``.
+        process: ``VariancePreserving``, ``RectifiedFlow``, ``EDM``, ``VPSDE``, ``VESDE``, ``SubVPSDE``, ``Cosine`` or
+            ``TrigFlow``.
         prediction: what the network predicts: "epsilon", "sample", "v_prediction", "flow" (n - x0), "reversed_flow",
-            "score", "previous_sample", "edm" (Karras et al.'s F), or a ``Prediction``.
+            "score", "previous_sample", "edm" (Karras et al.'s F), "trigflow" (cos(t) sigma_data n - sin(t) x0), or a
+            ``Prediction``.
         weighting: None (uniform), a weighting such as ``MinSNR(5.0)``, its name, or a callable of the ``Levels``.
         loss: "mse", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh", or an object of ``fastdiff.losses``.
         timesteps: how t is drawn when it is not given: an object of ``fastdiff.timesteps`` or its name; None: uniform,

@@ -29,8 +29,11 @@ PROCESSES = [
     fastdiff.VPSDE(),
     fastdiff.SubVPSDE(),
     fastdiff.VESDE(),
+    fastdiff.Cosine(),
+    fastdiff.TrigFlow(),
+    fastdiff.VPSDE(t_min=1e-3),
 ]
-KINDS = ["epsilon", "sample", "v_prediction", "flow", "reversed_flow", "score", "edm"]
+KINDS = ["epsilon", "sample", "v_prediction", "flow", "reversed_flow", "score", "edm", "trigflow"]
 WEIGHTS = [None, *(n for n in weighting._NAMES if n != "uniform"), weighting.SNR(-0.37), weighting.Bell("sigma")]
 LOSSES = ["mse", "huber", losses.PseudoHuber(0.2, schedule="snr"), losses.PseudoHuber(0.2, "scaled", "exponential")]
 TIMESTEPS = [
@@ -42,6 +45,13 @@ TIMESTEPS = [
     (ts.Mode(), fastdiff.RectifiedFlow()),
     (ts.CosMap(), fastdiff.RectifiedFlow()),
     (ts.LogNormal(), fastdiff.EDM()),
+    (ts.LogNormal(), fastdiff.TrigFlow()),
+    (ts.Uniform(), fastdiff.TrigFlow()),
+    (ts.Uniform(), fastdiff.VPSDE(t_min=1e-3)),
+    (ts.UniformLogSNR(), fastdiff.VPSDE(t_min=1e-5)),
+    (ts.UniformLogSNR(), fastdiff.SubVPSDE(t_min=1e-3)),
+    (ts.UniformLogSNR(0.01, 0.99), fastdiff.Cosine()),
+    (ts.UniformLogSNR(0.01, 0.99), fastdiff.RectifiedFlow(3.0, 1e-3)),
     (ts.Shifted(ts.LogitNormal(), 3.0), fastdiff.RectifiedFlow()),
 ]
 needs_native = pytest.mark.skipif(not native.available, reason="the native backend is not there")

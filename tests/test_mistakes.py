@@ -649,9 +649,10 @@ def test_what_is_no_number(cls, name, optional):
     [
         (fastdiff.RectifiedFlow, ("shift", "sigma_min")),
         (fastdiff.EDM, ("sigma_data",)),
-        (fastdiff.VPSDE, ("beta_min", "beta_max")),
-        (fastdiff.SubVPSDE, ("beta_min", "beta_max")),
-        (fastdiff.VESDE, ("sigma_min", "sigma_max")),
+        (fastdiff.VPSDE, ("beta_min", "beta_max", "t_min")),
+        (fastdiff.SubVPSDE, ("beta_min", "beta_max", "t_min")),
+        (fastdiff.VESDE, ("sigma_min", "sigma_max", "t_min")),
+        (fastdiff.TrigFlow, ("sigma_data",)),
         (fastdiff.VariancePreserving, ("beta_start", "beta_end")),
         (lambda **given: fastdiff.Objective(VP, **given), ("noise_offset", "input_perturbation")),
         (lambda **given: V.sample(never, (2, 3), **given), ("guidance_rescale", "dynamic_thresholding")),

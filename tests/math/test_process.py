@@ -38,6 +38,7 @@ CONTINUOUS = {
     "vpsde": (fastdiff.VPSDE, oracle.vpsde_alpha_sigma, {}),
     "vpsde other": (fastdiff.VPSDE, oracle.vpsde_alpha_sigma, {"beta_min": 0.5, "beta_max": 7.0}),
     "subvpsde": (fastdiff.SubVPSDE, oracle.subvpsde_alpha_sigma, {}),
+    "cosine": (fastdiff.Cosine, oracle.cosine_alpha_sigma, {}),
     "vesde": (fastdiff.VESDE, oracle.vesde_alpha_sigma, {}),
     "vesde other": (fastdiff.VESDE, oracle.vesde_alpha_sigma, {"sigma_min": 0.02, "sigma_max": 1348.0}),
 }
@@ -300,6 +301,74 @@ def test_ve_sde(low, ratio, t):
     assert_close(fastdiff.VESDE(**s).diffusion_squared(float64(t)), oracle.vesde_diffusion_squared(t, **s))
 
 
+@given(t=st.one_of(st.floats(0.0, math.pi / 2), st.floats(0.0, 1e-6)), d=st.floats(0.01, 10.0))
+@PROFILE
+def test_trigflow(t, d):
+    t = np.array([t])
+    process = fastdiff.TrigFlow(sigma_data=d)
+    check_continuous(process, oracle.trigflow_alpha_sigma(t, d), t)
+    # tan: the angle that is left up to the last t is exact, and the quotient of two sines
+    where = t < 1.57
+    g = process.diffusion_squared(float64(t)).numpy()
+    assert_close(g[where], oracle.trigflow_diffusion_squared(t, d)[where], absolute=1e-300, label="g^2")
+    assert_close(
+        fastdiff.Cosine().diffusion_squared(float64([0.0, 0.3, 0.99])),
+        oracle.cosine_diffusion_squared([0.0, 0.3, 0.99]),
+    )
+
+
+@pytest.mark.parametrize("process", [fastdiff.TrigFlow(), fastdiff.TrigFlow(2.0), fastdiff.Cosine()], ids=repr)
+def test_trigflow_ends_are_exact(process):
+    """An SNR of 0 and one of infinity; also of times in float32, whose pi / 2 is larger than float64's."""
+    for dtype in (torch.float64, torch.float32):
+        levels = process.levels(torch.tensor([0.0, process.t_max], dtype=dtype))
+        assert levels.alpha.tolist() == [1.0, 0.0]
+        assert_close(levels.sigma, [0.0, process.sigma_data])
+    assert process.levels_at([0.0, 1e6]).alpha.tolist() == pytest.approx([1.0, process.sigma_data / 1e6], rel=1e-10)
+    with pytest.raises(ValueError, match=r"t must lie in \[0, 1"):
+        process.levels(torch.tensor([1.5708], dtype=torch.float32))
+
+
+@given(t=st.floats(1e-9, 1.0), d=st.floats(0.01, 10.0))
+@PROFILE
+def test_the_time_of_a_ratio(t, d):
+    """``time_of`` inverts sigma / alpha; small times keep their digits, where 1 / sqrt(1 + sigma^2) has lost them.
+
+    d ln(ratio) / d ln t lies between 1/2 and 22 there (22: VPSDE at t = 1), so a few u of the ratio are 1e-13 of t.
+    """
+    for process in (fastdiff.VPSDE(), fastdiff.SubVPSDE(), fastdiff.Cosine(), fastdiff.TrigFlow(d)):
+        time = float64([t if process.t_max == 1 else 1.5 * t])
+        if process.t_max == 1 and float(process.alpha_sigma(time)[0]) < 1e-4:
+            continue  # near the end of Cosine alpha has an absolute error of a few u
+        alpha, sigma = process.alpha_sigma(time)
+        assert_close(process.time_of(process.sigma_of_ratio(sigma / alpha)), time, label=repr(process))
+
+
+@pytest.mark.parametrize("kind", [fastdiff.VPSDE, fastdiff.SubVPSDE, fastdiff.VESDE])
+def test_time_begins_at_t_min(kind):
+    """No smaller t is drawn, accepted or sampled from; the levels at a t are what they were."""
+    process = kind(t_min=0.01)
+    assert repr(process).endswith("t_min=0.01)") and "t_min" not in repr(kind())
+    assert_close(process.time(float64([0.0, 0.5, 1.0])), [0.01, 0.505, 1.0])
+    assert_close(process.fraction(float64([0.01, 0.505, 1.0])), [0.0, 0.5, 1.0], absolute=UNIT)
+    assert_close(process.grid(4)[[0, -1]], [1.0, 0.01])
+    objective = fastdiff.Objective(process, "score")
+    t = objective.noise(torch.zeros(5000, 1), seed=3).t
+    assert 0.01 <= float(t.min()) < 0.012 and float(t.max()) > 0.998
+    for dtype in (torch.float32, torch.float64):
+        process.check_t(torch.tensor([0.01, 1.0], dtype=dtype))
+    with pytest.raises(ValueError, match=r"t must lie in \[0.01, 1\].*got 0.009"):
+        process.levels([0.009])
+    with pytest.raises(ValueError, match="t must lie in"):
+        objective.noise(torch.zeros(2, 1), torch.tensor([0.5, 0.009]))
+    time = float64([0.01, 0.3])
+    for got, expected in zip(process.alpha_sigma(time), kind().alpha_sigma(time)):
+        assert torch.equal(got, expected)
+    for bad in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"t_min must lie in \[0, 1\); got"):
+            kind(t_min=bad)
+
+
 @given(sigma=st.floats(0.0, 1e6), d=st.floats(0.01, 10.0))
 @PROFILE
 def test_edm(sigma, d):
@@ -449,6 +518,7 @@ def test_bad_betas(betas, words):
         ("RectifiedFlow", {"sigma_min": 1.0}, r"sigma_min must lie in \[0, 1\); got 1.0"),
         ("EDM", {"sigma_data": 0.0}, "sigma_data must be positive; got 0.0"),
         ("EDM", {"sigma_data": -1.0}, "sigma_data must be positive; got -1.0"),
+        ("TrigFlow", {"sigma_data": 0.0}, "sigma_data must be positive; got 0.0"),
         ("VESDE", {"sigma_min": 0.0}, "0 < sigma_min < sigma_max is needed; got 0.0 and 50.0"),
         ("VESDE", {"sigma_min": 2.0, "sigma_max": 1.0}, "got 2.0 and 1.0"),
         ("VPSDE", {"beta_min": -1.0}, "0 < beta_min <= beta_max is needed; got -1.0 and 20.0"),

@@ -35,6 +35,8 @@ PROCESSES = {
     "vpsde": (fastdiff.VPSDE(), FRACTIONS),
     "subvpsde": (fastdiff.SubVPSDE(), FRACTIONS),
     "vesde": (fastdiff.VESDE(), FRACTIONS),
+    "continuous cosine": (fastdiff.Cosine(), FRACTIONS),
+    "trigflow": (fastdiff.TrigFlow(2.0), [*FRACTIONS, 1.5, fastdiff.TrigFlow.t_max]),
 }
 
 
