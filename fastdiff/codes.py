@@ -20,6 +20,9 @@ FUNCTIONS = ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh")
 NEED_C = ("smooth_l1", "pseudo_huber")
 REDUCTIONS = ("mean", "sum", "none")
 NORMALIZATIONS = ("none", "row", "global")  # by a mask's sum, in kernels
+# What ``fastdiff.ops.row_moments`` sums up, and those that need no b.
+MOMENTS = ("aa", "ab", "bb", "ss", "l1", "b1", "a", "b")
+OF_ONE = ("aa", "l1", "a")
 DTYPES = {
     torch.float32: 0,
     torch.float64: 1,

@@ -35,7 +35,7 @@ def run(call: LossCall, backend: Backend) -> Tensor:
 
 
 def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
-    """See ``Backend.loss_gradient``."""
+    """See ``Backend.gradient``."""
     prediction, n = call.prediction, _noise_of(call, backend)
     p, q, scale, weight, c, mask = rows(call.p, call.q, call.scale, call.weight, call.c, call.mask)
     dtype = weight.dtype
