@@ -42,6 +42,10 @@ class Asked:
     def row_moments(self, *arguments):
         return run(self.backend, RowMomentsCall(*arguments))
 
+    def moments_gradient(self, upstream, *arguments):
+        call = RowMomentsCall(*arguments[:5])
+        return able(self.backend, call).gradient(upstream, call, *arguments[5:])
+
     def step(self, x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, **more):
         call = StepCall(x, m, row, uncond, guidance, clip, history, noise, log_variance, dtype, *wanted, **more)
         return run(self.backend, call)

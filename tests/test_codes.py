@@ -45,11 +45,12 @@ def test_triton_finds_compiled_kernels_again():
     """Its hash of a kernel does not depend on which was looked at first."""
     pytest.importorskip("triton")
     code = (
-        "import sys; from fastdiff.backends.triton import affine, loss, programs, step;"
+        "import sys; from fastdiff.backends.triton import affine, loss, programs, row_moments, step;"
         "of = {'affine': affine, 'coefficients': programs, 'loss': loss, 'step': step};"
+        "of |= {'row_moments': row_moments, 'row_moments_gradient': row_moments};"
         "print(*sorted((name, getattr(of[name], name).function.cache_key) for name in sys.argv[1:]))"
     )
-    names = ["affine", "coefficients", "loss", "step"]
+    names = ["affine", "coefficients", "loss", "row_moments", "row_moments_gradient", "step"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     found = {
         subprocess.run(

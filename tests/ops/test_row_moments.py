@@ -136,13 +136,13 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("row_shape", [(4,), (4, 1, 5, 1), (1, 3, 1, 6)])
+@pytest.mark.parametrize("row_shape", [(2,), (2, 1, 3, 1), (1, 3, 1, 4)])
 def test_any_strides(moments, layout, row_shape):
-    a, b = pair(4, 3, 5, 6, grad=True)
+    a, b = pair(2, 3, 3, 4, grad=True)
     strided = LAYOUTS[layout](a)
     found = moments(strided, b, row_shape=row_shape)
-    check(found, strided, b, row_shape if len(row_shape) == 4 else (4, 1, 1, 1))
-    check(moments(b, strided, row_shape=row_shape), b, strided, row_shape if len(row_shape) == 4 else (4, 1, 1, 1))
+    check(found, strided, b, row_shape if len(row_shape) == 4 else (2, 1, 1, 1))
+    check(moments(b, strided, row_shape=row_shape), b, strided, row_shape if len(row_shape) == 4 else (2, 1, 1, 1))
     gradients = torch.autograd.grad(total(found), (a, b))
     whole = strided.detach().contiguous().requires_grad_()
     d_strided, d_b = torch.autograd.grad(total(moments(whole, b, row_shape=row_shape)), (whole, b))
@@ -160,7 +160,9 @@ def total(found):
 
 
 def test_same_bits_every_run_and_for_any_thread_count(moments):
-    a, b = pair(4, 3, 64, 65, grad=True)
+    # The interpreter takes its time, and has no threads.
+    shape = (2, 2100) if fastdiff.backends.choose("cpu") == "triton" else (4, 3, 64, 65)
+    a, b = pair(*shape, grad=True)
 
     def run():
         found = moments(a, b)
