@@ -10,6 +10,10 @@ from fastdiff.calls import ConvertCall, LossCall, NoiseCall, NormalCall, RowMome
 from fastdiff.ops.operators import operators as _operators
 
 
+def _loss(arguments, y=None, r=None):
+    return LossCall(*arguments[:9], y, r, *arguments[9:])
+
+
 class Asked:
     """Anything but the operations is the backend's own."""
 
@@ -29,11 +33,11 @@ class Asked:
     def noise_and_target(self, *arguments):
         return self.backend.noise_and_target(NoiseCall(*arguments[:7]), *arguments[7:])
 
-    def loss(self, *arguments):
-        return run(self.backend, LossCall(*arguments))
+    def loss(self, *arguments, **third):
+        return run(self.backend, _loss(arguments, **third))
 
     def loss_gradient(self, upstream, *arguments):
-        call = LossCall(*arguments)
+        call = _loss(arguments)
         return able(self.backend, call).gradient(upstream, call)
 
     def convert(self, m, x_t, k_x, k_m):

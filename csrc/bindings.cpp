@@ -79,8 +79,8 @@ void convert(py::handle layout, py::handle m, py::handle x_t, py::handle k_x, py
 }
 
 void loss(py::handle layout, py::handle prediction, py::handle x0, py::handle n, py::handle p, py::handle q,
-          py::handle scale, py::handle weight, py::handle c, py::handle mask, py::handle function,
-          py::handle normalization, py::handle reduction, py::handle upstream, py::handle result, py::handle means,
+          py::handle scale, py::handle weight, py::handle c, py::handle mask, py::handle y, py::handle r,
+          py::handle function, py::handle normalization, py::handle reduction, py::handle upstream, py::handle result, py::handle means,
           py::handle gradient, py::handle threads) {
   LossCall call{};
   LossArguments& a = call.kernel;
@@ -93,6 +93,9 @@ void loss(py::handle layout, py::handle prediction, py::handle x0, py::handle n,
   a.q = rows.optional("q", q);
   a.x0 = parse_optional_input("x0", x0, elements);
   a.n = parse_optional_noise("n", n, a.layout);
+  a.r = rows.optional("r", r);
+  a.y = parse_optional_input("y", y, elements);
+  if (!a.r.data != !a.y.data) throw py::value_error("y: goes with r, both or neither");
   if (!a.p.data != !a.x0.data) throw py::value_error("x0: goes with p, both or neither");
   if (!a.q.data != (a.n.kind == Noise::none)) throw py::value_error("n: goes with q, both or neither");
   a.scale = rows.optional("scale", scale);

@@ -65,7 +65,7 @@ class NoiseCall(NamedTuple):
 
 
 class LossCall(NamedTuple):
-    """weight * mask * rho(scale * (prediction - (p x0 + q n)); c), summed row by row in float64, then reduced.
+    """weight * mask * rho(scale * (prediction - (p x0 + q n + r y)); c), summed row by row in float64, then reduced.
 
     The shape of ``weight`` says what a row is. The result has the compute dtype: that shape for reduction "none", a
     scalar for "mean" and "sum". An element under a mask of 0, and a row of weight 0, add 0, whatever they hold. An
@@ -80,6 +80,8 @@ class LossCall(NamedTuple):
     weight: Any  # placed
     c: Any = None  # placed
     mask: Tensor | None = None  # broadcasts to the prediction
+    y: Tensor | None = None  # [batch, ...]
+    r: Any = None  # placed
     function: str = "mse"
     mask_normalization: str = "none"
     reduction: str = "mean"

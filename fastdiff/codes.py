@@ -15,9 +15,6 @@ COLUMNS = (
     *("p_x", "p_m", "c_x", "c_m", "c_x0", "c_h1", "c_h2", "c_h3", "c_h4", "c_noise"),
     *("l_0", "l_v", "h_x", "h_m", "h_x0", "k_x0", "k_n", "c_in"),
 )
-# Error functions, and those with a constant c.
-FUNCTIONS = ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh")
-NEED_C = ("smooth_l1", "pseudo_huber")
 REDUCTIONS = ("mean", "sum", "none")
 NORMALIZATIONS = ("none", "row", "global")  # by a mask's sum, in kernels
 # What ``fastdiff.ops.row_moments`` sums up, and those that need no b.

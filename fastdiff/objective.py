@@ -23,7 +23,7 @@ from .modes import wrapping
 from .names import answers_keywords
 from .noised import Noised, check_noised, tensor_of
 from .numeric import check_numbers
-from .ops.checks import check_floating, check_tensor, check_unambiguous, compute_dtype, place_rows
+from .ops.checks import check_alike, check_floating, check_tensor, check_unambiguous, compute_dtype, place_rows
 from .ops.dispatch import get as backend_of
 from .ops.loss import check_loss, normalized
 from .ops.noise import check_noise
@@ -55,6 +55,23 @@ _OTHER_NAMES = {
     "loss_fn": "loss=",
     "schedule_sampler": "timesteps=",
 }
+
+
+def _placed(name: str, rows: Tensor | float, row_shape: torch.Size, like: Tensor) -> Tensor | float:
+    """Numbers that a user gives, one a row or one for all, placed for ``like``."""
+    if isinstance(rows, Tensor):
+        return place_rows(name, place_rows(name, rows.to(like.device), row_shape).expand(row_shape), like.shape)
+    check_numbers(**{name: rows})
+    return rows
+
+
+def _in_dtype(row: Any, dtype: torch.dtype, like: Tensor) -> Any:
+    """A placed coefficient, a number or None, as a record takes it."""
+    if row is None or getattr(row, "dtype", None) == dtype:
+        return row
+    if isinstance(row, (int, float)):  # filled on the device: a copy to it would wait
+        return torch.full((1,) * like.ndim, row, dtype=dtype, device=like.device)
+    return as_tensor(row).to(dtype)
 
 
 class Objective:
@@ -390,6 +407,9 @@ class Objective:
         *,
         weight: Tensor | float | None = None,
         mask_normalization: str = "none",
+        target: Tensor | None = None,
+        y: Tensor | None = None,
+        r: Tensor | float | None = None,
     ) -> Tensor:
         """The loss of the network's output.
 
@@ -406,9 +426,13 @@ class Objective:
             mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"; a row with
                 nothing in its mask is left out of the mean), each sample by its mask's sum ("sample"; with a time a
                 frame or token, where a row is one of them), or all by the mask's sum ("global").
+            target: what the prediction is compared with in place of the objective's own target, shaped as prediction: a
+                teacher's output, say. The weights stay those of the objective.
+            y, r: a third term of the target, which becomes target + r y, in the same pass: y is shaped as prediction
+                (another output of the network, a target of another sample); r is a number (None: 1), or one a row.
 
-        Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise and weight.
-        Raises TypeError or ValueError for unfit inputs, RuntimeError if its times, or the seed of
+        Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise, target, y
+        and weight. Raises TypeError or ValueError for unfit inputs, RuntimeError if its times, or the seed of
         noise that is not kept, were written into since. Warns, on the CPU, of a mask that is 0 everywhere.
         """
         check_noised(prediction, noised)
@@ -423,13 +447,15 @@ class Objective:
             rows = self._rows(t, x0, compute_dtype(x0, tensor_of(n), prediction))
         elif isinstance(prediction, Tensor) and prediction.dtype == torch.float64 != rows.dtype:
             rows = self._rows(t, x0, torch.float64)  # those of noising were rounded to float32
-        if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
+        plain = mask is None and weight is None and target is None and y is None and r is None
+        if plain and reduction == "mean" and mask_normalization == "none":
             result = self._fast_loss(prediction, x0, n, t, rows)
             if result is not None:
                 return result
         if rows.coefficients is not self._coefficients:  # the process was changed
             rows = self._rows(t, x0, rows.dtype)
-        return self._loss(prediction, x0, n, rows, t.shape, mask, reduction, weight, mask_normalization)
+        how = mask, reduction, weight, mask_normalization
+        return self._loss(prediction, x0, n, rows, t.shape, *how, target, y, r)
 
     def _fast_loss(self, prediction: Any, x0: Tensor, noise: Any, t: Any, rows: Rows | None) -> Tensor | None:
         """The mean loss if a fast call of a backend can compute it, else None. rows: where there are some."""
@@ -466,28 +492,44 @@ class Objective:
         reduction: str,
         weight: Tensor | float | None,
         mask_normalization: str,
+        target: Tensor | None = None,
+        y: Tensor | None = None,
+        r: Tensor | float | None = None,
     ) -> Tensor:
         uses_x0, uses_noise, function = self.prediction.uses_x0, self.prediction.uses_noise, self.loss_function
         x0_, n = x0 if uses_x0 else None, noise if uses_noise else None
+        p, q, scale, own_weight, c = self._rows_of_loss(rows)
+        if target is not None:
+            check_floating(target=target)
+            check_alike(target=target, prediction=prediction)
+            x0_, n, p, q = target, None, 1.0, None
         if isinstance(mask, Tensor):
             check_unambiguous("mask", mask.shape, prediction.shape)
-        mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction)
+        mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction, y)
         # Noise that is made again counts as what it was made for.
-        dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) or n is None else x0)
-        coefficients = list(self._rows_of_loss(rows))
+        dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) or n is None else x0, y)
         if weight is not None:
-            if isinstance(weight, Tensor):
-                weight = place_rows("weight", weight.to(prediction.device), row_shape).expand(row_shape)
-                weight = place_rows("weight", weight, prediction.shape)
-            else:
-                check_numbers(weight=weight)
-            coefficients[3] = as_tensor(coefficients[3]) * weight
-        p, q, scale, row_weight, c = (
-            row if row is None or row.dtype == dtype else as_tensor(row).to(dtype) for row in coefficients
-        )
+            own_weight = as_tensor(own_weight) * _placed("weight", weight, row_shape, prediction)
+        if r is not None and y is None:
+            raise ValueError("r is the factor of y in the target: pass y, a tensor shaped as prediction, too.")
+        r = None if y is None else _placed("r", 1.0 if r is None else r, row_shape, prediction)
+        p, q, scale, own_weight, c, r = (_in_dtype(row, dtype, prediction) for row in (p, q, scale, own_weight, c, r))
         result = normalized(
             LossCall(
-                prediction, x0_, n, p, q, scale, row_weight, c, mask, function.function, mask_normalization, reduction
+                prediction,
+                x0_,
+                n,
+                p,
+                q,
+                scale,
+                own_weight,
+                c,
+                mask,
+                y,
+                r,
+                function.function,
+                mask_normalization,
+                reduction,
             )  # fmt: skip
         )
         return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result

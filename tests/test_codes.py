@@ -22,10 +22,10 @@ def test_cpp_has_the_numbers_of_python():
 
     told = {name: tuple(value) if isinstance(value, list) else value for name, value in _C.codes.items()}
     assert told["columns"] == codes.COLUMNS == ops.COLUMNS
-    assert told["functions"] == codes.FUNCTIONS == tuple(FUNCTIONS)
+    assert told["functions"] == losses.FUNCTIONS == tuple(FUNCTIONS)
     assert told["reductions"] == codes.REDUCTIONS == tuple(REDUCTIONS)
     assert told["normalizations"] == codes.NORMALIZATIONS == tuple(NORMALIZATIONS)
-    assert told["need_c"] == codes.NEED_C
+    assert told["need_c"] == losses.NEED_C
     assert told["offset_stream"] == codes.OFFSET_STREAM == Stream.OFFSET
     assert told["kept_steps"] == codes.KEPT_STEPS == sum(name.startswith("c_h") for name in codes.COLUMNS)
     names = SHORT | {torch.uint8: "u8", torch.bool: "u8"}
@@ -63,8 +63,8 @@ def test_triton_finds_compiled_kernels_again():
 
 def test_every_error_function_is_a_loss_that_knows_its_constant():
     made = [losses.get(name) for name in losses._NAMES]
-    assert {loss.function for loss in made} == set(codes.FUNCTIONS)
-    assert all(loss.uses_c == (loss.function in codes.NEED_C) for loss in made)
+    assert {loss.function for loss in made} == set(losses.FUNCTIONS)
+    assert all(loss.uses_c == (loss.function in losses.NEED_C) for loss in made)
 
 
 def test_streams_are_never_renumbered():

@@ -92,9 +92,9 @@ struct ConvertArguments {
 
 struct LossArguments {
   Layout layout;
-  Input prediction, x0;
+  Input prediction, x0, y;
   Noise n;
-  Rows p, q, scale, c;
+  Rows p, q, r, scale, c;
   Rows weight;
   Rows factor;  // of the gradient: upstream * weight / divisor
   Mask mask;

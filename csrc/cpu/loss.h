@@ -1,4 +1,4 @@
-// The loss: e = scale (prediction - (p x0 + q n)), the sum of mask rho(e; c) of each unit, and the gradient
+// The loss: e = scale (prediction - (p x0 + r y + q n)), the sum of mask rho(e; c) of each unit, and the gradient
 // factor mask rho'(e) scale, in one pass.
 #pragma once
 
@@ -147,7 +147,7 @@ ErrorKernel<D, N> error_kernel(bool has_x0, bool has_n, bool value, bool gradien
 
 template <class D, class N, Function function>
 ErrorKernel<D, N> error_kernel(const LossArguments& a) {
-  const bool x0 = a.x0.data, n = a.n.kind != Noise::none, value = a.sums, gradient = a.gradient.data;
+  const bool x0 = a.x0.data || a.y.data, n = a.n.kind != Noise::none, value = a.sums, gradient = a.gradient.data;
   return a.mask.tensor.data ? error_kernel<D, N, function, true>(x0, n, value, gradient)
                             : error_kernel<D, N, function, false>(x0, n, value, gradient);
 }
@@ -166,11 +166,17 @@ ErrorKernel<D, N> error_kernel(const LossArguments& a) {
   return error_kernel<D, N, Function::mse>(a);
 }
 
+// p x0 + r y of a block, which stands for its x0 then: a rare operand costs no further kernels.
+template <class C>
+FASTDIFF_APART void add_third(C p, const C* x0, C r, const C* y, int count, C* out) {
+  for (int k = 0; k < padded(count); ++k) out[k] = p * x0[k] + r * y[k];
+}
+
 template <class D, class N>
 void loss_blocks(const LossArguments& a, int64_t begin, int64_t end, int most) {
   typedef Compute<D> C;
   alignas(64) D prediction_buffer[kBlock], x0_buffer[kBlock], gradient_buffer[kBlock];
-  alignas(64) C mask_buffer[kBlock];
+  alignas(64) C mask_buffer[kBlock], y_buffer[kBlock], known[kBlock];
   NoiseBuffer<N> n_buffer;
   const ErrorKernel<D, N> kernel = error_kernel<D, N>(a);
   alignas(64) const D no_x0[kBlock] = {};
@@ -180,7 +186,7 @@ void loss_blocks(const LossArguments& a, int64_t begin, int64_t end, int most) {
   b.n = no_noise;
   for_units(a.layout, begin, end, [&](const Unit& unit) {
     Sums<D> sums{};
-    b.p = a.p.data ? at<C>(a.p, unit.row) : C(0);
+    b.p = a.y.data ? C(1) : a.p.data ? at<C>(a.p, unit.row) : C(0);
     b.q = a.q.data ? at<C>(a.q, unit.row) : C(0);
     b.scale = a.scale.data ? at<C>(a.scale, unit.row) : C(1);
     b.c = a.c.data ? at<C>(a.c, unit.row) : C(1);
@@ -194,6 +200,13 @@ void loss_blocks(const LossArguments& a, int64_t begin, int64_t end, int most) {
       if (read) {
         b.prediction = view(a.prediction, start, count, prediction_buffer);
         if (a.x0.data) b.x0 = view(a.x0, start, count, x0_buffer);
+        if constexpr (__is_same(D, C)) {
+          if (a.y.data) {
+            const C p = a.p.data ? at<C>(a.p, unit.row) : C(0);
+            add_third(p, a.x0.data ? b.x0 : no_x0, at<C>(a.r, unit.row), view(a.y, start, count, y_buffer), count, known);
+            b.x0 = known;
+          }
+        }
         if (a.n.kind != Noise::none) b.n = view(a.n, a.layout, start, count, n_buffer);
         if (a.mask.tensor.data) b.mask = view(a.mask, start, count, mask_buffer);
         kernel(b, sums);
@@ -209,7 +222,7 @@ void loss_blocks(const LossArguments& a, int64_t begin, int64_t end, int most) {
 template <class C>
 void loss_units(const LossArguments& a, int64_t begin, int64_t end) {
   const bool has_x0 = a.x0.data, has_n = a.n.kind != Noise::none, made = a.n.kind == Noise::made;
-  if (!lean<C>(a.function)) return loss_blocks<C, C>(a, begin, end, kBlock);
+  if (!lean<C>(a.function) || a.y.data) return loss_blocks<C, C>(a, begin, end, kBlock);
   const DType data = common(a.prediction.dtype, a.x0, a.gradient);
   const DType noise = a.n.kind == Noise::given ? a.n.tensor.dtype : DType::f32;
   for_storage<C>(data, noise, [&](auto d, auto n) {

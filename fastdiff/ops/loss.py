@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..calls import LossCall
-from ..codes import FUNCTIONS, NEED_C, REDUCTIONS
+from ..codes import REDUCTIONS
+from ..losses import FUNCTIONS, NEED_C
 from ..philox import Philox
 from ..tensors import as_tensor, value_checks_are_free
 from . import dispatch
@@ -29,19 +30,23 @@ def loss(
     weight: Tensor | float = 1.0,  # as p
     scale: Tensor | float | None = None,  # as p
     c: Tensor | float | None = None,  # as p
+    y: Tensor | None = None,  # [B, ...]
+    r: Tensor | float | None = None,  # as p
     mask: Tensor | None = None,  # broadcasts to [B, ...]
     function: str = "mse",
     mask_normalization: str = "none",
     reduction: str = "mean",
     row_shape: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """weight * mask * rho(scale * (prediction - (p x0 + q n)); c), reduced.
+    """weight * mask * rho(scale * (prediction - (p x0 + q n + r y)); c), reduced.
 
     Args:
         prediction: the network's output, any floating-point dtype, [batch, ...].
         x0, n: data and noise, shaped as prediction. x0 is not read where p is None, n not where q is None. A
             ``Philox`` makes the noise again.
-        p, q, weight, scale, c: rows (``fastdiff.ops.checks.place_rows``) or numbers. ``weight`` may require grad.
+        p, q, weight, scale, c, r: rows (``fastdiff.ops.checks.place_rows``) or numbers. ``weight`` may require grad.
+        y: a third operand of the target, shaped as prediction (another output of the network, say); not read where r is
+            None.
         mask: bool or float, broadcastable to prediction. One with fewer dimensions is aligned at the left: [batch], or
             [batch, frames]. An element under a mask of 0, and a row of weight 0, add 0 to the loss and to the gradient,
             whatever they hold.
@@ -56,27 +61,28 @@ def loss(
         row_shape: the shape of "none"'s result and of the rows; default: that of ``weight``, or [batch].
 
     Returns a scalar, or ``row_shape``: float32 (float64 with float64 inputs). Sums are taken in float64. Differentiable
-    in prediction, x0, n and weight. A batch of size 0 has the sum 0 and, as in PyTorch, the mean NaN.
+    in prediction, x0, n, y and weight. A batch of size 0 has the sum 0 and, as in PyTorch, the mean NaN.
 
     Raises TypeError or ValueError for unfit inputs. Warns, on the CPU, where looking costs nothing, of a mask that is 0
     everywhere: the loss and its gradient are 0.
     """
-    x0, n = (x0 if p is not None else None), (n if q is not None else None)
-    mask = check_loss(prediction, x0, n, mask, mask_normalization, reduction)
+    x0, n, y = (x0 if p is not None else None), (n if q is not None else None), (y if r is not None else None)
+    mask = check_loss(prediction, x0, n, mask, mask_normalization, reduction, y)
     _one_of("function", function, FUNCTIONS)
     if function in NEED_C and c is None:
         raise ValueError(f"{function} needs its constant c.")
+    c = c if function in NEED_C else None
     given = n if isinstance(n, Tensor) else None
-    dtype = compute_dtype(prediction, x0, given)
+    dtype = compute_dtype(prediction, x0, given, y)
     shape, device = prediction.shape, prediction.device
     if row_shape is None:
         shared = not isinstance(weight, Tensor) or weight.numel() == 1
         row_shape = tuple(shape[:1]) if shared else tuple(weight.shape)
-    p, q, weight, scale, c = place_all(shape, dtype, device, p=p, q=q, weight=weight, scale=scale, c=c)
+    p, q, weight, scale, c, r = place_all(shape, dtype, device, p=p, q=q, weight=weight, scale=scale, c=c, r=r)
     placed_shape = tuple(row_shape) + (1,) * (len(shape) - len(row_shape))
     weight = weight.expand(placed_shape)
     result = normalized(
-        LossCall(prediction, x0, n, p, q, scale, weight, c, mask, function, mask_normalization, reduction)
+        LossCall(prediction, x0, n, p, q, scale, weight, c, mask, y, r, function, mask_normalization, reduction)
     )
     return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result
 
@@ -112,12 +118,14 @@ def check_loss(
     mask: Tensor | None,
     mask_normalization: str,
     reduction: str,
+    y: Tensor | None = None,
 ) -> Tensor | None:
     """Raise TypeError or ValueError unless these go together. Returns the mask, with all of its dimensions."""
     check_floating(prediction=prediction)
-    if x0 is not None:
-        check_floating(x0=x0)
-        check_alike(x0=x0, prediction=prediction)
+    for given in ({"x0": x0}, {"y": y}):
+        if None not in given.values():
+            check_floating(**given)
+            check_alike(**given, prediction=prediction)
     if n is not None:
         check_noise(prediction=prediction, noise=n)
     if not prediction.ndim:

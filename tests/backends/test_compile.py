@@ -32,11 +32,14 @@ MADE, NONE = (None, SEED, 0, 5, 0.1, "exact"), (None, None, 0, 0, 0.0, "exact")
 XI = (None, SEED, 2, 5, 0.0, "exact")
 
 
-def loss_arguments(n, *, weight=None, mask=None, how=("mse", "none", "mean"), dtype=torch.float32, grad=True):
+def loss_arguments(
+    n, *, weight=None, mask=None, how=("mse", "none", "mean"), dtype=torch.float32, grad=True, third=False
+):
     c = rows() if how[0] == "pseudo_huber" else None
     weight = rows() if weight is None else weight
     prediction, x0 = data(3, 2, 4, 5, dtype=dtype, grad=grad), data(3, 2, 4, 5)
-    return (prediction, weight, x0, *n, rows(), rows(), None, c, mask, *how)
+    y, r = (data(3, 2, 4, 5), rows()) if third else (None, None)
+    return (prediction, weight, x0, *n, rows(), rows(), None, c, mask, y, r, *how)
 
 
 CASES = {
@@ -78,8 +81,9 @@ CASES = {
     ),
     "loss with a scale": (
         OPS.loss,
-        lambda: (data(3, 2, 4, 5, grad=True), rows(), None, *MADE, None, rows(), rows(), rows(), None, *SMOOTH),
+        lambda: (data(3, 2, 4, 5, grad=True), rows(), None, *MADE, None, rows(), rows(), rows(), *(None,) * 3, *SMOOTH),
     ),
+    "loss with a third operand": (OPS.loss, lambda: loss_arguments(MADE, third=True, weight=rows().requires_grad_())),
     "gradient": (OPS.loss_gradient, lambda: (torch.tensor(0.5), *loss_arguments(given(), grad=False))),
     "gradient of channels_last": (
         OPS.loss_gradient,
@@ -202,8 +206,8 @@ def _reference(operator, *arguments):
         )  # fmt: skip
         return y, *(torch.empty(0, dtype=x.dtype) if tensor is None else tensor for tensor in (x0, entry)), seen
     prediction, weight, x0 = arguments[:3]
-    n, (p, q, scale, c, mask) = source(*arguments[3:9]), arguments[9:14]
-    return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *arguments[14:]),)
+    n, (p, q, scale, c, mask, y, r) = source(*arguments[3:9]), arguments[9:16]
+    return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *arguments[16:], y=y, r=r),)
 
 
 # While a program is traced no fast call is made: the two kinds of the native backend are one.

@@ -326,7 +326,7 @@ class TestBinding:
             "uniform": [1, 0, 0, (self.X.data_ptr(), 1, 32), 32],
             "noise": [self.LAYOUT, self.GOOD, self.ROWS, self.ROWS, (1, 0, 0, 0.0), 0.0, None, self.GOOD, None, 1],
             "convert": [self.LAYOUT, self.GOOD, self.GOOD, self.ROWS, self.ROWS, self.GOOD, 1],
-            "loss": [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, None, None, 0, 0, 0,
+            "loss": [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, *(None,) * 4, 0, 0, 0,
                      None, (self.X.data_ptr(), 0, 1), None, self.GOOD, 1],
             "step": [self.LAYOUT, self.GOOD, self.GOOD, None, None, (self.X.data_ptr(), 0, 18), None, (), None, None,
                      self.GOOD, None, None, None, None, None, None, None, 1],
@@ -334,6 +334,7 @@ class TestBinding:
         }  # fmt: skip
         name = data.draw(st.sampled_from(sorted(good)))
         arguments = list(good[name])
+        getattr(_C, name)(*arguments)  # these are taken
         for _ in range(data.draw(st.integers(1, 2))):
             arguments[data.draw(st.integers(0, len(arguments) - 1))] = data.draw(junk)
         if any(a == self.X.data_ptr() or (isinstance(a, tuple) and -1 in a[:1]) for a in arguments):
@@ -392,7 +393,7 @@ class TestBinding:
     )
     def test_masks_of_sizes_beyond_64_bits(self, sizes, strides):
         """Refused by their products, none of which overflows on the way (``make sanitize`` sees that)."""
-        arguments = [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, None, None, 0, 0, 0,
+        arguments = [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, *(None,) * 4, 0, 0, 0,
                      None, (self.X.data_ptr(), 0, 1), None, self.GOOD, 1]  # fmt: skip
         arguments[9] = (self.X.data_ptr(), 0, 64, sizes, strides)
         with pytest.raises(ValueError, match="mask"):

@@ -203,6 +203,24 @@ def test_fast_noise_in_the_loss(layout, dtype, x0):
     torch.testing.assert_close(d_got, d_want, rtol=torch.finfo(dtype).eps, atol=float(d_want.abs().max()) * 4e-6)
 
 
+@diagonal(
+    8,
+    layout=LAYOUTS,
+    dtype=DTYPES,
+    other=DTYPES,
+    made=[True, False],
+    how=[("mse", "none", "mean"), ("smooth_l1", "none", "none"), ("mse", "row", "mean")],
+)
+def test_a_third_operand_of_the_target(layout, dtype, other, made, how):
+    shape, rows = layout
+    mask = torch.rand(shape) < 0.7 if how[1] == "row" else None
+    third = {"y": random(shape, other), "r": random(rows)}
+    with launches() as launched:
+        compare_losses(loss_arguments(shape, rows, dtype, mask, made), how, **third)
+    if rows == (shape[0],) + (1,) * (len(shape) - 1):  # a time a sample
+        assert launched == ["loss", "loss"]  # and the gradient
+
+
 def noise_of(kind, shape, dtype, stream=0):
     """Noise as a tensor, to be made in the kernel, with channel offsets where there are channels, or none."""
     return {
@@ -321,18 +339,21 @@ def loss_arguments(shape, rows, dtype, mask, made=False):
     return [random(shape, dtype), random(shape, dtype), n, p, q, scale, weight, c, mask]
 
 
-def run_loss(backend, arguments, convert, how):
+def run_loss(backend, arguments, convert, how, **third):
+    third = {name: convert(tensor) for name, tensor in third.items()}
     values = [convert(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
     values[0], values[6] = values[0].requires_grad_(), values[6].requires_grad_()
-    loss = backend.loss(*values, *how)
+    loss = backend.loss(*values, *how, **third)
     upstream = torch.linspace(0.5, 2, max(1, loss.numel())).to(loss)[: loss.numel()].view_as(loss)
     loss.backward(upstream)
     return loss.detach(), values[0].grad, values[6].grad
 
 
-def compare_losses(arguments, how):
-    exact = run_loss(reference, arguments, lambda t: t.detach().double(), how)
-    want, got = (run_loss(backend, arguments, lambda t: t.detach().clone(), how) for backend in (reference, triton))
+def compare_losses(arguments, how, **third):
+    exact = run_loss(reference, arguments, lambda t: t.detach().double(), how, **third)
+    want, got = (
+        run_loss(backend, arguments, lambda t: t.detach().clone(), how, **third) for backend in (reference, triton)
+    )
     for g, w, e in zip(got, want, exact):
         assert_as_good(g, w, e)
 

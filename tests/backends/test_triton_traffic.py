@@ -73,6 +73,8 @@ def test_the_loss_and_its_backward(dtype):
     assert moved(lambda: triton.loss(prediction, x0, n, *how, "mean")) == [("loss", 3 * full + rows, 4)]
     assert moved(lambda: triton.loss(prediction, x0, n, *how, "none")) == [("loss", 3 * full + rows, ROWS)]
     assert moved(lambda: triton.loss(prediction, x0, ops.Philox(3), *how, "mean")) == [("loss", 2 * full + rows, 4)]
+    third = lambda: triton.loss(prediction, x0, ops.Philox(3), *how, "mean", y=n, r=row())  # noqa: E731
+    assert moved(third) == [("loss", 3 * full + rows + ROWS, 4)]  # read once, in the same launch
     wanted = prediction.requires_grad_()
     forward = ("loss", 3 * full + rows + 4, full + 4 + 4)  # the gradient, and for which upstream one it is
     assert moved(lambda: triton.loss(wanted, x0, n, *how, "mean").backward()) == [forward, ("loss", 8, 0)]

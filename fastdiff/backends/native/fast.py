@@ -105,7 +105,7 @@ def loss(
 
     def call_of(prediction, x0, n, _):  # t, which the rows are made from, has not changed
         p, q, scale, weight, c = (row if row is None else row.to(dtype) for row in rows())
-        return LossCall(prediction, x0, n, p, q, scale, weight, c, None, function)
+        return LossCall(prediction, x0, n, p, q, scale, weight, c, function=function)
 
     return _recorded(prediction, None, (value, None, gradient), (prediction, x0, n, t), call_of, _reference)
 

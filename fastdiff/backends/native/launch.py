@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import codes
 from ...codes import DTYPES
 from ...modes import wrapping
+from ...torch_access import _C
 from ..interface import TRANSFORMED
 from ..layout import layout_of
 
 FUNCTIONS, REDUCTIONS, NORMALIZATIONS = (
-    {name: k for k, name in enumerate(names)} for names in (codes.FUNCTIONS, codes.REDUCTIONS, codes.NORMALIZATIONS)
+    {name: k for k, name in enumerate(_C.codes[what] if _C else ())}
+    for what in ("functions", "reductions", "normalizations")
 )
 
 _is_compiling, _Parameter = torch.compiler.is_compiling, torch.nn.Parameter

@@ -35,13 +35,13 @@ from .launch import (
 
 def declines(call: LossCall) -> str:
     """Why this backend does not support the call; empty if it does."""
-    prediction, x0, n, p, q, scale, weight, c, mask = call[:9]
-    because = unsuited(prediction, x0, n, p, q, scale, weight, c, mask, seed_of(n))
+    prediction, x0, n, p, q, scale, weight, c, mask, y, r = call[:11]
+    because = unsuited(prediction, x0, n, p, q, scale, weight, c, mask, seed_of(n), y, r)
     if because:
         return because
-    if differentiable(x0, n, p, q, scale, c, mask):
+    if differentiable(x0, n, p, q, scale, c, mask, y, r):
         return COEFFICIENTS
-    return "" if fits(prediction.shape, weight, p, q, scale, c) else "rows that alternate too often for a layout"
+    return "" if fits(prediction.shape, weight, p, q, scale, c, r) else "rows that alternate too often for a layout"
 
 
 class Made(NamedTuple):
@@ -59,8 +59,8 @@ def run(call: LossCall, backend: Backend) -> Tensor:
     if not differentiable(prediction, weight):
         return launch(call).value
     made = launch(call, means=differentiable(weight), gradient=ahead(prediction) and call.reduction != "none")
-    how = call[-3:]
-    return recorded(prediction, weight, made, call[:9], lambda *tensors: LossCall(*tensors, *how), backend.otherwise)
+    how = call[11:]
+    return recorded(prediction, weight, made, call[:11], lambda *tensors: LossCall(*tensors, *how), backend.otherwise)
 
 
 def ahead(prediction: Tensor) -> bool:
@@ -129,19 +129,19 @@ def launch(
 ) -> Made:
     """One pass over the data, which computes those of the loss, the means of the rows and the gradient that are
     wanted."""
-    prediction, x0, n, p, q, scale, weight, c, mask, function, normalization, reduction = call
+    prediction, x0, n, p, q, scale, weight, c, mask, y, r, function, normalization, reduction = call
     dtype, shape = weight.dtype, prediction.shape
     if reduction == "none" and upstream is not None:
-        layout, (w, p_, q_, scale_, c_, up) = arrange(shape, weight, p, q, scale, c, upstream.to(dtype))
+        layout, (w, p_, q_, scale_, c_, r_, up) = arrange(shape, weight, p, q, scale, c, r, upstream.to(dtype))
     else:
-        layout, (w, p_, q_, scale_, c_) = arrange(shape, weight, p, q, scale, c)
+        layout, (w, p_, q_, scale_, c_, r_) = arrange(shape, weight, p, q, scale, c, r)
         up = upstream if upstream is None or upstream.dtype == dtype else upstream.to(dtype)
     rows = weight.shape
     result = weight.new_empty(rows if reduction == "none" else ()) if value else None
     row_means = weight.new_empty(rows, dtype=torch.float64) if means else None
     d = empty(shape, prediction.dtype, prediction) if gradient else None
     # What is pointed at must be held until the call returns.
-    m, x0, n = contiguous(prediction), contiguous(x0), contiguous(n)
+    m, x0, n, y = contiguous(prediction), contiguous(x0), contiguous(n), contiguous(y)
     if mask is not None and mask.dtype == torch.int64:
         mask = mask.double()
     _C.loss(
@@ -155,6 +155,8 @@ def launch(
         memory(w),
         memory(c_),
         masked(mask, shape),
+        memory(y) if r_ is not None else None,
+        memory(r_),
         FUNCTIONS[function],
         NORMALIZATIONS[normalization],
         REDUCTIONS[reduction],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ def declines(call: LossCall) -> str:
 def run(call: LossCall, backend: Backend) -> Tensor:
     """See ``LossCall``."""
     prediction, function, n = call.prediction, call.function, _noise_of(call, backend)
-    p, q, scale, weight, c, mask = rows(call.p, call.q, call.scale, call.weight, call.c, call.mask)
-    e = _scaled_error(prediction, call.x0, n, p, q, scale, weight.dtype, _kept(weight, mask))
+    scale, weight, c, mask = rows(call.scale, call.weight, call.c, call.mask)
+    e = _scaled_error(call, n, scale, weight.dtype, _kept(weight, mask))
     error = Error.apply(e, c, function)
     if mask is not None:
         error = mask.to(weight.dtype) * error
@@ -37,7 +36,7 @@ def run(call: LossCall, backend: Backend) -> Tensor:
 def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
     """See ``Backend.gradient``."""
     prediction, n = call.prediction, _noise_of(call, backend)
-    p, q, scale, weight, c, mask = rows(call.p, call.q, call.scale, call.weight, call.c, call.mask)
+    scale, weight, c, mask = rows(call.scale, call.weight, call.c, call.mask)
     dtype = weight.dtype
     factor = upstream * sum_rows(weight, weight.shape)
     if call.reduction != "sum":
@@ -45,7 +44,7 @@ def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
         factor = factor / divisor
         factor = factor / count if call.reduction == "mean" and weight.numel() else factor
     kept = _kept(weight, mask)
-    e = _scaled_error(prediction, call.x0, n, p, q, scale, dtype, kept)
+    e = _scaled_error(call, n, scale, dtype, kept)
     slope = factor.to(dtype) * error_derivative(e, c, call.function)
     for further in (None if mask is None else mask.to(dtype), scale):
         slope = slope if further is None else further * slope
@@ -63,17 +62,12 @@ def _kept(weight: Tensor, mask: Tensor | None) -> Tensor:
     return kept if mask is None else kept & (mask != 0)
 
 
-def _scaled_error(
-    prediction: Tensor, x0: Tensor | None, n: Tensor | None, p: Any, q: Any, scale: Tensor | None, dtype: torch.dtype,
-    kept: Tensor,
-) -> Tensor:  # fmt: skip
-    target: Tensor | float = 0.0
-    if p is not None and x0 is not None:
-        target = p * x0.to(dtype)
-    if q is not None and n is not None:
-        target = target + q * n.to(dtype)
+def _scaled_error(call: LossCall, n: Tensor | None, scale: Tensor | None, dtype: torch.dtype, kept: Tensor) -> Tensor:
+    pairs = zip(rows(call.p, call.r, call.q), (call.x0, call.y, n))
+    terms = [factor * operand.to(dtype) for factor, operand in pairs if factor is not None and operand is not None]
+    target = sum(terms[1:], terms[0]) if terms else 0.0
     # 0 before and after the scale: an infinite one makes NaN of it, forward and backward.
-    e = torch.where(kept, prediction.to(dtype) - target, 0.0)
+    e = torch.where(kept, call.prediction.to(dtype) - target, 0.0)
     return e if scale is None else torch.where(kept, scale * e, 0.0)
 
 

@@ -301,7 +301,7 @@ def loss(
 
     def call_of(prediction, x0, given, *_):  # the times, which the coefficients are made from, have not changed
         p, q, scale, weight, c = rows()
-        return LossCall(prediction, x0, philox if given is None else given, p, q, scale, weight, c, None, function)
+        return LossCall(prediction, x0, philox if given is None else given, p, q, scale, weight, c, function=function)
 
     def again(tensors, upstream, there):
         if there is None or not _plain(device, upstream) or upstream.dtype is not torch.float32:

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ... import modes
 from ...calls import LossCall
-from ...codes import NEED_C
 from ...tensors import Gathered
 from ..interface import COEFFICIENTS, Backend, differentiable
 from ..layout import layout_of
@@ -76,13 +75,13 @@ def _mask(mask, start, place, inside, sizes, strides, DIMS: tl.constexpr, TOGETH
 
 @Kernel
 def loss(
-    prediction, x0, n, gradient, mask, p, q, scale, weight, c, index, seed,
+    prediction, x0, n, third, gradient, mask, p, q, scale, weight, c, r, index, seed,
     upstream, used, assumed, result, means, divisor, counters, partials,
     stream, sample_offset, strength, size, size_low, mean, both,
     m1, m2, m3, s0, s1, s2, s3, s4, rows, parts, number,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
     P_KIND: tl.constexpr, Q_KIND: tl.constexpr, SCALE_KIND: tl.constexpr, WEIGHT_KIND: tl.constexpr,
-    C_KIND: tl.constexpr, UPSTREAM: tl.constexpr, INDEX: tl.constexpr,
+    C_KIND: tl.constexpr, R_KIND: tl.constexpr, UPSTREAM: tl.constexpr, INDEX: tl.constexpr,
     N: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr, MASK_DIMS: tl.constexpr,
     TOGETHER: tl.constexpr,
     FUNCTION: tl.constexpr, NORMALIZATION: tl.constexpr, REDUCTION: tl.constexpr, LANES: tl.constexpr,
@@ -90,8 +89,8 @@ def loss(
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """weight mask rho(scale (prediction - p x0 - q n); c). Writes the sums if there is a ``result``, and the gradient
-    by the prediction if there is a ``gradient``.
+    """weight mask rho(scale (prediction - p x0 - q n - r y); c), y being ``third``. Writes the sums if there is a
+    ``result``, and the gradient by the prediction if there is a ``gradient``.
 
     In a forward pass the upstream gradient is not known yet: the gradient is made for ``assumed``, which is noted in
     ``used``. In a backward pass it is made for ``upstream``. If a forward pass wrote a gradient and ``upstream`` equals
@@ -121,6 +120,8 @@ def loss(
         prefetch(prediction, start, block, units, R, C, UNIT, EVEN, ASM)
         if P_KIND != "none":
             prefetch(x0, start, block, units, R, C, UNIT, EVEN, ASM)
+        if R_KIND != "none":
+            prefetch(third, start, block, units, R, C, UNIT, EVEN, ASM)
     row = row_of(run, per, frames, shared, ROWS)
     entry, found = entry_of(index, row, steps, INDEX)
     e = load(prediction, start, place, inside, EVEN, UNIT, ASM, EMULATE)
@@ -133,13 +134,26 @@ def loss(
                           channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, N == "fast", ASM, EMULATE)  # fmt: skip
     if N == "fast":  # the product is in it, and is taken into the difference
         e = e - made
+    if R_KIND != "none":
+        r_row = coefficient(r, row, entry, found, stride, R_KIND)
+        further = load(third, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     if P_KIND != "none":
         p_row = coefficient(p, row, entry, found, stride, P_KIND)
         data = load(x0, start, place, inside, EVEN, UNIT, ASM, EMULATE)
         if N == "tensor" or N == "exact":
-            e = e - tl.fma(p_row, data, q_row * made)
+            target = tl.fma(p_row, data, q_row * made)
+            if R_KIND != "none":
+                target = tl.fma(r_row, further, target)
+            e = e - target
+        elif R_KIND != "none":
+            e = e - tl.fma(r_row, further, p_row * data)
         else:
             e = tl.fma(-p_row, data, e)
+    elif R_KIND != "none":
+        if N == "tensor" or N == "exact":
+            e = e - tl.fma(r_row, further, q_row * made)
+        else:
+            e = tl.fma(-r_row, further, e)
     elif N == "tensor" or N == "exact":
         e = tl.fma(-q_row, made, e)
     if SCALE_KIND != "none":
@@ -237,13 +251,13 @@ def loss(
 
 def declines(call: LossCall) -> str:
     """Why this backend does not support the call; empty if it does."""
-    prediction, x0, n, p, q, scale, weight, c, mask = _needed(call)[:9]
-    because = unsuited(prediction.device, (prediction, x0, n), (p, q, scale, weight, c))
+    prediction, x0, n, p, q, scale, weight, c, mask, y, r = _needed(call)[:11]
+    because = unsuited(prediction.device, (prediction, x0, n, y), (p, q, scale, weight, c, r))
     if because:
         return because
-    if differentiable(x0, n, p, q, scale, c, mask) or (isinstance(weight, Gathered) and differentiable(weight)):
+    if differentiable(x0, n, p, q, scale, c, mask, y, r) or (isinstance(weight, Gathered) and differentiable(weight)):
         return COEFFICIENTS
-    if not _own_rows(tuple(prediction.shape), shape_of(weight), p, q, scale, c):
+    if not _own_rows(tuple(prediction.shape), shape_of(weight), p, q, scale, c, r):
         return "rows that alternate too often for a layout"
     return "" if mask is None or (type(mask) in TYPES and mask.dtype in launch.POINTERS) else "a mask of another dtype"
 
@@ -254,8 +268,8 @@ def _needed(call: LossCall) -> LossCall:
         call = call._replace(p=None, x0=None)
     if call.q is None or call.n is None:
         call = call._replace(q=None, n=None)
-    if call.c is not None and call.function not in NEED_C:
-        call = call._replace(c=None)
+    if call.r is None or call.y is None:
+        call = call._replace(r=None, y=None)
     return call._replace(mask_normalization="none") if call.mask is None else call
 
 
@@ -283,14 +297,14 @@ def run(call: LossCall, backend: Backend) -> Tensor:
     if not differentiable(prediction, weight):
         return _pass(call).value
     written = ahead(prediction) and call.reduction != "none" and call.mask_normalization == "none"
-    made, how = _pass(call, means=differentiable(weight), gradient=written), call[-3:]
+    made, how = _pass(call, means=differentiable(weight), gradient=written), call[11:]
     divisor = made.divisor  # of ``made`` no more is held: its cell is waiting as long as somebody holds it
 
     def again(tensors: Sequence[Any], upstream: Tensor, written: Any) -> Tensor:
         return _gradient(LossCall(*tensors, *how), upstream, divisor, written)
 
     call_of = lambda *tensors: LossCall(*tensors, *how)  # noqa: E731
-    return recorded(prediction, weight, made, call[:9], call_of, again, backend.otherwise)
+    return recorded(prediction, weight, made, call[:11], call_of, again, backend.otherwise)
 
 
 def ahead(prediction: Tensor) -> bool:
@@ -378,12 +392,12 @@ class Laid(NamedTuple):
 
 def lay(call: LossCall) -> Laid:
     """The operands of ``call``."""
-    prediction, x0, n, p, q, scale, weight, c, mask = call[:9]
-    coefficients = (weight, p, q, scale, c)
+    prediction, x0, n, p, q, scale, weight, c, mask, y, r = call[:11]
+    operands, coefficients = (prediction, x0, n, y), (weight, p, q, scale, c, r)
     own, shape = shape_of(weight), tuple(prediction.shape)
-    back, data, placed = permuted((prediction, x0, n), coefficients)
+    back, data, placed = permuted(operands, coefficients)
     if back is not None and not _own_rows(tuple(data[0].shape), shape_of(placed[0])):
-        data, placed, back = [t if t is None else t.contiguous() for t in (prediction, x0, n)], list(coefficients), None
+        data, placed, back = [t if t is None else t.contiguous() for t in operands], list(coefficients), None
     if back is not None:
         shape, own = tuple(data[0].shape), shape_of(placed[0])
     strides = -1, _NO_STRIDES
@@ -402,7 +416,7 @@ def lay(call: LossCall) -> Laid:
 
 
 def _pass(call: LossCall, *, means: bool = False, gradient: bool = False) -> Made:
-    laid, how = lay(call), call[-3:]
+    laid, how = lay(call), call[11:]
     device, rows = call.prediction.device, laid.rows_shape
     function, normalization, reduction = how
 
@@ -452,7 +466,7 @@ def _gradient(
         upstream = upstream.permute(order)
     upstream = upstream.to(torch.float32)
     launched = loss_launch(
-        laid, *call[-3:], d, used=used, assumed=assumed, upstream=upstream, divisor=divisor
+        laid, *call[11:], d, used=used, assumed=assumed, upstream=upstream, divisor=divisor
     )  # fmt: skip
     loss(prediction.device, *launched)
     return d if laid.back is None else d.permute(laid.back)
@@ -463,10 +477,10 @@ def loss_launch(
     used=None, assumed=None, upstream=None, result=None, means=None, divisor=None,
 ) -> tuple[tuple[int, int], tuple, tuple]:  # fmt: skip
     """The launch of a loss, of its gradient, or of both: (grid, arguments, constants)."""
-    prediction, x0, n = laid.data
-    weight, p, q, scale, c = laid.coefficients
+    prediction, x0, n, y = laid.data
+    weight, p, q, scale, c, r = laid.coefficients
     shape, device = laid.shape, prediction.device
-    rows = arrange(shape, p, q, scale, weight, c, upstream, rows=laid.rows_shape)
+    rows = arrange(shape, p, q, scale, weight, c, r, upstream, rows=laid.rows_shape)
     source, (kind, seed_kind, offset) = source_of(n, device)
     elements = prediction.numel()
     tile = tile_of(elements, prediction.element_size())
@@ -483,7 +497,7 @@ def loss_launch(
     return (
         how.grid,
         (
-            *(prediction, x0, n if kind == "tensor" else None, gradient, laid.mask),
+            *(prediction, x0, n if kind == "tensor" else None, y, gradient, laid.mask),
             *(*pointers, rows.index, source[0]),
             *(up, used, assumed, result, means, divisor, counters, partials),
             *(*source[1:], high := _float32(size), size - high, mean, mean / size),

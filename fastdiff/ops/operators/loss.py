@@ -16,14 +16,14 @@ from .declaring import run as runs
 
 _ARGUMENTS = (
     f"Tensor prediction, Tensor weight, Tensor? x0, {noise_arguments('n')}, Tensor? p, Tensor? q, Tensor? scale, "
-    "Tensor? c, Tensor? mask, str function, str normalization, str reduction"
+    "Tensor? c, Tensor? mask, Tensor? y, Tensor? r, str function, str normalization, str reduction"
 )
 
 
 def _call(prediction: Tensor, weight: Tensor, x0: Tensor | None, *arguments: Any) -> LossCall:
     """A loss from the arguments of its operator."""
-    n, (p, q, scale, c, mask), how = source(*arguments[:6]), arguments[6:11], arguments[11:]
-    return LossCall(prediction, x0, n, p, q, scale, weight, c, mask, *how)
+    n, (p, q, scale, *others) = source(*arguments[:6]), arguments[6:]
+    return LossCall(prediction, x0, n, p, q, scale, weight, *others)
 
 
 def _fake(prediction, weight, *arguments):
@@ -60,7 +60,7 @@ def _backward(ctx, upstream):
     if ctx.needs_input_grad[0]:
         d_prediction = torch.ops.fastdiff.loss_gradient(upstream, *arguments)
     if ctx.needs_input_grad[1]:
-        prediction, weight, (mask, _, normalization, reduction) = *arguments[:2], arguments[-4:]
+        prediction, weight, mask, (normalization, reduction) = *arguments[:2], arguments[-6], arguments[-2:]
         means = torch.ops.fastdiff.loss(prediction, torch.ones_like(weight), *arguments[2:-1], "none")
         count = max(1, weight.numel())
         factor = {"mean": 1 / count, "sum": prediction.numel() / count, "none": 1.0}[reduction]
@@ -74,11 +74,12 @@ torch.library.register_autograd("fastdiff::loss", _backward, setup_context=_cont
 
 
 def declines(call: LossCall) -> str:
-    return COEFFICIENTS if differentiable(call.x0, call.n, call.p, call.q, call.scale, call.c, call.mask) else ""
+    operands = (call.x0, call.n, call.p, call.q, call.scale, call.c, call.mask, call.y, call.r)
+    return COEFFICIENTS if differentiable(*operands) else ""
 
 
 def run(call: LossCall, backend: Backend) -> Tensor:
-    prediction, x0, n, p, q, scale, weight, c, mask, *how = call
+    prediction, x0, n, p, q, scale, weight, *others = call
     made = parts(n if q is not None else None, prediction.device)
     x0 = x0 if p is not None else None
-    return torch.ops.fastdiff.loss(prediction, weight, x0, *made, p, q, scale, c, mask, *how)
+    return torch.ops.fastdiff.loss(prediction, weight, x0, *made, p, q, scale, *others)
