@@ -118,6 +118,42 @@ void loss(py::handle layout, py::handle prediction, py::handle x0, py::handle n,
   run(call, rows.wide, team);
 }
 
+py::handle moment(const char* name, py::handle tuple, int k) {
+  if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != kMoments)
+    throw py::value_error(std::string(name) + ": expected a tuple of one for each moment");
+  return PyTuple_GET_ITEM(tuple.ptr(), k);
+}
+
+void row_moments(py::handle layout, py::handle a, py::handle b, py::handle dtype, py::handle results,
+                 py::handle threads) {
+  MomentsCall call{};
+  MomentsArguments& m = call.kernel;
+  m.layout = parse_layout(layout);
+  m.a = parse_input("a", a, m.layout.elements);
+  m.b = parse_optional_input("b", b, m.layout.elements);
+  const DType wanted = DType(parse_code("dtype", dtype, 2));
+  for (int k = 0; k < kMoments; ++k)
+    call.results[k] = parse_optional_output("results", moment("results", results, k), m.layout.rows, wanted);
+  const int team = parse_threads(threads);
+  const Unlocked unlocked(m.layout);
+  run(call, wanted == DType::f64, team);
+}
+
+void row_moments_gradient(py::handle layout, py::handle a, py::handle b, py::handle upstream, py::handle d_a,
+                          py::handle d_b, py::handle threads) {
+  MomentsGradientArguments m{};
+  m.layout = parse_layout(layout);
+  RowParser rows{m.layout};
+  m.a = parse_input("a", a, m.layout.elements);
+  m.b = parse_optional_input("b", b, m.layout.elements);
+  for (int k = 0; k < kMoments; ++k) m.upstream[k] = rows.optional("upstream", moment("upstream", upstream, k));
+  m.d_a = parse_optional_output("d_a", d_a, m.layout.elements);
+  m.d_b = parse_optional_output("d_b", d_b, m.layout.elements);
+  const int team = parse_threads(threads);
+  const Unlocked unlocked(m.layout);
+  run(m, rows.wide, team);
+}
+
 void step(py::handle layout, py::handle x, py::handle m, py::handle uncond, py::handle guidance, py::handle table,
           py::handle clip, py::handle history, py::handle source, py::handle log_variance, py::handle y, py::handle x0,
           py::handle entry, py::handle threshold, py::handle mask, py::handle known, py::handle known_noise,
@@ -193,6 +229,7 @@ PYBIND11_MODULE(_C, module) {
   codes["functions"] = std::vector<std::string>{FASTDIFF_FUNCTIONS(FASTDIFF_NAME)};
   codes["reductions"] = std::vector<std::string>{FASTDIFF_REDUCTIONS(FASTDIFF_NAME)};
   codes["normalizations"] = std::vector<std::string>{FASTDIFF_NORMALIZATIONS(FASTDIFF_NAME)};
+  codes["moments"] = std::vector<std::string>{FASTDIFF_MOMENTS(FASTDIFF_NAME)};
   codes["operations"] = std::vector<std::string>{FASTDIFF_OPERATIONS(FASTDIFF_NAME)};
   codes["dtypes"] = std::vector<std::string>{FASTDIFF_DTYPES(FASTDIFF_NAME) "i64"};
 #undef FASTDIFF_NAME
@@ -210,6 +247,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("noise", noise);
   module.def("convert", convert);
   module.def("loss", loss);
+  module.def("row_moments", row_moments);
+  module.def("row_moments_gradient", row_moments_gradient);
   module.def("step", step);
   bind_coefficients(module);
   bind_fast_calls(module);

@@ -25,6 +25,7 @@ def test_cpp_has_the_numbers_of_python():
     assert told["functions"] == losses.FUNCTIONS == tuple(FUNCTIONS)
     assert told["reductions"] == codes.REDUCTIONS == tuple(REDUCTIONS)
     assert told["normalizations"] == codes.NORMALIZATIONS == tuple(NORMALIZATIONS)
+    assert told["moments"] == codes.MOMENTS
     assert told["need_c"] == losses.NEED_C
     assert told["offset_stream"] == codes.OFFSET_STREAM == Stream.OFFSET
     assert told["kept_steps"] == codes.KEPT_STEPS == sum(name.startswith("c_h") for name in codes.COLUMNS)

@@ -21,6 +21,7 @@ class Laid(NamedTuple):
     a: Tensor
     b: Tensor | None
     rows: tuple[int, ...]
+    row_shape: tuple[int, ...]  # of results in this order
     order: tuple[int, ...] | None  # the dimensions of the call; None if they are as they were
 
     @property
@@ -28,10 +29,8 @@ class Laid(NamedTuple):
         return tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
 
     def rows_as_asked(self, sums: Tensor, call: RowMomentsCall) -> Tensor:
-        """A number a row in the shape that the call asks for."""
-        if self.order is not None:
-            sums = sums.view(self.rows).permute(self.back)
-        return sums.reshape(call.row_shape)
+        """A number a row, given in ``row_shape``, in the shape that the call asks for."""
+        return sums if self.order is None else sums.permute(self.back).reshape(call.row_shape)
 
     def rows_as_laid(self, upstream: Tensor | None, call: RowMomentsCall) -> Tensor | None:
         """The inverse, contiguous and in the compute dtype."""
@@ -49,8 +48,8 @@ def lay(call: RowMomentsCall) -> Laid:
     if order is not None:
         moved = tuple(rows[d] for d in order)
         if layout_of(tuple(a.shape[d] for d in order), moved)[1] == moved:
-            return Laid(a.permute(order), b if b is None else b.permute(order).contiguous(), moved, order)
-    return Laid(a.contiguous(), b if b is None else b.contiguous(), rows, None)
+            return Laid(a.permute(order), b if b is None else b.permute(order).contiguous(), moved, moved, order)
+    return Laid(a.contiguous(), b if b is None else b.contiguous(), rows, call.row_shape, None)
 
 
 def fits(call: RowMomentsCall) -> str:

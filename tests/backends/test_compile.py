@@ -101,12 +101,12 @@ CASES = {
     ),
     "gradient of moments": (
         OPS.row_moments_gradient,
-        lambda: ([torch.rand(3), None, *torch.rand(5, 3), None], *moments_arguments(data(3, 2, 4, 5)), True, True),
+        lambda: (torch.rand(3), None, *torch.rand(5, 3), None, *moments_arguments(data(3, 2, 4, 5)), True, True),
     ),
     "gradient of moments by one of channels_last": (
         OPS.row_moments_gradient,
         lambda: (
-            [None, None, None, torch.rand(3), *[None] * 4],
+            *(None, None, None, torch.rand(3), None, None, None, None),
             *moments_arguments(data(3, 2, 4, 5, dtype=torch.bfloat16, channels_last=True)),
             *(True, False),
         ),

@@ -59,8 +59,9 @@ def check(found, a, b, rows):
         total = getattr(found, name)
         assert total.dtype == dtype
         expected = values.sum(dims).reshape(total.shape)
-        # Roundings of an element, and of the sums within a tile of a GPU.
-        assert_rounded(total, expected, np.abs(values).sum(dims).reshape(total.shape), operations=8)
+        # Roundings of an element, and of the sums within a tile of a GPU; float64 has none to spare for a sum.
+        operations = 32 if dtype == torch.float64 else 8
+        assert_rounded(total, expected, np.abs(values).sum(dims).reshape(total.shape), operations)
     assert found.count == math.prod(a.shape) // max(1, math.prod(rows))
 
 

@@ -163,7 +163,9 @@ def _launch(call: RowMomentsCall) -> tuple[Tensor | None, ...]:
     laid = moments.lay(call)
     device, how = call.a.device, _plan(laid)
     sums = [
-        torch.empty(laid.rows, dtype=torch.float32, device=device) if call.b is not None or name in OF_ONE else None
+        torch.empty(laid.row_shape, dtype=torch.float32, device=device)
+        if call.b is not None or name in OF_ONE
+        else None
         for name in MOMENTS
     ]
     space = workspace(device, how.rows, 2 * len(MOMENTS) * how.rows * how.parts)

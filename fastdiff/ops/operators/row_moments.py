@@ -14,6 +14,7 @@ from ...codes import MOMENTS, OF_ONE
 from .declaring import declare, strided
 from .declaring import run as runs
 
+_UPSTREAM = ", ".join(f"Tensor? of_{name}" for name in MOMENTS)  # no list: PyTorch maps operators over tensors alone
 _ARGUMENTS = "Tensor a, Tensor? b, SymInt[] rows, SymInt[] row_shape, ScalarType dtype"
 
 
@@ -31,17 +32,19 @@ def _row_moments(a, *arguments):
     return tuple(a.new_empty(0, dtype=call.dtype) if total is None else total.contiguous() for total in runs(call, a))
 
 
-def _fake_gradient(upstream, a, b, rows, row_shape, dtype, for_a, for_b):
+def _fake_gradient(*arguments):
+    a, b, *_, for_a, for_b = arguments[len(MOMENTS) :]
     return tuple(torch.empty_like(x) if needed else a.new_empty(0) for x, needed in ((a, for_a), (b, for_b)))
 
 
 @declare(
     "row_moments_gradient",
-    f"(Tensor?[] upstream, {_ARGUMENTS}, bool for_a, bool for_b) -> (Tensor, Tensor)",
+    f"({_UPSTREAM}, {_ARGUMENTS}, bool for_a, bool for_b) -> (Tensor, Tensor)",
     _fake_gradient,
 )
-def _row_moments_gradient(upstream, a, b, rows, row_shape, dtype, *needed):
-    call = _call(a, b, rows, row_shape, dtype)
+def _row_moments_gradient(*arguments):
+    upstream, (a, b, *shapes), needed = arguments[: len(MOMENTS)], arguments[len(MOMENTS) : -2], arguments[-2:]
+    call = _call(a, b, *shapes)
     found = able(get(a.device), call).gradient(upstream, call, *needed)
     return tuple(a.new_empty(0) if d is None else strided(d, x) for d, x in zip(found, (a, b)))
 
@@ -57,7 +60,7 @@ def _backward(ctx, *upstream):
     if b is None:
         upstream = tuple(factor if name in OF_ONE else None for name, factor in zip(MOMENTS, upstream))
     for_a, for_b, *_ = ctx.needs_input_grad
-    d_a, d_b = torch.ops.fastdiff.row_moments_gradient(list(upstream), a, b, *ctx.shapes, for_a, for_b)
+    d_a, d_b = torch.ops.fastdiff.row_moments_gradient(*upstream, a, b, *ctx.shapes, for_a, for_b)
     return d_a if for_a else None, d_b if for_b else None, None, None, None
 
 
