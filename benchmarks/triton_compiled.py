@@ -47,7 +47,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EVERYWHERE = {
     *("noising, fast, bf16", "noising, exact, bf16", "noising, given, bf16", "noising, given, fp32"),
     *("loss v, fast, bf16", "loss v, exact, bf16", "loss v, given, bf16", "loss v, given, fp32"),
-    *("loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
+    *("moments, bf16", "loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
     *("coefficients of SD3, drawn", "coefficients of EDM, drawn", "coefficients of VPSDE, drawn"),
     *("operations of angles", "all other operations"),
 }
