@@ -24,6 +24,7 @@ class Stream:
     PERTURBATION = 2  # xi of input perturbation
     TIMESTEP = 3  # the uniform behind t
     INITIAL = 4  # where sampling starts
+    PROBE = 5  # the probes of a likelihood's trace
     STEP = 16  # + the index of the sampling step
 
 

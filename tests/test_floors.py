@@ -20,7 +20,7 @@ FLOORS = [
     "ops.",
     "constancy coefficients",
     "samplers. sampling.",
-    "noised explaining objective functional",
+    "noised explaining objective functional likelihood",
     "integrations.",
     "trace doctor demo. bench. cli __main__",
 ]

@@ -107,7 +107,7 @@ def placed_shape(name: str, own: Sequence[int], shape: Sequence[int]) -> tuple[i
     if math.prod(own) == 1:
         return (1,) * len(shape)
     full = [1] * len(shape)
-    if len(own) == 2 and len(shape) > 2 and own[1] in shape[2:]:
+    if len(own) == 2 and own[1] in shape[2:]:
         full[0], full[2 + list(shape[2:]).index(own[1])] = own
         hint = f" For frames behind the channels pass it as {tuple(full)}."
     else:

@@ -6,6 +6,8 @@ from devices import in_turn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiff
+from fastdiff.calls import ConvertCall, NoiseCall
+from fastdiff.ops import operators as compiled
 from fastdiff.ops.operators import declaring
 
 OPS = torch.ops.fastdiff
@@ -304,3 +306,14 @@ def test_a_guided_step_and_noise_of_any_stream_are_the_same_compiled():
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(x, m, uncond, scale), both(x, m, uncond, scale)):
         assert torch.equal(a, b)
+
+
+def test_gradients_of_operators_are_rounded_once():
+    """The coefficients stay float32 beside a bfloat16 gradient."""
+    g = torch.Generator().manual_seed(3)
+    a, b = torch.rand(2, 4, 1, generator=g) + 0.1
+    x, m, up = (torch.randn(4, 64, generator=g).bfloat16().requires_grad_() for _ in range(3))
+    noised, _ = compiled.operators.run(NoiseCall(x, m, a, b, 0.0, None, True))
+    for result in (noised, compiled.operators.run(ConvertCall(m, x, a, b))):
+        for gradient, row in zip(torch.autograd.grad(result, (x, m), up.detach()), (a, b)):
+            assert torch.equal(gradient, (row * up.detach().float()).bfloat16())

@@ -35,6 +35,8 @@ PROCESSES = {
     "vpsde": (fastdiff.VPSDE(), FRACTIONS),
     "subvpsde": (fastdiff.SubVPSDE(), FRACTIONS),
     "vesde": (fastdiff.VESDE(), FRACTIONS),
+    "continuous cosine": (fastdiff.Cosine(), FRACTIONS),
+    "trigflow": (fastdiff.TrigFlow(2.0), [*FRACTIONS, 1.5, fastdiff.TrigFlow.t_max]),
 }
 
 
@@ -74,6 +76,8 @@ WEIGHTINGS = {
     "root snr": (lambda: weighting.SNR(power=0.5), lambda k, a, s, d: oracle.weight_snr(k, a, s, power=0.5)),
     "p2": (lambda: weighting.P2(), lambda k, a, s, d: oracle.weight_p2(k, a, s)),
     "p2 0.5 k=3": (lambda: weighting.P2(gamma=0.5, k=3.0), lambda k, a, s, d: oracle.weight_p2(k, a, s, 0.5, 3.0)),
+    "p2 k=0": (lambda: weighting.P2(gamma=0.5, k=0.0), lambda k, a, s, d: oracle.weight_p2(k, a, s, 0.5, 0.0)),
+    "p2 of v": (lambda: weighting.P2(gamma=2.0), lambda k, a, s, d: oracle.weight_p2(k, a, s, 2.0)),
     "debiased": (lambda: weighting.Debiased(), lambda k, a, s, d: oracle.weight_debiased(k, a, s, sigma_data=d)),
     "debiased sqrt 50": (
         lambda: weighting.Debiased(cap=50.0, v_form="reciprocal_sqrt"),
