@@ -398,6 +398,7 @@ OPERATIONS = {
         lambda **given: ops.gaussian_kl(**given, p=1.0, q=1.0, scale=1.0, l_0=0.0, l_q=0.0),
         {"output": "output", "x0": "x0", "n": "noise"}),
     "convert": (lambda **given: ops.convert(**given, k_x=1.0, k_m=1.0), {"x_t": "x_t", "m": "prediction"}),
+    "row moments": (ops.row_moments, {"a": "a", "b": "b"}),
     "step": (
         lambda **given: ops.step(row=ROW, mask=X > 0, **given),
         {"x": "x", "m": "model_output", "uncond": "uncond", "log_variance": "log_variance", "noise": "noise",

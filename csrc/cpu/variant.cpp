@@ -4,6 +4,7 @@
 #include "affine.h"
 #include "gaussian.h"
 #include "loss.h"
+#include "moments.h"
 #include "step.h"
 #include "table.h"
 
@@ -19,6 +20,8 @@ const Table table = {
     {loss_units<float>, loss_units<double>},
     {gaussian_units<float>, gaussian_units<double>},
     {mask_sum_units<float>, mask_sum_units<double>},
+    {moments_units<float>, moments_units<double>},
+    {moments_gradient_units<float>, moments_gradient_units<double>},
     {step_units<float>, step_units<double>},
 };
 

@@ -24,7 +24,7 @@ class _Recorded(torch.autograd.Function):
             value = ctx.otherwise.run(call)
             (gradient,) = torch.autograd.grad(value, call.output, upstream, create_graph=True)
         elif modes.is_many(upstream):  # several gradients at once
-            gradient = ctx.otherwise.loss_gradient(upstream, call)
+            gradient = ctx.otherwise.gradient(upstream, call)
         else:
             # What was written ahead is given away once; whoever gets it may add to it.
             written, ctx.written = ctx.written, None

@@ -4,6 +4,7 @@
 - ``loss``: target p x0 + q n, scaled error, error function, mask, sums of rows, weight, reduction.
 - ``gaussian_kl``: KL divergence or likelihood of Gaussians whose means differ by a scaled error, mean squared error.
 - ``convert``: k_x x_t + k_m m.
+- ``row_moments``: sums of a^2, a b, b^2, (a - b)^2, abs(a - b), abs(b), a and b over each row.
 - ``step``: guidance, x0, clamp, threshold, linear update with history, noise, learned variance, known data, next input.
 """
 
@@ -12,6 +13,7 @@ from .convert import convert
 from .gaussian_kl import gaussian_kl
 from .loss import loss
 from .noise import materialize, noise
+from .row_moments import RowMoments, row_moments
 from .step import COLUMNS, step
 from .step_table import PreparedNoise, PreparedSteps
 from .trajectory import trajectory
@@ -21,11 +23,13 @@ __all__ = [
     "Philox",
     "PreparedNoise",
     "PreparedSteps",
+    "RowMoments",
     "convert",
     "gaussian_kl",
     "loss",
     "materialize",
     "noise",
+    "row_moments",
     "step",
     "trajectory",
 ]

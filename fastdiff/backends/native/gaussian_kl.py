@@ -35,7 +35,7 @@ def run(call: GaussianCall, backend: Backend) -> Tensor:
 
 
 def gradient(upstream: Tensor, call: GaussianCall, backend: Backend) -> Tensor:
-    """See ``Backend.loss_gradient``."""
+    """See ``Backend.gradient``."""
     return _again(call, upstream, None)
 
 

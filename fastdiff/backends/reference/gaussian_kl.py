@@ -34,7 +34,7 @@ def run(call: GaussianCall, backend: Backend) -> Tensor:
 
 
 def gradient(upstream: Tensor, call: GaussianCall, backend: Backend) -> Tensor:
-    """See ``Backend.loss_gradient``."""
+    """See ``Backend.gradient``."""
     of = _operands(call, backend)
     factor = upstream.to(torch.float32 if upstream.device.type == "mps" else torch.float64)
     if call.reduction != "sum":

@@ -40,7 +40,7 @@ def _fake_gradient(upstream, output, *arguments):
 @declare("gaussian_kl_gradient", f"(Tensor upstream, {_ARGUMENTS}) -> Tensor", _fake_gradient)
 def _gaussian_kl_gradient(upstream, output, *arguments):
     call = _call(output, *arguments)
-    return strided(able(get(output.device), call).loss_gradient(upstream, call), output)
+    return strided(able(get(output.device), call).gradient(upstream, call), output)
 
 
 def _context(ctx, inputs, output):
