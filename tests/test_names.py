@@ -114,6 +114,7 @@ WEIGHTINGS = {
     "inverse_alpha_bar": ("InverseAlphaBar", *AT_VP, lambda k, a, s: oracle.weight_inverse_alpha_bar(k, a, s)),
     "edm": ("EDMWeighting", *AT_VP, lambda k, a, s: oracle.weight_edm(k, a, s, sigma_data=0.5)),
     "sigma_sqrt": ("SigmaSqrt", *AT_VP, lambda k, a, s: oracle.weight_sigma_sqrt(k, a, s)),
+    "sigma_linear": ("SigmaLinear", *AT_VP, lambda k, a, s: oracle.weight_sigma_linear(k, a, s, slope=3.0)),
     "cosmap": ("CosMap", *AT_VP, lambda k, a, s: oracle.weight_cosmap(k, a, s)),
     "bell": ("Bell", *AT_VP, lambda k, a, s: oracle.weight_bell(1000)[AT_VP[1]]),
     "likelihood": (
@@ -291,6 +292,7 @@ def test_every_name_is_asked():
     assert set(KINDS) == set(prediction._KINDS)
     asked = {name.split()[0] for name in PROCESSES} | {exported for exported, *_ in WEIGHTINGS.values()}
     rest = {"Noised", "Objective", "PerTimestep", "Prediction", "Process", "diffusion_loss", "q_sample", "sample"}
+    rest |= {"Interpolated"}
     modules = {"integrations", "losses", "ops", "samplers", "timesteps", "use_backend", "weighting"}
     assert asked | rest | modules == set(fastdiff.__all__)
     if (DOCS / "samplers.md").exists():  # not in an installed package
