@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from . import losses, ops, samplers, timesteps, weighting
+from . import losses, ops, samplers, timesteps, uncertainty, weighting
 from .backends import use_backend
 from .functional import diffusion_loss, q_sample
 from .noised import Noised
@@ -67,6 +67,7 @@ __all__ = [
     "sample",
     "samplers",
     "timesteps",
+    "uncertainty",
     "use_backend",
     "weighting",
 ]
@@ -77,7 +78,7 @@ def __getattr__(name: str) -> ModuleType:
     if name == "integrations":
         return importlib.import_module(f"{__name__}.integrations")
     where = ""
-    for module in (losses, ops, samplers, timesteps):
+    for module in (losses, ops, samplers, timesteps, uncertainty):
         if name in getattr(module, "__all__", ()) or str(getattr(vars(module).get(name), "__module__", "")).startswith(
             module.__name__
         ):
