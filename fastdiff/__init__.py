@@ -3,9 +3,9 @@
 import importlib
 from types import ModuleType
 
-from . import losses, ops, samplers, timesteps, uncertainty, weighting
+from . import losses, ops, pairing, samplers, timesteps, uncertainty, weighting
 from .backends import use_backend
-from .functional import diffusion_loss, q_sample
+from .functional import diffusion_loss, pyramid_noise, q_sample
 from .noised import Noised
 from .objective import Objective
 from .prediction import Prediction
@@ -63,6 +63,8 @@ __all__ = [
     "integrations",
     "losses",
     "ops",
+    "pairing",
+    "pyramid_noise",
     "q_sample",
     "sample",
     "samplers",
@@ -78,7 +80,7 @@ def __getattr__(name: str) -> ModuleType:
     if name == "integrations":
         return importlib.import_module(f"{__name__}.integrations")
     where = ""
-    for module in (losses, ops, samplers, timesteps, uncertainty):
+    for module in (losses, ops, pairing, samplers, timesteps, uncertainty):
         if name in getattr(module, "__all__", ()) or str(getattr(vars(module).get(name), "__module__", "")).startswith(
             module.__name__
         ):

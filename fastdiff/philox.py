@@ -24,6 +24,7 @@ class Stream:
     PERTURBATION = 2  # xi of input perturbation
     TIMESTEP = 3  # the uniform behind t
     INITIAL = 4  # where sampling starts
+    PYRAMID = 5  # the coarse levels of multi-resolution noise
     STEP = 16  # + the index of the sampling step
 
 

@@ -504,7 +504,7 @@ def weight_interpolated(table, place):
 
 
 def adaptive_weights(errors, c, p):
-    """MeanFlow section 4.3: w = 1 / (S + c)^p."""
+    """MeanFlow: w = 1 / (S + c)^p."""
     return 1 / (ld(errors) + LD(c)) ** LD(p)
 
 

@@ -20,7 +20,7 @@ FLOORS = [
     "ops.",
     "constancy coefficients",
     "samplers. sampling.",
-    "noised uncertainty explaining element_weights objective functional",
+    "noised uncertainty explaining element_weights objective functional pairing",
     "integrations.",
     "trace doctor demo. bench. cli __main__",
 ]

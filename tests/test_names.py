@@ -292,7 +292,7 @@ def test_every_name_is_asked():
     assert set(KINDS) == set(prediction._KINDS)
     asked = {name.split()[0] for name in PROCESSES} | {exported for exported, *_ in WEIGHTINGS.values()}
     rest = {"Noised", "Objective", "PerTimestep", "Prediction", "Process", "diffusion_loss", "q_sample", "sample"}
-    rest |= {"Interpolated", "uncertainty"}
+    rest |= {"Interpolated", "pairing", "pyramid_noise", "uncertainty"}
     modules = {"integrations", "losses", "ops", "samplers", "timesteps", "use_backend", "weighting"}
     assert asked | rest | modules == set(fastdiff.__all__)
     if (DOCS / "samplers.md").exists():  # not in an installed package
