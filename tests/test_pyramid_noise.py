@@ -63,11 +63,10 @@ def test_against_the_formula(shape, discount, levels, ratio, backend):
     assert_close(got.double(), expected(shape, discount, levels, ratio, 11), rel=0, absolute=4e-6)
 
 
-def test_defaults_are_as_documented(backend):
-    assert_close(
-        fastdiff.pyramid_noise(torch.zeros(SHAPE), seed=3).double(), expected(SHAPE, 0.4, 6, 3.0, 3), rel=0,
-        absolute=4e-6,
-    )  # fmt: skip
+@pytest.mark.parametrize("given", [{}, {"ratio": 1.3}])  # the sixth of six levels is 3x2 with a ratio of 1.3
+def test_defaults_are_as_documented(given, backend):
+    right = expected(SHAPE, 0.4, 6, given.get("ratio", 3.0), 3)
+    assert_close(fastdiff.pyramid_noise(torch.zeros(SHAPE), seed=3, **given).double(), right, rel=0, absolute=4e-6)
 
 
 def test_no_discount_left_is_plain_noise(backend):

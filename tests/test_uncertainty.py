@@ -1,5 +1,7 @@
 """Learned uncertainty, exp(-u) L + u: u, the loss and its gradients against NumPy float64, and what training finds."""
 
+import math
+
 import numpy as np
 import oracle
 import pytest
@@ -114,6 +116,15 @@ def test_rows_are_frames():
     assert objective.loss(torch.randn(2, 3, 5), noised, weight=torch.exp(-u), reduction="none").shape == u.shape
 
 
+def test_rows_are_frames_of_a_table():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(steps=4))
+    table = uncertainty.Table(4)
+    with torch.no_grad():
+        table.values.copy_(torch.arange(4.0))
+    t = torch.tensor([[0, 3, 1], [2, 2, 0]])
+    assert torch.equal(table(objective.noise(torch.randn(2, 3, 5), t)), t.float())
+
+
 @pytest.mark.parametrize("name", list(PROCESSES))
 def test_it_starts_as_the_plain_loss(name):
     objective, noised, m = made(name)
@@ -195,6 +206,7 @@ def test_a_state_is_loaded():
         (lambda: uncertainty.Fourier(0), ValueError, "features must be a whole number of at least 1; got 0"),
         (lambda: uncertainty.Fourier(2.5), ValueError, "features must be a whole number"),
         (lambda: uncertainty.Fourier(bandwidth=0.0), ValueError, "bandwidth must be a positive number; got 0.0"),
+        (lambda: uncertainty.Fourier(bandwidth=math.inf), ValueError, "bandwidth must be a positive number; got inf"),
         (lambda: uncertainty.Table(1), ValueError, "entries must be a whole number of at least 2; got 1"),
         (lambda: uncertainty.Table(5, "t"), ValueError, "by must be 'fraction' or 'sigma'"),
         (lambda: uncertainty.Table(5)(made("edm")[1]), ValueError, r"Table needs a time .*use Fourier\(\)"),
