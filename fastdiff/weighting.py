@@ -23,7 +23,7 @@ from .numeric import check_fields, check_numbers
 from .prediction import Prediction
 from .process import Levels, as_float64, check_by
 from .showing import brief, brief_fields
-from .tensors import gather_rows, value_checks_are_free
+from .tensors import cached, gather_rows, value_checks_are_free
 
 # A level of exactly 0 is replaced by these two, and the limit read off the two weights. They are far below any real
 # level, and their powers up to the sixth stay within float64.
@@ -310,11 +310,14 @@ class Interpolated(Weighting):
                 f"{tuple(table.shape)}."
             )
         object.__setattr__(self, "table", table)
+        object.__setattr__(self, "_tables", {})  # of each device
 
     def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
         if levels.process.t_is_sigma:
             raise ValueError(f"Interpolated needs a time or a sigma in [0, 1]; got {levels.process!r}.")
-        return interpolate(self.table.to(levels.t.device), levels.measured(self.by))
+        device, wide = levels.alpha.device, levels.alpha.dtype
+        table = cached(self._tables, device, lambda: self.table.to(device, wide))
+        return interpolate(table, levels.measured(self.by))
 
 
 def interpolate(table: Tensor, place: Tensor) -> Tensor:

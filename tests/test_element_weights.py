@@ -151,6 +151,18 @@ def test_weights_that_mean_nothing(weight, error, words):
         objective.loss(torch.randn(SHAPE), noised, weight=weight)
 
 
+@pytest.mark.parametrize("normalization", ["none", "row", "sample", "global"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_waits_for_a_device(normalization, reduction):
+    """On the meta device reading a value raises."""
+    x0, w, mask = (torch.empty(SHAPE, device="meta") for _ in range(3))
+    noised = fastdiff.Objective(FLOW, "flow").noise(x0, torch.empty(3, device="meta"))
+    m = torch.empty(SHAPE, device="meta", requires_grad=True)
+    loss = noised.objective.loss(m, noised, mask, reduction, weight=w, mask_normalization=normalization)
+    loss.sum().backward()
+    assert loss.shape == ((3,) if reduction == "none" else ()) and m.grad.shape == SHAPE
+
+
 def test_there_is_one_pass_over_the_data():
     """The mask carries the weights: nothing else of full size is made of a map that samples and channels share."""
     w, mask = torch.rand(1, 1, 4, 5), torch.ones(1, 1, 4, 1)

@@ -191,6 +191,18 @@ def test_what_training_finds(make):
     assert_close(module(noised).detach().double(), rows.log().double().numpy(), rel=0, absolute=1e-3)
 
 
+@pytest.mark.parametrize("name", ["vp", "flow"])
+def test_nothing_waits_for_a_device(name):
+    """On the meta device reading a value raises."""
+    process, kind, *_ = PROCESSES[name]
+    objective, x0 = fastdiff.Objective(process, kind), torch.empty(SHAPE, device="meta", requires_grad=True)
+    noised = objective.noise(x0, torch.empty(4, device="meta", dtype=torch.int64 if name == "vp" else torch.float32))
+    for module in (uncertainty.Fourier(), uncertainty.Table(1000)):
+        u = module.to("meta")(noised)
+        (objective.loss(x0, noised, weight=torch.exp(-u)) + u.mean()).backward()
+        assert u.shape == (4,) and all(parameter.grad is not None for parameter in module.parameters())
+
+
 def test_a_state_is_loaded():
     _, noised, _ = made("edm")
     first, second = fourier(), fourier()

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from known import make_levels
 from oracle import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import weighting
@@ -210,6 +211,28 @@ def test_the_table_over_the_times_is_copied():
     made = weighting.Interpolated(table)
     table.fill_(9.0)
     assert evaluate(made, make_levels(fastdiff.RectifiedFlow(), [0.5]), "flow").tolist() == [1.5]
+
+
+def test_the_table_over_the_times_goes_to_a_device_once():
+    """A copy waits for the device. On the meta device reading a value raises."""
+    made, copies = weighting.Interpolated([1.0, 2.0]), []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            device = kwargs.get("device")
+            if args and isinstance(args[0], torch.Tensor) and device is not None and args[0].device != device:
+                copies.append(operation)
+            return operation(*args, **kwargs)
+
+    t = torch.empty(4, device="meta")
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow", made)
+    x0 = torch.empty(4, 3, device="meta")
+    objective.loss(x0, objective.noise(x0, t))
+    with Copies():
+        noised = objective.noise(x0, t)
+        assert objective.loss(x0, noised).device.type == "meta" and noised.weight.shape == (4,)
+    assert not copies
 
 
 @pytest.mark.parametrize("c, p", [(0.01, 1.0), (1e-3, 0.5), (2.0, 0.0), (0.3, 1.7)])
