@@ -1,18 +1,16 @@
 #include "checks.h"
 
-#include <string>
-
 #include "tensors.h"
 
 namespace fastdiff {
+
+void refuse(const char* name, const std::string& why) { throw py::value_error(std::string(name) + ": " + why); }
 
 namespace {
 
 constexpr int64_t kMostElements = int64_t(1) << 58;  // whose bytes can still be counted
 constexpr int64_t kMostEmptyRows = int64_t(1) << 24;
 constexpr int64_t kMostOfSample = int64_t(1) << 34;  // four to each of 2^32 groups
-
-[[noreturn]] void refuse(const char* name, const std::string& why) { throw py::value_error(std::string(name) + ": " + why); }
 
 bool as_int64(py::handle value, int64_t& number) {
   if (!value || !PyLong_Check(value.ptr())) return false;
@@ -117,6 +115,12 @@ uint64_t parse_seed(py::handle value) {
   refuse("seed", "must be an integer from -2^63 to 2^64 - 1, or a tensor of one int64");
 }
 
+uint32_t parse_stream(py::handle value) {
+  const int64_t stream = parse_integer("stream", value);
+  if (stream < 0 || stream > UINT32_MAX) refuse("stream", "must have 32 bits");
+  return uint32_t(stream);
+}
+
 Layout parse_layout(py::handle value) {
   if (length(value) != 6) refuse("layout", "expected (outer, shared, frames, inner, samples, channels)");
   int64_t numbers[6];
@@ -148,39 +152,46 @@ Input parse_input(const char* name, py::handle value, int64_t elements) {
   return {present(memory.data), DType(memory.code)};
 }
 
-Input parse_optional_input(const char* name, py::handle value, int64_t elements) {
-  return value.is_none() ? Input{nullptr, DType::f32} : parse_input(name, value, elements);
-}
-
 Output parse_output(const char* name, py::handle value, int64_t elements) {
   const Memory memory = parse_tensor(name, value, elements);
   return {present(memory.data), DType(memory.code), false};
 }
 
-Output parse_optional_output(const char* name, py::handle value, int64_t elements) {
-  return value.is_none() ? Output{nullptr, DType::f32, false} : parse_output(name, value, elements);
-}
-
-Output parse_optional_output(const char* name, py::handle value, int64_t elements, DType dtype) {
-  const Output output = parse_optional_output(name, value, elements);
-  if (output.data && output.dtype != dtype) refuse(name, dtype == DType::f64 ? "must be float64" : "must be float32");
-  return output;
-}
-
-Rows RowParser::required(const char* name, py::handle value, int columns) {
+void Reader::rows(const char* name, py::handle value, Rows& to, int columns) {
+  if (!value) return;
   const Memory memory = parse_memory(name, value, 3);
   if (memory.code > int(DType::f64)) refuse(name, "rows must be float32 or float64");
   if (known && wide != (memory.code == int(DType::f64))) refuse(name, "all rows must be of one dtype");
   known = true;
   wide = memory.code == int(DType::f64);
-  if (memory.elements == columns * layout.rows) return {present(memory.data), columns};
-  if (memory.elements == columns) return {memory.data, 0};
-  refuse(name, "has " + std::to_string(memory.elements) + " elements, but there are " + std::to_string(layout.rows) +
-                   " rows of " + std::to_string(columns));
+  if (memory.elements == columns * layout.rows)
+    to = {present(memory.data), columns};
+  else if (memory.elements == columns)
+    to = {memory.data, 0};
+  else
+    fastdiff::refuse(name, "has " + std::to_string(memory.elements) + " elements, but there are " +
+                               std::to_string(layout.rows) + " rows of " + std::to_string(columns));
 }
 
-Rows RowParser::optional(const char* name, py::handle value) {
-  return value.is_none() ? Rows{nullptr, 0} : required(name, value);
+void optional_output(const char* name, py::handle value, int64_t elements, Output& to) {
+  if (given(value)) to = parse_output(name, value, elements);
+}
+
+void optional_output(const char* name, py::handle value, int64_t elements, Output& to, DType dtype) {
+  optional_output(name, value, elements, to);
+  if (given(value) && to.dtype != dtype) refuse(name, dtype == DType::f64 ? "must be float64" : "must be float32");
+}
+
+Memory parse_table(py::handle value, int64_t& rows) {
+  const Memory memory = parse_memory("table", value);
+  if (memory.code > int(DType::f64) || memory.elements % kColumns)
+    refuse("table", "must be float32 or float64, rows of " + std::to_string(int(kColumns)));
+  rows = memory.elements / kColumns;
+  return memory;
+}
+
+int copies_in(py::handle model_input, int64_t elements) {
+  return elements && parse_memory("model_input", model_input).elements == 2 * elements ? 2 : 1;
 }
 
 Noise parse_noise(const char* name, py::handle value, const Layout& layout) {
@@ -193,9 +204,7 @@ Noise parse_noise(const char* name, py::handle value, const Layout& layout) {
   if (length(value) != 4) refuse(name, "expected (pointer, dtype, elements) or (seed, stream, sample_offset, offset)");
   noise.kind = Noise::made;
   noise.seed = parse_seed(item(value, 0));
-  const int64_t stream = parse_integer("stream", item(value, 1));
-  if (stream < 0 || stream > UINT32_MAX) refuse("stream", "must have 32 bits");
-  noise.stream = uint32_t(stream);
+  noise.stream = parse_stream(item(value, 1));
   noise.sample_offset = uint64_t(parse_integer("sample_offset", item(value, 2)));
   noise.offset = float(parse_number("offset", item(value, 3)));
   if (layout.elements) {
@@ -209,13 +218,8 @@ Noise parse_noise(const char* name, py::handle value, const Layout& layout) {
   return noise;
 }
 
-Noise parse_optional_noise(const char* name, py::handle value, const Layout& layout) {
-  return value.is_none() ? Noise{} : parse_noise(name, value, layout);
-}
-
-Mask parse_optional_mask(py::handle value, const Layout& layout) {
+Mask parse_mask(py::handle value, const Layout& layout) {
   Mask mask{};
-  if (value.is_none()) return mask;
   const Memory memory = parse_memory("mask", value, 5);
   if (memory.code == kInt64) refuse("mask", "the dtype must be floating point, uint8 or bool");
   const py::handle sizes = item(value, 3), strides = item(value, 4);

@@ -12,11 +12,15 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "cpu/arguments.h"
 
 namespace fastdiff {
 
 namespace py = pybind11;
+
+[[noreturn]] void refuse(const char* name, const std::string& why);
 
 struct Memory {
   void* data;
@@ -28,36 +32,70 @@ struct Memory {
 // there are no elements.
 Memory parse_memory(const char* name, py::handle value, int64_t fields = 3);
 
-Layout parse_layout(py::handle value);
-
-Input parse_input(const char* name, py::handle value, int64_t elements);
-Input parse_optional_input(const char* name, py::handle value, int64_t elements);
-Output parse_output(const char* name, py::handle value, int64_t elements);
-Output parse_optional_output(const char* name, py::handle value, int64_t elements);
-
-// An output that must be of the dtype given.
-Output parse_optional_output(const char* name, py::handle value, int64_t elements, DType dtype);
-
-// Rows decide the compute dtype: the first that is parsed sets `wide`, the others must agree.
-struct RowParser {
-  const Layout& layout;
-  bool known = false, wide = false;
-
-  Rows required(const char* name, py::handle value, int columns = 1);
-  Rows optional(const char* name, py::handle value);
-  DType dtype() const { return wide ? DType::f64 : DType::f32; }
-};
-
-Noise parse_noise(const char* name, py::handle value, const Layout& layout);
-Noise parse_optional_noise(const char* name, py::handle value, const Layout& layout);
-Mask parse_optional_mask(py::handle value, const Layout& layout);
-
 // A code from 0 to count - 1.
 int parse_code(const char* name, py::handle value, int count);
 int parse_threads(py::handle value);
 uint64_t parse_seed(py::handle value);
+uint32_t parse_stream(py::handle value);
 int64_t parse_integer(const char* name, py::handle value);
 double parse_number(const char* name, py::handle value);
+
+Layout parse_layout(py::handle value);
+Input parse_input(const char* name, py::handle value, int64_t elements);
+Output parse_output(const char* name, py::handle value, int64_t elements);
+Noise parse_noise(const char* name, py::handle value, const Layout& layout);
+Mask parse_mask(py::handle value, const Layout& layout);
+
+// Whether there is an object: neither null nor None.
+inline bool given(py::handle value) { return value && !value.is_none(); }
+
+// Reads the operands of a call. This one reads memory, and raises for what is unfit; tensors::Reader reads PyTorch's
+// tensors. A null operand, or None for an optional one, leaves the field as it is.
+class Reader {
+ public:
+  Layout layout;
+  bool known, wide;  // whether the compute dtype is known, and is float64
+
+  explicit Reader(const Layout& of, bool known = false, bool wide = false) : layout(of), known(known), wide(wide) {}
+  DType compute() const { return wide ? DType::f64 : DType::f32; }
+
+  void input(const char* name, py::handle value, Input& to) {
+    if (value) to = parse_input(name, value, layout.elements);
+  }
+  void noise(const char* name, py::handle value, Noise& to) {
+    if (value) to = parse_noise(name, value, layout);
+  }
+  // The first rows decide the compute dtype, the others must agree.
+  void rows(const char* name, py::handle value, Rows& to, int columns = 1);
+  double number(const char* name, py::handle value) { return parse_number(name, value); }
+  [[noreturn]] void refuse(const char* name, const char* why) { fastdiff::refuse(name, why); }
+};
+
+void optional_output(const char* name, py::handle value, int64_t elements, Output& to);
+void optional_output(const char* name, py::handle value, int64_t elements, Output& to, DType dtype);
+
+// A bound of x0; -1 for None.
+template <class Reader>
+double parse_clip(Reader& read, py::handle value) {
+  if (value.is_none()) return -1;
+  const double bound = read.number("clip", value);
+  if (!(bound > 0)) read.refuse("clip", "must be above 0, or None");
+  return bound;
+}
+
+// How many entries a tuple has.
+template <class Reader>
+int count_history(Reader& read, py::handle value) {
+  if (PyTuple_Check(value.ptr()) && PyTuple_GET_SIZE(value.ptr()) <= kHistory) return int(PyTuple_GET_SIZE(value.ptr()));
+  read.refuse("history", "expected a tuple of at most 4 tensors");
+  return 0;
+}
+
+// The steps of a run, float32 or float64, and how many there are.
+Memory parse_table(py::handle value, int64_t& rows);
+
+// How many copies of the elements a model input has room for.
+int copies_in(py::handle model_input, int64_t elements);
 
 // int64 numbers in memory: (pointer, code 5, number of elements).
 struct Indices {

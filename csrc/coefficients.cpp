@@ -211,11 +211,8 @@ bool coefficients(py::handle capsule, py::handle outputs, py::handle times, py::
 void times(py::handle capsule, py::handle to, py::handle seed, py::handle stream, py::handle sample_offset) {
   const Program& program = program_of(capsule.ptr(), 1);
   const Memory out = parse_memory("out", to);
-  const int64_t number = parse_integer("stream", stream);
   if (out.code != int(DType::f64) && out.code != kInt64) throw py::value_error("out: must be float64 or int64");
-  if (number < 0 || number > UINT32_MAX) throw py::value_error("stream: must be from 0 to 2^32 - 1");
-  draw(program, parse_seed(seed), uint32_t(number), uint64_t(parse_integer("sample_offset", sample_offset)),
-       out.elements, out.code == kInt64, out.data);
+  draw(program, parse_seed(seed), parse_stream(stream), uint64_t(parse_integer("sample_offset", sample_offset)), out.elements, out.code == kInt64, out.data);
 }
 
 }  // namespace

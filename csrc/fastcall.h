@@ -8,11 +8,16 @@
 
 namespace fastdiff {
 
-template <pybind11::object (*function)(PyObject* const*), int count>
-PyObject* fastcall(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+inline pybind11::object owned(PyObject* made) {
+  if (!made) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(made);
+}
+
+// What a function returns, or null with an exception set.
+template <class Function>
+PyObject* guarded(Function function) {
   try {
-    if (given != count) throw pybind11::type_error("expected " + std::to_string(count) + " arguments");
-    return function(arguments).release().ptr();
+    return function().release().ptr();
   } catch (pybind11::error_already_set& error) {
     error.restore();
   } catch (const pybind11::builtin_exception& error) {
@@ -21,6 +26,14 @@ PyObject* fastcall(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
   return nullptr;
+}
+
+template <pybind11::object (*function)(PyObject* const*), int count>
+PyObject* fastcall(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+  return guarded([&] {
+    if (given != count) throw pybind11::type_error("expected " + std::to_string(count) + " arguments");
+    return function(arguments);
+  });
 }
 
 template <pybind11::object (*function)(PyObject* const*), int count>

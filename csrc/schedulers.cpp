@@ -13,11 +13,6 @@ namespace py = pybind11;
 
 PyObject *version_name, *dict_name, *config_name;
 
-py::object owned(PyObject* made) {
-  if (!made) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(made);
-}
-
 PyObject* tuple_item(PyObject* tuple, Py_ssize_t k, Py_ssize_t size) {
   if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != size) throw py::type_error("expected a tuple");
   return PyTuple_GET_ITEM(tuple, k);

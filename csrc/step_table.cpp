@@ -3,12 +3,10 @@
 #include <memory>
 #include <vector>
 
-#include "checks.h"
-#include "cpu/run.h"
 #include "cpu/torch_state.h"
 #include "fastcall.h"
+#include "operations.h"
 #include "tensors.h"
-#include "unlocked.h"
 
 namespace fastdiff {
 
@@ -18,50 +16,30 @@ using tensors::View;
 
 // What PyTorch has and we need, held as long as the process lives.
 struct {
-  PyObject *generator_type, *default_generator, *thread_count, *empty_like;
-  PyObject* dtypes[4];        // by DType
-  PyObject *get_state, *set_state, *data_ptr, *numel, *dtype_names;
+  PyObject *generator_type, *default_generator, *thread_count;
+  PyObject *get_state, *set_state, *data_ptr, *numel;
   bool known, allowed;  // known: these are set; allowed: CPU tensors are the native backend's
   int draws;            // what torch.randn need not draw: 1 float32, 2 bfloat16 and float16 too
 } torch;
 
-void enable(py::object generator_type, py::object default_generator, py::function thread_count, py::function empty_like,
-            py::tuple dtypes) {
-  if (py::len(dtypes) != 4) throw py::value_error("dtypes: expected four");
+void enable(py::object generator_type, py::object default_generator, py::function thread_count) {
   torch.generator_type = generator_type.release().ptr();
   torch.default_generator = default_generator.release().ptr();
   torch.thread_count = thread_count.release().ptr();
-  torch.empty_like = empty_like.release().ptr();
-  for (int k = 0; k < 4; ++k) torch.dtypes[k] = py::object(dtypes[size_t(k)]).release().ptr();
   torch.get_state = PyUnicode_InternFromString("get_state");
   torch.set_state = PyUnicode_InternFromString("set_state");
   torch.data_ptr = PyUnicode_InternFromString("data_ptr");
   torch.numel = PyUnicode_InternFromString("numel");
-  torch.dtype_names = py::make_tuple("dtype").release().ptr();
   torch.known = torch.allowed = true;
 }
 
 void allow(bool allowed) { torch.allowed = allowed; }
 void allow_draws(int draws) { torch.draws = draws; }
 
-py::object owned(PyObject* made) {
-  if (!made) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(made);
-}
-
 // Few elements are done by the calling thread (run.cpp), and nobody has to be asked.
 int threads_for(int64_t elements) {
   if (elements < 32768) return 1;
   return int(parse_integer("threads", owned(PyObject_CallNoArgs(torch.thread_count))));
-}
-
-// A new tensor of a dtype, shaped as one that is contiguous.
-py::object make(PyObject* like, int has, int dtype, View& view) {
-  PyObject* const arguments[] = {like, torch.dtypes[dtype]};
-  py::object made = owned(has == dtype ? PyObject_CallOneArg(torch.empty_like, like)
-                                       : PyObject_Vectorcall(torch.empty_like, arguments, 1, torch.dtype_names));
-  if (!tensors::view(made.ptr(), view) || view.dtype != dtype) throw std::runtime_error("empty_like: no plain tensor");
-  return made;
 }
 
 // The state of PyTorch's generator while numbers are drawn from it. Python's lock is held as long, so that no other
@@ -138,16 +116,7 @@ const Table& table_of(PyObject* capsule, int width) {
   return *table;
 }
 
-// A tensor to compute on in float32, with no gradient to record.
-bool plain(PyObject* tensor, View& view) {
-  return tensors::view(tensor, view) && view.floating() && view.dtype != int(DType::f64) && !tensors::differentiable(tensor);
-}
-
-bool plain_like(PyObject* tensor, const View& like, View& view) {
-  return plain(tensor, view) && tensors::same_shape(view, like);
-}
-
-bool ready() { return torch.allowed && tensors::enabled() && !tensors::transformed(); }
+bool ready() { return torch.allowed && !tensors::transformed(); }
 
 enum Flags { kX0 = 1, kEntry = 2, kLikeModel = 4, kSame = 8, kDraw = 16, kDrawFloat = 32 };
 
@@ -157,67 +126,46 @@ enum Flags { kX0 = 1, kEntry = 2, kLikeModel = 4, kSame = 8, kDraw = 16, kDrawFl
 //   flags   those of fastdiff/ops/step_table.py
 py::object row(PyObject* const* a) {
   const Table& table = table_of(a[0], kColumns);
-  View x, m, other;
   const int64_t k = parse_integer("k", a[1]), flags = parse_integer("flags", a[8]);
-  if (k < 0 || k >= table.rows || !plain(a[2], x) || !plain_like(a[3], x, m)) return py::none();
-  if ((flags & kSame) && x.dtype != m.dtype) return py::none();
+  if (k < 0 || k >= table.rows) return py::none();
+  tensors::Reader read(a[2], false, true);
+  const int64_t elements = read.layout.elements;
+  read.layout = {1, 1, 1, elements, 1, 1, 1, elements};
+  StepOperands from{};
+  from.x = a[2];
+  from.m = a[3];
+  from.clip = a[4];
+  from.history = a[5];
+  if (!(flags & kDraw)) from.noise = a[6];
+  from.log_variance = a[7];
   StepArguments call{};
   call.table = {table.numbers.data() + k * kColumns, 0};
-  call.layout = {1, 1, 1, x.elements, 1, 1, 1, x.elements};
-  call.x = x.input();
-  call.m = m.input();
-  call.copies = 1;
-  call.clip = -1;
-  if (a[4] != Py_None) {
-    call.clip = parse_number("clip", a[4]);
-    if (!(call.clip > 0)) return py::none();
-  }
-  const Py_ssize_t entries = PyTuple_Check(a[5]) ? PyTuple_GET_SIZE(a[5]) : kHistory + 1;
-  if (entries > kHistory) return py::none();
-  for (Py_ssize_t j = 0; j < entries; ++j) {
-    if (!plain_like(PyTuple_GET_ITEM(a[5], j), x, other)) return py::none();
-    call.history[j] = other.input();
-  }
-  if (a[7] != Py_None) {
-    if (!plain_like(a[7], x, other)) return py::none();
-    call.log_variance = other.input();
-  }
-  if (!(flags & kDraw) && a[6] != Py_None) {
-    if (!plain_like(a[6], x, other)) return py::none();
-    call.noise.kind = Noise::given;
-    call.noise.tensor = other.input();
-  }
-  if (!ready()) return py::none();
+  fill(read, from, call);
+  if (!read.fits || ((flags & kSame) && call.x.dtype != call.m.dtype) || !ready()) return py::none();
   Generator generator;
   if (flags & kDraw) {
     // Drawn in the pass of the step, block by block, which is in whole chunks.
-    const int dtype = flags & kDrawFloat ? int(DType::f32) : m.dtype;
-    if (x.elements % 16 || !generator.open(a[6], x.elements, dtype)) return py::none();
+    const int dtype = int(flags & kDrawFloat ? DType::f32 : call.m.dtype);
+    if (elements % 16 || !generator.open(a[6], elements, dtype)) return py::none();
     call.noise.kind = Noise::drawn;
     call.noise.draws = &generator.arguments();
   }
-  const int threads = threads_for(x.elements), like = flags & kLikeModel ? 3 : 2;
-  const int has = like == 3 ? m.dtype : x.dtype;
-  View y, estimate, entry;
-  py::object result = make(a[like], has, has, y), x0 = py::none(), kept = py::none();
-  call.y = y.output();
-  if (flags & kX0) {
-    x0 = make(a[like], has, has, estimate);
-    call.x0 = estimate.output();
-  }
+  const int threads = threads_for(elements), like = flags & kLikeModel ? 3 : 2;
+  const DType has = like == 3 ? call.m.dtype : call.x.dtype;
+  py::object result = tensors::make_like(a[like], has, has, elements, call.y), x0 = py::none(), kept = py::none();
+  if (flags & kX0) x0 = tensors::make_like(a[like], has, has, elements, call.x0);
   if (flags & kEntry) {
-    kept = make(a[like], has, int(DType::f32), entry);
     // An entry that is the x0 estimate goes the shorter way of that.
     const float* c = (const float*)call.table.data;
     const bool estimates = c[h_x] == c[p_x] && c[h_m] == c[p_m] && c[h_x0] == 0 && call.clip < 0;
-    (estimates && !(flags & kX0) && has == int(DType::f32) ? call.x0 : call.entry) = entry.output();
+    const bool shorter = estimates && !(flags & kX0) && has == DType::f32;
+    kept = tensors::make_like(a[like], has, DType::f32, elements, shorter ? call.x0 : call.entry);
   }
   if (flags & kDraw) {
     run(call, false, threads);
     generator.close();
   } else {
-    const Unlocked unlocked(call.layout);
-    run(call, false, threads);
+    run_unlocked(read, call, threads);
   }
   return py::make_tuple(std::move(result), std::move(x0), std::move(kept));
 }
@@ -225,13 +173,12 @@ py::object row(PyObject* const* a) {
 // table_noise(table, index, x0, n) -> x_t in the dtype of x0 and n, or None. index: the row, or int64 [batch] or [1].
 py::object noise(PyObject* const* a) {
   const Table& table = table_of(a[0], 2);
-  View x0, n, index, x_t;
-  if (!plain(a[2], x0) || x0.dims < 1 || !plain_like(a[3], x0, n) || n.dtype != x0.dtype) return py::none();
-  NoiseArguments call{};
-  const int64_t batch = x0.sizes[0];
+  tensors::Reader read(a[2], false, true);
+  const int64_t batch = read.layout.samples, elements = read.layout.elements;
   int64_t single = 0;
   const int64_t* rows = &single;
   int64_t count = 1;
+  View index;
   if (PyLong_Check(a[1])) {
     single = parse_integer("index", a[1]);
   } else {
@@ -240,7 +187,7 @@ py::object noise(PyObject* const* a) {
     count = index.elements;
     if (count != 1 && count != batch) return py::none();
   }
-  if (!ready()) return py::none();
+  if (!read.fits) return py::none();
   constexpr int64_t kInside = 128;
   float inside[2 * kInside];
   std::unique_ptr<float[]> more;
@@ -256,26 +203,24 @@ py::object noise(PyObject* const* a) {
     numbers[count + r] = table.numbers[size_t(2 * at + 1)];
   }
   const int stride = count > 1;
-  call.layout = {count, 1, 1, x0.elements / count, count, 1, count, x0.elements};
+  read.layout = {count, 1, 1, elements / count, count, 1, count, elements};
+  NoiseOperands from{};
+  from.x0 = a[2];
+  from.n = a[3];
+  NoiseArguments call{};
   call.alpha = {numbers, stride};
   call.sigma = {numbers + count, stride};
-  call.x0 = x0.input();
-  call.n.kind = Noise::given;
-  call.n.tensor = n.input();
-  py::object result = make(a[2], x0.dtype, x0.dtype, x_t);
-  call.x_t = x_t.output();
-  {
-    const int threads = threads_for(x0.elements);
-    const Unlocked unlocked(call.layout);
-    run(call, false, threads);
-  }
+  fill(read, from, call);
+  if (!read.fits || call.n.tensor.dtype != call.x0.dtype || !ready()) return py::none();
+  py::object result = tensors::make_like(a[2], call.x0.dtype, call.x0.dtype, elements, call.x_t);
+  run_unlocked(read, call, threads_for(elements));
   return result;
 }
 
 // number(tensor, dims) -> the Python number in a CPU tensor of one element and so many dimensions; or None.
 py::object number(PyObject* const* a) {
   View t;
-  if (!torch.allowed || !tensors::enabled() || !tensors::view(a[0], t) || t.elements != 1) return py::none();
+  if (!torch.allowed || !tensors::view(a[0], t) || t.elements != 1) return py::none();
   if (t.dims != parse_integer("dims", a[1])) return py::none();
   if (t.dtype == tensors::kIndex) return owned(PyLong_FromLongLong(*(const int64_t*)t.data));
   if (t.dtype == int(DType::f32)) return owned(PyFloat_FromDouble(double(*(const float*)t.data)));
@@ -283,8 +228,10 @@ py::object number(PyObject* const* a) {
   return py::none();
 }
 
-PyMethodDef methods[] = {fast_method<row, 9>("table_step"), fast_method<noise, 4>("table_noise"),
-                         fast_method<number, 2>("number"), {nullptr, nullptr, 0, nullptr}};
+using tensors::fast_call;
+
+PyMethodDef methods[] = {fast_method<fast_call<row>, 9>("table_step"), fast_method<fast_call<noise>, 4>("table_noise"),
+                         fast_method<fast_call<number>, 2>("number"), {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "fastcall.h"
+
 namespace fastdiff {
 namespace tensors {
 
@@ -37,7 +39,8 @@ constexpr int kMostKinds = 4;
 
 const Functions* functions = nullptr;
 PyObject* kinds[kMostKinds];
-PyObject *empty_like_function, *grad_enabled_function, *transform_function, *requires_grad_name;
+PyObject* dtypes[4];
+PyObject *dtype_names, *empty_like_function, *grad_enabled_function, *transform_function, *requires_grad;
 
 int dtype_of(DataType type) {
   if (type.lanes != 1) return -1;
@@ -57,19 +60,23 @@ bool is_true(PyObject* value) {
 
 }  // namespace
 
-void enable(py::capsule table, py::tuple classes, py::function empty_like, py::function grad_enabled,
-            py::function transform) {
+void enable(py::capsule table, py::tuple classes, py::tuple kinds_of_number, py::function empty_like,
+            py::function grad_enabled, py::function transform) {
   const auto* found = (const Functions*)PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api");
   if (!found) throw py::error_already_set();
   if (found->major != 1 || !found->view) throw py::value_error("table: expected one of DLPack 1, with views");
+  if (py::len(kinds_of_number) != 4) throw py::value_error("dtypes: expected four");
   if (py::len(classes) > kMostKinds) throw py::value_error("kinds: too many");
   std::memset(kinds, 0, sizeof(kinds));
   for (size_t k = 0; k < py::len(classes); ++k) kinds[k] = py::object(classes[k]).release().ptr();
   // Held as long as the process lives, as the module is.
+  for (size_t k = 0; k < 4; ++k) dtypes[k] = py::object(kinds_of_number[k]).release().ptr();
+  dtype_names = py::make_tuple("dtype").release().ptr();
   empty_like_function = empty_like.release().ptr();
   grad_enabled_function = grad_enabled.release().ptr();
   transform_function = transform.release().ptr();
-  requires_grad_name = PyUnicode_InternFromString("requires_grad");
+  requires_grad = py::object(classes[0].attr("requires_grad")).release().ptr();
+  if (!Py_TYPE(requires_grad)->tp_descr_get) throw py::value_error("kinds: the first has no requires_grad");
   functions = found;
 }
 
@@ -107,14 +114,72 @@ bool view(PyObject* tensor, View& out) {
 }
 
 bool differentiable(PyObject* tensor) {
-  return is_true(PyObject_GetAttr(tensor, requires_grad_name)) && is_true(PyObject_CallNoArgs(grad_enabled_function));
+  // All kinds have the descriptor of the first: asking it saves the search for it.
+  PyObject* const kind = (PyObject*)Py_TYPE(tensor);
+  return is_true(Py_TYPE(requires_grad)->tp_descr_get(requires_grad, tensor, kind)) && is_true(PyObject_CallNoArgs(grad_enabled_function));
 }
 
 bool same_shape(const View& a, const View& b) {
   return a.dims == b.dims && std::memcmp(a.sizes, b.sizes, sizeof(int64_t) * size_t(a.dims)) == 0;
 }
 
-PyObject* empty_like(PyObject* tensor) { return PyObject_CallOneArg(empty_like_function, tensor); }
+py::object make_like(PyObject* tensor, DType has, DType dtype, int64_t elements, Output& to) {
+  PyObject* const arguments[] = {tensor, dtypes[int(dtype)]};
+  py::object made = owned(has == dtype ? PyObject_CallOneArg(empty_like_function, tensor)
+                                       : PyObject_Vectorcall(empty_like_function, arguments, 1, dtype_names));
+  View found;
+  if (!view(made.ptr(), found) || found.dtype != int(dtype) || found.elements != elements) throw NotPlain();
+  to = found.output();
+  return made;
+}
+
+Reader::Reader(PyObject* first, bool recorded, bool table)
+    : fastdiff::Reader(Layout{}), unread_(first), table_(table) {
+  fits = view(first, first_) && first_.floating() && first_.dims >= 1 && (recorded || !differentiable(first));
+  if (!fits) return;
+  const int64_t batch = first_.sizes[0], elements = first_.elements;
+  layout = {batch, 1, 1, elements / batch, batch, first_.dims > 1 ? first_.sizes[1] : 1, batch, elements};
+}
+
+void Reader::input(const char*, py::handle value, Input& to) {
+  if (!value || !fits) return;
+  View found;
+  if (value.ptr() == unread_)
+    to = first_.input();
+  else if ((fits = view(value.ptr(), found) && found.floating() && same_shape(found, first_) && !differentiable(value.ptr())))
+    to = found.input();
+  unread_ = nullptr;
+  if (to.dtype != DType::f64) return;
+  fits = fits && !table_;
+  if (!known) wide = true;
+}
+
+void Reader::noise(const char* name, py::handle value, Noise& to) {
+  if (value && PyTuple_Check(value.ptr()) && !table_) {
+    to = parse_noise(name, value, layout);
+    fits = fits && to.kind == Noise::made;
+  } else if (value) {
+    to.kind = Noise::given;
+    input(name, value, to.tensor);
+  }
+}
+
+void Reader::rows(const char*, py::handle value, Rows& to, int columns) {
+  if (!value || !fits) return;
+  View row;
+  known = true;
+  fits = view(value.ptr(), row) && row.dims == 1 && row.elements == columns && row.dtype == int(compute()) &&
+         !differentiable(value.ptr());
+  if (fits) to = {row.data, 0};
+}
+
+double Reader::number(const char* name, py::handle value) {
+  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) return parse_number(name, value);
+  fits = false;
+  return 0;
+}
+
+void Reader::refuse(const char*, const char*) { fits = false; }
 
 }  // namespace tensors
 }  // namespace fastdiff

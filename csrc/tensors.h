@@ -7,12 +7,10 @@
 
 #include <pybind11/pybind11.h>
 
-#include "cpu/arguments.h"
+#include "checks.h"
 
 namespace fastdiff {
 namespace tensors {
-
-namespace py = pybind11;
 
 // The DType of a tensor, or kIndex for int64.
 constexpr int kIndex = kInt64;
@@ -33,8 +31,9 @@ struct View {
 };
 
 // Makes the functions below work. `table`: the capsule of DLPack's functions; `kinds`: the classes, all others are
-// refused; the rest are functions of PyTorch. Raises ValueError for a table of another version.
-void enable(py::capsule table, py::tuple kinds, py::function empty_like, py::function grad_enabled,
+// refused; `dtypes`: PyTorch's, by DType; the rest are functions of PyTorch. Raises ValueError for a table of another
+// version.
+void enable(py::capsule table, py::tuple kinds, py::tuple dtypes, py::function empty_like, py::function grad_enabled,
             py::function transform);
 bool enabled();
 
@@ -49,8 +48,44 @@ bool differentiable(PyObject* tensor);
 
 bool same_shape(const View& a, const View& b);
 
-// A new tensor like a contiguous one; null with an exception set if there is no memory.
-PyObject* empty_like(PyObject* tensor);
+struct NotPlain {};
+
+// A new tensor of a dtype like a contiguous one, which has another or the same, and so many elements. Throws NotPlain
+// where a mode of PyTorch makes another kind.
+py::object make_like(PyObject* tensor, DType has, DType dtype, int64_t elements, Output& to);
+
+// A fast call: None where tensors cannot be read, or made.
+template <py::object (*function)(PyObject* const*)>
+py::object fast_call(PyObject* const* arguments) {
+  try {
+    return enabled() ? function(arguments) : py::none();
+  } catch (const NotPlain&) {
+    return py::none();
+  }
+}
+
+// Reads contiguous floating-point tensors of one shape, through which no gradient is to flow. What is unfit raises
+// nothing: `fits` becomes false, and Python does the call, or refuses it.
+class Reader : public fastdiff::Reader {
+ public:
+  bool fits;
+
+  // `first`: the operand that is read first. Its dimension 0 is the batch, one row a sample. `recorded`: its gradient is
+  // the caller's. `table`: of a step table, which is for data that is not float64, and takes no seeds.
+  explicit Reader(PyObject* first, bool recorded = false, bool table = false);
+  void input(const char* name, py::handle value, Input& to);
+  void noise(const char* name, py::handle value, Noise& to);
+  void rows(const char* name, py::handle value, Rows& to, int columns = 1);  // one row in the compute dtype
+  double number(const char* name, py::handle value);
+  void refuse(const char* name, const char* why);
+
+ protected:
+  View first_;
+
+ private:
+  PyObject* unread_;  // the first operand, until it is
+  bool table_;
+};
 
 }  // namespace tensors
 }  // namespace fastdiff

@@ -4,10 +4,9 @@
 #include <memory>
 #include <string>
 
-#include "checks.h"
-#include "cpu/run.h"
+#include "fastcall.h"
+#include "operations.h"
 #include "tensors.h"
-#include "unlocked.h"
 
 namespace fastdiff {
 
@@ -80,12 +79,11 @@ void find_noise(const Run& run, PyObject* value, bool wanted, Noise& noise) {
     noise = parse_noise("noise", value, run.step.layout);
     return;
   }
-  const int64_t stream = parse_integer("noise", value);
+  const uint32_t stream = parse_stream(value);
   if (run.made.kind != Noise::made) throw py::value_error("noise: there is no seed to make it from");
-  if (stream < 0 || stream > UINT32_MAX) throw py::value_error("noise: a stream has 32 bits");
   if (!wanted) return;
   noise = run.made;
-  noise.stream = uint32_t(stream);
+  noise.stream = stream;
 }
 
 // What this step reads of the history, and where its entry goes: over the oldest once all places are in use.
@@ -129,25 +127,16 @@ bool launch(Run& run, PyObject* const* a, Py_ssize_t given) {
   const bool spread = more && a[kLogVariance] != Py_None;
   find_noise(run, a[kNoise], spread || run.coefficient(k, c_noise) != 0, step.noise);
   if (more) {
-    const int64_t elements = run.elements();
-    step.log_variance = parse_optional_input("log_variance", a[kLogVariance], elements);
-    if (a[kThreshold] != Py_None || a[kOwnRow] != Py_None) {
-      step.layout = run.by_sample;
-      step.guidance = run.guidance_by_sample;
-      RowParser rows{step.layout, true, run.wide};
-      step.threshold = rows.optional("threshold", a[kThreshold]);
-      if (a[kOwnRow] != Py_None) step.table = rows.required("row", a[kOwnRow], kColumns);
-    }
-    if (a[kHistoryGiven] != Py_None) {
-      const py::handle history = a[kHistoryGiven];
-      if (!PyTuple_Check(history.ptr()) || PyTuple_GET_SIZE(history.ptr()) > kHistory)
-        throw py::value_error("history: expected a tuple of at most 4 tensors");
-      for (int j = 0; j < kHistory; ++j)
-        step.history[j] = j < PyTuple_GET_SIZE(history.ptr())
-                              ? parse_input("history", PyTuple_GET_ITEM(history.ptr(), j), elements)
-                              : Input{nullptr, DType::f32};
-    }
-    step.x0 = parse_optional_output("x0", a[kX0], elements);
+    const bool by_sample = a[kThreshold] != Py_None || a[kOwnRow] != Py_None;
+    Reader read(by_sample ? run.by_sample : step.layout, true, run.wide);
+    if (by_sample) step.guidance = run.guidance_by_sample;
+    StepOperands from{};
+    from.log_variance = a[kLogVariance];
+    from.threshold = a[kThreshold];
+    if (a[kOwnRow] != Py_None) from.table = a[kOwnRow];
+    if (a[kHistoryGiven] != Py_None) from.history = a[kHistoryGiven];
+    from.x0 = a[kX0];
+    fill(read, from, step);
   }
   {
     const Unlocked unlocked(step.layout);
@@ -160,45 +149,33 @@ bool launch(Run& run, PyObject* const* a, Py_ssize_t given) {
 
 // target(y, model_input): where the next steps write to. The model input is None, or memory of one or two copies.
 void aim(Run& run, PyObject* const* a) {
-  const int64_t elements = run.elements();
-  const Output y = parse_output("y", a[0], elements);
-  if (y.dtype != run.step.x.dtype) throw py::value_error("y: must be of the dtype of x");
-  const bool wanted = a[1] != Py_None;
-  const int copies = wanted && elements && parse_memory("model_input", a[1]).elements == 2 * elements ? 2 : 1;
-  const Output seen = parse_optional_output("model_input", a[1], copies * elements);
-  if (wanted && seen.dtype != y.dtype) throw py::value_error("model_input: must be of the dtype of x");
-  run.step.y = y;
-  run.step.model_input = seen;
-  run.step.copies = copies;
+  StepArguments& step = run.step;
+  Reader read(step.layout, true, run.wide);
+  StepOperands to{};
+  to.y = a[0];
+  to.model_input = a[1];
+  fill(read, to, step);
+  const bool fits = step.y.dtype == step.x.dtype;
+  if (fits && (!step.model_input.data || step.model_input.dtype == step.x.dtype)) return;
+  step.y.data = nullptr;
+  throw py::value_error(std::string(fits ? "model_input" : "y") + ": must be of the dtype of x");
 }
 
 constexpr const char* kName = "fastdiff.run";
 
-template <class Function>
-PyObject* guarded(PyObject* capsule, Function function) {
-  try {
-    return function(*(Run*)PyCapsule_GetPointer(capsule, kName)).release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
+Run& run_of(PyObject* capsule) { return *(Run*)PyCapsule_GetPointer(capsule, kName); }
 
 PyObject* call_step(PyObject* capsule, PyObject* const* arguments, Py_ssize_t given) {
-  return guarded(capsule, [&](Run& run) -> py::object {
+  return guarded([&] {
     if (given != kFew && given != kAll) throw py::type_error("step: expected 4 or 9 arguments");
-    return py::bool_(launch(run, arguments, given));
+    return py::bool_(launch(run_of(capsule), arguments, given));
   });
 }
 
 PyObject* call_target(PyObject* capsule, PyObject* const* arguments, Py_ssize_t given) {
-  return guarded(capsule, [&](Run& run) -> py::object {
+  return guarded([&] {
     if (given != 2) throw py::type_error("target: expected 2 arguments");
-    aim(run, arguments);
+    aim(run_of(capsule), arguments);
     return py::none();
   });
 }
@@ -215,21 +192,25 @@ py::tuple trajectory(py::handle x, py::handle sizes, py::handle layout, py::hand
                      py::handle threads) {
   auto run = std::make_unique<Run>();
   std::memset((void*)run.get(), 0, sizeof(Run));
-  StepArguments& step = run->step;
-  step.layout = parse_layout(layout);
-  step.copies = 1;
-  const int64_t elements = run->elements();
   run->by_sample = parse_layout(by_sample);
+  const Layout own = parse_layout(layout);
+  const int64_t elements = own.elements;
   if (run->by_sample.elements != elements) throw py::value_error("layout: the two must be of the same elements");
-  const Memory rows = parse_memory("table", table);
-  if (rows.code > int(DType::f64) || rows.elements % kColumns)
-    throw py::value_error("table: must be float32 or float64, rows of " + std::to_string(int(kColumns)));
+  const Memory rows = parse_table(table, run->rows);
   run->wide = rows.code == int(DType::f64);
   run->table = (const char*)rows.data;
-  run->rows = rows.elements / kColumns;
-  run->guidance = RowParser{step.layout, true, run->wide}.required("guidance", guidance);
-  run->guidance_by_sample = RowParser{run->by_sample, true, run->wide}.required("guidance", guidance_by_sample);
-  step.x = parse_input("x", x, elements);
+  Reader read(own, true, run->wide);
+  read.rows("guidance", guidance, run->guidance);
+  Reader(run->by_sample, true, run->wide).rows("guidance", guidance_by_sample, run->guidance_by_sample);
+  StepOperands from{};
+  from.x = x.ptr();
+  from.clip = clip.ptr();
+  from.mask = mask.ptr();
+  from.known = known.ptr();
+  from.known_noise = known_noise.ptr();
+  fill(read, from, run->step);
+  if (given(made)) read.noise("made", made, run->made);
+  if (run->made.kind == Noise::given) throw py::value_error("made: expected (seed, stream, sample_offset, offset)");
   if (!PyTuple_Check(sizes.ptr()) || PyTuple_GET_SIZE(sizes.ptr()) < 1 || PyTuple_GET_SIZE(sizes.ptr()) > 64)
     throw py::value_error("sizes: expected a tuple of 1 to 64");
   run->dims = int(PyTuple_GET_SIZE(sizes.ptr()));
@@ -240,14 +221,6 @@ py::tuple trajectory(py::handle x, py::handle sizes, py::handle layout, py::hand
       throw py::value_error("sizes: must be countable");
   }
   if (product != elements) throw py::value_error("sizes: are not those of the layout");
-  step.clip = clip.is_none() ? -1 : parse_number("clip", clip);
-  if (!clip.is_none() && !(step.clip >= 0)) throw py::value_error("clip: must be at least 0, or None");
-  step.mask = parse_optional_mask(mask, step.layout);
-  step.known = parse_optional_input("known", known, elements);
-  step.known_noise = parse_optional_noise("known_noise", known_noise, step.layout);
-  if (!step.mask.tensor.data != !step.known.data) throw py::value_error("known: goes with mask, both or neither");
-  run->made = parse_optional_noise("made", made, step.layout);
-  if (run->made.kind == Noise::given) throw py::value_error("made: expected (seed, stream, sample_offset, offset)");
   if (!history.is_none()) {
     const Memory memory = parse_memory("history", history);
     if (memory.code != int(run->compute())) throw py::value_error("history: must be of the compute dtype");
@@ -258,11 +231,7 @@ py::tuple trajectory(py::handle x, py::handle sizes, py::handle layout, py::hand
   }
   run->threads = parse_threads(threads);
   const py::capsule capsule(run.release(), kName, [](void* found) { delete (Run*)found; });
-  const auto function = [&](PyMethodDef& method) {
-    py::object made_function = py::reinterpret_steal<py::object>(PyCFunction_New(&method, capsule.ptr()));
-    if (!made_function) throw py::error_already_set();
-    return made_function;
-  };
+  const auto function = [&](PyMethodDef& method) { return owned(PyCFunction_New(&method, capsule.ptr())); };
   return py::make_tuple(function(step_method), function(target_method));
 }
 

@@ -6,10 +6,11 @@ from types import ModuleType
 from . import losses, ops, pairing, samplers, timesteps, uncertainty, weighting
 from .backends import use_backend
 from .functional import diffusion_loss, pyramid_noise, q_sample
+from .likelihood import log_likelihood, to_bits_per_dim
 from .noised import Noised
 from .objective import Objective
 from .prediction import Prediction
-from .process import EDM, VESDE, VPSDE, Process, RectifiedFlow, SubVPSDE, VariancePreserving
+from .process import EDM, VESDE, VPSDE, Cosine, Process, RectifiedFlow, SubVPSDE, TrigFlow, VariancePreserving
 from .sampling import sample
 from .weighting import (
     P2,
@@ -40,6 +41,7 @@ __all__ = [
     "VPSDE",
     "Bell",
     "CosMap",
+    "Cosine",
     "Debiased",
     "EDMWeighting",
     "Interpolated",
@@ -56,11 +58,14 @@ __all__ = [
     "SigmaSqrt",
     "SoftMinSNR",
     "SubVPSDE",
+    "TrigFlow",
     "TruncatedSNR",
     "Uniform",
     "VariancePreserving",
+    "to_bits_per_dim",
     "diffusion_loss",
     "integrations",
+    "log_likelihood",
     "losses",
     "ops",
     "pairing",

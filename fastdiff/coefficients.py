@@ -27,6 +27,7 @@ from .ops.checks import place_rows
 from .prediction import Prediction
 from .process import Levels, Process
 from .program import NAMES, OF_LOSS, OF_NOISE, Program, Untraceable, lookup, trace
+from .showing import warn
 from .tensors import gather_rows
 from .timesteps import Timesteps
 from .weighting import WeightingLike
@@ -209,10 +210,9 @@ class Coefficients:
             raise ValueError(f"the weighting {self.weighting!r} is NaN at t = {t} (SNR {levels.snr[t].item():g}).")
         dropped = weightings.infinite(self.weighting, levels, self.error_space).nonzero().flatten().tolist()
         if dropped:
-            warnings.warn(
+            warn(
                 f"the weighting {self.weighting!r} is infinite at t = {dropped[:3]}{'...' if dropped[3:] else ''}: "
-                f"these timesteps get weight 0 and are left out of the loss.",
-                stacklevel=5,
+                f"these timesteps get weight 0 and are left out of the loss."
             )
         return torch.stack([rows[name] for name in NAMES if name in rows], -1)
 

@@ -26,7 +26,7 @@ _LIBRARIES = ("torch", "math", "numpy", "builtins", "typing", "operator")
 _NUMBERS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, enum.Enum, types.EllipsisType)
 _WRITES = ("STORE_GLOBAL", "STORE_NAME", "STORE_ATTR", "STORE_DEREF", "DELETE_GLOBAL", "DELETE_NAME", "DELETE_ATTR")
 _READS = ("LOAD_ATTR", "LOAD_METHOD")
-_ANYTHING = {"__import__", "eval", "exec", "globals", "input", "locals", "open", "vars"}  # builtins that may read all
+_ANYTHING = {"__import__", "eval", "exec", "globals", "input", "locals", "vars"}  # builtins that may read all
 _MISSING = object()
 
 
@@ -79,7 +79,11 @@ class Constancy:
         parameters = getattr(kind, "__dataclass_params__", None)
         if not (parameters is not None and parameters.frozen) and not hasattr(kind, "_changes"):
             raise NotConstant(f"{what} uses a {kind.__name__}, which may change")
-        fields = vars(value) if hasattr(value, "__dict__") else {f.name: getattr(value, f.name) for f in _fields(value)}
+        fields = (
+            vars(value)
+            if hasattr(value, "__dict__")
+            else {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        )
         ours = _is_of(kind.__module__, (_OURS,))
         for name, held in fields.items():
             if not (ours and name.startswith("_")):  # what is private of ours is not written into
@@ -91,7 +95,7 @@ class Constancy:
                 held = getattr(held, "fget", held)
                 held = getattr(held, "__func__", held)
                 if isinstance(held, types.FunctionType):
-                    if not (name.startswith("__") and name.endswith("__")) or name == "__call__":
+                    if not name.startswith("__") or name == "__call__":
                         self._look_at(held, f"{kind.__name__}.{name}")
                 elif not name.startswith("__") and not isinstance(held, types.MemberDescriptorType):
                     self._look_at(held, f"{kind.__name__}.{name}")
@@ -119,7 +123,7 @@ class Constancy:
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 variable = instruction.argval
                 value = self._read(lambda variable=variable: _global(names, variable), f"{name} ({variable})")
-                after = instructions[k + 1].opname if k + 1 < len(instructions) else ""
+                after = instructions[k + 1].opname  # there is one: code ends by returning
                 if after in _READS and isinstance(value, types.FunctionType):
                     raise NotConstant(f"{name} reads an attribute of {variable}")
         for constant in code.co_consts:
@@ -138,10 +142,6 @@ class Constancy:
 
 def _is_of(module: str | None, packages: tuple[str, ...]) -> bool:
     return bool(module) and module.split(".")[0] in packages
-
-
-def _fields(value: Any) -> tuple[Any, ...]:
-    return dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
 
 
 def _in_cell(cell: Any) -> Any:

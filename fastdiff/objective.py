@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -33,7 +32,7 @@ from .prediction import Prediction
 from .process import Process, as_times, check_process
 from .program import Program
 from .samplers import Sampler
-from .showing import brief
+from .showing import brief, warn
 from .tensors import as_tensor, value_checks_are_free
 from .timesteps import Timesteps
 from .weighting import WeightingLike
@@ -87,9 +86,11 @@ class Objective:
     """What a network is trained on: a process, a prediction kind, a weighting and an error function.
 
     Args:
-        process: ``VariancePreserving``, ``RectifiedFlow``, ``EDM``, ``VPSDE``, ``VESDE`` or ``SubVPSDE``.
+        process: ``VariancePreserving``, ``RectifiedFlow``, ``EDM``, ``VPSDE``, ``VESDE``, ``SubVPSDE``, ``Cosine`` or
+            ``TrigFlow``.
         prediction: what the network predicts: "epsilon", "sample", "v_prediction", "flow" (n - x0), "reversed_flow",
-            "score", "previous_sample", "edm" (Karras et al.'s F), or a ``Prediction``.
+            "score", "previous_sample", "edm" (Karras et al.'s F), "trigflow" (cos(t) sigma_data n - sin(t) x0), or a
+            ``Prediction``.
         weighting: None (uniform), a weighting such as ``MinSNR(5.0)``, its name, or a callable of the ``Levels``.
         loss: "mse", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh", or an object of ``fastdiff.losses``.
         timesteps: how t is drawn when it is not given: an object of ``fastdiff.timesteps`` or its name; None: uniform,
@@ -133,7 +134,7 @@ class Objective:
         self.noise_offset_dim = noise_offset_dim
         unused = self.weighting.unused(self.prediction, self.error_space) if hasattr(self.weighting, "unused") else None
         if unused:
-            warnings.warn(unused, stacklevel=3)
+            warn(unused)
         self._prepare()
 
     def _prepare(self) -> None:

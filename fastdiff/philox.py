@@ -24,7 +24,8 @@ class Stream:
     PERTURBATION = 2  # xi of input perturbation
     TIMESTEP = 3  # the uniform behind t
     INITIAL = 4  # where sampling starts
-    PYRAMID = 5  # the coarse levels of multi-resolution noise
+    PROBE = 5  # the probes of a likelihood's trace
+    PYRAMID = 6  # the coarse levels of multi-resolution noise
     STEP = 16  # + the index of the sampling step
 
 

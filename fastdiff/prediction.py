@@ -47,6 +47,12 @@ def _sample(levels: Levels) -> tuple[Tensor, Tensor]:
     return torch.ones_like(levels.alpha), torch.zeros_like(levels.alpha)
 
 
+def velocity(levels: Levels) -> tuple[Tensor, Tensor]:
+    """(p, q) of cos(phi) n - sin(phi) x0 for any process, with the angle phi whose tangent is sigma / alpha."""
+    norm = torch.hypot(levels.alpha, levels.sigma)
+    return -levels.sigma / norm, levels.alpha / norm
+
+
 def _v_prediction(levels: Levels) -> tuple[Tensor, Tensor]:
     # Salimans and Ho 2022, appendix D; the norm is 1 for variance-preserving processes, and makes v the same quantity
     # in the sigma space of k-diffusion and EDM.
@@ -55,8 +61,7 @@ def _v_prediction(levels: Levels) -> tuple[Tensor, Tensor]:
             "v_prediction is not defined for RectifiedFlow (its path does not preserve the variance). "
             "The velocity n - x0 is prediction='flow'."
         )
-    norm = torch.hypot(levels.alpha, levels.sigma)
-    return -levels.sigma / norm, levels.alpha / norm
+    return velocity(levels)
 
 
 def _flow(levels: Levels) -> tuple[Tensor, Tensor]:
@@ -103,6 +108,13 @@ def _edm_input(levels: Levels) -> tuple[Tensor, Tensor]:
     return 1 / norm, (levels.sigma / levels.alpha).log() / 4
 
 
+def _trigflow(levels: Levels) -> tuple[Tensor, Tensor]:
+    # Lu and Song 2024: the velocity dx / dt of TrigFlow, which is -sigma_data times EDM's F; so it too is defined for
+    # every process.
+    p, q = _edm(levels)
+    return -_sigma_data(levels) * p, -_sigma_data(levels) * q
+
+
 _KINDS = {
     kind.name: kind
     for kind in (
@@ -114,6 +126,7 @@ _KINDS = {
         Prediction("score", _score, uses_x0=False),
         Prediction("previous_sample", _previous_sample),
         Prediction("edm", _edm, model_input=_edm_input),
+        Prediction("trigflow", _trigflow),
     )
 }
 EPSILON, SAMPLE = _KINDS["epsilon"], _KINDS["sample"]

@@ -144,12 +144,15 @@ class Process:
         return all(torch.equal(a, b) for a, b in zip(self.alpha_sigma(t), other.alpha_sigma(t)))
 
     def fraction(self, t: Tensor) -> Tensor:
-        """t as a fraction of the process, 0 for clean data and 1 for noise. float64."""
-        return as_float64(t)
+        """t as a fraction of the process, 0 for clean data (or ``t_min``) and 1 for noise. float64."""
+        t = as_float64(t)
+        return t if (self.t_min, self.t_max) == (0, 1) else (t - self.t_min) / (self.t_max - self.t_min)
 
     def time(self, fraction: Tensor) -> Tensor:
         """The inverse of ``fraction``: the process's own t for float64 fractions in [0, 1]."""
-        return fraction
+        if (self.t_min, self.t_max) == (0, 1):
+            return fraction
+        return self.t_min + (self.t_max - self.t_min) * fraction
 
     def model_time(self, levels: Levels) -> Tensor:
         """The time that a network is called with, shaped as t (unless its prediction is preconditioned): t by
@@ -184,11 +187,15 @@ class Process:
             raise ValueError(f"{self!r} has the noise levels of its timesteps and no other sigma: pass t.")
         sigma = as_float64(sigma)
         t = self._time_at(sigma)
-        if value_checks_are_free(sigma) and sigma.numel():
+        if value_checks_are_free(sigma):
             inside = sigma.isfinite() & (sigma >= 0) & (t >= self.t_min - 1e-9) & (t <= self.t_max + 1e-9)
             if not bool(inside.all()):
                 raise ValueError(f"{self!r} has no noise level sigma = {_first(sigma[~inside])}.")
         return t.clamp(self.t_min, self.t_max)
+
+    def sigma_of_ratio(self, ratio: Tensor) -> Tensor:
+        """The sigma that ``levels_at`` and ``time_of`` take, of float64 ratios sigma / alpha."""
+        return ratio
 
     def _time_at(self, sigma: Tensor) -> Tensor:
         raise ValueError(f"{self!r} knows no t for a sigma: give the times themselves.")
@@ -212,13 +219,23 @@ class Process:
             )
         if value_checks_are_free(t) and t.numel():
             low, high = (end.item() for end in t.aminmax())  # NaN if there is one
-            if not (low >= self.t_min and high <= self.t_max and high < math.inf):
-                inside = (t >= self.t_min) & (t <= self.t_max) & t.isfinite()
+            # The ends as t's dtype has them: pi / 2 in float32 is the last time of TrigFlow, though larger in float64.
+            first, last = torch.tensor([self.t_min, self.t_max], dtype=t.dtype, device="cpu").tolist()
+            if not (low >= first and high <= last and high < math.inf):
+                inside = (t >= first) & (t <= last) & t.isfinite()
                 raise ValueError(f"t must lie in {self._range()} for {self!r}; got {_first(t[~inside])}.")
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self._arguments().items())
         return f"{type(self).__name__}({arguments})"
+
+    def _begin(self, t_min: float) -> None:
+        """Set ``t_min``. Raises ValueError for one outside [0, t_max)."""
+        check_numbers(t_min=t_min)
+        if not 0 <= t_min < self.t_max:
+            raise ValueError(f"t_min must lie in [0, {self.t_max:g}); got {t_min!r}.")
+        if t_min:
+            self.t_min = float(t_min)
 
     def _range(self) -> str:
         return f"[{self.t_min:g}, {self.t_max:g}" + ("]" if math.isfinite(self.t_max) else ")")
@@ -338,8 +355,9 @@ class VariancePreserving(Process):
         Raises ValueError for a t outside [0, steps - 1].
         """
         t = as_float64(t)
-        if not bool(((t >= 0) & (t <= self.steps - 1)).all()):
-            raise ValueError(f"t must lie in [0, {self.steps - 1}] for {self!r}; got {_first(t)}.")
+        inside = (t >= 0) & (t <= self.steps - 1)
+        if not bool(inside.all()):
+            raise ValueError(f"t must lie in [0, {self.steps - 1}] for {self!r}; got {_first(t[~inside])}.")
         low = t.floor().long()
         alpha, sigma = self.alpha_sigma(low)
         above = self.alpha_sigma((low + 1).clamp(max=self.steps - 1))
@@ -439,6 +457,9 @@ class RectifiedFlow(Process):
     def model_time(self, levels: Levels) -> Tensor:
         return 1 - levels.alpha
 
+    def sigma_of_ratio(self, ratio: Tensor) -> Tensor:
+        return ratio / (1 - self.sigma_min + ratio)
+
     def _alpha_sigma_at(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         if bool((sigma > 1).any()):
             raise ValueError(f"sigma must lie in [0, 1] for {self!r}; got {_first(sigma[sigma > 1])}.")
@@ -481,16 +502,78 @@ class EDM(Process):
         return sigma
 
 
+class TrigFlow(Process):
+    """x_t = cos(t) x0 + sigma_data sin(t) n, t in [0, pi / 2] (Lu and Song 2024, arXiv 2410.11081).
+
+    ``sigma_data`` is the standard deviation of the data; x_t has it at every t. The SNR at pi / 2 is exactly 0: there
+    "epsilon" and "score" do not determine x0, so with them samplers need timesteps that begin later.
+    """
+
+    t_max = math.pi / 2
+
+    def __init__(self, sigma_data: float = 0.5):
+        check_numbers(sigma_data=sigma_data)
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data must be positive; got {sigma_data!r}.")
+        self.sigma_data = float(sigma_data)
+
+    @property
+    def _rate(self) -> float:
+        """The angle a unit of t."""
+        return math.pi / 2 / self.t_max
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = as_float64(t)
+        # A sine of what is left, as the cosine of the float64 number pi / 2 is not 0.
+        rest = (self.t_max - t).clamp(min=0)
+        return torch.sin(rest * self._rate), self.sigma_data * torch.sin(t * self._rate)
+
+    def grid(self, steps: int) -> Tensor:
+        return torch.linspace(self.t_max, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
+
+    def diffusion_squared(self, t: Tensor) -> Tensor:
+        """g(t)^2 of the SDE dx = f dt + g dw, float64; infinite at the last t."""
+        alpha, sigma = self.alpha_sigma(t)
+        return 2 * self._rate * self.sigma_data * sigma / alpha
+
+    def _alpha_sigma_at(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.sigma_data / torch.hypot(sigma, torch.full_like(sigma, self.sigma_data))
+        return alpha, sigma * alpha
+
+    def _time_at(self, sigma: Tensor) -> Tensor:
+        return torch.atan(sigma / self.sigma_data) / self._rate
+
+
+class Cosine(TrigFlow):
+    """The continuous cosine process: alpha = cos(pi t / 2), sigma = sin(pi t / 2), t in [0, 1] (Salimans and Ho 2022).
+    It is ``TrigFlow(sigma_data=1.0)`` with another unit of time. The SNR at t = 1 is exactly 0.
+    """
+
+    t_max = 1.0
+    variance_preserving = True
+    sigma_data = 1.0
+
+    def __init__(self):
+        pass
+
+
 class VPSDE(Process):
-    """The continuous variance-preserving SDE, t in [0, 1] (Song et al. 2021, equation 33)."""
+    """The continuous variance-preserving SDE (Song et al. 2021, equation 33).
+
+    Args:
+        beta_min, beta_max: beta(t) at t = 0 and at t = 1.
+        t_min: where time begins, in [0, 1): no smaller t is drawn, none is accepted, and the last step of a sampler
+            starts there. 0 (the default) draws all of [0, 1], and samplers make their last step from 1e-3.
+    """
 
     variance_preserving = True
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 0.0):
         check_numbers(beta_min=beta_min, beta_max=beta_max)
         if not 0 < beta_min <= beta_max:
             raise ValueError(f"0 < beta_min <= beta_max is needed; got {beta_min!r} and {beta_max!r}.")
         self.beta_min, self.beta_max = float(beta_min), float(beta_max)
+        self._begin(t_min)
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         return -t * (t * (self.beta_max - self.beta_min) / 4 + self.beta_min / 2)
@@ -500,7 +583,7 @@ class VPSDE(Process):
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
     def grid(self, steps: int) -> Tensor:
-        return torch.linspace(1, 1e-3, steps, dtype=torch.float64, device="cpu")
+        return torch.linspace(1, self.t_min or 1e-3, steps, dtype=torch.float64, device="cpu")
 
     def diffusion_squared(self, t: Tensor) -> Tensor:
         """g(t)^2 of the SDE dx = f dt + g dw, float64."""
@@ -508,12 +591,19 @@ class VPSDE(Process):
 
     def _time_at(self, sigma: Tensor) -> Tensor:
         # The positive root of (b1 - b0) t^2 / 4 + b0 t / 2 = -ln alpha, in the form that does not cancel.
-        log = -self._alpha_sigma_at(sigma)[0].log()
+        log = self._minus_log_alpha_at(sigma)
         return 2 * log / (self.beta_min / 2 + (self.beta_min**2 / 4 + (self.beta_max - self.beta_min) * log).sqrt())
+
+    def _minus_log_alpha_at(self, sigma: Tensor) -> Tensor:
+        """-ln alpha where sigma / alpha is ``sigma``; log1p keeps the digits of a small one."""
+        return torch.log1p(sigma**2) / 2
 
 
 class SubVPSDE(VPSDE):
-    """The sub-VP SDE: VPSDE's mean with sigma = 1 - alpha^2 (Song et al. 2021, equation 34)."""
+    """The sub-VP SDE: VPSDE's mean with sigma = 1 - alpha^2 (Song et al. 2021, equation 34).
+
+    Args: those of ``VPSDE``.
+    """
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha = self._log_alpha(as_float64(t))
@@ -526,25 +616,33 @@ class SubVPSDE(VPSDE):
         alpha = 2 / (sigma + (sigma**2 + 4).sqrt())  # of alpha^2 + sigma alpha = 1
         return alpha, sigma * alpha
 
+    def _minus_log_alpha_at(self, sigma: Tensor) -> Tensor:
+        half = sigma / 2
+        return torch.log1p(half + half**2 / (1 + (1 + half**2).sqrt()))
+
 
 class VESDE(Process):
-    """The variance-exploding SDE: x0 + sigma n, sigma = sigma_min (sigma_max / sigma_min)^t, t in [0, 1].
+    """The variance-exploding SDE: x0 + sigma n, sigma = sigma_min (sigma_max / sigma_min)^t (Song et al. 2021, equation
+    31).
 
-    Song et al. 2021, equation 31.
+    Args:
+        sigma_min, sigma_max: sigma at t = 0 and at t = 1.
+        t_min: as of ``VPSDE``; with 0 samplers make their last step from 1e-5.
     """
 
-    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 0.0):
         check_numbers(sigma_min=sigma_min, sigma_max=sigma_max)
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"0 < sigma_min < sigma_max is needed; got {sigma_min!r} and {sigma_max!r}.")
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+        self._begin(t_min)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = as_float64(t)
         return torch.ones_like(t), self.sigma_min * (t * math.log(self.sigma_max / self.sigma_min)).exp()
 
     def grid(self, steps: int) -> Tensor:
-        return torch.linspace(1, 1e-5, steps, dtype=torch.float64, device="cpu")
+        return torch.linspace(1, self.t_min or 1e-5, steps, dtype=torch.float64, device="cpu")
 
     def diffusion_squared(self, t: Tensor) -> Tensor:
         """g(t)^2 of the SDE dx = g dw, float64."""

@@ -399,10 +399,10 @@ class _Recorder(Recording):
         kinds = {a.dtype for a in args if isinstance(a, Tensor)}
         if dtype not in (torch.float64, torch.bool, torch.int64):
             raise Untraceable(f"it computes in {str(dtype).removeprefix('torch.')}, not in float64 ({name})")
-        if (dtype is torch.bool) != (name in _TRUTH | _LOGIC) and name not in _UNCHANGED and name != "where":
-            raise Untraceable(f"it computes with truth values ({name})")
         if name in _LOGIC and kinds - {torch.bool}:
             raise Untraceable(f"it computes with bits ({name})")
+        if (dtype is torch.bool) != (name in _TRUTH | _LOGIC) and name not in _UNCHANGED and name != "where":
+            raise Untraceable(f"it computes with truth values ({name})")
         if name in _UNCHANGED:
             (before,) = kinds
             same = self.operand(args[0])

@@ -1,9 +1,11 @@
-"""How values and objects are shown to a person: on one line, tensors by dtype and shape."""
+"""How values and objects are shown to a person: on one line, tensors by dtype and shape; and where warnings point."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import sys
+import warnings
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +29,14 @@ def printable(text: str) -> str:
     becomes a replacement character."""
     text = os.fsencode(text).decode(errors="replace") if "\udc80" <= max(text, default="") <= "\udcff" else text
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def warn(message: str) -> None:
+    """A UserWarning that points at the line outside of fastdiff which led to it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastdiff":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def brief_fields(self: Any) -> str:

@@ -2,7 +2,7 @@
 
 The uniforms come from the same counter-based generator as the noise, so t too depends on (seed, sample index) alone.
 A sampler makes fractions of the process (0 clean, 1 noise), which the process turns into its own t; only LogNormal
-makes sigmas, for EDM.
+makes sigmas, for EDM, and UniformLogSNR signal-to-noise ratios.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ class Uniform(Timesteps):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.low < self.high <= 1:
-            raise ValueError(f"0 <= low < high <= 1 is needed; got low={self.low!r}, high={self.high!r}.")
+        _part_of_the_process(self.low, self.high)
         check_by(self.by)
 
     def __call__(self, u: Tensor, process: Process) -> Tensor:
@@ -125,7 +124,11 @@ class CosMap(Timesteps):
 
 @dataclass(frozen=True)
 class LogNormal(Timesteps):
-    """ln sigma ~ N(mean, std^2), for a process whose t is sigma (Karras et al. 2022, table 1)."""
+    """ln(sigma / alpha) ~ N(mean, std^2).
+
+    For EDM, whose t is that sigma (Karras et al. 2022, table 1), and for TrigFlow and Cosine (Lu and Song 2024: t =
+    arctan(exp(tau) / sigma_data), tau ~ N(-1, 1.4^2)).
+    """
 
     mean: float = -1.2
     std: float = 1.2
@@ -135,9 +138,64 @@ class LogNormal(Timesteps):
         _positive("std", self.std)
 
     def __call__(self, u: Tensor, process: Process) -> Tensor:
-        if not process.t_is_sigma:
-            raise ValueError(f"LogNormal draws sigma, so it goes with fastdiff.EDM; got {process!r}.")
-        return torch.exp(self.mean + self.std * torch.special.ndtri(as_float64(u)))
+        sigma = torch.exp(self.mean + self.std * torch.special.ndtri(as_float64(u)))
+        if process.t_is_sigma:
+            return sigma
+        if process.discrete or process.straight or not _has_every_ratio(process):
+            raise ValueError(
+                f"LogNormal draws any sigma / alpha from 0 to infinity, so it goes with fastdiff.EDM, TrigFlow and "
+                f"Cosine; got {process!r}."
+            )
+        return process.time_of(sigma)
+
+
+@dataclass(frozen=True)
+class UniformLogSNR(Timesteps):
+    """The logarithm of the SNR is uniform between those of two fractions of a continuous process.
+
+    It is the importance sampling of Song et al. 2021 (Maximum Likelihood Training of Score-Based Diffusion Models,
+    arXiv 2101.09258): since d log SNR / dt = -g(t)^2 / sigma(t)^2, t has the density g^2 / (sigma^2 Z). So the
+    likelihood weighting is the constant Z, ``normalizer``, on the error of the noise: ``error_space="epsilon"``.
+
+    The SNR must be finite and positive at both ends: give a process that begins at t = 0 a ``t_min`` (VPSDE, SubVPSDE),
+    or take other fractions.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _part_of_the_process(self.low, self.high)
+
+    def __call__(self, u: Tensor, process: Process) -> Tensor:
+        most, least = self._ends(process)
+        return process.time_of(process.sigma_of_ratio(torch.exp(((most - least) * as_float64(u) - most) / 2)))
+
+    def normalizer(self, process: Process) -> float:
+        """Z, the integral of g(t)^2 / sigma(t)^2 over the times that are drawn: the difference of the ends' log SNR."""
+        most, least = self._ends(process)
+        return most - least
+
+    def density(self, t: Tensor, process: Process) -> Tensor:
+        """The density of the times that are drawn, at times between the ends, for a process that has
+        ``diffusion_squared``: float64, of t's shape."""
+        return process.diffusion_squared(t) / process.alpha_sigma(t)[1] ** 2 / self.normalizer(process)
+
+    def _ends(self, process: Process) -> tuple[float, float]:
+        """The log SNR at the fractions ``low`` and ``high``."""
+        if process.discrete:
+            raise ValueError(f"UniformLogSNR needs a continuous process; got {process!r}.")
+        ends = torch.tensor([self.low, self.high], dtype=torch.float64, device="cpu")
+        alpha, sigma = process.alpha_sigma(process.time(ends))
+        most, least = (2 * (alpha.log() - sigma.log())).tolist()
+        if math.isinf(most) or math.isinf(least):
+            where = self.low if math.isinf(most) else self.high
+            raise ValueError(
+                f"the log SNR of {process!r} is infinite at the fraction {where}: use a process with a t_min, such as "
+                f"VPSDE(t_min=1e-5), or UniformLogSNR(low, high) within (0, 1)."
+            )
+        return most, least
 
 
 @dataclass(frozen=True)
@@ -171,6 +229,7 @@ _NAMES = {
     "mode": Mode,
     "cosmap": CosMap,
     "lognormal": LogNormal,
+    "uniform_log_snr": UniformLogSNR,
 }
 
 
@@ -197,3 +256,15 @@ def _named(timesteps: Timesteps | str) -> Timesteps:
 def _positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number; got {value!r}.")
+
+
+def _has_every_ratio(process: Process) -> bool:
+    """Whether sigma / alpha of a continuous process reaches from 0 to infinity."""
+    ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64, device="cpu")
+    alpha, sigma = process.alpha_sigma(ends)
+    return sigma[0].item() == 0 and alpha[1].item() == 0
+
+
+def _part_of_the_process(low: float, high: float) -> None:
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"0 <= low < high <= 1 is needed; got low={low!r}, high={high!r}.")

@@ -21,12 +21,12 @@ def _enable() -> bool:
         return False
     empty_like, threads = torch.empty_like, torch.get_num_threads
     dtypes = tuple(sorted(DATA, key=DTYPES.__getitem__))
-    _C.enable_step_tables(torch.Generator, torch.default_generator, threads, empty_like, dtypes)
+    _C.enable_step_tables(torch.Generator, torch.default_generator, threads)
     functions = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if functions is None:
         return False
     try:
-        _C.enable_tensors(functions, (Tensor, torch.nn.Parameter), empty_like, torch.is_grad_enabled, wrapping)
+        _C.enable_tensors(functions, (Tensor, torch.nn.Parameter), dtypes, empty_like, torch.is_grad_enabled, wrapping)
     except ValueError:  # of another version
         return False
     return True

@@ -330,7 +330,11 @@ def interpolate(table: Tensor, place: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Likelihood(Weighting):
-    """g(t)^2 on the error of the score: the likelihood weighting of Song et al. 2021. SDE processes."""
+    """g(t)^2 on the error of the score: the likelihood weighting of Song et al. 2021. Processes with a
+    ``diffusion_squared``.
+
+    With t drawn by ``fastdiff.timesteps.UniformLogSNR`` it is a constant instead, on the error of the noise.
+    """
 
     def on(self, prediction: Prediction) -> Prediction:
         return kinds.get("score")
@@ -338,7 +342,8 @@ class Likelihood(Weighting):
     def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
         if not hasattr(levels.process, "diffusion_squared"):
             raise ValueError(
-                f"Likelihood needs a process with g(t)^2 (VPSDE, VESDE, SubVPSDE); got {levels.process!r}."
+                f"Likelihood needs a process with g(t)^2 (VPSDE, VESDE, SubVPSDE, TrigFlow, Cosine); got "
+                f"{levels.process!r}."
             )
         return levels.process.diffusion_squared(levels.t)
 

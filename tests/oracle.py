@@ -13,6 +13,8 @@ Papers, by the short names used below:
 - LDM: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (2112.10752)
 - PD: Salimans, Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models" (2202.00512)
 - EDM: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models" (2206.00364)
+- TrigFlow: Lu, Song 2024, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models" (2410.11081)
+- MLSGM: Song, Durkan, Murray, Ermon 2021, "Maximum Likelihood Training of Score-Based Diffusion Models" (2101.09258)
 - RF: Liu et al. 2022 (2209.03003), Lipman et al. 2022 "Flow Matching" (2210.02747); SD3: Esser et al. 2024 (2403.03206)
 - MinSNR: Hang et al. 2023 (2303.09556); P2: Choi et al. 2022 (2204.00227); Debiased: Yu et al. 2023 (2310.08442)
 - ZTSNR: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2305.08891)
@@ -112,6 +114,68 @@ def zero_terminal_snr_betas(betas) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Moments of rows, and what is made of them. Arrays are [batch, ...]; a row is a sample.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _within(x) -> tuple[int, ...]:
+    return tuple(range(1, np.ndim(x)))
+
+
+def norm(x) -> np.ndarray:
+    """The Euclidean norm of each sample, [batch, 1, ...]."""
+    return np.sqrt((ld(x) ** 2).sum(_within(x), keepdims=True))
+
+
+def meanflow_weight(prediction, target, c, p) -> np.ndarray:
+    """MeanFlow (2505.13447) eq. 22: w = 1 / (||Delta||_2^2 + c)^p of the error Delta; [batch]."""
+    return 1 / ((norm(ld(prediction) - ld(target)) ** 2).reshape(-1) + LD(c)) ** LD(p)
+
+
+def dmd_gradient(x, fake, real) -> np.ndarray:
+    """DMD (2311.18828) eq. 7 and 8: (mu_fake - mu_real) C S / ||mu_real - x||_1; C S is the number of elements."""
+    size = np.abs(ld(real) - ld(x)).mean(_within(x), keepdims=True)
+    return (ld(fake) - ld(real)) / size
+
+
+def nft_loss(prediction, x0) -> np.ndarray:
+    """DiffusionNFT (2509.16117), adaptive weighting: ||x_theta - x0||^2 / mean(abs(x_theta - x0)); [batch]."""
+    e = ld(prediction) - ld(x0)
+    return (e**2).sum(_within(e)) / np.abs(e).mean(_within(e))
+
+
+def cfg_zero_star(cond, uncond, scale) -> np.ndarray:
+    """CFG-Zero* (2503.18886) algorithm 1: s = v_cond . v_uncond / ||v_uncond||^2; (1 - w) s v_uncond + w v_cond."""
+    cond, uncond = ld(cond), ld(uncond)
+    s = (cond * uncond).sum(_within(cond), keepdims=True) / norm(uncond) ** 2
+    return (1 - LD(scale)) * s * uncond + LD(scale) * cond
+
+
+def projected_guidance(cond, uncond, scale, r, eta) -> np.ndarray:
+    """APG (2410.02416) algorithm 1 without momentum: the difference, rescaled to a norm of at most r, has a part along
+    the conditional prediction and one orthogonal to it; cond + (w - 1) (orthogonal + eta parallel)."""
+    cond, uncond = ld(cond), ld(uncond)
+    difference = cond - uncond
+    difference = difference * np.minimum(1, LD(r) / norm(difference))
+    unit = cond / norm(cond)
+    parallel = (difference * unit).sum(_within(cond), keepdims=True) * unit
+    return cond + (LD(scale) - 1) * (difference - parallel + LD(eta) * parallel)
+
+
+def rescaled_guidance(cond, uncond, scale, phi) -> np.ndarray:
+    """ZTSNR (2305.08891) eq. 14 to 16: guidance with the standard deviation of the conditional prediction, mixed."""
+    cond, uncond = ld(cond), ld(uncond)
+    guided = uncond + LD(scale) * (cond - uncond)
+    spread = {name: x.std(_within(x), keepdims=True) for name, x in (("cond", cond), ("guided", guided))}
+    return LD(phi) * guided * spread["cond"] / spread["guided"] + (1 - LD(phi)) * guided
+
+
+def teacache_change(now, before) -> np.ndarray:
+    """TeaCache (2411.19108) eq. 4: the relative L1 distance ||O_t - O_t+1||_1 / ||O_t+1||_1 of all."""
+    return np.abs(ld(now) - ld(before)).sum() / np.abs(ld(before)).sum()
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # alpha and sigma: x_t = alpha x0 + sigma n
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -185,6 +249,31 @@ def vesde_diffusion_squared(t, sigma_min: float = 0.01, sigma_max: float = 50.0)
     return sigma**2 * 2 * np.log(LD(sigma_max) / LD(sigma_min))
 
 
+def trigflow_alpha_sigma(t, sigma_data: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """TrigFlow section 3: x_t = cos(t) x0 + sin(t) z with z ~ N(0, sigma_d^2 I), t in [0, pi/2].
+
+    The last t is the float64 number pi/2, where the cosine is taken to be 0: it is what is left up to that number.
+    """
+    t = ld(t)
+    return np.sin(LD(math.pi / 2) - t), LD(sigma_data) * np.sin(t)
+
+
+def cosine_alpha_sigma(t) -> tuple[np.ndarray, np.ndarray]:
+    """PD section 2: alpha = cos(pi t/2), sigma = sin(pi t/2), t in [0, 1]. (cos(x) = sin(pi/2 - x), exact at t = 1.)"""
+    t = ld(t)
+    return np.sin(PI / 2 * (1 - t)), np.sin(PI / 2 * t)
+
+
+def trigflow_diffusion_squared(t, sigma_data: float = 0.5) -> np.ndarray:
+    """VDM appendix: g^2 = d(sigma^2)/dt - 2 (d log alpha/dt) sigma^2, here 2 d^2 sin cos + 2 tan d^2 sin^2."""
+    return 2 * LD(sigma_data) ** 2 * np.tan(ld(t))
+
+
+def cosine_diffusion_squared(t) -> np.ndarray:
+    """The same for alpha = cos(pi t/2), sigma = sin(pi t/2): pi tan(pi t/2)."""
+    return PI * np.tan(PI / 2 * ld(t))
+
+
 def snr(alpha, sigma) -> np.ndarray:
     """VDM section 3.2: SNR = alpha^2 / sigma^2 (infinite where sigma is 0)."""
     alpha, sigma = ld(alpha), ld(sigma)
@@ -236,7 +325,8 @@ def target(kind: str, x0, n, alpha, sigma, *, sigma_data=0.5, sigma_min=0.0, pos
 
     epsilon: DDPM eq. 12. v: PD section 4 / appendix D (v = alpha n - sigma x0, divided by sqrt(alpha^2 + sigma^2)
     where that is not 1). flow: RF (velocity n - x0), with sigma_min Lipman et al. eq. 23. score: SDE eq. 7 with a
-    Gaussian kernel, -(x_t - alpha x0)/sigma^2. edm: EDM eq. 8, (x0 - c_skip x)/c_out, in the space x = x_t/alpha of
+    Gaussian kernel, -(x_t - alpha x0)/sigma^2. trigflow: TrigFlow eq. 4, dx/dt = cos(t) sigma_d n - sin(t) x0 at the
+    angle whose tangent is sigma/(alpha sigma_d). edm: EDM eq. 8, (x0 - c_skip x)/c_out, in the space x = x_t/alpha of
     noise level sigma/alpha. previous_sample: DDPM eq. 7.
     """
     x0, n, alpha, sigma = ld(x0), ld(n), ld(alpha), ld(sigma)
@@ -253,6 +343,10 @@ def target(kind: str, x0, n, alpha, sigma, *, sigma_data=0.5, sigma_min=0.0, pos
         return x0 - (1 - LD(sigma_min)) * n + 0 * x_t
     if kind == "score":
         return -(x_t - alpha * x0) / sigma**2
+    if kind == "trigflow":
+        d = LD(sigma_data)
+        sin, cos = np.sin(np.arctan2(sigma, alpha * d)), np.sin(np.arctan2(alpha * d, sigma))
+        return cos * d * n - sin * x0
     if kind == "edm":
         d = LD(sigma_data)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -284,6 +378,10 @@ def to_x0(kind: str, x_t, m, alpha, sigma, *, sigma_data=0.5, sigma_min=0.0, pos
         return (keep * x_t - sigma * m) / (keep * a + sigma)  # the divisor is 1 for a rectified flow
     if kind == "score":  # Tweedie: E[x0] = (x_t + sigma^2 score)/alpha
         return (x_t + sigma**2 * m) / alpha
+    if kind == "trigflow":  # TrigFlow eq. 5: cos(t) x - sin(t) m, of an x of deviation sigma_d
+        d = LD(sigma_data)
+        norm = np.hypot(sigma, alpha * d)
+        return alpha * d / norm * (x_t * d / norm) - sigma / norm * m
     if kind == "edm":  # EDM eq. 7: D = c_skip x + c_out F
         c = edm_preconditioning(sigma / alpha, sigma_data)
         return c["c_skip"] * (x_t / alpha) + c["c_out"] * m
@@ -298,7 +396,7 @@ def to_x0(kind: str, x_t, m, alpha, sigma, *, sigma_data=0.5, sigma_min=0.0, pos
 # SNR = 0 (alpha = 0) and SNR = infinity (sigma = 0) written out. An infinite limit is 0 by fastdiff's policy.
 # --------------------------------------------------------------------------------------------------------------------
 
-KINDS = ("epsilon", "sample", "v_prediction", "flow", "reversed_flow", "score", "edm")
+KINDS = ("epsilon", "sample", "v_prediction", "flow", "reversed_flow", "score", "edm", "trigflow")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -316,6 +414,8 @@ def _jacobian_squared(kind: str, s: LD, sigma: LD, d: LD) -> LD:
         return sigma**2 / s  # (sigma^2/alpha)^2
     if kind == "edm":
         return d**2 / (1 + s * d**2)  # c_out^2 at sigma/alpha = s^-1/2
+    if kind == "trigflow":
+        return 1 / (1 + s * d**2)  # sin^2 of the angle
     raise KeyError(kind)
 
 
@@ -392,9 +492,13 @@ def weight_truncated_snr(kind, alpha, sigma, sigma_data=0.5):
     def row(a, s):
         r = _snr(a, s)
         if r == 0:  # weight 1 on x0
-            return {"epsilon": INF, "score": INF, "sample": 1, "v_prediction": 1, "edm": d**2}.get(kind, s**2)
+            return {"epsilon": INF, "score": INF, "sample": 1, "v_prediction": 1, "edm": d**2, "trigflow": 1}.get(
+                kind, s**2
+            )
         if np.isinf(r):  # weight SNR on x0
-            return {"epsilon": 1, "score": 0, "sample": INF, "v_prediction": 1, "edm": 1}.get(kind, a**2)
+            return {"epsilon": 1, "score": 0, "sample": INF, "v_prediction": 1, "edm": 1, "trigflow": 1 / d**2}.get(
+                kind, a**2
+            )
         return max(r, LD(1)) * _jacobian_squared(kind, r, s, d)
 
     return _rows(row, alpha, sigma)
@@ -444,7 +548,8 @@ def weight_debiased(kind, alpha, sigma, cap=1000.0, v_form="reciprocal", sigma_d
             return LD(np.inf) if kind == "score" else LD(0)
         if np.isinf(r):
             base = 1 / np.sqrt(top)
-            return {"sample": LD(np.inf), "score": LD(0), "edm": base}.get(kind, base * a**2)
+            rows = {"sample": LD(np.inf), "score": LD(0), "edm": base, "trigflow": base / d**2}
+            return rows.get(kind, base * a**2)
         return r / np.sqrt(c) * _jacobian_squared(kind, r, s, d)
 
     return _rows(row, alpha, sigma)
@@ -469,9 +574,12 @@ def weight_edm(kind, alpha, sigma, sigma_data=0.5, prediction_sigma_data=None):
                 "sample": on_x0,
                 "v_prediction": on_x0,
                 "edm": on_x0 * dp**2,
+                "trigflow": on_x0,
             }.get(kind, on_x0 * s**2)
         if s == 0:  # SNR on x0
-            return {"epsilon": 1, "score": 0, "sample": INF, "v_prediction": 1, "edm": 1}.get(kind, a**2)
+            return {"epsilon": 1, "score": 0, "sample": INF, "v_prediction": 1, "edm": 1, "trigflow": 1 / dp**2}.get(
+                kind, a**2
+            )
         level = s / a
         return (level**2 + d**2) / (level * d) ** 2 * _jacobian_squared(kind, (a / s) ** 2, s, dp)
 
@@ -535,6 +643,23 @@ def weight_likelihood(kind, alpha, sigma, diffusion_squared, sigma_data=0.5):
         return g2 * a**2 / s**4 * _jacobian_squared(kind, (a / s) ** 2, s, d)
 
     return _rows(row, alpha, sigma, diffusion_squared)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Likelihood
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def mixture_log_density(x, weights, means, stds, alpha=1.0, sigma=0.0) -> np.ndarray:
+    """log p(x_t) in nats, x_t = alpha x0 + sigma n, x0 of a mixture of isotropic Gaussians: x [B, D], means [K, D].
+
+    A sum of Gaussians with means alpha mu_k and variances alpha^2 std_k^2 + sigma^2.
+    """
+    x, w, mu, std = ld(x)[:, None], ld(weights), LD(alpha) * ld(means), ld(stds)
+    variance = (LD(alpha) * std) ** 2 + LD(sigma) ** 2
+    logs = np.log(w) - ((x - mu) ** 2).sum(-1) / (2 * variance) - x.shape[-1] / LD(2) * np.log(2 * PI * variance)
+    top = logs.max(1, keepdims=True)
+    return (top + np.log(np.exp(logs - top).sum(1, keepdims=True)))[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -657,6 +782,27 @@ def ndtri(u) -> np.ndarray:
     inverse = NormalDist().inv_cdf
     u = np.asarray(u, dtype=np.float64)
     return np.array([inverse(float(v)) for v in u.ravel()]).reshape(u.shape)
+
+
+def quantile_uniform_log_snr(u, alpha_sigma, low, high) -> np.ndarray:
+    """MLSGM section 4.4: t with the density g(t)^2/(sigma(t)^2 Z) on [low, high], alpha_sigma(t) being the process.
+
+    d log(alpha^2/sigma^2)/dt = -g^2/sigma^2 (VDM section 3.2 with SDE eq. 29), so its quantile function is where the
+    log SNR has fallen by the part u of its whole fall. Found by bisection, 80 halvings in longdouble.
+    """
+
+    def log_snr(t):
+        alpha, sigma = alpha_sigma(t)
+        return 2 * (np.log(alpha) - np.log(sigma))
+
+    u = ld(u)
+    below, above = np.full_like(u, LD(low)), np.full_like(u, LD(high))
+    goal = log_snr(LD(low)) + u * (log_snr(LD(high)) - log_snr(LD(low)))
+    for _ in range(80):
+        middle = (below + above) / 2
+        more = log_snr(middle) > goal
+        below, above = np.where(more, middle, below), np.where(more, above, middle)
+    return (below + above) / 2
 
 
 def quantile_uniform(u, low=0.0, high=1.0):

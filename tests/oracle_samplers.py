@@ -8,6 +8,7 @@ paper works in another space (x / alpha for Karras et al.), x is taken there and
 - UniPC: Zhao et al. 2023 (2302.04867)
 - EDM: Karras et al. 2022 (2206.00364)
 - LCM: Luo et al. 2023 (2310.04378)
+- SDE: Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential Equations" (2011.13456)
 """
 
 from __future__ import annotations
@@ -52,6 +53,32 @@ def _edm(x, levels, x0, z, churn, second):
             v = u + (after - hat) * (d + (v - x0(v, after)) / after) / 2
         u = v
         out.append(u * path[i + 1][0])
+    return out
+
+
+def predictor_corrector(x, levels, x0, snr, corrector_steps, z):
+    """SDE algorithms 2 and 3: x_i of ancestral sampling (eq. 47, DDPM's posterior where data is scaled), then
+    x_i + e s + sqrt(2 e) z, e = 2 a (r |z| / |s|)^2 for each sample, a = 1 - beta_i (algorithm 5; 1 in algorithm 4).
+
+    ``x0(x)`` does not look at the level. ``z(k)`` counts all draws. The last step goes to the end, uncorrected.
+    """
+    x, draw, out = ld(x), iter(range(10**9)), []
+    for i in range(len(levels) - 1):
+        (a, s), (b, r) = ((LD(v) for v in level) for level in levels[i : i + 2])
+        mean = b * (1 - (a * r / (s * b)) ** 2) * ld(x0(x)) + a / b * (r / s) ** 2 * x
+        if r == 0:
+            out.append(ld(x0(x)) * b)
+            break
+        x = mean + np.sqrt(r**2 * (1 - (a * r / (s * b)) ** 2)) * ld(z(next(draw)))
+        out.append(x)
+        one_minus_beta = (b / LD(levels[i + 2][0])) ** 2
+        for _ in range(corrector_steps):
+            score, noise = (b * ld(x0(x)) - x) / r**2, ld(z(next(draw)))
+            axes = tuple(range(1, x.ndim))
+            lengths = [np.sqrt((v**2).sum(axis=axes, keepdims=True)) for v in (noise, score)]
+            e = 2 * one_minus_beta * (LD(snr) * lengths[0] / lengths[1]) ** 2
+            x = x + e * score + np.sqrt(2 * e) * noise
+            out.append(x)
     return out
 
 

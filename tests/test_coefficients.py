@@ -29,8 +29,11 @@ PROCESSES = [
     fastdiff.VPSDE(),
     fastdiff.SubVPSDE(),
     fastdiff.VESDE(),
+    fastdiff.Cosine(),
+    fastdiff.TrigFlow(),
+    fastdiff.VPSDE(t_min=1e-3),
 ]
-KINDS = ["epsilon", "sample", "v_prediction", "flow", "reversed_flow", "score", "edm"]
+KINDS = ["epsilon", "sample", "v_prediction", "flow", "reversed_flow", "score", "edm", "trigflow"]
 WEIGHTS = [None, *(n for n in weighting._NAMES if n != "uniform"), weighting.SNR(-0.37), weighting.Bell("sigma")]
 LOSSES = ["mse", "huber", losses.PseudoHuber(0.2, schedule="snr"), losses.PseudoHuber(0.2, "scaled", "exponential")]
 TIMESTEPS = [
@@ -42,6 +45,13 @@ TIMESTEPS = [
     (ts.Mode(), fastdiff.RectifiedFlow()),
     (ts.CosMap(), fastdiff.RectifiedFlow()),
     (ts.LogNormal(), fastdiff.EDM()),
+    (ts.LogNormal(), fastdiff.TrigFlow()),
+    (ts.Uniform(), fastdiff.TrigFlow()),
+    (ts.Uniform(), fastdiff.VPSDE(t_min=1e-3)),
+    (ts.UniformLogSNR(), fastdiff.VPSDE(t_min=1e-5)),
+    (ts.UniformLogSNR(), fastdiff.SubVPSDE(t_min=1e-3)),
+    (ts.UniformLogSNR(0.01, 0.99), fastdiff.Cosine()),
+    (ts.UniformLogSNR(0.01, 0.99), fastdiff.RectifiedFlow(3.0, 1e-3)),
     (ts.Shifted(ts.LogitNormal(), 3.0), fastdiff.RectifiedFlow()),
 ]
 needs_native = pytest.mark.skipif(not native.available, reason="the native backend is not there")
@@ -101,6 +111,7 @@ def test_times_are_those_of_the_formula(timesteps, process):
     traced = drawn(timesteps, process)
     program = traced.program()
     assert program is not None, traced.why
+    assert (program.low, program.high) == (2.0**-53, 1 - 2.0**-53)
     found = native.times(program, 7, 4096, 3, 11, "cpu", process.discrete)
     u = reference.uniform(7, 4096, 3, 11, "cpu")
     expected = timesteps(u, process)
@@ -173,6 +184,65 @@ def test_rows_of_a_table():
     torch.testing.assert_close(a, table[index.long(), 0], rtol=0, atol=0)
 
 
+# Ways to write an operation, and the program of each: the constant's place among the numbers stands after "number".
+WAYS = {
+    "t^0.5": (lambda t: t**0.5, [("sqrt", 0)], ()),
+    "t^-0.5": (lambda t: t**-0.5, [("sqrt", 0), ("reciprocal", 1)], ()),
+    "t^-1": (lambda t: t**-1, [("reciprocal", 0)], ()),
+    "t^1": (lambda t: t**1, [], ()),
+    "t^0": (lambda t: t**0, [("number", 0)], (1.0,)),
+    "t^2": (lambda t: t**2, [("mul", 0, 0)], ()),
+    "t^-2": (lambda t: t**-2.0, [("mul", 0, 0), ("reciprocal", 1)], ()),
+    "t^3": (lambda t: t**3, [("mul", 0, 0), ("mul", 1, 0)], ()),
+    "t^-3": (lambda t: t**-3, [("number", 0), ("pow", 0, 1)], (-3.0,)),
+    "t^2.5": (lambda t: t**2.5, [("number", 0), ("pow", 0, 1)], (2.5,)),
+    "2^t": (lambda t: 2.0**t, [("number", 0), ("pow", 1, 0)], (2.0,)),
+    "t^t": (lambda t: t**t, [("pow", 0, 0)], ()),
+    "square": (torch.square, [("mul", 0, 0)], ()),
+    "rsqrt": (torch.rsqrt, [("sqrt", 0), ("reciprocal", 1)], ()),
+    "1 - t": (lambda t: 1 - t, [("number", 0), ("sub", 1, 0)], (1.0,)),
+    "t - 2 t^2": (lambda t: torch.sub(t, t * t, alpha=2), [("mul", 0, 0), ("number", 0), ("mul", 1, 2), ("sub", 0, 3)],
+                  (2.0,)),
+    "3 - 2 t": (lambda t: torch.rsub(t, 3, alpha=2), [("number", 0), ("number", 1), ("mul", 0, 2), ("sub", 1, 3)],
+                (3.0, 2.0)),
+    "at least": (lambda t: t.clamp(min=0.3), [("number", 0), ("maximum", 0, 1)], (0.3,)),
+    "at most": (lambda t: t.clamp(max=0.3), [("number", 0), ("minimum", 0, 1)], (0.3,)),
+    "at most, by place": (lambda t: torch.clamp_max(t, 0.3), [("number", 0), ("minimum", 0, 1)], (0.3,)),
+    "at least, by place": (lambda t: torch.clamp_min(t, 0.3), [("number", 0), ("maximum", 0, 1)], (0.3,)),
+    "between": (lambda t: t.clamp(0.3, 0.6), [("number", 0), ("maximum", 0, 1), ("number", 1), ("minimum", 2, 3)],
+                (0.3, 0.6)),
+    "between numbers of each row": (
+        lambda t: t.clamp(t * t, t.sqrt()), [("mul", 0, 0), ("sqrt", 0), ("maximum", 0, 1), ("minimum", 3, 2)], ()),
+    "t > 0.5": (lambda t: (t > 0.5).double(), [("number", 0), ("lt", 1, 0)], (0.5,)),
+    "t >= 0.5": (lambda t: (t >= 0.5).double(), [("number", 0), ("le", 1, 0)], (0.5,)),
+    "t != 0.5": (lambda t: (t != 0.5).double(), [("number", 0), ("eq", 0, 1), ("not", 2)], (0.5,)),
+    "a truth value": (lambda t: t.bool().double(), [("number", 0), ("eq", 0, 1), ("not", 2)], (0.0,)),
+    "not": (lambda t: (~(t < 0.5)).double(), [("number", 0), ("lt", 0, 1), ("not", 2)], (0.5,)),
+    "a whole number": (lambda t: (t * 5).long().double(), [("number", 0), ("mul", 0, 1), ("trunc", 2)], (5.0,)),
+    "times 1": (lambda t: 1 * t * 1 / 1, [], ()),
+    "1 / t": (lambda t: 1 / t, [("reciprocal", 0)], ()),
+    "2 / t": (lambda t: 2 / t, [("reciprocal", 0), ("number", 0), ("mul", 1, 2)], (2.0,)),
+    "always": (lambda t: torch.where(torch.ones_like(t) > 0, t, -t), [], ()),
+    "never": (lambda t: torch.where(torch.ones_like(t) < 0, -t, t), [], ()),
+    "whichever": (lambda t: torch.where(t > 0.5, t, t), [], ()),
+    "or never": (lambda t: ((torch.zeros_like(t) > 0) | (t < 0.5)).double(), [("number", 0), ("lt", 0, 1)], (0.5,)),
+    "twice the same": (lambda t: t.exp() + t.exp(), [("exp", 0), ("add", 1, 1)], ()),
+    "minus zero is not zero": (lambda t: t / -0.0 + t / 0.0, None, (-0.0, 0.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_steps_of_a_program_are_those_of_pytorch(way):
+    """So its numbers are too, to the bit where each step is rounded correctly."""
+    formula, code, numbers = WAYS[way]
+    program = trace(lambda t: {"y": formula(t)}, 0.0, 1.0)
+    if code is not None:
+        assert list(program.code) == [("input",), *code]
+    assert [number.hex() for number in program.numbers] == [number.hex() for number in numbers]
+    t = torch.linspace(0, 1, 33, dtype=torch.float64)
+    torch.testing.assert_close(program.run(t)[0], formula(t).double(), rtol=2.0**-52, atol=0, equal_nan=True)
+
+
 UNTRACEABLE = {
     "looks at a value": (lambda t: t * 2 if t[0] > 0.5 else t, "select"),
     "looks at all of them": (lambda t: t if bool((t > 2).any()) else -t, "shape"),
@@ -188,6 +258,13 @@ UNTRACEABLE = {
     "an index": (lambda t: torch.tensor([1.0, 2.0])[(t * 1.5).long()].double(), "index"),
     "another shape": (lambda t: t[:1], "shape"),
     "sorted": (lambda t: t.sort()[0], "looks at values"),
+    "a number as a truth value": (lambda t: torch.logical_or(t, torch.zeros_like(t)).double(), "computes with bits"),
+    "bits of whole numbers": (lambda t: ((t * 5).long() & 3).double(), "computes with bits"),
+    "a sum of truth values": (lambda t: ((t > 0.2) + (t > 0.6)).double(), "computes with truth values"),
+    "what learns": (lambda t: t * torch.ones(5, dtype=torch.float64, requires_grad=True), "no constant"),
+    "a complex number": (lambda t: (t * torch.full((5,), 1j, dtype=torch.complex128)).real, "complex"),
+    "a difference from the first row": (lambda t: t - t[0], "shape"),
+    "a number of another row": (lambda t: t.flip(0) * 1, r"\(flip\)"),
 }
 
 
@@ -272,6 +349,167 @@ def closure(gamma):
     return lambda levels: levels.snr.clamp(max=gamma)
 
 
+def repeated(levels, times=2):
+    return levels.snr.clamp(max=5.0) if times == 0 else repeated(levels, times - 1)
+
+
+def by_a_tensor(levels, gamma=TENSOR):
+    return levels.snr.clamp(max=gamma)
+
+
+def by_a_tensor_of_that_name(levels, *, gamma=TENSOR):
+    return levels.snr.clamp(max=gamma)
+
+
+def by_pairs(levels, ends=(0.1, (5.0, math.inf))):
+    return levels.snr.clamp(ends[0], ends[1][0])
+
+
+def by_a_pair_of_tensors(levels, ends=(0.1, (TENSOR, TENSOR))):
+    return levels.snr.clamp(max=ends[1][0])
+
+
+def missing(levels):
+    return levels.snr * (NOWHERE if levels is None else 1.0)  # noqa: F821
+
+
+def within(levels):
+    gamma = 5.0
+
+    def capped_at():
+        return levels.snr.clamp(max=gamma)
+
+    return capped_at()
+
+
+def within_a_tensor(levels):
+    return (lambda snr: snr.clamp(max=TENSOR))(levels.snr)
+
+
+def writing(levels):
+    global WRITTEN
+    WRITTEN = 5.0
+    return levels.snr.clamp(max=5.0)
+
+
+def storing(levels):
+    levels.kept = 5.0
+
+
+def deleting(levels):
+    del levels.kept
+
+
+def unset():
+    def weight(levels):
+        return levels.snr.clamp(max=gamma)  # noqa: F821
+
+    if math.pi < 3:
+        gamma = 5.0
+    return weight
+
+
+class Own(fastdiff.weighting.Weighting):
+    """What the classes below have in common: no setting."""
+
+    def formula(self, levels, prediction):
+        return levels.snr.clamp(max=5.0)
+
+
+@dataclass(frozen=True)
+class Reading(Own):
+    def formula(self, levels, prediction):
+        return levels.snr.clamp(max=TENSOR)
+
+
+@dataclass(frozen=True)
+class Twice(Own):
+    def formula(self, levels, prediction):
+        return super().formula(levels, prediction) * 2
+
+
+@dataclass(frozen=True)
+class Holding(Own):
+    gamma: object = 5.0
+
+    def formula(self, levels, prediction):
+        return levels.snr.clamp(max=self.gamma)
+
+
+@dataclass(frozen=True)
+class Private(Own):
+    _gamma: object = 5.0
+
+    def formula(self, levels, prediction):
+        return levels.snr.clamp(max=self._gamma)
+
+
+class Later(ts.Timesteps):
+    power = 2.0
+
+    def fraction(self, u):
+        return u**self.power
+
+
+@dataclass(frozen=True)
+class Shared(Own):
+    gamma = 5.0
+
+    def formula(self, levels, prediction):
+        return levels.snr.clamp(max=self.gamma)
+
+
+@dataclass(frozen=True)
+class SharedTensor(Shared):
+    gamma = TENSOR
+
+
+@dataclass(frozen=True)
+class Property(Own):
+    @property
+    def gamma(self):
+        return TENSOR
+
+    def formula(self, levels, prediction):
+        return levels.snr.clamp(max=self.gamma)
+
+
+@dataclass(frozen=True)
+class Static(Property):
+    @staticmethod
+    def gamma():
+        return TENSOR
+
+    def formula(self, levels, prediction):
+        return levels.snr.clamp(max=self.gamma())
+
+
+@dataclass(frozen=True)
+class Called:
+    def __call__(self, levels):
+        return levels.snr.clamp(max=5.0 if self is CALLED else 4.0)
+
+    def __str__(self):
+        return f"{TENSOR}"
+
+
+CALLED = Called()
+
+
+@dataclass(frozen=True)
+class CalledWithATensor:
+    def __call__(self, levels):
+        return levels.snr.clamp(max=TENSOR)
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    gamma: object = 5.0
+
+    def __call__(self, levels):
+        return levels.snr.clamp(max=self.gamma)
+
+
 def counting():
     calls = 0
 
@@ -286,6 +524,18 @@ def counting():
 CONSTANT = [None, "min_snr", fastdiff.MinSNR(3.0), capped, twice, by_default, Mine(), closure(5.0)]
 CONSTANT += [lambda levels: 1 / (1 + levels.t), lambda levels: torch.exp(-levels.sigma) * math.pi]
 CONSTANT += [lambda levels: levels.snr.clamp(max=5.0)]
+CONSTANT += [
+    lambda levels: levels.snr * capped(levels),
+    by_pairs,
+    within,
+    Twice(),
+    Holding(),
+    Shared(),
+    CALLED,
+    Slots(),
+    repeated,
+]
+CONSTANT += [lambda levels: levels.snr.to(torch.float64).clamp(max=abs(-5.0)) * (1.0 if ... is not None else 2.0)]
 
 
 def importing(levels):
@@ -304,6 +554,22 @@ OTHERWISE = {
     "a class of one's own": (lambda levels: levels.snr.clamp(max=Settings.gamma), "reads Settings"),
     "a count": (counting(), "writes 'calls'"),
     "an attribute of a function": (lambda levels: levels.snr * capped.factor, "attribute of capped"),
+    "an attribute of a function, first": (lambda levels: capped.factor * levels.snr, "attribute of capped"),
+    "a tensor as a default": (by_a_tensor, "by_a_tensor uses a Tensor"),
+    "a tensor as a default of a name": (by_a_tensor_of_that_name, "uses a Tensor"),
+    "a tensor among numbers": (by_a_pair_of_tensors, "uses a Tensor"),
+    "a tensor around it": (closure(TENSOR), r"\(gamma\) uses a Tensor"),
+    "a tensor in a function in it": (within_a_tensor, r"^within_a_tensor \(TENSOR\) uses a Tensor"),
+    "a name that is not there": (missing, r"missing \(NOWHERE\) is not there"),
+    "what it writes": (writing, "writing writes 'WRITTEN'"),
+    "a tensor in a method": (Reading(), r"formula \(TENSOR\) uses a Tensor"),
+    "a tensor in a setting": (Holding(TENSOR), "Holding.gamma uses a Tensor"),
+    "a tensor in a private setting": (Private(TENSOR), "Private._gamma uses a Tensor"),
+    "a tensor in a slot": (Slots(TENSOR), "Slots.gamma uses a Tensor"),
+    "a tensor of the class": (SharedTensor(), "SharedTensor.gamma uses a Tensor"),
+    "a tensor in a property": (Property(), "uses a Tensor"),
+    "a tensor in a static method": (Static(), "uses a Tensor"),
+    "a tensor in a call": (CalledWithATensor(), "uses a Tensor"),
     "an import": (lambda levels: __import__("math").pi * levels.snr, "reads __import__"),
 }
 
@@ -390,9 +656,52 @@ def test_a_copy_has_programs_of_its_own():
     assert torch.equal(loss_of(pickle.loads(pickle.dumps(objective))), want)
 
 
-def test_why_something_is_not_constant_names_what():
-    with pytest.raises(NotConstant, match="Learned"):
-        Constancy(Learned())
+NOT_CONSTANT = [
+    (Learned(), "Learned uses a Learned"),
+    (ts.Shifted(Later(), 3.0), "Shifted.inner uses a Later"),
+    (unset(), r"weight \(gamma\) is not there"),
+    (storing, "storing writes 'kept'"),
+    (deleting, "deleting writes 'kept'"),
+    (lambda levels: open("gamma"), "reads open"),
+    (lambda levels: vars(levels), "reads vars"),
+    (lambda levels: re.escape("gamma"), "reads re"),
+    ((5.0, frozenset([Learned])), "tuple reads Learned"),
+]
+
+
+@pytest.mark.parametrize(("part", "words"), NOT_CONSTANT, ids=[words for _, words in NOT_CONSTANT])
+def test_why_something_is_not_constant_names_what(part, words):
+    with pytest.raises(NotConstant, match=words):
+        Constancy(part)
+
+
+def test_names_are_looked_up_again(monkeypatch):
+    """Those of numbers and of functions of one's own, wherever they stand; modules and builtins are what they are."""
+    assert Constancy(lambda levels: math.exp(abs(levels.snr)), fastdiff.MinSNR(), Slots(), torch.exp).names == []
+    process = fastdiff.RectifiedFlow()
+    process.twin = process  # looked at once
+    assert Constancy(process).names == []
+    gamma = 5.0
+    inner = closure(gamma)
+    around = lambda levels: inner(levels).clamp(max=gamma)  # noqa: E731
+    parts = {"around": Constancy(around), "its own": Constancy(twice), "the class": Constancy(Shared())}
+
+    def held():
+        return {name: part.holds() for name, part in parts.items()}
+
+    assert held() == {"around": True, "its own": True, "the class": True}
+    gamma = 4.0
+    assert held() == {"around": False, "its own": True, "the class": True}
+    gamma = 5.0
+    monkeypatch.setattr(Shared, "gamma", 4.0)
+    monkeypatch.setitem(globals(), "capped", closure(3.0))
+    inner = closure(3.0)
+    assert held() == {"around": False, "its own": False, "the class": False}
+    monkeypatch.undo()
+    assert parts["its own"].holds() and parts["the class"].holds()
+    monkeypatch.delattr(Shared, "gamma")
+    monkeypatch.delitem(globals(), "GAMMA")
+    assert held() == {"around": False, "its own": False, "the class": False}
 
 
 @needs_native

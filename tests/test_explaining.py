@@ -36,7 +36,7 @@ def test_which_way_a_batch_goes():
     found = explained(objective, X0)
     assert (found["noise"], found["loss"]) == (fast, fast)
     found = explained(objective, X0.contiguous(memory_format=torch.channels_last))
-    assert (found["noise"], found["loss"]) == (general, general)
+    assert (found["noise"], found["loss"]) == (fast, general)
     found = explained(objective, X0.clone().requires_grad_())
     assert found["loss"].endswith("backend native"), "the target of epsilon has no x0"
     found = explained(fastdiff.Objective(VP, "v_prediction"), X0.clone().requires_grad_())

@@ -596,7 +596,8 @@ def test_a_mask_of_all_channels():
     refused(lambda: V.loss(X0, noised, mask=torch.ones(4, 8, 8)), "A mask of all channels is mask.view(4, 1, 8, 8)")
     refused(lambda: V.loss(X0, noised, mask=torch.ones(8, 8)), "A mask of the last dimensions is mask.view(1, 1, 8, 8)")
     refused(lambda: V.loss(X0, noised, mask=np.ones((4, 1, 8, 8))), "mask must be a tensor; got ndarray")
-    assert "view" not in refused(lambda: V.loss(X0, noised, mask=torch.ones(5, 5)), "mask has shape (5, 5)")
+    for mask in (torch.ones(5, 5), X0[..., None]):
+        assert "view" not in refused(lambda: V.loss(X0, noised, mask=mask), f"mask has shape {tuple(mask.shape)}")  # noqa: B023
 
 
 def test_a_time_that_is_a_text():
@@ -648,9 +649,10 @@ def test_what_is_no_number(cls, name, optional):
     [
         (fastdiff.RectifiedFlow, ("shift", "sigma_min")),
         (fastdiff.EDM, ("sigma_data",)),
-        (fastdiff.VPSDE, ("beta_min", "beta_max")),
-        (fastdiff.SubVPSDE, ("beta_min", "beta_max")),
-        (fastdiff.VESDE, ("sigma_min", "sigma_max")),
+        (fastdiff.VPSDE, ("beta_min", "beta_max", "t_min")),
+        (fastdiff.SubVPSDE, ("beta_min", "beta_max", "t_min")),
+        (fastdiff.VESDE, ("sigma_min", "sigma_max", "t_min")),
+        (fastdiff.TrigFlow, ("sigma_data",)),
         (fastdiff.VariancePreserving, ("beta_start", "beta_end")),
         (lambda **given: fastdiff.Objective(VP, **given), ("noise_offset", "input_perturbation")),
         (lambda **given: V.sample(never, (2, 3), **given), ("guidance_rescale", "dynamic_thresholding")),
@@ -777,6 +779,38 @@ SHORT = [
 @pytest.mark.parametrize(("thing", "shown"), SHORT, ids=[type(thing).__name__ for thing, _ in SHORT])
 def test_what_is_printed_is_short(thing, shown):
     assert repr(thing) == shown
+
+
+def objective_of_a_weight(count):
+    return fastdiff.Objective(VP, weighting=lambda levels: torch.where(levels.t < count, math.inf, 1 / levels.snr))
+
+
+WARNED = {
+    "an infinite weight": (lambda: objective_of_a_weight(1), r"is infinite at t = \[0\]: these"),
+    "three of them": (lambda: objective_of_a_weight(3), r"is infinite at t = \[0, 1, 2\]: these"),
+    "more of them": (lambda: objective_of_a_weight(4), r"is infinite at t = \[0, 1, 2\]\.\.\.: these"),
+    "a mask of nothing": (lambda: V.loss(X0, V.noise(X0), mask=torch.zeros(4)), "mask is 0 everywhere"),
+    "the same, of a call": (
+        lambda: fastdiff.diffusion_loss(X0, X0, X0, torch.tensor([1, 2, 3, 4]), VP, mask=torch.zeros(4)),
+        "mask is 0 everywhere",
+    ),
+    "the same, of an operation": (
+        lambda: fastdiff.ops.loss(X0, None, X0, q=1.0, mask=torch.zeros(4)),
+        "mask is 0 everywhere",
+    ),
+    "a form without effect": (
+        lambda: fastdiff.Objective(VP, "v_prediction", fastdiff.MinSNR(5.0, "shifted"), error_space="sample"),
+        "has no effect",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_a_warning_points_at_the_line_that_led_to_it(name):
+    call, words = WARNED[name]
+    with pytest.warns(UserWarning, match=words) as found:
+        call()
+    assert [warning.filename for warning in found] == [__file__]
 
 
 def test_a_sampler_of_ones_own_is_printed():

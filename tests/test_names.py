@@ -54,6 +54,10 @@ def dpm(order, eta=0.0):
     return lambda x, levels: truth.dpmpp(x, levels, at, order, orders, eta, "midpoint", lambda i: Z[i])[-1]
 
 
+def predictor_corrector(x, levels):
+    return truth.predictor_corrector(x, levels, clean, 0.16, 1, lambda k: Z[k % STEPS])[-1]
+
+
 # name: (object, process, levels, the paper's loop); the object as docs/samplers.md says it
 SAMPLERS = {
     "ddpm": (samplers.DDPM(variance="fixed_small", final_noise=False), VP, LEVELS, ddpm),
@@ -73,6 +77,10 @@ SAMPLERS = {
     "unipc": (
         samplers.UniPC(order=2, solver_type="bh2"), VP, LEVELS,
         lambda x, levels: truth.unipc(x, levels, at, truth.multistep_orders(2, STEPS, lower=True))[-1],
+    ),
+    "predictor_corrector": (
+        samplers.PredictorCorrector(predictor=samplers.DDPM(), corrector_steps=1, snr=0.16), VP, LEVELS,
+        predictor_corrector,
     ),
     "lcm": (samplers.LCM(original_steps=50, timestep_scaling=10.0), VP, LEVELS, lcm),
     "flow_euler": (
@@ -152,7 +160,11 @@ DENSITIES = {
     "mode": (timesteps.Mode, FLOW, lambda u: oracle.quantile_mode(u, 1.29)),
     "cosmap": (timesteps.CosMap, FLOW, oracle.quantile_cosmap),
     "lognormal": (timesteps.LogNormal, EDM, lambda u: oracle.quantile_log_normal(u, -1.2, 1.2)),
-}
+    "uniform_log_snr": (
+        timesteps.UniformLogSNR, fastdiff.VPSDE(t_min=1e-3),
+        lambda u: oracle.quantile_uniform_log_snr(u, oracle.vpsde_alpha_sigma, 1e-3, 1.0),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(DENSITIES))
@@ -208,6 +220,7 @@ KINDS = {  # name: process and t at which the target is asked for
     "score": (VPSDE, [0.3, 0.7]),
     "previous_sample": (VP, [300, 700]),
     "edm": (EDM, [0.3, 7.0]),
+    "trigflow": (fastdiff.TrigFlow(), [0.3, 1.4]),
 }
 
 
@@ -246,6 +259,8 @@ PROCESSES = {
     "VPSDE": ({}, T, lambda t: oracle.vpsde_alpha_sigma(t, 0.1, 20.0)),
     "SubVPSDE": ({}, T, lambda t: oracle.subvpsde_alpha_sigma(t, 0.1, 20.0)),
     "VESDE": ({}, T, lambda t: oracle.vesde_alpha_sigma(t, 0.01, 50.0)),
+    "Cosine": ({}, T, oracle.cosine_alpha_sigma),
+    "TrigFlow": ({}, T, lambda t: oracle.trigflow_alpha_sigma(t, 0.5)),
 }  # fmt: skip
 
 
@@ -291,8 +306,22 @@ def test_every_name_is_asked():
     assert set(LOSSES) == set(losses._NAMES)
     assert set(KINDS) == set(prediction._KINDS)
     asked = {name.split()[0] for name in PROCESSES} | {exported for exported, *_ in WEIGHTINGS.values()}
-    rest = {"Noised", "Objective", "PerTimestep", "Prediction", "Process", "diffusion_loss", "q_sample", "sample"}
-    rest |= {"Interpolated", "pairing", "pyramid_noise", "uncertainty"}
+    rest = {
+        "Interpolated",
+        "Noised",
+        "Objective",
+        "PerTimestep",
+        "Prediction",
+        "Process",
+        "to_bits_per_dim",
+        "diffusion_loss",
+        "log_likelihood",
+        "pairing",
+        "pyramid_noise",
+        "q_sample",
+        "sample",
+        "uncertainty",
+    }
     modules = {"integrations", "losses", "ops", "samplers", "timesteps", "use_backend", "weighting"}
     assert asked | rest | modules == set(fastdiff.__all__)
     if (DOCS / "samplers.md").exists():  # not in an installed package
@@ -312,7 +341,8 @@ def test_what_a_name_stands_for_cannot_be_changed(module):
 @pytest.mark.parametrize(
     ("process", "ends"),
     [(FLOW, (1, 0.2)), (EDM, (80, 0.002)), (VPSDE, (1, 1e-3)), (fastdiff.SubVPSDE(), (1, 1e-3)),
-     (fastdiff.VESDE(), (1, 1e-5))],
+     (fastdiff.VESDE(), (1, 1e-5)), (fastdiff.VPSDE(t_min=1e-4), (1, 1e-4)), (fastdiff.VESDE(t_min=1e-4), (1, 1e-4)),
+     (fastdiff.Cosine(), (1, 0.2)), (fastdiff.TrigFlow(), (np.pi / 2, np.pi / 10))],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_the_times_that_a_process_is_sampled_at(process, ends):

@@ -249,16 +249,17 @@ def test_posterior_log_variance_at_the_first_step():
         process.posterior_log_variance(0, first="floor")
 
 
-@pytest.mark.parametrize("loss", ["l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh", "mse"])
-@pytest.mark.parametrize("error", [0.0, 1e30, -1e30])
-def test_branches_that_are_not_taken_give_no_nan_gradients(loss, error):
+@pytest.mark.parametrize(
+    ("loss", "size"),
+    [*((loss, 1e30) for loss in ("l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh")), ("mse", 1e18)],
+)
+@pytest.mark.parametrize("sign", [0.0, 1.0, -1.0])
+def test_branches_that_are_not_taken_give_no_nan_gradients(loss, size, sign):
     """torch.where does not stop a NaN or infinity of the branch it discards."""
-    if loss == "mse" and error:
-        pytest.skip("e^2 overflows float32")
     objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow", loss=loss)
     x0 = torch.zeros(1, 4)
     noised = objective.noise(x0, torch.tensor([0.5]), x0)
-    m = torch.full((1, 4), error, requires_grad=True)
+    m = torch.full((1, 4), sign * size, requires_grad=True)
     loss = objective.loss(m, noised)
     loss.backward()
     assert loss.isfinite() and bool(m.grad.isfinite().all())

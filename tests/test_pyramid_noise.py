@@ -33,7 +33,7 @@ def expected(shape, discount, levels, ratio, seed, offset=0):
             break
         sizes.append((max(1, int(height / ratio**i)), max(1, int(width / ratio**i))))
     shared = int(np.prod(shape[1:-2]))
-    coarse = oracle.normal(seed, (shape[0], shared * sum(h * w for h, w in sizes)), stream=5, sample_offset=offset)
+    coarse = oracle.normal(seed, (shape[0], shared * sum(h * w for h, w in sizes)), stream=6, sample_offset=offset)
     total = np.sqrt(2) * oracle.normal(seed, shape, sample_offset=offset).astype(np.float64)
     variance, first = 2.0, 0
     for i, (h, w) in enumerate(sizes, 1):

@@ -39,6 +39,8 @@ def data():
         fastdiff.VPSDE(),
         fastdiff.SubVPSDE(),
         fastdiff.VESDE(),
+        fastdiff.Cosine(),
+        fastdiff.TrigFlow(),
     ],
     ids=repr,
 )

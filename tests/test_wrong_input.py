@@ -12,7 +12,7 @@ import fastdiff
 from fastdiff import losses, ops, samplers, timesteps, weighting
 from fastdiff import tabulated as tables
 from fastdiff.integrations import guided_diffusion
-from fastdiff.samplers.schedule import Scheduled
+from fastdiff.samplers.schedule import Path, Scheduled
 from fastdiff.sampling import cuda_graph
 from fastdiff.sampling.guidance import Guidance
 
@@ -65,6 +65,7 @@ CASES = {
     "x0 no tensor": (lambda: objective().noise([1.0, 2.0]), TypeError, "x0 must be a tensor; got list"),
     "x0 complex": (lambda: objective().noise(X.to(torch.complex64)), TypeError, "complex64"),
     "x0 scalar": (lambda: objective().noise(torch.tensor(1.0)), ValueError, "batch dimension"),
+    "x0 scalar, and times": (lambda: objective().noise(torch.tensor(1.0), T), ValueError, "batch dimension"),
     "t float for discrete": (
         lambda: objective().noise(X, torch.rand(2)), TypeError, r"integer indices.*999"),
     "t integer for continuous": (
@@ -222,6 +223,9 @@ CASES = {
     "sigma below what VESDE has": (
         lambda: objective(fastdiff.VESDE(), "score").noise(X, sigma=0.001),
         ValueError, r"no noise level sigma = 0\.001"),
+    "t a frame or a channel, on every path": (
+        lambda: objective().noise(torch.zeros(2, 3, 3, 4, 4), torch.zeros(2, 3).long(), seed=1, with_target=True),
+        ValueError, r"t has shape \(2, 3\), which could be one a frame or one a channel"),
     "t a frame or a channel": (
         lambda: objective(FLOW, "flow").noise(torch.zeros(2, 3, 3, 4, 4), torch.rand(2, 3)), ValueError,
         r"one a frame or one a channel.*\(2, 1, 3, 1, 1\).*\(2, 3, 1, 1, 1\)"),
@@ -369,6 +373,12 @@ CASES = {
     "mask of inpainting elsewhere": (
         lambda: inpainted(known=X, mask=torch.ones(2, 3, 4, device="meta")), ValueError,
         r"mask is on meta.*\.to\(device\)"),
+    "fractions that nobody wrote": (
+        lambda: objective(timesteps=timesteps.Timesteps()).noise(X), NotImplementedError, ""),
+    "levels that nobody wrote": (lambda: fastdiff.Process().levels(0.5), NotImplementedError, ""),
+    "weights that nobody wrote": (
+        lambda: objective(weighting=weighting.Weighting()).noise(X), NotImplementedError, ""),
+    "a plan that nobody wrote": (lambda: sample(sampler=samplers.Sampler()), NotImplementedError, ""),
     "unknown backend": (lambda: fastdiff.use_backend("cpu"), ValueError, "native, cuda"),
     "backend that is not there": (lambda: fastdiff.use_backend("cuda"), RuntimeError, "not available: "),
 }  # fmt: skip
@@ -385,6 +395,7 @@ OPERATIONS = {
         lambda **given: ops.loss(**({"p": 1.0, "q": 1.0} | given)),
         {"prediction": "prediction", "x0": "x0", "n": "noise"}),
     "convert": (lambda **given: ops.convert(**given, k_x=1.0, k_m=1.0), {"x_t": "x_t", "m": "prediction"}),
+    "row moments": (ops.row_moments, {"a": "a", "b": "b"}),
     "step": (
         lambda **given: ops.step(row=ROW, mask=X > 0, **given),
         {"x": "x", "m": "model_output", "uncond": "uncond", "log_variance": "log_variance", "noise": "noise",
@@ -507,7 +518,7 @@ def test_settings_can_be_shared_and_are_keys():
     modules = [weighting, losses, timesteps, samplers]
     found = {c for module in modules for c in vars(module).values() if dataclasses.is_dataclass(c)}
     assert len(found) > 30
-    for cls in found:
+    for cls in (*found, fastdiff.process.Levels, Path):
         with pytest.raises(dataclasses.FrozenInstanceError):
             object.__new__(cls).anything = 1
     tables = [weighting.PerTimestep(torch.ones(3)) for _ in range(2)]

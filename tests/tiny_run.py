@@ -40,8 +40,8 @@ def scaled(u, level):
 
 
 def run(sampler, process, steps=STEPS, **how):
-    """The samples, float64, from START[0] with the noise Z[k] at step k."""
-    how = {"x": torch.from_numpy(START[0]), "noise": lambda k, shape: torch.from_numpy(Z[k])} | how
+    """The samples, float64, from START[0] with the noise Z[k] at step k, over again after the last."""
+    how = {"x": torch.from_numpy(START[0]), "noise": lambda k, shape: torch.from_numpy(Z[k % STEPS])} | how
     return fastdiff.sample(
         lambda x, t: torch.from_numpy(clean(x.numpy())), how["x"].shape, process, sampler, steps, "sample",
         dtype=torch.float64, progress=False, **how,

@@ -1,7 +1,5 @@
 #include "binding.h"
 
-#include <string>
-
 #include "../checks.h"
 #include "step.h"
 
@@ -35,10 +33,10 @@ Tensor parse_kept(const char* name, py::handle value, int64_t elements) {
 // A number, or float32 memory of one, or one a sample.
 Numbers parse_numbers(const char* name, py::handle value, int64_t samples) {
   if (!PyTuple_Check(value.ptr())) return {nullptr, float(parse_number(name, value)), 0};
-  const Layout layout{samples, 1, 1, 1, samples, 1, samples, samples};
-  RowParser rows{layout};
-  const Rows parsed = rows.required(name, value);
-  if (rows.wide) throw py::value_error(std::string(name) + ": must be float32");
+  Rows parsed{};
+  Reader read({samples, 1, 1, 1, samples, 1, samples, samples});
+  read.rows(name, value, parsed);
+  if (read.wide) throw py::value_error(std::string(name) + ": must be float32");
   return {(const float*)parsed.data, 0, parsed.stride};
 }
 
@@ -66,9 +64,7 @@ Noise parse_source(const char* name, py::handle value, const StepArguments& a, b
     if (!streams || found.count != a.rows) throw py::value_error("stream: must be a number, or one a row of the table");
     noise.streams = found.data;
   } else {
-    const int64_t word = parse_integer("stream", stream);
-    if (word < 0 || word > UINT32_MAX) throw py::value_error("stream: must have 32 bits");
-    noise.stream = uint32_t(word);
+    noise.stream = parse_stream(stream);
   }
   noise.sample_offset = uint64_t(parse_integer("sample_offset", PyTuple_GET_ITEM(value.ptr(), 2)));
   if (parse_number("offset", PyTuple_GET_ITEM(value.ptr(), 3)) != 0)
@@ -102,11 +98,10 @@ void step(py::handle device, py::handle stream, py::handle layout, py::handle ta
       __builtin_mul_overflow(a.samples, a.sample, &a.elements) || a.elements > int64_t(1) << 40)
     throw py::value_error("layout: needs sizes of at least 0, at most 2^32 - 256 samples, 2^40 elements in all");
 
-  const Memory coefficients = parse_memory("table", table);
-  if (coefficients.code != int(DType::f32) || coefficients.elements == 0 || coefficients.elements % kColumns)
-    throw py::value_error("table: must be float32, rows of " + std::to_string(int(kColumns)));
+  Reader read({});
+  const Memory coefficients = parse_table(table, a.rows);
+  if (coefficients.code != int(DType::f32) || a.rows == 0) throw py::value_error("table: must be float32, not empty");
   a.table = (const float*)coefficients.data;
-  a.rows = coefficients.elements / kColumns;
   if (!index.is_none()) {
     const Indices found = parse_indices(index);
     if (found.count != 1 && found.count != a.samples) throw py::value_error("index: must be one, or one a sample");
@@ -127,12 +122,9 @@ void step(py::handle device, py::handle stream, py::handle layout, py::handle ta
   a.m = parse_data("m", m, a.elements);
   a.uncond = parse_optional_data("uncond", uncond, a.elements);
   a.guidance = parse_numbers("guidance", guidance, a.samples);
-  a.clip = clip.is_none() ? -1.0f : float(parse_number("clip", clip));
-  if (!clip.is_none() && !(a.clip >= 0)) throw py::value_error("clip: must be at least 0, or None");
+  a.clip = float(parse_clip(read, clip));
   a.threshold = threshold.is_none() ? Numbers{nullptr, 0, -1} : parse_numbers("threshold", threshold, a.samples);
-  if (!PyTuple_Check(history.ptr()) || PyTuple_GET_SIZE(history.ptr()) > kHistory)
-    throw py::value_error("history: expected a tuple of at most 4 tensors");
-  a.histories = int(PyTuple_GET_SIZE(history.ptr()));
+  a.histories = count_history(read, history);
   a.shift = shift.ptr() == Py_True;
   for (int j = 0; j < a.histories; ++j) {
     const py::handle past = PyTuple_GET_ITEM(history.ptr(), j);
@@ -168,7 +160,7 @@ void step(py::handle device, py::handle stream, py::handle layout, py::handle ta
   if (a.shift && (a.entry.data || !a.histories)) throw py::value_error("shift: the entry goes to the history");
   a.copies = 1;
   if (!model_input.is_none()) {
-    if (parse_memory("model_input", model_input).elements == 2 * a.elements) a.copies = 2;
+    a.copies = copies_in(model_input, a.elements);
     a.model_input = parse_data("model_input", model_input, a.copies * a.elements);
   }
 

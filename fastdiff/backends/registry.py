@@ -8,11 +8,11 @@ driver too old, no C compiler), one warning says so, and the next backend does t
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
 
+from ..showing import warn
 from . import cuda, devices, native, reference, triton
 from .interface import Backend
 from .native import step_table
@@ -102,7 +102,7 @@ def _try_on(device: torch.device) -> str:
         _chosen[_forced, device] = name
         if devices.current() is not None:
             for unfit, because in failed.items():
-                warnings.warn(f"the backend {unfit!r} cannot run on {device}: {because}. {name!r} does.", stacklevel=4)
+                warn(f"the backend {unfit!r} cannot run on {device}: {because}. {name!r} does.")
     return name
 
 

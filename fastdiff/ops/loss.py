@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from ..calls import LossCall
 from ..codes import REDUCTIONS
 from ..losses import FUNCTIONS, NEED_C
 from ..philox import Philox
+from ..showing import warn
 from ..tensors import as_tensor, value_checks_are_free
 from . import dispatch
 from .checks import check_alike, check_floating, check_tensor, compute_dtype, place_all
@@ -160,7 +160,7 @@ def _placed_mask(mask: Tensor, normalization: str, reduction: str, prediction: T
         raise ValueError("reduction='sum' divides by nothing: use mask_normalization='none' with it.")
     if value_checks_are_free(mask) and prediction.numel() and not bool(mask.any()):
         # No error: one process of many would raise it, and the others wait for it.
-        warnings.warn("mask is 0 everywhere: the loss and its gradient are 0.", stacklevel=4)
+        warn("mask is 0 everywhere: the loss and its gradient are 0.")
     return mask.reshape(*mask.shape, *(1,) * more) if more else mask
 
 

@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 
 from ..names import find, plainly
 from .base import Plan, Sampler
+from .corrector import PredictorCorrector
 from .ddim import DDIM
 from .ddpm import DDPM
 from .dpm import DPMSolverPP
@@ -35,6 +36,7 @@ NAMES: dict[str, Callable[..., Sampler]] = {
     "dpmpp_3m_sde": partial(DPMSolverPP, order=3, eta=1.0),
     "unipc": UniPC,
     "lcm": LCM,
+    "predictor_corrector": PredictorCorrector,
     "edm": EDM,
     "flow_euler": FlowEuler,
     "flow_heun": FlowHeun,
@@ -70,6 +72,7 @@ __all__ = [
     "FlowLCM",
     "Heun",
     "Plan",
+    "PredictorCorrector",
     "Sampler",
     "UniPC",
     "get",

@@ -37,6 +37,9 @@ class Plan:
         gradient: float64 [S], the factor of a classifier's gradient of log p(y | x_t). The product is added to the
             network's output (Dhariwal and Nichol 2021, algorithm 2).
         gradient_of_mean: add the product to the result of the step instead (algorithm 1).
+        langevin: for each row that is a Langevin step (``PredictorCorrector``), its size where the score s and the
+            noise z are of one length: it is multiplied by (abs(z) / abs(s))^2 of each sample. The row has s = c_x x +
+            c_m m and c_noise = 1. 0 for other rows; None if there are none.
     """
 
     times: Tensor
@@ -51,6 +54,7 @@ class Plan:
     steps: tuple[int, ...] | None = None
     gradient: Tensor | None = None
     gradient_of_mean: bool = False
+    langevin: tuple[float, ...] | None = None
 
     def __repr__(self) -> str:
         steps = len(self.times) if self.steps is None else 1 + self.steps[-1]

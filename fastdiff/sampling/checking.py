@@ -29,7 +29,7 @@ def check(request: Request) -> tuple[Request, Plan, Guidance]:
     Raises TypeError or ValueError for what is unfit.
     """
     shape = _shape(request.model, request.shape)
-    process, prediction = _trained_on(request.process, request.prediction)
+    process, prediction = trained_on(request.process, request.prediction)
     sampler = samplers.get(request.sampler)
     steps = None if request.steps is None else whole("steps", request.steps)
     sample_offset = whole("sample_offset", request.sample_offset)
@@ -79,7 +79,7 @@ def _shape(model: Any, shape: Any) -> tuple[int, ...]:
         ) from None
 
 
-def _trained_on(process: Process | TrainedOn, prediction: str | Prediction | None) -> tuple[Process, Prediction]:
+def trained_on(process: Process | TrainedOn, prediction: str | Prediction | None) -> tuple[Process, Prediction]:
     """The process and the prediction kind of a network. Raises TypeError or ValueError where they are not known."""
     if isinstance(getattr(process, "process", None), Process):  # an Objective
         own = process.prediction

@@ -1,5 +1,5 @@
 """The options of sampling that look at the network's output before a step: guidance in an interval of times, rescaled
-guidance, dynamic thresholding, classifier guidance.
+guidance, dynamic thresholding, classifier guidance; and Langevin steps, whose size depends on it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Guidance:
             self.guided = [has_uncond] * len(plan.times)
         else:
             self.guided = [interval[0] <= t <= interval[1] for t in plan.times.tolist()]
-        self.looks = bool(rescale) or quantile is not None or cond_fn is not None
+        if plan.langevin is not None and cond_fn is not None:
+            raise ValueError(f"cond_fn does not go with {sampler!r}: leave it out, or use the predictor alone.")
+        self.looks = bool(rescale) or quantile is not None or cond_fn is not None or plan.langevin is not None
         self.rows = plan.rows
         self._plan, self._scale, self._rescale = plan, guidance, rescale
         self._quantile, self._most, self._cond_fn = quantile, most, cond_fn
@@ -78,9 +80,9 @@ class Guidance:
             self.rows = PreparedSteps(table)
 
     def prepare(
-        self, k: int, run: Any, m: Tensor, guided: bool, variance: Tensor | None, time: Tensor
+        self, k: int, run: Any, m: Tensor, guided: bool, variance: Tensor | None, time: Tensor, noise: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """(the network's output, what else the step is told)."""
+        """(the network's output, what else the step is told). ``noise``: what the step adds, as it is given it."""
         x, extras = run.x, {}
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         if self._cond_fn is not None:
@@ -94,16 +96,23 @@ class Guidance:
             factor = self._rescale * ratio + (1 - self._rescale)
             row = row * (1 + (factor[:, None] - 1) * _OF_OUTPUT.to(x.device, wide, non_blocking=True))
             extras["row"] = row
+        if self._plan.langevin is not None and self._plan.langevin[k]:
+            size = self._plan.langevin[k]
+            extras["row"] = _langevin(row, x.to(wide), self._combined(x, m.to(wide), guided), noise.to(wide), size)
         if self._quantile is not None:
-            output = m.to(wide)
-            if guided:
-                uncond, cond = output[: len(x)], output[len(x) :]
-                output = uncond + self._of_samples(x) * (cond - uncond)
+            output = self._combined(x, m.to(wide), guided)
             p_x, p_m = (row[..., _AT[name]].reshape(-1, *(1,) * (x.ndim - 1)) for name in ("p_x", "p_m"))
             size = (p_x * x.to(wide) + p_m * output).abs().reshape(len(x), math.prod(x.shape[1:]))
             bound = quantile(size, self._quantile).clamp(1.0, self._most)
             extras["threshold"] = bound.reshape(-1, *(1,) * (x.ndim - 1))
         return m, extras
+
+    def _combined(self, x: Tensor, m: Tensor, guided: bool) -> Tensor:
+        """The network's output, [batch, ...], of both halves where it is guided."""
+        if not guided:
+            return m
+        uncond, cond = m[: len(x)], m[len(x) :]
+        return uncond + self._of_samples(x) * (cond - uncond)
 
     def _of_samples(self, x: Tensor) -> Tensor | float:
         if not isinstance(self._scale, Tensor):
@@ -127,6 +136,19 @@ class Guidance:
             row = self.rows.table[k].tolist()
             shift = torch.exp(row[_AT["l_0"]] + row[_AT["l_v"]] * variance.to(wide)) * gradient
         return m, {"history": (shift,)}
+
+
+def _langevin(row: Tensor, x: Tensor, m: Tensor, noise: Tensor, size: float) -> Tensor:
+    """The coefficients [batch, columns] of a Langevin step x + e s + sqrt(2 e) z, from the score's [columns] or
+    [batch, columns]: see ``Plan.langevin``."""
+    row = row.expand(len(x), len(COLUMNS)).clone()
+    c_x, c_m = (row[:, _AT[name]].reshape(-1, *(1,) * (x.ndim - 1)) for name in ("c_x", "c_m"))
+    length, wanted = (t.reshape(len(x), math.prod(x.shape[1:])).norm(dim=1) for t in (c_x * x + c_m * m, noise))
+    e = torch.where(length > 0, size * (wanted / length) ** 2, 0.0)
+    row[:, _AT["c_x"]] = 1 + e * row[:, _AT["c_x"]]
+    row[:, _AT["c_m"]] *= e
+    row[:, _AT["c_noise"]] = (2 * e).sqrt()
+    return row
 
 
 def quantile(rows: Tensor, q: float) -> Tensor:

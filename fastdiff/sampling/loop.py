@@ -250,7 +250,7 @@ def _general_step(
     elif guidance.looks and m.shape != steps.seen.shape:
         raise ValueError(f"the model returned shape {tuple(m.shape)} for an input of {tuple(steps.seen.shape)}.")
     if guidance.looks:
-        m, options = guidance.prepare(k, steps, m, guided, variance, time)
+        m, options = guidance.prepare(k, steps, m, guided, variance, time, noise)
     steps.step(k, m, guided, noise, copies, want_x0, variance, **options)
 
 

@@ -34,7 +34,8 @@ class NoiseSource:
             shape, or the ``Philox`` to make it from; None if neither is needed.
         philox: the ``Philox`` that makes the noise of rows, if it is made from a seed.
         streams: for each row the stream of ``philox`` that it adds, or None if it adds no noise. None in place of the
-            list if rows add tensors, which ``step`` gives.
+            list if rows add tensors, which ``step`` gives: noise that is given, and that of a plan whose steps depend
+            on it.
     """
 
     def __init__(self, request: Request, plan: Plan):
@@ -57,25 +58,25 @@ class NoiseSource:
                 seed = int(seed)
             self.initial = self.philox = Philox(seed, request.sample_offset, Stream.INITIAL)
         self.streams: list[int | None] | None = None
-        if not (draws and given):
+        if not (draws and given) and plan.langevin is None:
             self.streams = [Stream.STEP + k if drawn else None for k, drawn in zip(self._steps, plan.draws)]
 
     def step(self, k: int) -> Tensor | None:
         """The noise that row k adds, where there are no ``streams``."""
-        return self._given(self._steps[k]) if self._draws[k] else None
+        return self._of(self._steps[k]) if self._draws[k] else None
 
     def churn(self) -> Tensor:
         """The noise of the plan's start."""
-        if self._request.noise is not None or self._generators is not None:
-            return self._given(self._first)
-        first = dataclasses.replace(self.philox, stream=Stream.STEP + self._first)
-        return ops.materialize(first, self._request.shape, self._request.device)
+        return self._of(self._first)
 
-    def _given(self, step: int) -> Tensor:
-        """The noise of a step by the function, or else by the generators."""
+    def _of(self, step: int) -> Tensor:
+        """The noise of a step: by the function, by the generators, or from the seed."""
         if self._request.noise is not None:
             return self._request.noise(step, self._request.shape).to(self._request.device)
-        return self._drawn(self._generators)
+        if self._generators is not None:
+            return self._drawn(self._generators)
+        philox = dataclasses.replace(self.philox, stream=Stream.STEP + step)
+        return ops.materialize(philox, self._request.shape, self._request.device)
 
     def _drawn(self, generators: list[torch.Generator]) -> Tensor:
         shape, device = self._request.shape, self._request.device

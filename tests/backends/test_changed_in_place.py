@@ -4,6 +4,7 @@ that is said to be one; and copies of fused schedulers step themselves."""
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +86,86 @@ def test_tables_of_float64_are_copied():
     assert torch.equal(flow.alpha_sigma(torch.tensor([0, 4]))[1], torch.tensor([1, 0.1], dtype=torch.float64))
     assert torch.equal(vp.betas, torch.full((4,), 0.1, dtype=torch.float64))
     assert torch.equal(table.table, torch.ones(4, dtype=torch.float64))
+
+
+class Held:
+    def __init__(self, value):
+        self.value, self.other = value, torch.ones(2)
+
+
+def written(value):
+    value[1:] = 7.0
+    return value
+
+
+# What an attribute holds: (how it is made, {what became of it: whether that is another}).
+HELD = {
+    "a tensor": (
+        lambda: torch.ones(3),
+        {
+            "itself": (lambda value: value, False),
+            "an equal one": (lambda value: value.clone(), False),
+            "written into": (written, True),
+            "another dtype": (lambda value: value.double(), True),
+            "fewer": (lambda value: value[:1].clone(), True),
+            "a list": (lambda value: value.tolist(), True),
+            "elsewhere": (lambda value: value.to("meta"), True),
+        },
+    ),
+    "an array": (
+        lambda: np.ones(3),
+        {
+            "itself": (lambda value: value, False),
+            "an equal one": (lambda value: value.copy(), False),
+            "written into": (written, True),
+            "fewer": (lambda value: value[:1].copy(), True),
+            "a list": (lambda value: value.tolist(), True),
+            "nothing": (lambda value: None, True),
+        },
+    ),
+    "a tensor elsewhere": (  # its values are not looked at
+        lambda: torch.ones(3, device="meta"),
+        {
+            "itself": (lambda value: value, False),
+            "an equal one": (lambda value: value.clone(), True),
+            "written into": (written, True),
+        },
+    ),
+    "a number": (
+        lambda: 1000.5,
+        {
+            "itself": (lambda value: value, False),
+            "an equal one": (lambda value: value + 1 - 1, False),
+            "another": (lambda value: value + 1, True),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("held", "became"), [(held, became) for held in HELD for became in HELD[held][1]])
+def test_what_is_made_of_attributes_is_kept_as_long_as_they_hold_the_same(held, became):
+    value, (change, anew) = HELD[held][0](), HELD[held][1][became]
+    source, store, made = Held(value), {}, []
+
+    def find():
+        return tables.kept(store, "key", source, lambda s: made.append((s.value, s.value)) or len(made))
+
+    assert find() == find() == 1
+    source.other = None  # which is not read
+    assert find() == 1
+    source.value = change(value)
+    assert find() == find() == (2 if anew else 1)
+    assert tables.kept(store, "another", source, lambda s: "made") == "made" and find() == (2 if anew else 1)
+    del source.value
+    source.__class__ = type("Without", (Held,), {"value": object()})
+    assert find() == find() == (3 if anew else 2)
+
+
+def test_a_tensor_of_inference_has_no_version():
+    with torch.inference_mode():
+        source, store = Held(torch.ones(3, device="meta")), {}
+    found = [tables.kept(store, "key", source, lambda s: (s.value, object())) for _ in range(2)]
+    assert found[0] is found[1]
 
 
 def both(name, **options):

@@ -6,6 +6,8 @@ from devices import in_turn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiff
+from fastdiff.calls import ConvertCall, NoiseCall
+from fastdiff.ops import operators as compiled
 from fastdiff.ops.operators import declaring
 
 OPS = torch.ops.fastdiff
@@ -94,6 +96,23 @@ CASES = {
         ),
     ),
     "convert": (OPS.convert, lambda: (data(3, 2, 4, 5, grad=True), data(3, 2, 4, 5, grad=True), rows(), rows())),
+    "moments": (OPS.row_moments, lambda: moments_arguments(data(3, 2, 4, 5, grad=True))),
+    "moments of one, channels_last": (
+        OPS.row_moments,
+        lambda: (data(3, 2, 4, 5, channels_last=True, grad=True), None, (3, 1, 4, 1), (3, 1, 4, 1), torch.float32),
+    ),
+    "gradient of moments": (
+        OPS.row_moments_gradient,
+        lambda: (torch.rand(3), None, *torch.rand(5, 3), None, *moments_arguments(data(3, 2, 4, 5)), True, True),
+    ),
+    "gradient of moments by one of channels_last": (
+        OPS.row_moments_gradient,
+        lambda: (
+            *(None, None, None, torch.rand(3), None, None, None, None),
+            *moments_arguments(data(3, 2, 4, 5, dtype=torch.bfloat16, channels_last=True)),
+            *(True, False),
+        ),
+    ),
     "step": (OPS.step, lambda: step_arguments(data(3, 2, 4, 5))),
     "step with everything": (
         OPS.step,
@@ -108,6 +127,10 @@ CASES = {
         ),
     ),
 }
+
+
+def moments_arguments(a) -> tuple:
+    return a, data(3, 2, 4, 5, grad=a.requires_grad), (3, 1, 1, 1), (3,), torch.float32
 
 
 def step_arguments(
@@ -152,8 +175,9 @@ def test_operators_equal_the_reference(case, backend):
     if inputs:
         first = results[0] if isinstance(results, tuple) else results
         upstream = torch.rand_like(first)
-        found = torch.autograd.grad(first, inputs, upstream)
-        for gradient, truth in zip(found, torch.autograd.grad(expected[0], inputs, upstream)):
+        unused = {"allow_unused": True, "materialize_grads": True}
+        found = torch.autograd.grad(first, inputs, upstream, **unused)
+        for gradient, truth in zip(found, torch.autograd.grad(expected[0], inputs, upstream, **unused)):
             torch.testing.assert_close(gradient, truth)
 
 
@@ -167,6 +191,8 @@ def _reference(operator, *arguments):
         return (reference.normal(*arguments[:5]),)
     if name == "convert":
         return (reference.convert(*arguments),)
+    if name == "row_moments":
+        return tuple(torch.empty(0) if s is None else s for s in reference.row_moments(*arguments))
     if name == "noise":
         x0, n, xi = arguments[0], source(*arguments[1:7]), source(*arguments[10:16])
         x_t, kept = reference.noise(x0, n, *arguments[7:10], xi, arguments[16])
@@ -280,3 +306,14 @@ def test_a_guided_step_and_noise_of_any_stream_are_the_same_compiled():
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(x, m, uncond, scale), both(x, m, uncond, scale)):
         assert torch.equal(a, b)
+
+
+def test_gradients_of_operators_are_rounded_once():
+    """The coefficients stay float32 beside a bfloat16 gradient."""
+    g = torch.Generator().manual_seed(3)
+    a, b = torch.rand(2, 4, 1, generator=g) + 0.1
+    x, m, up = (torch.randn(4, 64, generator=g).bfloat16().requires_grad_() for _ in range(3))
+    noised, _ = compiled.operators.run(NoiseCall(x, m, a, b, 0.0, None, True))
+    for result in (noised, compiled.operators.run(ConvertCall(m, x, a, b))):
+        for gradient, row in zip(torch.autograd.grad(result, (x, m), up.detach()), (a, b)):
+            assert torch.equal(gradient, (row * up.detach().float()).bfloat16())

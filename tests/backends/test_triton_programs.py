@@ -34,8 +34,9 @@ PROCESSES = [
     fastdiff.VPSDE(),
     fastdiff.SubVPSDE(),
     fastdiff.VESDE(),
+    fastdiff.TrigFlow(),
 ]
-KINDS = ["flow", "edm", "epsilon", "score", "sample"]
+KINDS = ["flow", "edm", "epsilon", "score", "sample", "trigflow"]
 WEIGHTS = [None, "min_snr", "cosmap", "sigma_sqrt", "debiased", "bell", fastdiff.weighting.SNR(-0.37)]
 LOSSES = ["mse", losses.PseudoHuber(0.2, schedule="snr"), "huber", losses.PseudoHuber(0.2, "scaled", "exponential")]
 
@@ -85,6 +86,9 @@ def test_each_operation_is_what_it_is_in_pytorch(operation):
         (ts.Mode(), fastdiff.RectifiedFlow()),
         (ts.CosMap(), fastdiff.RectifiedFlow()),
         (ts.LogNormal(), fastdiff.EDM()),
+        (ts.LogNormal(), fastdiff.TrigFlow()),
+        (ts.UniformLogSNR(), fastdiff.VPSDE(t_min=1e-5)),
+        (ts.UniformLogSNR(0.01, 0.99), fastdiff.Cosine()),
     ],
     ids=repr,
 )

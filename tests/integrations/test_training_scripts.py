@@ -18,6 +18,8 @@ from accuracy import assert_rounded, to_numpy
 from libraries import spread
 
 import fastdiff
+from fastdiff import from_scheduler
+from fastdiff import prediction as kinds
 from fastdiff.integrations import training_scripts as scripts
 
 diffusers = pytest.importorskip("diffusers")
@@ -552,6 +554,108 @@ def test_wrong_use():
         scripts.compute_snr(flow, torch.tensor([1]))
     with pytest.raises(TypeError, match="SimpleNamespace has neither alphas_cumprod, .* for example fastdiff.Variance"):
         fastdiff.Objective.from_scheduler(types.SimpleNamespace(config={}))
+
+
+class Stub:
+    """What a scheduler is known by: its config, and some of its attributes."""
+
+    def __init__(self, config=(), **attributes):
+        self.config = types.SimpleNamespace(**dict(config))
+        vars(self).update(attributes)
+
+
+BARS = torch.tensor([0.9, 0.5, 0.1])
+SIGMAS = torch.tensor([1.0, 0.6, 0.2])
+# What is known of a scheduler, and the process and the prediction of its network.
+KNOWN = {
+    "betas": (Stub(alphas_cumprod=BARS), "TabulatedVP(", "epsilon"),
+    "betas, and a kind": (Stub({"prediction_type": "sample"}, alphas_cumprod=BARS), "TabulatedVP(", "sample"),
+    "betas, and sigmas beside": (Stub({"shift": 3.0}, alphas_cumprod=BARS, sigmas=SIGMAS), "TabulatedVP(", "epsilon"),
+    "sigma_data that preconditions nothing": (
+        Stub({"sigma_data": 0.7}, alphas_cumprod=BARS), "TabulatedVP(", "epsilon"),
+    "sigma_data": (
+        Stub({"sigma_data": 0.7}, alphas_cumprod=BARS, precondition_outputs=0), "EDM(sigma_data=0.7)", "edm"),
+    "sigma_data and v": (
+        Stub({"sigma_data": 0.7, "prediction_type": "v_prediction"}, precondition_outputs=0),
+        "EDM(sigma_data=0.7)", "negative_edm"),
+    "flow sigmas": (
+        Stub({"use_flow_sigmas": True, "flow_shift": 5.0}, alphas_cumprod=BARS), "RectifiedFlow(shift=5.0,", "flow"),
+    "flow prediction": (
+        Stub({"prediction_type": "flow_prediction"}, alphas_cumprod=BARS), "RectifiedFlow(shift=1.0,", "flow"),
+    "a shift that was set": (Stub({"shift": 3.0}, sigmas=SIGMAS, shift=2.0), "RectifiedFlow(shift=2.0,", "flow"),
+    "a shift for each image": (
+        Stub({"shift": 3.0, "use_dynamic_shifting": True}, sigmas=SIGMAS, shift=3.0),
+        "RectifiedFlow(shift=1.0,", "flow"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_a_scheduler_is_known_by(name):
+    scheduler, process, prediction = KNOWN[name]
+    assert repr(from_scheduler.process_of(scheduler)).startswith(process)
+    assert kinds.get(from_scheduler.prediction_of(scheduler)).name == prediction
+
+
+UNKNOWN = [
+    (lambda: from_scheduler.process_of(Stub({"shift": 3.0})), TypeError, "Stub has neither alphas_cumprod"),
+    (lambda: from_scheduler.process_of(Stub(sigmas=SIGMAS)), TypeError, "Stub has neither alphas_cumprod"),
+    (lambda: from_scheduler.process_of(object()), TypeError, "a scheduler of diffusers is needed, with a config"),
+    (lambda: from_scheduler.process_of(Stub), TypeError, r"scheduler is the class Stub: make one, such as Stub\(\)"),
+    (lambda: from_scheduler.vp_process(Stub(alphas_cumprod=[0.9])), TypeError, "has no alphas_cumprod"),
+    (
+        lambda: from_scheduler.vp_process(Stub(alphas_cumprod=BARS.bfloat16())),
+        ValueError,
+        "is torch.bfloat16, in which",
+    ),
+    (lambda: from_scheduler.flow_table(Stub(alphas_cumprod=BARS)), TypeError, "a flow-matching scheduler such as"),
+    (lambda: from_scheduler.training_table(Stub(sigmas=SIGMAS)), TypeError, "no sigmas and timesteps"),
+    (lambda: from_scheduler.training_table(Stub(timesteps=SIGMAS)), TypeError, "no sigmas and timesteps"),
+    (
+        lambda: from_scheduler.training_table(Stub({"num_train_timesteps": 4}, sigmas=SIGMAS, timesteps=SIGMAS)),
+        ValueError,
+        "has 3 timesteps set for inference, not its 4 for training",
+    ),
+    (
+        lambda: from_scheduler.training_table(
+            Stub({"num_train_timesteps": 3}, sigmas=SIGMAS, timesteps=SIGMAS, num_inference_steps=3)
+        ),
+        ValueError,
+        "set for inference",
+    ),
+    (lambda: from_scheduler.prediction_of(KNOWN["flow sigmas"][0], "epsilon"), ValueError, "predicts the flow n - x0"),
+    (lambda: from_scheduler.prediction_of(KNOWN["sigma_data"][0], "sample"), ValueError, "epsilon or v_prediction"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), UNKNOWN, ids=[words for *_, words in UNKNOWN])
+def test_what_a_scheduler_is_not_known_by(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_tables_of_a_scheduler():
+    """As many as it was trained with: what comes after (EDM's sigma of 0) is left out."""
+    scheduler = Stub({"num_train_timesteps": 2, "shift": 1.0, "sigma_data": 0.7}, sigmas=SIGMAS, timesteps=SIGMAS * 10)
+    t = torch.tensor([0, 1])
+    flow = from_scheduler.flow_table(scheduler, 0.5)
+    edm = from_scheduler.edm_table(scheduler)
+    for process, told in ((flow, 0.5), (edm, 1.0)):
+        levels = process.levels(t)
+        torch.testing.assert_close(levels.sigma, SIGMAS[:2].double(), rtol=0, atol=0)
+        torch.testing.assert_close(process.model_time(levels), SIGMAS[:2].mul(10).double() * told, rtol=0, atol=0)
+        assert process.steps == 2
+    assert flow.levels(t).alpha.tolist() == (1 - SIGMAS[:2].double()).tolist() and edm.levels(t).alpha.tolist() == [
+        1,
+        1,
+    ]
+    assert edm.sigma_data == 0.7
+    del scheduler.config.sigma_data
+    assert from_scheduler.edm_table(scheduler).sigma_data == 1.0
+    assert from_scheduler.prediction_of(KNOWN["flow sigmas"][0], "flow") == "flow"
+    assert kinds.get(from_scheduler.prediction_of(KNOWN["betas"][0], "v_prediction")).name == "v_prediction"
+    vp = KNOWN["betas"][0]
+    made = from_scheduler.vp_process(vp)
+    assert from_scheduler.vp_process(vp) is made and made.alpha_bar.tolist() == pytest.approx(BARS.tolist(), rel=1e-6)
 
 
 def test_a_scheduler_set_for_inference_is_refused():

@@ -36,6 +36,9 @@ PROCESSES = {
     "vpsde": (fastdiff.VPSDE(), FRACTIONS),
     "subvpsde": (fastdiff.SubVPSDE(), FRACTIONS),
     "vesde": (fastdiff.VESDE(), FRACTIONS),
+    "continuous cosine": (fastdiff.Cosine(), FRACTIONS),
+    "trigflow": (fastdiff.TrigFlow(), [*FRACTIONS, 1.5, fastdiff.TrigFlow.t_max]),
+    "trigflow d=2": (fastdiff.TrigFlow(2.0), [*FRACTIONS, 1.5, fastdiff.TrigFlow.t_max]),
 }
 ALL_KINDS = (*oracle.KINDS, "previous_sample")
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from oracle import UNIT, assert_close
 
 import fastdiff
+from fastdiff.tabulated import TabulatedEDM, TabulatedFlow, TabulatedVP
 
 PROFILE = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -37,6 +38,7 @@ CONTINUOUS = {
     "vpsde": (fastdiff.VPSDE, oracle.vpsde_alpha_sigma, {}),
     "vpsde other": (fastdiff.VPSDE, oracle.vpsde_alpha_sigma, {"beta_min": 0.5, "beta_max": 7.0}),
     "subvpsde": (fastdiff.SubVPSDE, oracle.subvpsde_alpha_sigma, {}),
+    "cosine": (fastdiff.Cosine, oracle.cosine_alpha_sigma, {}),
     "vesde": (fastdiff.VESDE, oracle.vesde_alpha_sigma, {}),
     "vesde other": (fastdiff.VESDE, oracle.vesde_alpha_sigma, {"sigma_min": 0.02, "sigma_max": 1348.0}),
 }
@@ -299,6 +301,74 @@ def test_ve_sde(low, ratio, t):
     assert_close(fastdiff.VESDE(**s).diffusion_squared(float64(t)), oracle.vesde_diffusion_squared(t, **s))
 
 
+@given(t=st.one_of(st.floats(0.0, math.pi / 2), st.floats(0.0, 1e-6)), d=st.floats(0.01, 10.0))
+@PROFILE
+def test_trigflow(t, d):
+    t = np.array([t])
+    process = fastdiff.TrigFlow(sigma_data=d)
+    check_continuous(process, oracle.trigflow_alpha_sigma(t, d), t)
+    # tan: the angle that is left up to the last t is exact, and the quotient of two sines
+    where = t < 1.57
+    g = process.diffusion_squared(float64(t)).numpy()
+    assert_close(g[where], oracle.trigflow_diffusion_squared(t, d)[where], absolute=1e-300, label="g^2")
+    assert_close(
+        fastdiff.Cosine().diffusion_squared(float64([0.0, 0.3, 0.99])),
+        oracle.cosine_diffusion_squared([0.0, 0.3, 0.99]),
+    )
+
+
+@pytest.mark.parametrize("process", [fastdiff.TrigFlow(), fastdiff.TrigFlow(2.0), fastdiff.Cosine()], ids=repr)
+def test_trigflow_ends_are_exact(process):
+    """An SNR of 0 and one of infinity; also of times in float32, whose pi / 2 is larger than float64's."""
+    for dtype in (torch.float64, torch.float32):
+        levels = process.levels(torch.tensor([0.0, process.t_max], dtype=dtype))
+        assert levels.alpha.tolist() == [1.0, 0.0]
+        assert_close(levels.sigma, [0.0, process.sigma_data])
+    assert process.levels_at([0.0, 1e6]).alpha.tolist() == pytest.approx([1.0, process.sigma_data / 1e6], rel=1e-10)
+    with pytest.raises(ValueError, match=r"t must lie in \[0, 1"):
+        process.levels(torch.tensor([1.5708], dtype=torch.float32))
+
+
+@given(t=st.floats(1e-9, 1.0), d=st.floats(0.01, 10.0))
+@PROFILE
+def test_the_time_of_a_ratio(t, d):
+    """``time_of`` inverts sigma / alpha; small times keep their digits, where 1 / sqrt(1 + sigma^2) has lost them.
+
+    d ln(ratio) / d ln t lies between 1/2 and 22 there (22: VPSDE at t = 1), so a few u of the ratio are 1e-13 of t.
+    """
+    for process in (fastdiff.VPSDE(), fastdiff.SubVPSDE(), fastdiff.Cosine(), fastdiff.TrigFlow(d)):
+        time = float64([t if process.t_max == 1 else 1.5 * t])
+        if process.t_max == 1 and float(process.alpha_sigma(time)[0]) < 1e-4:
+            continue  # near the end of Cosine alpha has an absolute error of a few u
+        alpha, sigma = process.alpha_sigma(time)
+        assert_close(process.time_of(process.sigma_of_ratio(sigma / alpha)), time, label=repr(process))
+
+
+@pytest.mark.parametrize("kind", [fastdiff.VPSDE, fastdiff.SubVPSDE, fastdiff.VESDE])
+def test_time_begins_at_t_min(kind):
+    """No smaller t is drawn, accepted or sampled from; the levels at a t are what they were."""
+    process = kind(t_min=0.01)
+    assert repr(process).endswith("t_min=0.01)") and "t_min" not in repr(kind())
+    assert_close(process.time(float64([0.0, 0.5, 1.0])), [0.01, 0.505, 1.0])
+    assert_close(process.fraction(float64([0.01, 0.505, 1.0])), [0.0, 0.5, 1.0], absolute=UNIT)
+    assert_close(process.grid(4)[[0, -1]], [1.0, 0.01])
+    objective = fastdiff.Objective(process, "score")
+    t = objective.noise(torch.zeros(5000, 1), seed=3).t
+    assert 0.01 <= float(t.min()) < 0.012 and float(t.max()) > 0.998
+    for dtype in (torch.float32, torch.float64):
+        process.check_t(torch.tensor([0.01, 1.0], dtype=dtype))
+    with pytest.raises(ValueError, match=r"t must lie in \[0.01, 1\].*got 0.009"):
+        process.levels([0.009])
+    with pytest.raises(ValueError, match="t must lie in"):
+        objective.noise(torch.zeros(2, 1), torch.tensor([0.5, 0.009]))
+    time = float64([0.01, 0.3])
+    for got, expected in zip(process.alpha_sigma(time), kind().alpha_sigma(time)):
+        assert torch.equal(got, expected)
+    for bad in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"t_min must lie in \[0, 1\); got"):
+            kind(t_min=bad)
+
+
 @given(sigma=st.floats(0.0, 1e6), d=st.floats(0.01, 10.0))
 @PROFILE
 def test_edm(sigma, d):
@@ -336,12 +406,17 @@ def test_low_precision_t_is_widened_first(dtype):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (2, 0), (0,), (2, 3, 4)])
-@pytest.mark.parametrize("name", ["vp", "edm", *CONTINUOUS])
+@pytest.mark.parametrize("name", ["vp", "table of a flow", "table of edm", "edm", *CONTINUOUS])
 def test_any_shape_of_t(name, shape):
     """t of a scalar, a batch, rows by frame or by token, or nothing at all: the result has t's shape."""
     count = math.prod(shape)
     if name == "vp":
         process, t = fastdiff.VariancePreserving(), (torch.arange(count) * 37 % 1000).reshape(shape)
+    elif name.startswith("table"):
+        sigmas = np.linspace(1, 0.1, 10)
+        process = TabulatedFlow(sigmas, sigmas) if name.endswith("flow") else TabulatedEDM(sigmas, sigmas, 0.5)
+        t = (torch.arange(count) * 7 % 10).reshape(shape)
+        assert torch.equal(process.model_time(process.levels(t)), torch.from_numpy(sigmas)[t])
     else:
         make, _, parameters = CONTINUOUS.get(name, (fastdiff.EDM, None, {}))
         process, t = make(**parameters), (torch.arange(count, dtype=torch.float64) / 100).reshape(shape)
@@ -443,6 +518,7 @@ def test_bad_betas(betas, words):
         ("RectifiedFlow", {"sigma_min": 1.0}, r"sigma_min must lie in \[0, 1\); got 1.0"),
         ("EDM", {"sigma_data": 0.0}, "sigma_data must be positive; got 0.0"),
         ("EDM", {"sigma_data": -1.0}, "sigma_data must be positive; got -1.0"),
+        ("TrigFlow", {"sigma_data": 0.0}, "sigma_data must be positive; got 0.0"),
         ("VESDE", {"sigma_min": 0.0}, "0 < sigma_min < sigma_max is needed; got 0.0 and 50.0"),
         ("VESDE", {"sigma_min": 2.0, "sigma_max": 1.0}, "got 2.0 and 1.0"),
         ("VPSDE", {"beta_min": -1.0}, "0 < beta_min <= beta_max is needed; got -1.0 and 20.0"),
@@ -466,3 +542,149 @@ def test_the_time_of_a_given_sigma_of_vesde():
 def test_three_of_the_times_out_of_range_are_named(wrong, shown):
     with pytest.raises(ValueError, match=shown):
         fastdiff.VariancePreserving().levels(torch.arange(1000, 1000 + wrong))
+
+
+# A process, a sigma as ``levels_at`` takes it, and the time there.
+TIMES = [
+    (fastdiff.VariancePreserving(), 1e5, 999.0),  # never beyond the timesteps
+    (fastdiff.VariancePreserving(), 1e-6, 0.0),
+    (fastdiff.VariancePreserving(), 0.0, 0.0),
+    (fastdiff.VariancePreserving(steps=2), 1e5, 1.0),
+    (fastdiff.VariancePreserving(steps=1), 0.5, 0.0),
+    (fastdiff.VariancePreserving(steps=1), 1e-6, 0.0),
+    (fastdiff.VPSDE(2.0, 2.0), math.sqrt(math.e - 1), 0.5),  # alpha = exp(-t)
+    (fastdiff.SubVPSDE(2.0, 2.0), math.exp(0.5) - math.exp(-0.5), 0.5),
+    (fastdiff.RectifiedFlow(3.0, 0.1), 0.1 + 0.9 * 0.75, 0.5),
+    (fastdiff.EDM(), 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("process", "sigma", "t"), TIMES)
+def test_the_time_of_a_sigma(process, sigma, t):
+    assert_close(process.levels_at([sigma, sigma]).t, [t, t], rel=1e-12)
+
+
+def test_a_sigma_may_be_off_by_a_rounding():
+    """It has the time of the end, where it is as near as 1e-9."""
+    flow, sde = fastdiff.RectifiedFlow(), fastdiff.VESDE()
+    assert flow.time_of([1 + 5e-10, 1.0, 0.0, 0.3]).tolist() == [1.0, 1.0, 0.0, 0.3]
+    assert sde.time_of([0.01 * (1 - 1e-9), 50 * (1 + 1e-9)]).tolist() == [0.0, 1.0]
+    assert flow.time_of([]).shape == (0,)
+
+
+NO_SIGMA = [
+    (fastdiff.RectifiedFlow(), 1 + 1e-8),
+    (fastdiff.RectifiedFlow(sigma_min=0.1), 0.05),
+    (fastdiff.VESDE(), 0.01 * (1 - 1e-7)),
+    (fastdiff.VPSDE(), -0.5),  # whose levels go by its square
+    (fastdiff.VPSDE(), 1e4),
+    (fastdiff.SubVPSDE(), 1e4),
+    (fastdiff.EDM(), -1e-12),
+    (fastdiff.EDM(), math.inf),
+    (fastdiff.EDM(), math.nan),
+]
+
+
+@pytest.mark.parametrize(("process", "sigma"), NO_SIGMA)
+def test_a_sigma_that_a_process_has_not(process, sigma):
+    with pytest.raises(ValueError, match=rf"has no noise level sigma = {sigma:g}\.$"):
+        process.time_of([0.3, sigma])
+
+
+@pytest.mark.parametrize("sigma", [-1.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("process", [fastdiff.VariancePreserving(), fastdiff.EDM(), fastdiff.RectifiedFlow()], ids=repr)
+def test_a_level_of_no_sigma(process, sigma):
+    with pytest.raises(ValueError, match=rf"sigma must be finite and at least 0; got {sigma:g}\.$"):
+        process.levels_at([0.3, sigma])
+
+
+def test_a_level_beyond_a_flow():
+    with pytest.raises(ValueError, match=r"sigma must lie in \[0, 1\] .*; got 1.5\.$"):
+        fastdiff.RectifiedFlow().levels_at([0.3, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("process", "times"),
+    [
+        (fastdiff.RectifiedFlow(3.0), [1, 0.75, 0.5, 0.25]),
+        (fastdiff.VPSDE(), [1, 0.667, 0.334, 1e-3]),
+        (fastdiff.SubVPSDE(), [1, 0.667, 0.334, 1e-3]),
+        (fastdiff.VESDE(), [1, 2 / 3 + 1e-5 / 3, 1 / 3 + 2e-5 / 3, 1e-5]),
+        (fastdiff.EDM(), [80, (80 ** (1 / 7) * 2 / 3 + 0.002 ** (1 / 7) / 3) ** 7,
+                          (80 ** (1 / 7) / 3 + 0.002 ** (1 / 7) * 2 / 3) ** 7, 0.002]),
+        (TabulatedFlow(np.linspace(1, 0.1, 10), np.arange(10)), [0, 2, 5, 7]),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_the_times_that_a_sampler_visits(process, times):
+    """Song et al.'s code ends at 1e-3 and at 1e-5; Karras et al. 2022, equation 5."""
+    assert_close(process.grid(4), times, rel=1e-13)
+
+
+def test_a_table_has_no_more_times_than_steps():
+    process = TabulatedFlow(np.linspace(1, 0.1, 10), np.arange(10))
+    assert process.grid(10).tolist() == list(range(10))
+    with pytest.raises(ValueError, match=r"steps must lie in \[1, 10\] .*; got 11"):
+        process.grid(11)
+    t = torch.tensor([0, 4, 9])
+    assert process.fraction(t).tolist() == [1.0, 0.6, 1 - 0.9]
+    assert process.time(float64([1.0, 0.95, 0.61, 0.59, 0.1, 0.0])).tolist() == [0, 0, 3, 4, 9, 9]
+
+
+# At the edge of what is accepted, and of what is not.
+ACCEPTED = [
+    lambda: fastdiff.VPSDE(5.0, 5.0),
+    lambda: fastdiff.VariancePreserving([0.1, 1.0]),
+    lambda: fastdiff.VariancePreserving([0.5]),
+    lambda: fastdiff.VariancePreserving(steps=2, zero_terminal_snr=True),
+    lambda: fastdiff.RectifiedFlow(1e-3, 0.999),
+    lambda: TabulatedVP([1.0, 0.5, 0.5, 0.0], [0.0, 0.5, 0.5, 1.0]),
+]
+REFUSED = [
+    (lambda: fastdiff.VESDE(1.0, 1.0), "got 1.0 and 1.0"),
+    (lambda: fastdiff.VPSDE(0.0), "got 0.0 and 20.0"),
+    (lambda: fastdiff.RectifiedFlow(math.inf), "got inf"),
+    (lambda: fastdiff.VariancePreserving([0.0, 0.1]), r"must lie in \(0, 1\]; got 0\."),
+    (lambda: fastdiff.VariancePreserving(steps=10.0), "positive integer; got 10.0"),
+    (
+        lambda: fastdiff.VariancePreserving("cosine", beta_start=0.1),
+        "takes no beta_start or beta_end; got 0.1 and None",
+    ),
+    (lambda: fastdiff.VariancePreserving([0.1], beta_end=0.1), "got None and 0.1"),
+    (lambda: TabulatedVP([1.0, 0.5], [0.0, -0.1]), "alpha and sigma must lie in"),
+    (lambda: TabulatedVP([1.0, 0.5], [0.0, 1.1]), "alpha and sigma must lie in"),
+    (lambda: TabulatedVP([1.0, -0.1], [0.0, 0.1]), "alpha and sigma must lie in"),
+    (lambda: TabulatedVP([1.1, 0.1], [0.0, 0.1]), "alpha and sigma must lie in"),
+    (lambda: fastdiff.EDM().levels([-1.0]), r"t must lie in \[0, inf\) for EDM.*; got -1\.$"),
+    (lambda: fastdiff.VESDE().levels([0.5, 1.5]), r"t must lie in \[0, 1\] for VESDE.*; got 1.5\.$"),
+    (lambda: fastdiff.VariancePreserving().levels([5, -1]), r"\[0, 999\] .*; got -1\.$"),
+]
+
+
+@pytest.mark.parametrize("make", ACCEPTED)
+def test_what_is_just_accepted(make):
+    process = make()
+    t = torch.tensor([0, process.steps - 1]) if process.discrete else float64([0.0, 1.0])
+    levels = process.levels(t)
+    assert bool((levels.alpha.isfinite() & levels.sigma.isfinite()).all())
+
+
+@pytest.mark.parametrize(("make", "words"), REFUSED)
+def test_what_is_just_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_numbers_are_taken_as_float64():
+    """Whatever new tensors are by default."""
+    for t in (0.1, [0.1, 0.1]):
+        levels = fastdiff.RectifiedFlow().levels(t)
+        assert levels.t.dtype == torch.float64 and bool((levels.t == 0.1).all()) and bool((levels.sigma == 0.1).all())
+    assert fastdiff.VariancePreserving().levels([3, 4]).t.tolist() == [3, 4]
+
+
+def test_a_process_that_is_changed_counts_it():
+    process = fastdiff.RectifiedFlow()
+    before = process._changes
+    process.shift = 3.0
+    assert process._changes == before + 1

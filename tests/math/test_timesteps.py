@@ -198,6 +198,79 @@ def test_distribution_of_log_normal():
     assert grid_statistic(t, stats.lognorm(s=1.6, scale=math.exp(-0.4)).cdf) < 1e-9
 
 
+@pytest.mark.parametrize("process", [fastdiff.TrigFlow(0.7), fastdiff.Cosine()], ids=repr)
+def test_distribution_of_log_normal_for_trigflow(process):
+    """TrigFlow section 3: tan(t) = exp(tau) / sigma_d with a normal tau."""
+    t = timesteps.LogNormal(-1.0, 1.4)(float64(GRID), process).numpy()
+    tangent = np.tan(t * (math.pi / 2 if process.t_max == 1 else 1)) * process.sigma_data
+    assert grid_statistic(tangent, stats.lognorm(s=1.4, scale=math.exp(-1.0)).cdf) < 1e-9
+
+
+# name: (process, low and high fraction, first and last t, the oracle's alpha and sigma and g^2)
+IMPORTANCE = {
+    "vpsde": (
+        fastdiff.VPSDE(t_min=1e-5), (0.0, 1.0), (1e-5, 1.0), oracle.vpsde_alpha_sigma, oracle.vpsde_diffusion_squared
+    ),
+    "subvpsde": (
+        fastdiff.SubVPSDE(t_min=1e-3), (0.0, 1.0), (1e-3, 1.0),
+        oracle.subvpsde_alpha_sigma, oracle.subvpsde_diffusion_squared,
+    ),
+    "vesde": (fastdiff.VESDE(), (0.0, 1.0), (0.0, 1.0), oracle.vesde_alpha_sigma, oracle.vesde_diffusion_squared),
+    "cosine": (
+        fastdiff.Cosine(), (0.05, 0.9), (0.05, 0.9), oracle.cosine_alpha_sigma, oracle.cosine_diffusion_squared
+    ),
+    "trigflow": (
+        fastdiff.TrigFlow(0.3), (0.1, 0.9), (0.05 * math.pi, 0.45 * math.pi),
+        lambda t: oracle.trigflow_alpha_sigma(t, 0.3), lambda t: oracle.trigflow_diffusion_squared(t, 0.3),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(IMPORTANCE))
+def test_importance_sampling_of_the_likelihood(name):
+    """MLSGM: t has the density g^2/(sigma^2 Z), so that g^2 on the score's error is Z on that of the noise.
+
+    By quadrature of the oracle's g^2/sigma^2, to 1e-9: Z, the distribution function, and the mean of a function of t.
+    """
+    process, (low, high), (first, last), alpha_sigma, g2 = IMPORTANCE[name]
+    sampler = timesteps.UniformLogSNR(low, high)
+
+    def ratio(t):
+        return float(g2(t) / alpha_sigma(t)[1] ** 2)
+
+    def integral(function, to=last):  # in log t, as the density of VPSDE is 1 / t near 0
+        begin = max(first, 1e-12)
+        return integrate.quad(
+            lambda y: function(math.exp(y)) * math.exp(y), math.log(begin), math.log(to), epsabs=1e-11, epsrel=1e-11,
+            limit=500,
+        )[0]  # fmt: skip
+
+    z = sampler.normalizer(process)
+    assert z == pytest.approx(integral(ratio), rel=1e-9)
+    u = np.array([1e-6, 0.01, 0.3, 0.7, 0.99])
+    t = sampler(float64(u), process)
+    assert_close(t, oracle.quantile_uniform_log_snr(u, alpha_sigma, first, last), absolute=1e-13, label=name)
+    assert [integral(ratio, float(to)) / z for to in t] == pytest.approx(u.tolist(), abs=1e-9)
+    assert_close(sampler.density(t, process), [ratio(float(to)) / z for to in t], rel=1e-11)
+    # The loss with the likelihood weighting at uniform t, and Z times the plain loss at the t drawn here: 20,000
+    # midpoints of a smooth function of u.
+    drawn = sampler(float64((np.arange(20_000) + 0.5) / 20_000), process).numpy()
+    expected = integral(lambda t: ratio(t) * math.exp(-3 * t))
+    assert z * np.exp(-3 * drawn).mean() == pytest.approx(expected, rel=1e-7)
+
+
+def test_importance_sampling_needs_finite_ends():
+    for process, where in ((fastdiff.VPSDE(), "0.0"), (fastdiff.RectifiedFlow(), "0.0"), (fastdiff.Cosine(), "0.0")):
+        with pytest.raises(ValueError, match=rf"is infinite at the fraction {where}: use a process with a t_min"):
+            timesteps.UniformLogSNR()(float64([0.5]), process)
+    with pytest.raises(ValueError, match="at the fraction 1.0"):
+        timesteps.UniformLogSNR(0.1)(float64([0.5]), fastdiff.Cosine())
+    with pytest.raises(ValueError, match="needs a continuous process"):
+        timesteps.UniformLogSNR()(float64([0.5]), fastdiff.VariancePreserving())
+    with pytest.raises(ValueError, match="EDM's t is sigma"):
+        timesteps.UniformLogSNR()(float64([0.5]), fastdiff.EDM())
+
+
 def test_objective_draws_uniform_steps():
     """The t an objective draws itself from a seed: 200,000 on 100 bins of 10 steps; chi^2 as a z-score below 4.5."""
     objective = fastdiff.Objective(fastdiff.VariancePreserving())
@@ -291,10 +364,15 @@ def test_empty_batch():
     "make, parameters, words",
     [
         (timesteps.Uniform, (0.7, 0.2), "0 <= low < high <= 1 is needed; got low=0.7, high=0.2"),
+        (timesteps.Uniform, (0.3, 0.3), "0 <= low < high <= 1 is needed; got low=0.3, high=0.3"),
+        (timesteps.Uniform, (0.0, 1.0, "t"), "by must be 'fraction' or 'sigma'; got 't'"),
         (timesteps.Uniform, (-0.1, 1.0), "got low=-0.1"),
         (timesteps.Uniform, (0.0, 1.5), "high=1.5"),
+        (timesteps.UniformLogSNR, (0.7, 0.2), "0 <= low < high <= 1 is needed; got low=0.7, high=0.2"),
         (timesteps.LogitNormal, (0.0, -1.0), "std must be a positive number; got -1.0"),
         (timesteps.LogNormal, (0.0, -1.0), "std must be a positive number; got -1.0"),
+        (timesteps.Mode, (1.76,), r"\[-1, 1.7519\].*got 1.76"),
+        (timesteps.Mode, (-1.001,), r"\[-1, 1.7519\].*got -1.001"),
         (timesteps.Mode, (2.0,), r"scale must lie in \[-1, 1.7519\] \(monotone there\); got 2.0"),
         (timesteps.Mode, (-1.5,), r"\[-1, 1.7519\].*got -1.5"),
         (timesteps.Shifted, (timesteps.Uniform(), 0.0), "shift must be a positive number; got 0.0"),
@@ -319,3 +397,24 @@ def test_log_normal_wants_edm(process):
     """A sigma of 80 is neither a fraction nor an index."""
     with pytest.raises(ValueError, match="LogNormal|EDM|sigma"):
         timesteps.LogNormal()(float64([0.5]), process)
+
+
+def test_what_is_just_accepted():
+    u = float64([0.0, 0.5, 1 - 2.0**-53])
+    for scale in (-1.0, 2 / (math.pi - 2)):
+        assert_close(
+            timesteps.Mode(scale).fraction(u), np.clip(oracle.quantile_mode(u.numpy(), scale), 0, 1), absolute=1e-15
+        )
+    assert timesteps.Uniform(0.0, 1.0).fraction(u) is u
+    assert timesteps.Uniform(0.0, 0.5).fraction(u).tolist() == [0.0, 0.25, 0.5 - 2.0**-54]
+    assert timesteps.Uniform(0.5, 1.0).fraction(float64([0.0, 0.5])).tolist() == [0.5, 0.75]
+
+
+def test_uniform_in_the_sigma_of_a_flow():
+    """After the shift, and from the least noise on that the flow has."""
+    process = fastdiff.RectifiedFlow(3.0, sigma_min=0.1)
+    u = float64([0.0, 0.25, 0.5, 1.0])
+    sigma = process.levels(timesteps.Uniform(by="sigma")(u, process)).sigma
+    assert_close(sigma, [0.1, 0.25, 0.5, 1.0], rel=1e-12)
+    sigma = process.levels(timesteps.Uniform(0.2, 0.6, by="sigma")(u, process)).sigma
+    assert_close(sigma, [0.2, 0.3, 0.4, 0.6], rel=1e-12)

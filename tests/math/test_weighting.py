@@ -36,6 +36,8 @@ PROCESSES = {
     "vpsde": (fastdiff.VPSDE(), FRACTIONS),
     "subvpsde": (fastdiff.SubVPSDE(), FRACTIONS),
     "vesde": (fastdiff.VESDE(), FRACTIONS),
+    "continuous cosine": (fastdiff.Cosine(), FRACTIONS),
+    "trigflow": (fastdiff.TrigFlow(2.0), [*FRACTIONS, 1.5, fastdiff.TrigFlow.t_max]),
 }
 
 
@@ -79,6 +81,8 @@ WEIGHTINGS = {
     "root snr": (lambda: weighting.SNR(power=0.5), lambda k, a, s, d: oracle.weight_snr(k, a, s, power=0.5)),
     "p2": (lambda: weighting.P2(), lambda k, a, s, d: oracle.weight_p2(k, a, s)),
     "p2 0.5 k=3": (lambda: weighting.P2(gamma=0.5, k=3.0), lambda k, a, s, d: oracle.weight_p2(k, a, s, 0.5, 3.0)),
+    "p2 k=0": (lambda: weighting.P2(gamma=0.5, k=0.0), lambda k, a, s, d: oracle.weight_p2(k, a, s, 0.5, 0.0)),
+    "p2 of v": (lambda: weighting.P2(gamma=2.0), lambda k, a, s, d: oracle.weight_p2(k, a, s, 2.0)),
     "debiased": (lambda: weighting.Debiased(), lambda k, a, s, d: oracle.weight_debiased(k, a, s, sigma_data=d)),
     "debiased sqrt 50": (
         lambda: weighting.Debiased(cap=50.0, v_form="reciprocal_sqrt"),
@@ -204,6 +208,13 @@ def test_a_table_over_the_times_of_a_flow_by_hand():
     x0, n, m = torch.randn(3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     errors = ((m - (n - x0)) ** 2).mean(1).numpy()
     assert_close(objective.loss(m, objective.noise(x0, t, n), reduction="none"), errors * [1.5, 5.0], rel=1e-7)
+
+
+def test_a_table_over_the_angle_of_trigflow():
+    levels = fastdiff.TrigFlow().levels([0.0, math.pi / 8, math.pi / 4, 0.75 * math.pi / 2, math.pi / 2])
+    # A rounding of the angle, times the slope.
+    right = [1.0, 1.5, 2.0, 5.0, 8.0]
+    assert_close(evaluate(weighting.Interpolated([1.0, 2.0, 8.0]), levels, "v_prediction"), right, rel=1e-14)
 
 
 def test_the_table_over_the_times_is_copied():

@@ -17,7 +17,10 @@ import fastdiff
 from fastdiff import samplers
 from fastdiff import sigma_schedules as schedules
 from fastdiff.ops import COLUMNS
-from fastdiff.samplers.spacing import discrete_timesteps, multistep_timesteps
+from fastdiff.samplers import spacing as spacings
+from fastdiff.samplers.spacing import between_timesteps, checked_timesteps, discrete_timesteps, multistep_timesteps
+from fastdiff.samplers.unipc import bend
+from fastdiff.tabulated import TabulatedFlow
 
 SHAPE = (2, 3, 4)
 STEPS = [5, 20, 50]
@@ -197,6 +200,22 @@ def test_unipc(steps, order, variant, process, prediction, schedule, clip):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("corrects", [False, True])
+@pytest.mark.parametrize("order, variant", [(1, "bh2"), (2, "bh2"), (2, "bh1"), (3, "bh2"), (3, "bh1")])
+def test_weights_of_unipc_are_those_of_each_step(order, variant, corrects):
+    """Of steps in any shape: here [2, 3], and one after the other."""
+    h = torch.tensor([[0.1, 0.4, 0.7], [1.0, 2.0, math.inf]], dtype=torch.float64)
+    r = [torch.full_like(h, -1.5 - k) for k in range(order - 1)]
+    found = bend(h, r, corrects, variant)
+    assert found.shape == (2, 3, order + 1)
+    for i in range(2):
+        for j in range(3):
+            one = bend(h[i, j], [each[i, j] for each in r], corrects, variant)
+            torch.testing.assert_close(found[i, j], one, rtol=0, atol=0)
+            # What is added to the first-order step weighs differences.
+            torch.testing.assert_close(one.sum(), h.new_tensor(0.0), rtol=0, atol=1e-12)
+
+
 @clipped
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("steps", STEPS)
@@ -301,6 +320,113 @@ def test_multistep_spacings():
         multistep_timesteps(1000, 1000, "leading")
 
 
+def test_spacings_at_their_ends():
+    assert discrete_timesteps(1000, 2, "linspace") == [999, 0]
+    assert discrete_timesteps(1000, 1) == [999] and discrete_timesteps(1000, 1, "linspace") == [0]
+    assert discrete_timesteps(1000, 1, "leading") == [0] and discrete_timesteps(1000, 1, "leading", 999) == [999]
+    for spacing in ("trailing", "leading", "linspace"):
+        assert discrete_timesteps(7, 7, spacing) == [6, 5, 4, 3, 2, 1, 0]
+    assert discrete_timesteps(1000, 3, "leading", 1) == [667, 334, 1]
+    assert discrete_timesteps(1000, 3, "linspace", 1) == [999, 500, 0], "an offset is of leading alone"
+    assert discrete_timesteps(1000, 3, "trailing", 1) == [999, 666, 332]
+    assert between_timesteps(1000, 3, "linspace", 0) == [999, 499.5, 0] and between_timesteps(9, 2, "linspace", 0) == [
+        8,
+        0,
+    ]
+    assert (
+        between_timesteps(1000, 1, "linspace", 0) == [0] and len(between_timesteps(1000, 1000, "linspace", 0)) == 1000
+    )
+    assert between_timesteps(1000, 3, "leading", 1) == [667, 334, 1]
+    assert multistep_timesteps(1000, 4, "linspace", 1) == [999, 749, 500, 250]
+    assert multistep_timesteps(1000, 4, "trailing", 1) == discrete_timesteps(1000, 4)
+    assert multistep_timesteps(1000, 1, "leading") == [500] and multistep_timesteps(5, 4, "leading") == [4, 3, 2, 1]
+    for spaced in (
+        discrete_timesteps,
+        multistep_timesteps,
+        lambda total, steps, how: between_timesteps(total, steps, how, 0),
+    ):
+        for steps in (0, 1001):
+            with pytest.raises(ValueError, match=rf"steps must lie in \[1, (1000|999)\].*; got {steps}"):
+                spaced(1000, steps, "linspace")
+    assert checked_timesteps([999, 0], 1000) == checked_timesteps(torch.tensor([999.0, 0.0]), 1000) == [999, 0]
+    for times, shown in (
+        ([], "none"), ([1000, 5], "1000, 5"), ([5, -1], "5, -1"), ([5, 5], "5, 5"), ([3.5, 1], "3.5, 1"),
+        ([9, 8, 7, 6, 5, 5], "9, 8, 7, 6, 5"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"from at most 999 to at least 0; got {shown}\.$"):
+            checked_timesteps(times, 1000)
+
+
+def test_how_many_times_are_visited_if_nobody_says():
+    assert spacings.times(PROCESSES["vp"], None).tolist() == list(range(999, -1, -1))
+    assert len(spacings.times(PROCESSES["edm"], None)) == 50
+    assert spacings.times(TabulatedFlow(np.linspace(1, 0.1, 7), np.arange(7)), None).tolist() == list(range(7))
+    assert len(spacings.times(PROCESSES["edm"], 1)) == 1
+    assert len(samplers.Euler().path(PROCESSES["vp"], None).levels.t) == 1000
+    assert len(samplers.Euler(sigmas="karras").path(PROCESSES["vp"], None).levels.t) == 50
+
+
+def orders_of(sampler, steps, process=None):
+    return sampler.orders(sampler.path(process or PROCESSES["vp"], steps))
+
+
+def test_the_order_of_each_step():
+    """The last ones are lower in fewer than 15 steps; so is a step to clean data, and what would be extrapolated from
+    pure noise."""
+    third = samplers.DPMSolverPP(order=3)
+    assert orders_of(third, 14) == [1, 2, *[3] * 10, 2, 1]
+    assert orders_of(third, 15) == [1, 2, *[3] * 12, 1]
+    assert orders_of(samplers.DPMSolverPP(order=3, final_sigma=0.01), 15) == [1, 2, *[3] * 13]
+    assert orders_of(samplers.DPMSolverPP(order=3, lower_order_final=True, final_sigma=0.01), 20)[-3:] == [3, 2, 1]
+    assert orders_of(samplers.UniPC(order=3), 20)[-3:] == [3, 2, 1]
+    assert orders_of(samplers.UniPC(order=3, lower_order_final=False), 20)[-3:] == [3, 3, 1]
+    assert orders_of(samplers.UniPC(order=3, lower_order_final=False), 1) == [1]
+    silent = fastdiff.VariancePreserving(zero_terminal_snr=True)
+    assert orders_of(third, 15, silent) == [1, 1, 2, *[3] * 11, 1]
+
+
+@pytest.mark.parametrize(
+    ("how", "factors"),
+    [
+        ({}, [4 / 3] * 3),
+        ({"s_tmin": 1.0, "s_tmax": 3.0}, [1, 4 / 3, 4 / 3]),
+        ({"s_tmin": 1.001, "s_tmax": 2.999}, [1, 1, 1]),
+        ({"s_tmin": 1.001}, [4 / 3, 4 / 3, 1]),
+        ({"s_churn": 1.2}, [1.4] * 3),
+        ({"s_churn": 100.0}, [math.sqrt(2)] * 3),
+    ],
+)
+def test_which_steps_are_churned(how, factors):
+    """Karras et al. 2022, algorithm 2: gamma = min(s_churn / N, sqrt(2) - 1), the ends of [s_tmin, s_tmax] among them;
+    what is added has the variance that was missing, times s_noise^2."""
+    sampler = samplers.Euler(sigmas=[5.0, 3.0, 1.0], s_noise=1.5, **({"s_churn": 1.0} | how))
+    path, start, factor, added = sampler.churned(PROCESSES["edm"], None)
+    plain, factors = np.array([5.0, 3.0, 1.0]), np.array(factors)
+    assert_close(path.levels.sigma, plain * factors, rel=1e-14)
+    assert_close(path.levels.t, plain * factors, rel=1e-14)
+    noise = 1.5 * plain * np.sqrt(factors**2 - 1)
+    assert_close([start[1], *added.tolist()], [*noise, 0.0], rel=1e-7, absolute=1e-14)
+    assert start[0] == 1 and factor.tolist() == [1.0] * 3 and path.sigma.tolist() == [5.0, 3.0, 1.0, 0.0]
+
+
+def test_where_a_path_ends():
+    """At clean data, whose time is said to be -1, or at final_sigma."""
+    path = samplers.Euler(sigmas=[5.0, 3.0]).path(PROCESSES["edm"], None)
+    assert [float(row[-1]) for row in (path.times, path.alpha, path.sigma)] == [-1.0, 1.0, 0.0]
+    path = samplers.Euler(sigmas=[5.0, 3.0], final_sigma=0.5).path(PROCESSES["edm"], None)
+    assert [float(row[-1]) for row in (path.times, path.alpha, path.sigma)] == [0.5, 1.0, 0.5]
+    for sigmas, final in (([5.0, 5.0], 0.0), ([5.0, 5.0 * (1 - 1e-10)], 0.0), ([5.0, 0.5], 0.5), ([5.0, 0.5], 0.6)):
+        with pytest.raises(ValueError, match="the noise must fall from each level to the next"):
+            samplers.Euler(sigmas=sigmas, final_sigma=final).path(PROCESSES["edm"], None)
+    samplers.Euler(sigmas=[5.0, 5.0 * (1 - 1e-8)]).path(PROCESSES["edm"], None)
+
+
+@pytest.mark.parametrize("low, high", [(1.0, 1.0), (2.0, 1.0), (0.0, None), (-1.0, None), (None, 0.0), (None, -1.0)])
+def test_ends_of_a_named_schedule(low, high):
+    with pytest.raises(ValueError, match=f"got sigma_min={low}, sigma_max={high}"):
+        samplers.Euler(sigmas="karras", sigma_min=low, sigma_max=high)
+
+
 PLACES = [
     (fastdiff.VariancePreserving(), [0, 5, 500, 999]),
     (fastdiff.RectifiedFlow(shift=3.0), [0.1, 0.5, 1.0]),
@@ -330,9 +456,12 @@ def test_times_between_timesteps():
     ratio = exact.sigma / exact.alpha
     expected = torch.stack([ratio[0], 0.75 * ratio[0] + 0.25 * ratio[1], ratio[2]])
     torch.testing.assert_close(levels.sigma / levels.alpha, expected)
+    for row in ("alpha", "sigma"):  # at a timestep they are its own, to the bit
+        assert getattr(levels, row)[[0, 2]].tolist() == getattr(exact, row)[[0, 2]].tolist()
     torch.testing.assert_close(levels.alpha**2 + levels.sigma**2, torch.ones(3, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"\[0, 999\]"):
-        process.levels_between([999.5])
+    for t in (999.5, -0.5, math.nan):
+        with pytest.raises(ValueError, match=rf"t must lie in \[0, 999\] .*; got {t}\.$"):
+            process.levels_between([3.0, t])
 
 
 # ------------------------------------------------------------------------------------------------------------ accuracy

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import copyreg
 import importlib.metadata
-import warnings
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
 from ...from_scheduler import check_scheduler
+from ...showing import warn
 from .call_counts import left
 from .coefficient_cache import KEPT, Cache
 from .supported import SUPPORTED, SWITCH, own, resolve, unknown
@@ -157,7 +157,7 @@ def fuse(scheduler: Any) -> Any:
     _warn_unknown([base])
     for name in _methods(base):
         if name in scheduler.__dict__:
-            warnings.warn(f"the scheduler has a {name} of its own: fastdiff leaves it alone.", stacklevel=2)
+            warn(f"the scheduler has a {name} of its own: fastdiff leaves it alone.")
     cls = type(scheduler)
     scheduler.__class__ = _fused_class(cls, _fused_methods(cls, base))
     return scheduler
@@ -225,7 +225,7 @@ def _install(base: type) -> None:
     for name in _methods(base):
         found = base.__dict__.get(name)
         if hasattr(found, "__wrapped__") or not _from_diffusers(found):
-            warnings.warn(f"{base.__name__}.{name} is not diffusers' own: fastdiff leaves it alone.", stacklevel=4)
+            warn(f"{base.__name__}.{name} is not diffusers' own: fastdiff leaves it alone.")
             continue
         replaced = _replacement(base, name, found, True)
         _enable(replaced, True)
@@ -245,8 +245,7 @@ def _restore() -> None:
 def _warn_unknown(bases: list[type]) -> None:
     reasons = [reason for base in bases for name in SUPPORTED[base.__name__] if (reason := unknown(base, name))]
     if reasons:
-        warnings.warn(
+        warn(
             f"diffusers {importlib.metadata.version('diffusers')}: {'; '.join(dict.fromkeys(reasons))}. "
-            f"What needs it is left as it is.",
-            stacklevel=3,
+            f"What needs it is left as it is."
         )
