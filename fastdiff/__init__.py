@@ -3,10 +3,13 @@
 import importlib
 from types import ModuleType
 
-from . import losses, ops, samplers, timesteps, weighting
+from . import losses, ops, pairing, samplers, timesteps, uncertainty, weighting
 from .backends import use_backend
-from .functional import diffusion_loss, q_sample
+from .functional import diffusion_loss, pyramid_noise, q_sample
 from .likelihood import log_likelihood, to_bits_per_dim
+from .losses.bits_per_dim import BitsPerDim, bits_per_dim
+from .losses.resampling import LossSecondMoment
+from .losses.vlb import VariationalBound
 from .noised import Noised
 from .objective import Objective
 from .prediction import Prediction
@@ -19,10 +22,12 @@ from .weighting import (
     CosMap,
     Debiased,
     EDMWeighting,
+    Interpolated,
     InverseAlphaBar,
     Likelihood,
     MinSNR,
     PerTimestep,
+    SigmaLinear,
     SigmaSqrt,
     SoftMinSNR,
     TruncatedSNR,
@@ -38,12 +43,15 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "Bell",
+    "BitsPerDim",
     "CosMap",
     "Cosine",
     "Debiased",
     "EDMWeighting",
+    "Interpolated",
     "InverseAlphaBar",
     "Likelihood",
+    "LossSecondMoment",
     "MinSNR",
     "Noised",
     "Objective",
@@ -51,6 +59,7 @@ __all__ = [
     "Prediction",
     "Process",
     "RectifiedFlow",
+    "SigmaLinear",
     "SigmaSqrt",
     "SoftMinSNR",
     "SubVPSDE",
@@ -58,16 +67,21 @@ __all__ = [
     "TruncatedSNR",
     "Uniform",
     "VariancePreserving",
-    "to_bits_per_dim",
+    "VariationalBound",
+    "bits_per_dim",
     "diffusion_loss",
     "integrations",
     "log_likelihood",
     "losses",
     "ops",
+    "pairing",
+    "pyramid_noise",
     "q_sample",
     "sample",
     "samplers",
     "timesteps",
+    "to_bits_per_dim",
+    "uncertainty",
     "use_backend",
     "weighting",
 ]
@@ -78,7 +92,7 @@ def __getattr__(name: str) -> ModuleType:
     if name == "integrations":
         return importlib.import_module(f"{__name__}.integrations")
     where = ""
-    for module in (losses, ops, samplers, timesteps):
+    for module in (losses, ops, pairing, samplers, timesteps, uncertainty):
         if name in getattr(module, "__all__", ()) or str(getattr(vars(module).get(name), "__module__", "")).startswith(
             module.__name__
         ):

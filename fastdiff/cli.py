@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff demo``, ``fastdiff sample``, ``fastdiff bench`` and ``fastdiff doctor``."""
+"""The command line: ``fastdiff demo``, ``sample``, ``bits``, ``bench`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from . import __version__, doctor, trace
 from .bench import BenchError
 from .bench.cases import DTYPES, PRESETS
-from .demo import DemoError, run
+from .demo import DemoError, bits, run
 from .demo.settings import PROCESSES, SAMPLERS, Settings
 
 
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_sample(commands)
+    _add_bits(commands)
     _add_bench(commands)
     _add_doctor(commands)
     return parser
@@ -123,6 +124,48 @@ def _sample(options: argparse.Namespace) -> None:
         steps=options.steps,
         guidance=options.guidance,
         seed=options.seed,
+        overwrite=options.overwrite,
+        device=options.device,
+    )
+
+
+def _add_bits(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "bits",
+        help="the likelihood of a checkpoint of the demo, in bits per dimension",
+        description="The variational bound of a checkpoint of the demo over its images, in bits per dimension: its "
+        "parts, printed and plotted. For the discrete processes, such as vp-linear.",
+    )
+    parser.set_defaults(command=_bits)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="the file, or its run's folder")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="other images than those of the run")
+    parser.add_argument("--count", type=int, help="so many of the images (default: all)")
+    parser.add_argument("--draws", type=int, help="timesteps drawn for each image (default: all of them)")
+    parser.add_argument(
+        "--variance",
+        default="fixed_small",
+        choices=("fixed_small", "fixed_large"),
+        help="of the model's steps (default fixed_small)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="keep what was computed there, and go on from it")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bits.png"), metavar="FILE.png", help="the plot (default bits.png)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    _add_device(parser)
+
+
+def _bits(options: argparse.Namespace) -> None:
+    bits.show_bits(
+        options.checkpoint,
+        options.out,
+        data=options.data,
+        variance=options.variance,
+        draws=options.draws,
+        count=options.count,
+        seed=options.seed,
+        state=options.state,
         overwrite=options.overwrite,
         device=options.device,
     )

@@ -17,6 +17,7 @@ from .backends.interface import run
 from .backends.registry import remakes_noise
 from .calls import LossCall, NoiseCall, UniformCall
 from .coefficients import Coefficients, Rows, Traced, drawn
+from .element_weights import carried, has_elements
 from .losses import Loss
 from .modes import wrapping
 from .names import answers_keywords
@@ -59,9 +60,17 @@ _OTHER_NAMES = {
 def _placed(name: str, rows: Tensor | float, row_shape: torch.Size, like: Tensor) -> Tensor | float:
     """Numbers that a user gives, one a row or one for all, placed for ``like``."""
     if isinstance(rows, Tensor):
+        placed = _shape_of_rows(row_shape, like)
+        if rows.ndim == like.ndim and all(r in (1, s) for r, s in zip(rows.shape, placed)):
+            return rows.to(like.device).expand(placed)
         return place_rows(name, place_rows(name, rows.to(like.device), row_shape).expand(row_shape), like.shape)
     check_numbers(**{name: rows})
     return rows
+
+
+def _shape_of_rows(row_shape: torch.Size, like: Tensor) -> tuple[int, ...]:
+    """``row_shape`` with as many dimensions as ``like``, 1 where elements share a row."""
+    return (*row_shape, *(1,) * (like.ndim - len(row_shape)))
 
 
 def _in_dtype(row: Any, dtype: torch.dtype, like: Tensor) -> Any:
@@ -424,6 +433,8 @@ class Objective:
             reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t), or a sample with
                 mask_normalization="sample".
             weight: further weights, one a row or a number (prior preservation, learned uncertainty); may require grad.
+                Or one an element: floating point without a gradient, with as many dimensions as prediction, 1 where
+                elements share one. What divides is the sum of the mask alone: sum(w m e) / sum(m).
             mask_normalization: divide by the number of elements ("none"), each row by its mask's sum ("row"; a row with
                 nothing in its mask is left out of the mean), each sample by its mask's sum ("sample"; with a time a
                 frame or token, where a row is one of them), or all by the mask's sum ("global").
@@ -509,7 +520,11 @@ class Objective:
         mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction, y)
         # Noise that is made again counts as what it was made for.
         dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) or n is None else x0, y)
-        if weight is not None:
+        by_sample, rows_of = mask_normalization == "sample", _shape_of_rows(row_shape, prediction)
+        if isinstance(weight, Tensor) and has_elements(weight, rows_of):
+            mask, factor = carried(weight, mask, mask_normalization, reduction, rows_of, prediction, dtype)
+            own_weight, mask_normalization = as_tensor(own_weight) * factor, "none"
+        elif weight is not None:
             own_weight = as_tensor(own_weight) * _placed("weight", weight, row_shape, prediction)
         if r is not None and y is None:
             raise ValueError("r is the factor of y in the target: pass y, a tensor shaped as prediction, too.")
@@ -533,7 +548,11 @@ class Objective:
                 reduction,
             )  # fmt: skip
         )
-        return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result
+        if reduction != "none":
+            return result
+        if not by_sample:
+            return result.reshape(row_shape)
+        return result if mask_normalization == "sample" else result.flatten(1).mean(1)
 
     def _rows_of_loss(self, rows: Rows) -> tuple[Any, ...]:
         """(p, q, scale, weight, c), None for what this objective does not use."""

@@ -25,6 +25,7 @@ class Stream:
     TIMESTEP = 3  # the uniform behind t
     INITIAL = 4  # where sampling starts
     PROBE = 5  # the probes of a likelihood's trace
+    PYRAMID = 6  # the coarse levels of multi-resolution noise
     STEP = 16  # + the index of the sampling step
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from . import prediction as kinds
 from .names import find
-from .numeric import check_fields
+from .numeric import check_fields, check_numbers
 from .prediction import Prediction
 from .process import Levels, as_float64, check_by
 from .showing import brief, brief_fields
-from .tensors import gather_rows, value_checks_are_free
+from .tensors import cached, gather_rows, value_checks_are_free
 
 # A level of exactly 0 is replaced by these two, and the limit read off the two weights. They are far below any real
 # level, and their powers up to the sixth stay within float64.
@@ -63,7 +63,8 @@ class MinSNR(Weighting):
     """min(S, gamma) on the error of x0: min(S, gamma) / S for epsilon, / (S + 1) for v (Hang et al. 2023).
 
     ``form`` names what else goes under this name for v_prediction: "plus_one" is min(S, gamma) / S + 1 (several
-    diffusers scripts), "shifted" min(S + 1, gamma) / (S + 1). Other predictions are the same in every form.
+    diffusers scripts), "shifted" min(S + 1, gamma) / (S + 1), "epsilon" min(gamma / S, 1), the weight of epsilon's
+    error. Other predictions are the same in every form.
     """
 
     gamma: float = 5.0
@@ -72,7 +73,7 @@ class MinSNR(Weighting):
     def __post_init__(self):
         super().__post_init__()
         _positive("gamma", self.gamma)
-        _one_of("form", self.form, ("paper", "plus_one", "shifted"))
+        _one_of("form", self.form, ("paper", "plus_one", "shifted", "epsilon"))
 
     def unused(self, prediction: Prediction, error_space: Prediction) -> str | None:
         """A sentence for a warning if a setting of the weighting has no effect on an objective of these kinds;
@@ -96,6 +97,8 @@ class MinSNR(Weighting):
             return snr.clamp(max=self.gamma)
         if self.form == "plus_one":
             return snr.clamp(max=self.gamma) / snr + 1
+        if self.form == "epsilon":
+            return (self.gamma / snr).clamp(max=1)
         return (snr + 1).clamp(max=self.gamma) / (snr + 1)
 
 
@@ -220,6 +223,21 @@ class CosMap(Weighting):
 
 
 @dataclass(frozen=True)
+class SigmaLinear(Weighting):
+    """1 + slope sigma on the prediction's own error: NeMo's for flows, with the flow's shift as the slope."""
+
+    slope: float = 3.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.slope < math.inf:
+            raise ValueError(f"slope must be a number of at least 0; got {self.slope!r}.")
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        return 1 + self.slope * levels.sigma
+
+
+@dataclass(frozen=True)
 class Bell(Weighting):
     """A bell ("bsmntw") with mean 1: y = exp(-2 (s - 1/2)^2) less its least, exp(-1/2), over the mean of that.
 
@@ -250,7 +268,7 @@ class Bell(Weighting):
 @dataclass(frozen=True, eq=False)
 class PerTimestep(Weighting):
     """A table of one weight per timestep of a discrete process, on the prediction's own error. It is copied: what is
-    written into it later changes nothing."""
+    written into it later changes nothing. For continuous processes there is ``Interpolated``."""
 
     table: Tensor
     __repr__ = brief_fields
@@ -267,6 +285,47 @@ class PerTimestep(Weighting):
         if len(self.table) != steps:
             raise ValueError(f"PerTimestep has {len(self.table)} weights, but {levels.process!r} has {steps} steps.")
         return gather_rows(self.table.to(levels.t.device).unsqueeze(-1), levels.t).squeeze(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Interpolated(Weighting):
+    """Weights [K], K >= 2, at equally spaced places in [0, 1], the first at 0 and the last at 1, and straight lines
+    between them; on the prediction's own error. The table is copied: what is written into it later changes nothing.
+
+    ``by="fraction"``: a place is the time as a fraction of the process, 0 for clean data; ``by="sigma"``: the noise
+    level, in [0, 1], as trainers of shifted flows have it.
+    """
+
+    table: Tensor
+    by: str = "fraction"
+    __repr__ = brief_fields
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_by(self.by)
+        table = as_float64(self.table).detach().clone()
+        if table.ndim != 1 or len(table) < 2:
+            raise ValueError(
+                f"Interpolated needs a 1-D table of at least two weights, at 0 and at 1; got shape "
+                f"{tuple(table.shape)}."
+            )
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "_tables", {})  # of each device
+
+    def formula(self, levels: Levels, prediction: Prediction) -> Tensor:
+        if levels.process.t_is_sigma:
+            raise ValueError(f"Interpolated needs a time or a sigma in [0, 1]; got {levels.process!r}.")
+        device, wide = levels.alpha.device, levels.alpha.dtype
+        table = cached(self._tables, device, lambda: self.table.to(device, wide))
+        return interpolate(table, levels.measured(self.by))
+
+
+def interpolate(table: Tensor, place: Tensor) -> Tensor:
+    """The entries [K] of a table, K >= 2, which stand at equally spaced places from 0 to 1, with straight lines between
+    them: at float64 places in [0, 1] of any shape. The shape of ``place``; differentiable in both."""
+    at = place * (len(table) - 1)
+    below = at.detach().floor().long().clamp(0, len(table) - 2)
+    return torch.lerp(table[below].to(at.dtype), table[below + 1].to(at.dtype), at - below)
 
 
 @dataclass(frozen=True)
@@ -300,6 +359,7 @@ _NAMES = {
     "inverse_alpha_bar": InverseAlphaBar,
     "edm": EDMWeighting,
     "sigma_sqrt": SigmaSqrt,
+    "sigma_linear": SigmaLinear,
     "cosmap": CosMap,
     "bell": Bell,
     "likelihood": Likelihood,
@@ -314,13 +374,42 @@ def get(weighting: WeightingLike) -> Weighting | Callable[[Levels], Tensor]:
     if isinstance(weighting, str):
         return find("weighting", weighting, _NAMES, {"none": "uniform", "bsmntw": "bell"}, "an object")()
     if isinstance(weighting, Tensor):
-        raise TypeError(f"weighting is a {brief(weighting)}: a table of one weight a timestep is PerTimestep(table).")
+        raise TypeError(
+            f"weighting is a {brief(weighting)}: a table of one weight a timestep is PerTimestep(table); one over the "
+            f"times of a continuous process Interpolated(table)."
+        )
     if isinstance(weighting, type) or not (isinstance(weighting, Weighting) or callable(weighting)):
         raise TypeError(
             f"weighting must be None, a name, a fastdiff weighting such as MinSNR(5.0) or a callable of the levels; "
             f"got {brief(weighting)}."
         )
     return weighting
+
+
+def adaptive(errors: Tensor, c: float = 0.01, p: float = 1.0) -> Tensor:
+    """1 / sg(S + c)^p, sg being stop-gradient: adaptive weights of errors S, one a row (Geng et al. 2025, MeanFlow).
+
+    MeanFlow's S is the *sum* of a row's squared errors, while ``reduction="none"`` gives their mean: multiply it by the
+    elements of a row, or c means something else::
+
+        rows = objective.loss(output, noised, reduction="none") * output[0].numel()
+        loss = (fastdiff.weighting.adaptive(rows) * rows).mean()
+
+    Args:
+        errors: floating point, of any shape, at least 0.
+        c: what is added, > 0: the weight of a row without error is c^-p.
+        p: how much of an error's size is taken away: 0 nothing, 1/2 gives about its root, 1 counts all rows alike.
+
+    Returns the weights, shaped and typed as errors, without a gradient. Raises ValueError for unfit c and p, TypeError
+    for integer errors.
+    """
+    check_numbers(c=c, p=p)
+    _positive("c", c)
+    if not isinstance(errors, Tensor) or not errors.is_floating_point():
+        raise TypeError(f"errors must be a floating-point tensor, one a row; got {brief(errors)}.")
+    if not 0 <= p < math.inf:
+        raise ValueError(f"p must be a number of at least 0; got {p!r}.")
+    return ((as_float64(errors.detach()) + c) ** -p).to(errors.dtype)
 
 
 def check(weighting: Weighting | Callable[[Levels], Tensor], levels: Levels) -> None:
@@ -387,7 +476,9 @@ def _at_least(tiny: float, weighting: Weighting | Callable, levels: Levels, pred
 
 def _discrete_steps(weighting: Weighting, levels: Levels) -> int:
     if not levels.process.discrete:
-        raise ValueError(f"{type(weighting).__name__} needs a discrete process; got {levels.process!r}.")
+        raise ValueError(
+            f"{type(weighting).__name__} needs a discrete process; got {levels.process!r}: use Interpolated(table)."
+        )
     return levels.process.steps
 
 

@@ -448,7 +448,8 @@ def weight_uniform(kind, alpha, sigma):
 def weight_min_snr(kind, alpha, sigma, gamma=5.0, form="paper", sigma_data=0.5):
     """MinSNR section 3.4: w = min(SNR, gamma) on x0; on epsilon divided by SNR, on v by SNR + 1.
 
-    The two other forms met for v: "plus_one" min(SNR, gamma)/SNR + 1, "shifted" min(SNR + 1, gamma)/(SNR + 1).
+    The other forms met for v: "plus_one" min(SNR, gamma)/SNR + 1, "shifted" min(SNR + 1, gamma)/(SNR + 1), "epsilon"
+    min(gamma/SNR, 1).
     """
     g, d = LD(gamma), LD(sigma_data)
 
@@ -458,6 +459,8 @@ def weight_min_snr(kind, alpha, sigma, gamma=5.0, form="paper", sigma_data=0.5):
             return LD(2) if r == 0 else LD(1) if np.isinf(r) else min(r, g) / r + 1
         if kind == "v_prediction" and form == "shifted":
             return LD(0) if np.isinf(r) else min(r + 1, g) / (r + 1)
+        if kind == "v_prediction" and form == "epsilon":
+            return LD(1) if r <= g else g / r
         if r == 0:
             return {"epsilon": LD(1), "score": s**2}.get(kind, LD(0))
         if np.isinf(r):
@@ -591,6 +594,26 @@ def weight_sigma_sqrt(kind, alpha, sigma):
 def weight_cosmap(kind, alpha, sigma):
     """SD3 section 3.1, "CosMap" density: 2/(pi - 2 pi s + 2 pi s^2)."""
     return _rows(lambda a, s: 2 / (PI * (1 - 2 * s + 2 * s**2)), alpha, sigma)
+
+
+def weight_sigma_linear(kind, alpha, sigma, slope=3.0):
+    """NeMo's flow trainer: 1 + shift sigma."""
+    return _rows(lambda a, s: 1 + LD(slope) * s, alpha, sigma)
+
+
+def weight_interpolated(table, place):
+    """Straight lines through table[k] at k / (K - 1)."""
+    table, found = ld(table), []
+    for s in ld(place).flat:
+        k = min(int(s * (len(table) - 1)), len(table) - 2)
+        left, right = LD(k) / (len(table) - 1), LD(k + 1) / (len(table) - 1)
+        found.append((table[k] * (right - s) + table[k + 1] * (s - left)) / (right - left))
+    return np.array(found).reshape(np.shape(place))
+
+
+def adaptive_weights(errors, c, p):
+    """MeanFlow: w = 1 / (S + c)^p."""
+    return 1 / (ld(errors) + LD(c)) ** LD(p)
 
 
 def weight_bell(steps: int) -> np.ndarray:

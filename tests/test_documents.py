@@ -250,12 +250,21 @@ def test_migrating(schedulers, monkeypatch):
     )
 
 
+def test_the_bound_of_the_document():
+    x0 = torch.rand(4, 1, 8, 8) * 2 - 1
+    layer = torch.nn.Conv2d(1, 2, 3, padding=1)
+    (names,) = run_blocks("docs/likelihood.md", {"The variational bound": {"x0": x0, "network": lambda x, t: layer(x)}})
+    assert names["losses"].shape == (4,) and layer.weight.grad.isfinite().all() and layer.weight.grad[1].any()
+    assert int(names["resampler"].state_dict()["counts"].sum()) == 4
+
+
 def test_every_block_is_one_that_runs():
     """In a document that has a test above, or none."""
     found = {document: sum(1 for _ in blocks(document)) for document in DOCUMENTS}
     assert {name: number for name, number in found.items() if number} == {
         "README.md": 2,
         "docs/diffusers.md": 1,
+        "docs/likelihood.md": 1,
         "docs/migrating.md": 11,
         "docs/moments.md": 9,
     }

@@ -16,11 +16,11 @@ FLOORS = [
     "codes extension names showing files modes tensors philox numeric calls program sigma_schedules torch_access "
     "torch_randn",
     "backends.",
-    "process prediction weighting losses timesteps tabulated from_scheduler",
+    "process prediction weighting losses losses.error_functions timesteps tabulated from_scheduler",
     "ops.",
     "constancy coefficients",
     "samplers. sampling.",
-    "noised explaining objective functional likelihood",
+    "noised uncertainty explaining element_weights objective functional pairing likelihood losses.",
     "integrations.",
     "trace doctor demo. bench. cli __main__",
 ]
@@ -114,7 +114,10 @@ def test_the_design_names_the_files_of_each_floor():
     rows = document.read_text().partition("| Floor | Files |")[2].splitlines()[2:]
     named = []
     for line in itertools.takewhile(lambda line: line.startswith("|"), rows):
-        named.append({name.removesuffix(".py").rstrip("/") for name in re.findall(r"`([^`]+)`", line.split("|")[2])})
+        files = re.findall(r"`([^`]+)`", line.split("|")[2])
+        named.append(
+            {file.removesuffix(".py").removesuffix("__init__").rstrip("/").replace("/", ".") for file in files}
+        )
     inside = {name.name for name in (PACKAGE / "backends").iterdir() if name.is_dir()}
     named = [names - inside for names in named]
     assert named == [{name.rstrip(".") for name in floor.split()} for floor in reversed(FLOORS)]

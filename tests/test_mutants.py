@@ -10,6 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parent / "mutants"
 ROOT = FOLDER.parent.parent
+ERRORS = "fastdiff/losses/error_functions.py"
 if not (ROOT / "fastdiff").is_dir():
     pytest.skip("without the sources", allow_module_level=True)
 
@@ -74,7 +75,7 @@ def test_other_lines_stay_where_they_were(tool):
 
 
 def test_a_seed_draws_the_same_faults_and_another_others(tool):
-    files = ["fastdiff/losses.py", "fastdiff/timesteps.py"]
+    files = [ERRORS, "fastdiff/timesteps.py"]
     first, again, other = ([m.key for m in tool.draw("mathematics", files, 30, seed)] for seed in (1, 1, 2))
     assert first == again != other and len(first) == 30
     assert {key[0] for key in first} == set(files)
@@ -89,7 +90,7 @@ def test_every_source_file_has_tests_to_ask(tool):
 
 def test_what_is_run_at_import_is_asked_of_the_whole_table(tool, tmp_path):
     """A test that is the first to import a file runs all that stands outside of functions; it does not ask for it."""
-    source = (ROOT / "fastdiff" / "losses.py").read_text().splitlines()
+    source = (ROOT / ERRORS).read_text().splitlines()
     head, body = (
         source.index(line) + 1
         for line in (
@@ -101,16 +102,19 @@ def test_what_is_run_at_import_is_asked_of_the_whole_table(tool, tmp_path):
     assert inside and not tool.choosing._in_a_function("\n".join(source), head)
     one, other = "tests/test_documents.py::test_first", "tests/ops/test_loss.py::test_b"
     lines = {str(head): [one], str(body + 2): [one, other]}
-    (tmp_path / "lines.json").write_text(json.dumps({"fastdiff/losses.py": lines}))
+    (tmp_path / "lines.json").write_text(json.dumps({ERRORS: lines}))
     (tmp_path / "costs.json").write_text(json.dumps({one: 3.0}))
-    for name in ("test_documents", *(Path(file).stem for file in tool.choosing.files_for(ROOT, "fastdiff/losses.py"))):
+    for name in (
+        "test_documents",
+        *(Path(file).stem for file in tool.choosing.files_for(ROOT, ERRORS)),
+    ):
         (tmp_path / f"data.{name}").touch()
     recorded = tool.choosing.Recorded(ROOT, tmp_path)
 
     def asked(line):
-        return recorded.functions_for(ROOT, "fastdiff/losses.py", range(line, line + 1))
+        return recorded.functions_for(ROOT, ERRORS, range(line, line + 1))
 
-    table = tool.choosing.files_for(ROOT, "fastdiff/losses.py")
+    table = tool.choosing.files_for(ROOT, ERRORS)
     assert asked(head) == table | {"tests/test_documents.py": {"test_first": 3.0}}
     found = {"tests/ops/test_loss.py": {"test_b": 0.0}, "tests/test_documents.py": {"test_first": 3.0}}
     assert asked(body + 2) == found and list(asked(body + 2)) == list(found)  # the table's first

@@ -122,6 +122,7 @@ WEIGHTINGS = {
     "inverse_alpha_bar": ("InverseAlphaBar", *AT_VP, lambda k, a, s: oracle.weight_inverse_alpha_bar(k, a, s)),
     "edm": ("EDMWeighting", *AT_VP, lambda k, a, s: oracle.weight_edm(k, a, s, sigma_data=0.5)),
     "sigma_sqrt": ("SigmaSqrt", *AT_VP, lambda k, a, s: oracle.weight_sigma_sqrt(k, a, s)),
+    "sigma_linear": ("SigmaLinear", *AT_VP, lambda k, a, s: oracle.weight_sigma_linear(k, a, s, slope=3.0)),
     "cosmap": ("CosMap", *AT_VP, lambda k, a, s: oracle.weight_cosmap(k, a, s)),
     "bell": ("Bell", *AT_VP, lambda k, a, s: oracle.weight_bell(1000)[AT_VP[1]]),
     "likelihood": (
@@ -302,20 +303,28 @@ def test_every_name_is_asked():
     assert set(SAMPLERS) == set(samplers.NAMES)
     assert set(WEIGHTINGS) == set(weighting._NAMES)
     assert set(DENSITIES) == set(timesteps._NAMES)
-    assert set(LOSSES) == set(losses._NAMES)
+    assert set(LOSSES) == set(losses.error_functions._NAMES)
     assert set(KINDS) == set(prediction._KINDS)
     asked = {name.split()[0] for name in PROCESSES} | {exported for exported, *_ in WEIGHTINGS.values()}
     rest = {
+        "BitsPerDim",
+        "LossSecondMoment",
+        "Interpolated",
         "Noised",
         "Objective",
         "PerTimestep",
         "Prediction",
         "Process",
-        "to_bits_per_dim",
+        "VariationalBound",
+        "bits_per_dim",
         "diffusion_loss",
         "log_likelihood",
+        "pairing",
+        "pyramid_noise",
         "q_sample",
         "sample",
+        "to_bits_per_dim",
+        "uncertainty",
     }
     modules = {"integrations", "losses", "ops", "samplers", "timesteps", "use_backend", "weighting"}
     assert asked | rest | modules == set(fastdiff.__all__)
@@ -325,7 +334,9 @@ def test_every_name_is_asked():
         assert set(SAMPLERS) <= listed
 
 
-@pytest.mark.parametrize("module", [samplers, weighting, timesteps, losses], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [samplers, weighting, timesteps, losses.error_functions], ids=lambda module: module.__name__
+)
 def test_what_a_name_stands_for_cannot_be_changed(module):
     for name, made in (samplers.NAMES if module is samplers else module._NAMES).items():
         made = getattr(made, "func", made)

@@ -347,10 +347,11 @@ def test_names_tell_the_min_snr_forms_apart():
     levels = fastdiff.VariancePreserving().levels(torch.tensor([100]))
     forms = [
         weighting.evaluate(fastdiff.MinSNR(5.0, form), levels, "v_prediction").item()
-        for form in ("paper", "plus_one", "shifted")
+        for form in ("paper", "plus_one", "shifted", "epsilon")
     ]
     snr = levels.snr.item()
-    assert forms == pytest.approx([min(snr, 5) / (snr + 1), min(snr, 5) / snr + 1, min(snr + 1, 5) / (snr + 1)])
+    right = [min(snr, 5) / (snr + 1), min(snr, 5) / snr + 1, min(snr + 1, 5) / (snr + 1), min(5 / snr, 1)]
+    assert forms == pytest.approx(right)
 
 
 @pytest.mark.parametrize("name", ["noise_offset", "input_perturbation"])

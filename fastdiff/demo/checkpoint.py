@@ -63,6 +63,15 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     write_atomically(path, lambda file: torch.save(contents, file))
 
 
+def find(path: Path) -> Checkpoint:
+    """``load`` the file, or that of the run whose folder is named."""
+    if path.is_dir():
+        if not (path / "checkpoint.pt").exists():
+            raise DemoError(f"{path} holds no checkpoint.pt: name the folder of a run of fastdiff demo, or the file.")
+        path /= "checkpoint.pt"
+    return load(path)
+
+
 def load(path: Path) -> Checkpoint:
     """Read onto the CPU. Raises DemoError for a file that is missing, truncated, corrupt or something else."""
     if not path.is_file():

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdiff import Process
 
 from ..files import write_atomically
+from ..losses.bits_per_dim import BitsPerDim
 from .training import LN_SIGMA_RANGE
 
 CELL = 0.55  # inches an image takes
@@ -48,6 +49,25 @@ def loss_plot(path: Path, losses: Tensor, time_loss: Tensor, process: Process, t
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
         # Below the axes, where no curve can be.
         axes.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    _write(figure, path)
+
+
+def bits_plot(path: Path, found: BitsPerDim, title: str) -> None:
+    """The terms of the bound by timestep, and their sum from the noisiest on."""
+    figure = _figure(10, 4.2)
+    figure.suptitle(_plain(title), fontsize=11)
+    terms, total = figure.subplots(1, 2)
+    seen = ~found.terms.isnan()
+    times = torch.arange(len(seen))[seen]
+    terms.plot(times, found.terms[seen], color=COLOURS[0], linewidth=0.8, marker="." if len(times) < 50 else None)
+    terms.set(xlabel="timestep t", ylabel="bits per dimension", title="Each term L_t")
+    if float(found.terms[seen].min()) > 0:
+        terms.set_yscale("log")
+    sums = found.prior + found.terms.nan_to_num(0.0).flip(0).cumsum(0).flip(0)
+    total.plot(torch.arange(len(sums)), sums, color=COLOURS[-1])
+    total.set(xlabel="timestep t", ylabel="bits per dimension", title="L_T and the terms from T down to t")
+    for axes in (terms, total):
+        axes.grid(alpha=0.3, which="both", linewidth=0.5)
     _write(figure, path)
 
 

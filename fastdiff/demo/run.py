@@ -127,11 +127,7 @@ def draw_samples(
         raise DemoError(f"{out} exists: choose another --out, or pass --overwrite.")
     if steps is not None and steps < 1:
         raise DemoError(f"--steps must be at least 1; got {steps}.")
-    if path.is_dir():
-        if not (path / "checkpoint.pt").exists():
-            raise DemoError(f"{path} holds no checkpoint.pt: name the folder of a run of fastdiff demo, or the file.")
-        path /= "checkpoint.pt"
-    saved = checkpoint.load(path)
+    saved = checkpoint.find(path)
     names = saved.data["class_names"]
     if classes is not None:
         labels = [_class_index(name, names) for name in classes]

@@ -200,7 +200,8 @@ def text_to_image(
         scheduler: one with ``alphas_cumprod``.
         prediction_type: "epsilon", "v_prediction" or "sample"; None: the scheduler's.
         snr_gamma, snr_form: min-SNR weights: "paper" min(S, g)/S for epsilon, /(S + 1) for v, as this script has it;
-            "plus_one" min(S, g)/S + 1 for v, as some others have it; "shifted" min(S + 1, g)/(S + 1) for v.
+            "plus_one" min(S, g)/S + 1 for v, as some others have it; "shifted" min(S + 1, g)/(S + 1) for v; "epsilon"
+            min(g/S, 1) for v.
         noise_offset, input_perturbation: as the options of that name.
         loss: another error than MSE; ``losses.PseudoHuber(c, form="scaled", schedule="snr")`` is scheduled Huber's.
         own_noise: see the module.

@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -490,6 +491,86 @@ class TestDoctor:
         assert done.stderr.strip().endswith('run  pip install "fastdiff[demo]"')
 
 
+class TestBits:
+    QUICK = ("--draws", "2", "--count", "20", "--device", "cpu")
+
+    def test_prints_and_plots_the_parts(self, finished, tmp_path, capsys):
+        out, state = tmp_path / "of" / "bits.png", tmp_path / "state.pt"
+        command = ["bits", "--checkpoint", str(finished), *self.QUICK, "--out", str(out), "--state", str(state)]
+        assert main(command) == 0
+        check_png(out)
+        printed = capsys.readouterr().out
+        lines = [" ".join(line.split()) for line in printed.splitlines()]
+        first = re.fullmatch(r"([0-9.]+) bits per dimension, \+- ([0-9.]+) \(standard error\), of 20 images", lines[0])
+        parts = [line.rsplit(" ", 1) for line in lines[1:-1]]
+        names = [name for name, _ in parts]
+        assert names[0] == "L_0, the likelihood of the data" and names[1:3] == ["L_1", "L_2 to L_3"]
+        assert names[-2:] == ["L_512 to L_999", "L_T, the prior"] and len(names) == 12
+        assert lines[-1] == f"the terms by timestep: {out}"
+        kept = torch.load(state)["sums"]
+        assert float(first[1]) == pytest.approx(kept["total"] / 20, abs=1e-4) and float(first[2]) > 0
+        assert main([*command, "--overwrite"]) == 0  # from its state
+        assert capsys.readouterr().out == printed
+
+    def test_is_the_bound_of_the_averaged_weights_over_the_digits(self, finished, tmp_path, monkeypatch):
+        from fastdiff.demo import bits, checkpoint, data
+
+        saved = checkpoint.find(finished)
+        found = bits.show_bits(finished, tmp_path / "a.png", draws=3, count=30, seed=5, device="cpu")
+        images = data.digits()
+        want = fastdiff.bits_per_dim(
+            saved.ema_network(torch.device("cpu")), [(images.images[:30], images.labels[:30])],
+            fastdiff.VariancePreserving("linear"), "epsilon", bins=17, draws=3, seed=5, progress=False,
+        )  # fmt: skip
+        assert found.total == pytest.approx(want.total, rel=1e-6) and found.samples == 30
+        torch.testing.assert_close(found.terms, want.terms, equal_nan=True)
+
+    @pytest.mark.parametrize(
+        ("option", "name", "value"),
+        [
+            ("--count 7", "count", 7),
+            ("--draws 4", "draws", 4),
+            ("--variance fixed_large", "variance", "fixed_large"),
+            ("--seed 3", "seed", 3),
+            ("--device cpu:0", "device", "cpu:0"),
+            ("--overwrite", "overwrite", True),
+            ("--data images", "data", Path("images")),
+            ("--state kept.pt", "state", Path("kept.pt")),
+            ("--out other.png", "out", Path("other.png")),
+        ],
+    )
+    def test_options(self, option, name, value, monkeypatch):
+        from fastdiff.demo import bits
+
+        given = []
+        monkeypatch.setattr(bits, "show_bits", lambda path, out, **named: given.append({"out": out} | named))
+        assert main(["bits", "--checkpoint", "x"]) == 0
+        assert main(["bits", "--checkpoint", "x", *option.split()]) == 0
+        assert given[1][name] == value != given[0][name]
+        assert {k: v for k, v in given[1].items() if k != name} == {k: v for k, v in given[0].items() if k != name}
+        assert options_of("bits") == {"--checkpoint", "--data", "--count", "--draws", "--variance", "--seed", "--state",
+                                      "--out", "--overwrite", "--device"}  # fmt: skip
+
+    def test_refusals(self, finished, tmp_path, capsys):
+        bits = ("bits", "--checkpoint", finished, *self.QUICK)
+        assert "must name a .png" in refused(capsys, *bits, "--out", tmp_path / "x.jpg")
+        (tmp_path / "x.png").touch()
+        assert "--overwrite" in refused(capsys, *bits, "--out", tmp_path / "x.png")
+        out = ("--out", tmp_path / "y.png")
+        assert "--count must be at least 1" in refused(capsys, *bits, *out, "--count", "0")
+        assert "--draws must be at least 1" in refused(capsys, *bits, *out, "--draws", "0")
+        assert "no checkpoint.pt" in refused(capsys, "bits", "--checkpoint", tmp_path, *out)
+        main(["bits", "--checkpoint", str(finished), *self.QUICK, "--state", str(tmp_path / "s.pt"), "--out",
+              str(tmp_path / "z.png")])  # fmt: skip
+        said = refused(capsys, *bits, *out, "--state", tmp_path / "s.pt", "--seed", "1")
+        assert "seed=0" in said
+
+    def test_a_continuous_process_is_refused(self, tmp_path, capsys):
+        run = tmp_path / "flow"
+        assert main(["demo", *TINY, "--steps", "1", "--process", "flow", "--out", str(run)]) == 0
+        assert "probability-flow" in refused(capsys, "bits", "--checkpoint", run, "--out", tmp_path / "y.png")
+
+
 # What stands for the value of an option in the help, where it is not its own name.
 VALUES = {
     "demo": {
@@ -501,6 +582,7 @@ VALUES = {
         **{"--preset": "NAME", "--dtype": "A,B,...", "--against": "A,B,...", "--nproc": "N", "--out": "DIR"},
         "--compare": ("A.json", "B.json"),
     },
+    "bits": {"--checkpoint": "PATH", "--data": "DIR", "--state": "FILE", "--out": "FILE.png"},
     "doctor": {"--trace": "SCRIPT"},
 }
 SAY_THEMSELVES = {"--guidance", "--seed", "--out"}  # of ``fastdiff sample``

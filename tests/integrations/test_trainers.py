@@ -122,6 +122,20 @@ def test_accelerate_in_two_processes(accelerate_train, tmp_path):
     np.testing.assert_allclose(json.loads((tmp_path / "losses.json").read_text()), alone, rtol=1e-5)
 
 
+# -------------------------------------------------------------------------------------------------------- uncertainty
+
+
+def test_the_uncertainty_that_the_example_learns():
+    """u nears ln of the error of its noise level, which lies between -0.1 and -0.9. u moves with the noise of training:
+    0.25 is a third of that range."""
+    pytest.importorskip("sklearn")
+    found = example("edm2_uncertainty").main(["--quick"])
+    sigma, error, u = np.array(found).T
+    assert np.ptp(error) > 0.4 and sigma[0] < 0.05 and sigma[-1] > 5
+    np.testing.assert_allclose(u, error, rtol=0, atol=0.25)
+    assert np.corrcoef(u, error)[0, 1] > 0.8
+
+
 # --------------------------------------------------------------------------------------------------------- Lightning
 
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from known import make_levels
 from oracle import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import weighting
@@ -63,6 +64,10 @@ WEIGHTINGS = {
         lambda: weighting.MinSNR(5.0, form="shifted"),
         lambda k, a, s, d: oracle.weight_min_snr(k, a, s, form="shifted", sigma_data=d),
     ),
+    "min_snr epsilon": (
+        lambda: weighting.MinSNR(5.0, form="epsilon"),
+        lambda k, a, s, d: oracle.weight_min_snr(k, a, s, form="epsilon", sigma_data=d),
+    ),
     "soft_min_snr": (
         lambda: weighting.SoftMinSNR(4.0),
         lambda k, a, s, d: oracle.weight_soft_min_snr(k, a, s, gamma=4.0, sigma_data=d),
@@ -93,6 +98,11 @@ WEIGHTINGS = {
         lambda k, a, s, d: oracle.weight_edm(k, a, s, sigma_data=0.3, prediction_sigma_data=d),
     ),
     "sigma_sqrt": (lambda: weighting.SigmaSqrt(), lambda k, a, s, d: oracle.weight_sigma_sqrt(k, a, s)),
+    "sigma_linear": (lambda: weighting.SigmaLinear(), lambda k, a, s, d: oracle.weight_sigma_linear(k, a, s)),
+    "sigma_linear 0.7": (
+        lambda: weighting.SigmaLinear(0.7),
+        lambda k, a, s, d: oracle.weight_sigma_linear(k, a, s, 0.7),
+    ),
     "cosmap": (lambda: weighting.CosMap(), lambda k, a, s, d: oracle.weight_cosmap(k, a, s)),
 }
 
@@ -126,7 +136,9 @@ def test_weighting_over_36_decades_of_snr(which, log_snr, kind):
 
 
 @given(
-    gamma=st.floats(0.01, 100.0), log_snr=st.floats(-6.0, 6.0), form=st.sampled_from(["paper", "plus_one", "shifted"])
+    gamma=st.floats(0.01, 100.0),
+    log_snr=st.floats(-6.0, 6.0),
+    form=st.sampled_from(["paper", "plus_one", "shifted", "epsilon"]),
 )
 @PROFILE
 def test_min_snr_parameters(gamma, log_snr, form):
@@ -168,6 +180,105 @@ def test_per_timestep():
         assert_close(
             evaluate(weighting.PerTimestep(given_table), levels, "v_prediction"), table.numpy()[INDICES], rel=0
         )
+
+
+TABLE = [3.0, 0.5, 0.0, 2.0, 7.0, 1.0]
+
+
+@pytest.mark.parametrize("by", ["fraction", "sigma"])
+@pytest.mark.parametrize("name", ["flow", "vpsde", "vp"])
+def test_a_table_over_the_times(name, by):
+    """Entries at 0, 0.2, 0.4, ... of the time, or of sigma; straight lines between. The places are exact inputs."""
+    process, t = PROCESSES[name]
+    levels = make_levels(process, t)
+    place = levels.sigma if by == "sigma" else levels.t.double() / (1000 if name == "vp" else 1)
+    found = evaluate(weighting.Interpolated(TABLE, by=by), levels, "epsilon")
+    # The place times 5 is rounded: 8 roundings of the largest slope, 5 * 6.
+    assert_close(found, oracle.weight_interpolated(TABLE, place.numpy()), absolute=8 * 30 * oracle.UNIT, label=name)
+
+
+def test_a_table_over_the_times_of_a_flow_by_hand():
+    flow = fastdiff.RectifiedFlow(shift=3.0)
+    levels = flow.levels([0.0, 0.1, 0.25, 0.5, 1.0])  # sigma 0, 0.25, 0.5, 0.75, 1
+    assert_close(evaluate(weighting.Interpolated([1.0, 2.0, 8.0]), levels, "flow"), [1.0, 1.2, 1.5, 2.0, 8.0])
+    by_sigma = weighting.Interpolated(torch.tensor([1.0, 2.0, 8.0]), by="sigma")
+    assert_close(evaluate(by_sigma, levels, "flow"), [1.0, 1.5, 2.0, 5.0, 8.0])
+    objective = fastdiff.Objective(flow, "flow", by_sigma)
+    t = torch.tensor([0.1, 0.5])
+    x0, n, m = torch.randn(3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors = ((m - (n - x0)) ** 2).mean(1).numpy()
+    assert_close(objective.loss(m, objective.noise(x0, t, n), reduction="none"), errors * [1.5, 5.0], rel=1e-7)
+
+
+def test_a_table_over_the_angle_of_trigflow():
+    levels = fastdiff.TrigFlow().levels([0.0, math.pi / 8, math.pi / 4, 0.75 * math.pi / 2, math.pi / 2])
+    # A rounding of the angle, times the slope.
+    right = [1.0, 1.5, 2.0, 5.0, 8.0]
+    assert_close(evaluate(weighting.Interpolated([1.0, 2.0, 8.0]), levels, "v_prediction"), right, rel=1e-14)
+
+
+def test_the_table_over_the_times_is_copied():
+    table = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    made = weighting.Interpolated(table)
+    table.fill_(9.0)
+    assert evaluate(made, make_levels(fastdiff.RectifiedFlow(), [0.5]), "flow").tolist() == [1.5]
+
+
+def test_the_table_over_the_times_goes_to_a_device_once():
+    """A copy waits for the device. On the meta device reading a value raises."""
+    made, copies = weighting.Interpolated([1.0, 2.0]), []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            device = kwargs.get("device")
+            if args and isinstance(args[0], torch.Tensor) and device is not None and args[0].device != device:
+                copies.append(operation)
+            return operation(*args, **kwargs)
+
+    t = torch.empty(4, device="meta")
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow", made)
+    x0 = torch.empty(4, 3, device="meta")
+    objective.loss(x0, objective.noise(x0, t))
+    with Copies():
+        noised = objective.noise(x0, t)
+        assert objective.loss(x0, noised).device.type == "meta" and noised.weight.shape == (4,)
+    assert not copies
+
+
+@pytest.mark.parametrize("c, p", [(0.01, 1.0), (1e-3, 0.5), (2.0, 0.0), (0.3, 1.7)])
+def test_adaptive_weights(c, p):
+    errors = np.array([0.0, 1e-6, 0.2, 3.0, 1e5])
+    assert_close(weighting.adaptive(torch.from_numpy(errors), c, p), oracle.adaptive_weights(errors, c, p))
+
+
+def test_adaptive_weights_of_an_objective():
+    """The loss of MeanFlow: the sum of a row's squares; its gradient takes the weight for a number."""
+    x0, n, m = torch.randn(3, 3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    noised, m = objective.noise(x0, torch.tensor([0.2, 0.5, 0.9]), n), m.requires_grad_()
+    rows = objective.loss(m, noised, reduction="none") * m[0].numel()
+    loss = (weighting.adaptive(rows, 0.05, 0.75) * rows).mean()
+    loss.backward()
+    e = oracle.ld(m.detach().numpy()) - (oracle.ld(n.numpy()) - oracle.ld(x0.numpy()))
+    w = oracle.adaptive_weights((e**2).sum((1, 2)), 0.05, 0.75)
+    assert_close(loss.detach(), (w * (e**2).sum((1, 2))).mean())
+    assert_close(m.grad, w[:, None, None] * 2 * e / 3)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ((torch.ones(2), 0.0), ValueError, "c must be positive; got 0.0"),
+        ((torch.ones(2), 0.1, -1.0), ValueError, "p must be a number of at least 0; got -1.0"),
+        ((torch.ones(2), "0.1"), TypeError, "c must be a number"),
+        ((torch.ones(2, dtype=torch.int64),), TypeError, "errors must be a floating-point tensor"),
+        ((3.0,), TypeError, "errors must be a floating-point tensor"),
+    ],
+)
+def test_adaptive_weights_that_mean_nothing(arguments, error, words):
+    with pytest.raises(error, match=words):
+        weighting.adaptive(*arguments)
 
 
 @pytest.mark.parametrize("kind", ["score", "epsilon", "sample", "v_prediction", "edm"])
@@ -216,11 +327,14 @@ def test_a_weight_on_x0_is_the_same_loss_in_every_kind(make, name):
             assert_close(evaluate(make(), levels, kind), on_x0 * k_m.numpy() ** 2, label=kind)
 
 
-def test_the_three_forms_for_v_are_told_apart():
+def test_the_forms_for_v_are_told_apart():
     levels = make_levels(fastdiff.VariancePreserving(zero_terminal_snr=True), [100, 500, 999])
-    paper, plus, shifted = (evaluate(weighting.MinSNR(5.0, form=f), levels, "v_prediction") for f in FORMS)
+    paper, plus, shifted, epsilon = (evaluate(weighting.MinSNR(5.0, form=f), levels, "v_prediction") for f in FORMS)
     assert (np.abs(paper - plus) > 0.1).all() and (np.abs(plus - shifted) > 1e-3).all()
-    assert (abs(paper[-1]) < SILENT, plus[-1], shifted[-1]) == (True, 2.0, 1.0)  # zero terminal SNR
+    assert (abs(paper[-1]) < SILENT, plus[-1], shifted[-1], epsilon[-1]) == (True, 2.0, 1.0, 1.0)  # zero terminal SNR
+    snr = levels.snr.numpy()
+    assert_close(epsilon, np.minimum(5 / np.maximum(snr, 1e-300), 1), label="min(gamma / S, 1)")
+    assert snr[0] > 5 and epsilon[0] < 1
 
 
 @pytest.mark.parametrize(
@@ -243,7 +357,7 @@ def test_limits_of_small_powers(w, at_zero, at_infinity):
     assert_close(evaluate(w, infinity, "epsilon"), [at_infinity], absolute=SILENT, label="SNR infinity")
 
 
-FORMS = ("paper", "plus_one", "shifted")
+FORMS = ("paper", "plus_one", "shifted", "epsilon")
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
@@ -311,10 +425,15 @@ def test_a_weight_beyond_float32_is_zero():
 @pytest.mark.parametrize(
     "make, parameters, words",
     [
+        (weighting.SigmaLinear, {"slope": -0.1}, "slope must be a number of at least 0; got -0.1"),
+        (weighting.SigmaLinear, {"slope": math.inf}, "slope must be a number of at least 0; got inf"),
+        (weighting.Interpolated, {"table": [1.0]}, r"at least two weights, at 0 and at 1; got shape \(1,\)"),
+        (weighting.Interpolated, {"table": [[1.0, 2.0]]}, r"needs a 1-D table .*; got shape \(1, 2\)"),
+        (weighting.Interpolated, {"table": [1.0, 2.0], "by": "t"}, "by must be 'fraction' or 'sigma'; got 't'"),
         (weighting.MinSNR, {"gamma": 0.0}, "gamma must be positive; got 0.0"),
         (weighting.MinSNR, {"gamma": -1.0}, "gamma must be positive; got -1.0"),
         (weighting.MinSNR, {"gamma": math.nan}, "gamma must be positive; got nan"),
-        (weighting.MinSNR, {"form": "v"}, "form must be one of paper, plus_one, shifted; got 'v'"),
+        (weighting.MinSNR, {"form": "v"}, "form must be one of paper, plus_one, shifted, epsilon; got 'v'"),
         (weighting.SoftMinSNR, {"gamma": 0.0}, "gamma must be positive; got 0.0"),
         (weighting.Debiased, {"cap": 0.0}, "cap must be positive; got 0.0"),
         (weighting.Debiased, {"v_form": "sqrt"}, "v_form must be one of reciprocal, reciprocal_sqrt; got 'sqrt'"),
@@ -333,6 +452,8 @@ def test_bad_parameters(make, parameters, words):
     [
         (fastdiff.RectifiedFlow(), weighting.PerTimestep([1.0, 2.0])),
         (fastdiff.EDM(), weighting.Bell()),
+        (fastdiff.EDM(), weighting.Interpolated([1.0, 2.0])),
+        (fastdiff.EDM(), weighting.Interpolated([1.0, 2.0], by="sigma")),
         (fastdiff.VPSDE(), weighting.PerTimestep([1.0, 2.0])),
         (fastdiff.VariancePreserving(), weighting.PerTimestep([1.0, 2.0])),
         (fastdiff.VariancePreserving(), weighting.Likelihood()),

@@ -14,7 +14,11 @@ from pathlib import Path
 TABLE = {
     "fastdiff/process": "process wrong_input pitfalls_of_objectives pitfalls_of_samplers objective samplers diffusers",
     "fastdiff/prediction": "prediction objective pitfalls_of_objectives samplers",
-    "fastdiff/weighting": "weighting wrong_input pitfalls_of_objectives objective",
+    "fastdiff/weighting": "weighting sigma_and_layout wrong_input pitfalls_of_objectives objective",
+    "fastdiff/uncertainty": "uncertainty",
+    "fastdiff/element_weights": "element_weights",
+    "fastdiff/pairing": "pairing",
+    "fastdiff/functional": "pyramid_noise objective wrong_input mistakes pitfalls_of_objectives",
     "fastdiff/losses": "loss objective pitfalls_of_objectives wrong_input",
     "fastdiff/timesteps": "timesteps wrong_input objective pitfalls_of_objectives",
     "fastdiff/philox": "philox noise",

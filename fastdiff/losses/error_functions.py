@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .names import find
-from .numeric import check_fields
-from .process import Levels, check_by
-from .showing import brief
+from ..names import find
+from ..numeric import check_fields
+from ..process import Levels, check_by
+from ..showing import brief
 
 # The elementwise functions of the kernels, and those with a constant c. C++ has the same (csrc/cpu/functions.h).
 FUNCTIONS = ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh")
