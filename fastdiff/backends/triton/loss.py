@@ -141,12 +141,12 @@ def loss(
         p_row = coefficient(p, row, entry, found, stride, P_KIND)
         data = load(x0, start, place, inside, EVEN, UNIT, ASM, EMULATE)
         if N == "tensor" or N == "exact":
-            target = tl.fma(p_row, data, q_row * made)
             if R_KIND != "none":
-                target = tl.fma(r_row, further, target)
-            e = e - target
+                e = e - tl.fma(q_row, made, tl.fma(p_row, data, r_row * further))
+            else:
+                e = e - tl.fma(p_row, data, q_row * made)
         elif R_KIND != "none":
-            e = e - tl.fma(r_row, further, p_row * data)
+            e = e - tl.fma(p_row, data, r_row * further)
         else:
             e = tl.fma(-p_row, data, e)
     elif R_KIND != "none":
