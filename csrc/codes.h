@@ -2,10 +2,11 @@
 // (fastdiff/codes.py); fastdiff._C tells which it was built with, and a test compares the two.
 #pragma once
 
+#include "cpu/error_functions.h"
+
 #define FASTDIFF_COLUMNS(X)                                                                                            \
   X(p_x) X(p_m) X(c_x) X(c_m) X(c_x0) X(c_h1) X(c_h2) X(c_h3) X(c_h4) X(c_noise) X(l_0) X(l_v) X(h_x) X(h_m) X(h_x0)    \
   X(k_x0) X(k_n) X(c_in)
-#define FASTDIFF_FUNCTIONS(X) X(mse) X(l1) X(smooth_l1) X(pseudo_huber) X(log_cosh)
 #define FASTDIFF_REDUCTIONS(X) X(mean) X(sum) X(none)
 #define FASTDIFF_NORMALIZATIONS(X) X(none) X(row) X(global)
 #define FASTDIFF_MOMENTS(X) X(aa) X(ab) X(bb) X(ss) X(l1) X(b1) X(a) X(b)
@@ -29,7 +30,6 @@ namespace fastdiff {
 enum Column { FASTDIFF_COLUMNS(FASTDIFF_NAME) kColumns };
 constexpr int kHistory = 4;
 
-enum class Function : int { FASTDIFF_FUNCTIONS(FASTDIFF_NAME) };
 enum class Reduction : int { FASTDIFF_REDUCTIONS(FASTDIFF_NAME) };
 enum class Normalization : int { FASTDIFF_NORMALIZATIONS(FASTDIFF_NAME) };
 enum class Moment : int { FASTDIFF_MOMENTS(FASTDIFF_NAME) };  // of rows
@@ -39,13 +39,7 @@ constexpr int kInt64 = 5;  // of indices, behind those of data
 #undef FASTDIFF_NAME
 
 #define FASTDIFF_ONE(name) +1
-constexpr int kFunctions = FASTDIFF_FUNCTIONS(FASTDIFF_ONE);
 constexpr int kMoments = FASTDIFF_MOMENTS(FASTDIFF_ONE);
 #undef FASTDIFF_ONE
-
-// Whether an error function has a constant c.
-constexpr bool needs_c(Function function) {
-  return function == Function::smooth_l1 || function == Function::pseudo_huber;
-}
 
 }  // namespace fastdiff

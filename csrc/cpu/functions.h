@@ -1,8 +1,7 @@
-// exp, tanh and the error functions, elementwise on vectors: the same bits for every instruction set, for they are
+// exp, tanh and others, elementwise on vectors: the same bits for every instruction set, for they are
 // made of single IEEE operations (the C library's functions, for float64, are called lane by lane).
 #pragma once
 
-#include "arguments.h"
 #include "simd.h"
 
 namespace fastdiff {
@@ -78,37 +77,6 @@ template <class V>
 FASTDIFF_INLINE V sign(V e) {
   const V one = V{} + 1, zero = V{};
   return e != e ? e : (e > 0 ? one : (e < 0 ? -one : zero));  // of NaN it is NaN
-}
-
-// rho(e; c); the forms, and the order of their operations, are those of the reference.
-template <Function function, class V>
-FASTDIFF_INLINE V error(V e, V c) {
-  if constexpr (function == Function::mse) {
-    return e * e;
-  } else if constexpr (function == Function::log_cosh) {
-    return log_cosh(e);
-  } else {
-    const V size = absolute(e);
-    if constexpr (function == Function::l1) return size;
-    if constexpr (function == Function::smooth_l1) return size < c ? e / 2 * e / c : size - c / 2;
-    if constexpr (function == Function::pseudo_huber) {
-      const V root = hypotenuse(size, c);
-      return size * (root == V{} + __builtin_inf() ? V{} + 1 : size / (root + c));
-    }
-  }
-}
-
-// d rho / d e; 0 at the corner of |e|.
-template <Function function, class V>
-FASTDIFF_INLINE V derivative(V e, V c) {
-  if constexpr (function == Function::mse) return e * 2;
-  if constexpr (function == Function::l1) return sign(e);
-  if constexpr (function == Function::smooth_l1) return absolute(e) < c ? e / c : sign(e);
-  if constexpr (function == Function::pseudo_huber) {
-    const V root = hypotenuse(absolute(e), c);
-    return root == V{} + __builtin_inf() ? sign(e) : e / root;
-  }
-  if constexpr (function == Function::log_cosh) return hyperbolic_tangent(e);
 }
 
 }  // namespace FASTDIFF_VARIANT

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "blocks.h"
-#include "functions.h"
+#include "error_functions.h"
 
 namespace fastdiff {
 namespace FASTDIFF_VARIANT {

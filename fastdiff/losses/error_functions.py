@@ -13,7 +13,7 @@ from ..numeric import check_fields
 from ..process import Levels, check_by
 from ..showing import brief
 
-# The elementwise functions of the kernels, and those with a constant c. C++ has the same (csrc/cpu/functions.h).
+# The elementwise functions of the kernels, and those with a constant c. C++ has the same (csrc/cpu/error_functions.h).
 FUNCTIONS = ("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh")
 NEED_C = ("smooth_l1", "pseudo_huber")
 
