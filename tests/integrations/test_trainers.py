@@ -47,6 +47,17 @@ def test_the_score_sde_learns_the_density(arguments):
     assert found["samples"] < found["entropy"] + 0.8
 
 
+# ------------------------------------------------------------------------------------------------------------ hybrid
+
+
+def test_a_learned_variance_has_fewer_bits_in_few_steps():
+    """Also after so short a training: the variance of the true Gaussian is far too small for 25 steps."""
+    pytest.importorskip("sklearn")
+    found = example("hybrid").main(["--quick"])
+    assert 3 < found["hybrid learned_range, 25 steps"] < 0.2 * found["simple fixed_small, 25 steps"]
+    assert all(3 < found[name] < 12 for name in ("hybrid learned_range", "simple fixed_small", "simple fixed_large"))
+
+
 # -------------------------------------------------------------------------------------------------------- Accelerate
 
 
