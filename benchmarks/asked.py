@@ -6,7 +6,7 @@ from fastdiff.backends import native as _native
 from fastdiff.backends import reference as _reference
 from fastdiff.backends import triton as _triton
 from fastdiff.backends.interface import able, run
-from fastdiff.calls import ConvertCall, LossCall, NoiseCall, NormalCall, StepCall, UniformCall
+from fastdiff.calls import ConvertCall, LossCall, NoiseCall, NormalCall, RowMomentsCall, StepCall, UniformCall
 from fastdiff.ops.operators import operators as _operators
 
 
@@ -38,10 +38,17 @@ class Asked:
 
     def loss_gradient(self, upstream, *arguments):
         call = _loss(arguments)
-        return able(self.backend, call).loss_gradient(upstream, call)
+        return able(self.backend, call).gradient(upstream, call)
 
     def convert(self, m, x_t, k_x, k_m):
         return run(self.backend, ConvertCall(m, x_t, k_x, k_m))
+
+    def row_moments(self, *arguments):
+        return run(self.backend, RowMomentsCall(*arguments))
+
+    def moments_gradient(self, upstream, *arguments):
+        call = RowMomentsCall(*arguments[:5])
+        return able(self.backend, call).gradient(upstream, call, *arguments[5:])
 
     def step(self, x, m, uncond, guidance, row, clip, history, noise, log_variance, dtype, wanted, **more):
         call = StepCall(x, m, row, uncond, guidance, clip, history, noise, log_variance, dtype, *wanted, **more)

@@ -41,7 +41,10 @@ FAST = 1e-3  # the largest difference of a fast normal from the exact one
 EXPECTED = SimpleNamespace(
     **{
         name: getattr(reference, name)
-        for name in ("noise", "noise_and_target", "loss", "convert", "step", "normal", "uniform")
+        for name in (
+            *("noise", "noise_and_target", "loss", "convert", "row_moments", "moments_gradient", "step", "normal"),
+            "uniform",
+        )
     },
     evaluate=lambda program, t, dtype: [row.to(dtype) for row in program.run(t)],
 )
@@ -63,6 +66,7 @@ def cases() -> Iterator[Case]:
     torch.manual_seed(0)
     yield from _noising()
     yield from _losses()
+    yield from _moments()
     yield from _steps()
     yield from _generators()
 
@@ -168,6 +172,26 @@ def _losses() -> Iterator[Case]:
         yield case("strided mask", *odd, FP32, mask=strided, how=how)
         yield case("mask by sample", *even, BF16, mask=torch.rand(2, 1, 1, 1) + 0.1, how=how)
         yield case("mask, several tiles", TILES, (2, 1), FP32, mask=torch.rand(TILES), how=how)
+
+
+def _moments() -> Iterator[Case]:
+    def sums(backend: Any, *given: Any) -> Any:
+        return backend.row_moments(*given)
+
+    def gradient(backend: Any, *given: Any) -> Any:
+        return backend.moments_gradient(*given)
+
+    for (shape, rows), dtype in zip(
+        [(EVEN, (2, 1, 1, 1)), (ODD, (3, 1, 1)), (TILES, (2, 1)), (FRAMES, (2, 1, 4, 1)), (ODD, (1, 1, 1))],
+        [BF16, FP32, FP16, FP32, BF16],
+    ):
+        a, b, upstream = data(shape, dtype), data(shape, dtype), tuple(_rows(8, rows))
+        where = f"{tuple(shape)} rows {tuple(rows)}"
+        of_one = (*(g if k in (0, 4, 6) else None for k, g in enumerate(upstream)),)
+        yield Case(f"moments, {where}", sums, (a, b, rows, rows, FP32), 1e-5)
+        yield Case(f"moments of one, {where}", sums, (a, None, rows, rows, FP32), 1e-5)
+        yield Case(f"gradient of moments, {where}", gradient, (upstream, a, b, rows, rows, FP32, True, True))
+        yield Case(f"gradient of moments of one, {where}", gradient, (of_one, a, None, rows, rows, FP32, True, False))
 
 
 def _steps() -> Iterator[Case]:

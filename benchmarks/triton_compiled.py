@@ -47,7 +47,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EVERYWHERE = {
     *("noising, fast, bf16", "noising, exact, bf16", "noising, given, bf16", "noising, given, fp32"),
     *("loss v, fast, bf16", "loss v, exact, bf16", "loss v, given, bf16", "loss v, given, fp32"),
-    *("loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
+    *("moments, bf16", "loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
     *("coefficients of SD3, drawn", "coefficients of EDM, drawn", "coefficients of VPSDE, drawn"),
     *("operations of angles", "all other operations"),
 }
@@ -144,6 +144,11 @@ def cases() -> dict[str, Any]:
     found["step, exact, bf16"] = lambda: operations.step(
         x, given, given, 5.0, table, 1.0, entries, made, given, bf16, (True, True)
     )
+    for name, both in (("moments", True), ("moments of one", False)):
+        found[f"{name}, bf16"] = partial(moments, SHAPE, (SHAPE[0], 1, 1, 1), both)
+    found["moments, frames"] = partial(moments, (2, 3, 4, 5, 6), (2, 1, 4, 1, 1), True)
+    found["moments, a row an element"] = partial(moments, (64, 2), (64, 2), True)
+    found["moments, 2^32 elements"] = partial(moments, (2**12, 2**20), (2**12, 1), True)
     found["convert, bf16"] = lambda: operations.convert(given, x, *column[:2])
 
     def shaped(shape, rows, normalization, reduction, n=None, mask=None, x0=False):
@@ -185,6 +190,15 @@ def cases() -> dict[str, Any]:
     others = [name for name, meaning in OPERATIONS.items() if meaning is not None and name not in ANGLES]
     found["all other operations"] = lambda: operations.evaluate(program_of(*others), meta(64), torch.float32)
     return found
+
+
+def moments(shape: tuple[int, ...], rows: tuple[int, ...], both: bool) -> None:
+    """The sums of one or two tensors, and the gradient by each for upstream gradients of all."""
+    bf16 = torch.bfloat16
+    a, b = meta(*shape, dtype=bf16), meta(*shape, dtype=bf16) if both else None
+    of = (*(meta(*rows) if both or k in (0, 4, 6) else None for k in range(8)),)
+    operations.row_moments(a, b, rows, rows, torch.float32)
+    operations.moments_gradient(of, a, b, rows, rows, torch.float32, True, both)
 
 
 def programs() -> dict[str, fastdiff.Objective]:

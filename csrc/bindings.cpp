@@ -67,6 +67,8 @@ constexpr PyMethodDef general_method(const char* name) {
 PyMethodDef methods[] = {general_method<NoiseOperands, NoiseArguments>("noise"),
                          general_method<ConvertOperands, ConvertArguments>("convert"),
                          general_method<LossOperands, LossCall>("loss"),
+                         general_method<MomentsOperands, MomentsCall>("row_moments"),
+                         general_method<MomentsGradientOperands, MomentsGradientArguments>("row_moments_gradient"),
                          general_method<StepOperands, StepArguments>("step"),
                          {nullptr, nullptr, 0, nullptr}};
 
@@ -105,6 +107,7 @@ PYBIND11_MODULE(_C, module) {
   codes["functions"] = std::vector<std::string>{FASTDIFF_FUNCTIONS(FASTDIFF_NAME)};
   codes["reductions"] = std::vector<std::string>{FASTDIFF_REDUCTIONS(FASTDIFF_NAME)};
   codes["normalizations"] = std::vector<std::string>{FASTDIFF_NORMALIZATIONS(FASTDIFF_NAME)};
+  codes["moments"] = std::vector<std::string>{FASTDIFF_MOMENTS(FASTDIFF_NAME)};
   codes["operations"] = std::vector<std::string>{FASTDIFF_OPERATIONS(FASTDIFF_NAME)};
   codes["dtypes"] = std::vector<std::string>{FASTDIFF_DTYPES(FASTDIFF_NAME) "i64"};
 #undef FASTDIFF_NAME

@@ -8,6 +8,7 @@
 #define FASTDIFF_FUNCTIONS(X) X(mse) X(l1) X(smooth_l1) X(pseudo_huber) X(log_cosh)
 #define FASTDIFF_REDUCTIONS(X) X(mean) X(sum) X(none)
 #define FASTDIFF_NORMALIZATIONS(X) X(none) X(row) X(global)
+#define FASTDIFF_MOMENTS(X) X(aa) X(ab) X(bb) X(ss) X(l1) X(b1) X(a) X(b)
 #define FASTDIFF_DTYPES(X) X(f32) X(f64) X(bf16) X(f16) X(u8)
 // Of a coefficient program (fastdiff/program.py): those of no, one, two and three registers.
 #define FASTDIFF_OPERATIONS_0(X) X(input) X(number) X(lookup)
@@ -31,6 +32,7 @@ constexpr int kHistory = 4;
 enum class Function : int { FASTDIFF_FUNCTIONS(FASTDIFF_NAME) };
 enum class Reduction : int { FASTDIFF_REDUCTIONS(FASTDIFF_NAME) };
 enum class Normalization : int { FASTDIFF_NORMALIZATIONS(FASTDIFF_NAME) };
+enum class Moment : int { FASTDIFF_MOMENTS(FASTDIFF_NAME) };  // of rows
 enum class DType : int { FASTDIFF_DTYPES(FASTDIFF_NAME) };
 constexpr int kInt64 = 5;  // of indices, behind those of data
 
@@ -38,6 +40,7 @@ constexpr int kInt64 = 5;  // of indices, behind those of data
 
 #define FASTDIFF_ONE(name) +1
 constexpr int kFunctions = FASTDIFF_FUNCTIONS(FASTDIFF_ONE);
+constexpr int kMoments = FASTDIFF_MOMENTS(FASTDIFF_ONE);
 #undef FASTDIFF_ONE
 
 // Whether an error function has a constant c.

@@ -19,6 +19,12 @@ struct LossOperands {
   PyObject *prediction, *x0, *n, *p, *q, *scale, *weight, *c, *mask, *y, *r, *function, *normalization, *reduction,
       *upstream, *result, *means, *gradient;
 };
+struct MomentsOperands {
+  PyObject *a, *b, *dtype, *results;  // results: a tuple, of each moment a tensor or None
+};
+struct MomentsGradientOperands {
+  PyObject *a, *b, *upstream, *d_a, *d_b;  // upstream: a tuple, of each moment rows or None
+};
 struct StepOperands {
   PyObject *x, *m, *uncond, *guidance, *table, *clip, *history, *noise, *log_variance, *y, *x0, *entry, *threshold,
       *mask, *known, *known_noise, *model_input;
@@ -81,6 +87,39 @@ void fill(Reader& read, const LossOperands& from, LossCall& call) {
   call.means = (double*)means.data;
   optional_output("gradient", from.gradient, layout.elements, to.gradient);
   to.layout = layout;
+}
+
+// What a tuple has for a moment.
+template <class Reader>
+PyObject* of_moment(Reader& read, const char* name, PyObject* tuple, int moment) {
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != kMoments) read.refuse(name, "expected a tuple of 8, one a moment");
+  return PyTuple_GET_ITEM(tuple, moment);
+}
+
+template <class Reader>
+void fill(Reader& read, const MomentsOperands& from, MomentsCall& call) {
+  MomentsArguments& to = call.kernel;
+  read.input("a", from.a, to.a);
+  if (given(from.b)) read.input("b", from.b, to.b);
+  read.known = true;
+  read.wide = parse_code("dtype", from.dtype, 2) == int(DType::f64);
+  for (int k = 0; k < kMoments; ++k)
+    optional_output("results", of_moment(read, "results", from.results, k), read.layout.rows, call.results[k],
+                    read.compute());
+  to.layout = read.layout;
+}
+
+template <class Reader>
+void fill(Reader& read, const MomentsGradientOperands& from, MomentsGradientArguments& to) {
+  read.input("a", from.a, to.a);
+  if (given(from.b)) read.input("b", from.b, to.b);
+  for (int k = 0; k < kMoments; ++k) {
+    PyObject* const rows = of_moment(read, "upstream", from.upstream, k);
+    if (given(rows)) read.rows("upstream", rows, to.upstream[k]);
+  }
+  optional_output("d_a", from.d_a, read.layout.elements, to.d_a);
+  optional_output("d_b", from.d_b, read.layout.elements, to.d_b);
+  to.layout = read.layout;
 }
 
 template <class Reader>

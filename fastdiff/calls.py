@@ -100,6 +100,21 @@ class ConvertCall(NamedTuple):
     operation = "convert"
 
 
+class RowMomentsCall(NamedTuple):
+    """Sums over the elements of each row, in float64 on the CPU: see ``fastdiff.ops.row_moments``.
+
+    The result is a tuple in the order of ``fastdiff.codes.MOMENTS``: tensors of ``row_shape`` in ``dtype``, None for
+    the moments that need the absent b."""
+
+    a: Tensor  # [batch, ...]
+    b: Tensor | None  # [batch, ...]
+    rows: tuple[int, ...]  # the shape of the rows as placed
+    row_shape: tuple[int, ...]  # the same, as the results have it
+    dtype: torch.dtype  # the compute dtype
+
+    operation = "row_moments"
+
+
 class StepCall(NamedTuple):
     """One sampler step: see ``fastdiff.ops.step``. Its result is (y, x0 estimate, history entry); the last two are None
     where they are not wanted."""
@@ -145,7 +160,7 @@ class RunCall(NamedTuple):
     reuse: bool = False
 
 
-Call = UniformCall | NormalCall | NoiseCall | LossCall | ConvertCall | StepCall
+Call = UniformCall | NormalCall | NoiseCall | LossCall | ConvertCall | RowMomentsCall | StepCall
 
 
 def seed_of(noise: Noise) -> Any:

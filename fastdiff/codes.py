@@ -17,6 +17,9 @@ COLUMNS = (
 )
 REDUCTIONS = ("mean", "sum", "none")
 NORMALIZATIONS = ("none", "row", "global")  # by a mask's sum, in kernels
+# What ``fastdiff.ops.row_moments`` sums up, and those that need no b.
+MOMENTS = ("aa", "ab", "bb", "ss", "l1", "b1", "a", "b")
+OF_ONE = ("aa", "l1", "a")
 DTYPES = {
     torch.float32: 0,
     torch.float64: 1,

@@ -114,6 +114,68 @@ def zero_terminal_snr_betas(betas) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Moments of rows, and what is made of them. Arrays are [batch, ...]; a row is a sample.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _within(x) -> tuple[int, ...]:
+    return tuple(range(1, np.ndim(x)))
+
+
+def norm(x) -> np.ndarray:
+    """The Euclidean norm of each sample, [batch, 1, ...]."""
+    return np.sqrt((ld(x) ** 2).sum(_within(x), keepdims=True))
+
+
+def meanflow_weight(prediction, target, c, p) -> np.ndarray:
+    """MeanFlow (2505.13447) eq. 22: w = 1 / (||Delta||_2^2 + c)^p of the error Delta; [batch]."""
+    return 1 / ((norm(ld(prediction) - ld(target)) ** 2).reshape(-1) + LD(c)) ** LD(p)
+
+
+def dmd_gradient(x, fake, real) -> np.ndarray:
+    """DMD (2311.18828) eq. 7 and 8: (mu_fake - mu_real) C S / ||mu_real - x||_1; C S is the number of elements."""
+    size = np.abs(ld(real) - ld(x)).mean(_within(x), keepdims=True)
+    return (ld(fake) - ld(real)) / size
+
+
+def nft_loss(prediction, x0) -> np.ndarray:
+    """DiffusionNFT (2509.16117), adaptive weighting: ||x_theta - x0||^2 / mean(abs(x_theta - x0)); [batch]."""
+    e = ld(prediction) - ld(x0)
+    return (e**2).sum(_within(e)) / np.abs(e).mean(_within(e))
+
+
+def cfg_zero_star(cond, uncond, scale) -> np.ndarray:
+    """CFG-Zero* (2503.18886) algorithm 1: s = v_cond . v_uncond / ||v_uncond||^2; (1 - w) s v_uncond + w v_cond."""
+    cond, uncond = ld(cond), ld(uncond)
+    s = (cond * uncond).sum(_within(cond), keepdims=True) / norm(uncond) ** 2
+    return (1 - LD(scale)) * s * uncond + LD(scale) * cond
+
+
+def projected_guidance(cond, uncond, scale, r, eta) -> np.ndarray:
+    """APG (2410.02416) algorithm 1 without momentum: the difference, rescaled to a norm of at most r, has a part along
+    the conditional prediction and one orthogonal to it; cond + (w - 1) (orthogonal + eta parallel)."""
+    cond, uncond = ld(cond), ld(uncond)
+    difference = cond - uncond
+    difference = difference * np.minimum(1, LD(r) / norm(difference))
+    unit = cond / norm(cond)
+    parallel = (difference * unit).sum(_within(cond), keepdims=True) * unit
+    return cond + (LD(scale) - 1) * (difference - parallel + LD(eta) * parallel)
+
+
+def rescaled_guidance(cond, uncond, scale, phi) -> np.ndarray:
+    """ZTSNR (2305.08891) eq. 14 to 16: guidance with the standard deviation of the conditional prediction, mixed."""
+    cond, uncond = ld(cond), ld(uncond)
+    guided = uncond + LD(scale) * (cond - uncond)
+    spread = {name: x.std(_within(x), keepdims=True) for name, x in (("cond", cond), ("guided", guided))}
+    return LD(phi) * guided * spread["cond"] / spread["guided"] + (1 - LD(phi)) * guided
+
+
+def teacache_change(now, before) -> np.ndarray:
+    """TeaCache (2411.19108) eq. 4: the relative L1 distance ||O_t - O_t+1||_1 / ||O_t+1||_1 of all."""
+    return np.abs(ld(now) - ld(before)).sum() / np.abs(ld(before)).sum()
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # alpha and sigma: x_t = alpha x0 + sigma n
 # --------------------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ def test_cpp_has_the_numbers_of_python():
     assert told["functions"] == losses.FUNCTIONS == tuple(FUNCTIONS)
     assert told["reductions"] == codes.REDUCTIONS == tuple(REDUCTIONS)
     assert told["normalizations"] == codes.NORMALIZATIONS == tuple(NORMALIZATIONS)
+    assert told["moments"] == codes.MOMENTS
     assert told["need_c"] == losses.NEED_C
     assert told["offset_stream"] == codes.OFFSET_STREAM == Stream.OFFSET
     assert told["kept_steps"] == codes.KEPT_STEPS == sum(name.startswith("c_h") for name in codes.COLUMNS)
@@ -45,11 +46,12 @@ def test_triton_finds_compiled_kernels_again():
     """Its hash of a kernel does not depend on which was looked at first."""
     pytest.importorskip("triton")
     code = (
-        "import sys; from fastdiff.backends.triton import affine, loss, programs, step;"
+        "import sys; from fastdiff.backends.triton import affine, loss, programs, row_moments, step;"
         "of = {'affine': affine, 'coefficients': programs, 'loss': loss, 'step': step};"
+        "of |= {'row_moments': row_moments, 'row_moments_gradient': row_moments};"
         "print(*sorted((name, getattr(of[name], name).function.cache_key) for name in sys.argv[1:]))"
     )
-    names = ["affine", "coefficients", "loss", "step"]
+    names = ["affine", "coefficients", "loss", "row_moments", "row_moments_gradient", "step"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     found = {
         subprocess.run(

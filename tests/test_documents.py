@@ -13,6 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import libraries
+import numpy as np
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,6 +148,34 @@ def test_diffusers(schedulers):
     assert sum(names["fused_calls"]().values()) >= 3
 
 
+def test_moments():
+    """Each block against its paper's formula."""
+    cond, uncond, target, x = (torch.randn(3, 4, 8, 8) for _ in range(4))
+    near = target + 0.1 * cond
+    given = dict(prediction=near, target=target, c=1e-3, p=0.75, x=x, fake=cond, real=uncond, x0=target)
+    given |= dict(cond=cond, uncond=uncond, scale=4.0, r=5.0, eta=0.3, phi=0.7, now=near, before=target)
+    *_, found = run_blocks("docs/moments.md", {"Row moments": given})
+    c64, u64, t64, x64, n64 = (tensor.double().numpy() for tensor in (cond, uncond, target, x, near))
+    weight = oracle.meanflow_weight(n64, t64, 1e-3, 0.75)
+    expected = {
+        "weight": weight,
+        "loss": (weight * ((n64 - t64) ** 2).sum((1, 2, 3))).mean(),
+        "gradient": oracle.dmd_gradient(x64, c64, u64),
+        "nft_loss": oracle.nft_loss(n64, t64),
+        "zero_star": oracle.cfg_zero_star(c64, u64, 4.0),
+        "projected": oracle.projected_guidance(c64, u64, 4.0, 5.0, 0.3),
+        "rescaled": oracle.rescaled_guidance(c64, u64, 4.0, 0.7),
+        "change": oracle.teacache_change(n64, t64),
+        "mean": x64.mean((1, 2, 3)),
+        "root_mean_square": np.sqrt((x64**2).mean((1, 2, 3))),
+        "size": np.abs(x64).mean((1, 2, 3)),
+    }
+    for name, value in expected.items():
+        # A few roundings of float32, of numbers not much larger than the results.
+        got, size = found[name].double().numpy(), np.abs(value).max().astype(float)
+        np.testing.assert_allclose(got, value.astype(float), rtol=2e-6, atol=2e-6 * size, err_msg=name)
+
+
 def test_migrating(schedulers, monkeypatch):
     # Stands in for the package: the block needs its base class.
     monkeypatch.setitem(sys.modules, "lightning", SimpleNamespace(LightningModule=nn.Module))
@@ -227,6 +257,7 @@ def test_every_block_is_one_that_runs():
         "README.md": 2,
         "docs/diffusers.md": 1,
         "docs/migrating.md": 11,
+        "docs/moments.md": 9,
     }
 
 

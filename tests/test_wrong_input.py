@@ -395,6 +395,7 @@ OPERATIONS = {
         lambda **given: ops.loss(**({"p": 1.0, "q": 1.0} | given)),
         {"prediction": "prediction", "x0": "x0", "n": "noise"}),
     "convert": (lambda **given: ops.convert(**given, k_x=1.0, k_m=1.0), {"x_t": "x_t", "m": "prediction"}),
+    "row moments": (ops.row_moments, {"a": "a", "b": "b"}),
     "step": (
         lambda **given: ops.step(row=ROW, mask=X > 0, **given),
         {"x": "x", "m": "model_output", "uncond": "uncond", "log_variance": "log_variance", "noise": "noise",

@@ -110,6 +110,20 @@ struct MaskSumArguments {
   double* sums;
 };
 
+struct MomentsArguments {
+  Layout layout;
+  Input a, b;
+  double* sums;  // of each moment, one a unit of work
+  int64_t units;
+};
+
+struct MomentsGradientArguments {
+  Layout layout;
+  Input a, b;
+  Rows upstream[kMoments];
+  Output d_a, d_b;
+};
+
 struct StepArguments {
   Layout layout;
   Input x, m, uncond, log_variance;

@@ -240,4 +240,30 @@ void run(LossCall& call, bool wide, int threads) {
   reduce(call, wide, row_sums, divisors, kept);
 }
 
+void run(MomentsCall& call, bool wide, int threads) {
+  MomentsArguments& kernel_arguments = call.kernel;
+  const Layout& layout = kernel_arguments.layout;
+  const int64_t rows = layout.rows, units = unit_count(layout);
+  // One piece of memory: the sums of the units for each moment, then those of the rows for one.
+  const std::unique_ptr<double[]> memory(new double[size_t(kMoments * units + rows)]);
+  double* row_sums = memory.get() + kMoments * units;
+  kernel_arguments.sums = memory.get();
+  kernel_arguments.units = units;
+  const auto kernel = chosen().table->moments[wide];
+  parallel(layout, threads, [&](int64_t begin, int64_t end) { kernel(kernel_arguments, begin, end); });
+  for (int moment = 0; moment < kMoments; ++moment) {
+    const Output& result = call.results[moment];
+    if (!result.data) continue;
+    if (units) sum_rows(layout, memory.get() + moment * units, row_sums);
+    for (int64_t row = 0; row < rows; ++row) put(result, wide, row, units ? row_sums[row] : 0);
+  }
+}
+
+void run(MomentsGradientArguments& arguments, bool wide, int threads) {
+  arguments.d_a = placed(arguments.d_a, arguments.layout, kGradientCache);
+  arguments.d_b = placed(arguments.d_b, arguments.layout, kGradientCache);
+  const auto kernel = chosen().table->moments_gradient[wide];
+  parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
 }  // namespace fastdiff

@@ -24,4 +24,12 @@ struct LossCall {
 
 void run(LossCall& call, bool wide, int threads);
 
+struct MomentsCall {
+  MomentsArguments kernel;   // its sums are made here
+  Output results[kMoments];  // one a row, in the compute dtype
+};
+
+void run(MomentsCall& call, bool wide, int threads);
+void run(MomentsGradientArguments& arguments, bool wide, int threads);
+
 }  // namespace fastdiff

@@ -3,6 +3,7 @@
 // two of these would be linked from either, and run instructions that the machine may lack.
 #include "affine.h"
 #include "loss.h"
+#include "moments.h"
 #include "step.h"
 #include "table.h"
 
@@ -17,6 +18,8 @@ const Table table = {
     {convert_units<float>, convert_units<double>},
     {loss_units<float>, loss_units<double>},
     {mask_sum_units<float>, mask_sum_units<double>},
+    {moments_units<float>, moments_units<double>},
+    {moments_gradient_units<float>, moments_gradient_units<double>},
     {step_units<float>, step_units<double>},
 };
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Call, LossCall, NoiseCall, NormalCall, RunCall
+from ..calls import Call, LossCall, NoiseCall, NormalCall, RowMomentsCall, RunCall
 from ..philox import Philox, Stream
 from ..program import Program
 from ..tensors import Gathered
@@ -77,7 +77,7 @@ class Backend:
 
         - ``declines(call)``: why it does not run this call; "" if it does;
         - ``run(call, backend)``: the result, as the record says. ``backend`` is the one that was asked;
-        - for a loss, ``gradient(upstream, call, backend)``: see ``loss_gradient``.
+        - for a loss and for moments, ``gradient(upstream, call, backend, *needed)``: see ``gradient``.
 
         A record that the package has no module for is left to the fallback.
         """
@@ -94,14 +94,18 @@ class Backend:
         """The result of a call that it supports: see the record."""
         return self.modules[type(call)].run(call, self)
 
-    def loss_gradient(self, upstream: Tensor, call: LossCall) -> Tensor:
-        """The gradient of a loss that it supports by the prediction, times ``upstream``, shaped and typed as the
-        prediction. It is not recorded by autograd.
+    def gradient(self, upstream: Any, call: LossCall | RowMomentsCall, *needed: bool) -> Any:
+        """The gradient of a call that it supports, times ``upstream``, shaped and typed as what it is the gradient by.
+        It is not recorded by autograd.
 
         Args:
-            upstream: the gradient of the loss's result: [], or the shape of the result for reduction "none".
+            upstream: the gradient of the result: of a loss [], or the shape of the result for reduction "none"; of
+                moments a sequence in their order, with None for those whose gradient is absent.
+            needed: of moments, whether the gradient by a, and that by b, is needed.
+
+        Returns, of a loss, the gradient by the prediction; of moments, those by a and by b, None where not needed.
         """
-        return self.modules[LossCall].gradient(upstream, call, self)
+        return self.modules[type(call)].gradient(upstream, call, self, *needed)
 
     # ---- abilities
 

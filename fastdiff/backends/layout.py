@@ -15,6 +15,15 @@ def stored_elements(tensor: Tensor) -> int:
     return elements
 
 
+def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """The order of its dimensions in which a tensor (channels_last, transposed) is contiguous; None if it is so as it
+    stands, or in no order."""
+    if tensor.is_contiguous():
+        return None
+    order = tuple(sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d)))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
 @lru_cache(maxsize=256)
 def layout_of(shape: tuple[int, ...], rows: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(layout, the shape that rows must be expanded to) for data of ``shape`` and rows of the placed shape ``rows``.

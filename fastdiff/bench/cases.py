@@ -13,7 +13,7 @@ from . import BenchError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = ("epsilon", "v_prediction", "flow")
-OPERATIONS = ("noising", "loss", "loss+gradient", "training step", "sampler step", "sampler step+noise")
+OPERATIONS = ("noising", "loss", "loss+gradient", "training step", "sampler step", "sampler step+noise", "row moments")
 
 LATENT = (1, 4, 32, 32)
 LATENTS = (64, 4, 64, 64)
@@ -28,7 +28,8 @@ class Case:
 
     Attributes:
         operation: one of ``OPERATIONS``. Noising, the losses and the sampler step are given their noise; a training
-            step (t, noise, loss, gradient of the prediction) and "sampler step+noise" make it.
+            step (t, noise, loss, gradient of the prediction) and "sampler step+noise" make it. The moments are those
+            of x0 and the prediction.
         kind: what the network predicts. The sampler is DDPM with a clamp; Euler for "flow".
         dtype: a key of ``DTYPES``.
         shape: [batch, ...].
@@ -127,8 +128,10 @@ def choose(preset: str, dtypes: Iterable[str] | None = None) -> list[Case]:
 
 
 def _is_another(operation: str, kind: str, kinds: tuple[str, ...]) -> bool:
-    """Whether a combination is measured as another one, or is none: noising is the same for epsilon and v, and Euler's
-    method draws no noise."""
+    """Whether a combination is measured as another one, or is none: noising is the same for epsilon and v, row moments
+    for all kinds, and Euler's method draws no noise."""
+    if operation == "row moments":
+        return kind != kinds[0]
     if operation == "noising":
         return kind == "v_prediction" and "epsilon" in kinds
     return operation == "sampler step+noise" and (kind == "flow" or (kind == "v_prediction" and "epsilon" in kinds))

@@ -44,6 +44,7 @@ def floor_bytes(case: Case) -> int:
         "training step": 4 + reads_x0,  # x0; x_t, and with the network between, prediction, x0; its gradient
         "sampler step": 3 if case.kind == "flow" else 4,  # x, model output, noise; x
         "sampler step+noise": 3,
+        "row moments": 2,
     }[case.operation]
     return tensors * case.tensor_bytes
 
@@ -252,6 +253,8 @@ def known_operands(case: Case, operands: Operands, result: Any) -> Count:
         moved = o.prediction.nbytes + o.noise.nbytes + x0
     elif case.operation == "loss+gradient":
         moved = o.prediction.nbytes + o.noise.nbytes + x0 + gradient
+    elif case.operation == "row moments":
+        moved = o.x0.nbytes + o.prediction.nbytes
     elif case.operation == "training step":
         noised = result[0]
         kept = noised.noise_source.nbytes if isinstance(noised.noise_source, Tensor) else 0

@@ -60,6 +60,21 @@ def loss_flow(prediction: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor) -> T
     return loss.reshape(target.shape[0], -1).mean(1).mean()
 
 
+def row_moments(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    a, b = a.float(), b.float()
+    rows, difference = tuple(range(1, a.ndim)), a - b
+    return (
+        (a * a).sum(rows),
+        (a * b).sum(rows),
+        (b * b).sum(rows),
+        (difference * difference).sum(rows),
+        difference.abs().sum(rows),
+        b.abs().sum(rows),
+        a.sum(rows),
+        b.sum(rows),
+    )
+
+
 def ddpm_mean(x: Tensor, x0: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The posterior's mean between the levels of cumulated alphas a (now) and b (next)."""
     beta = 1 - a / b

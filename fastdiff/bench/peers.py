@@ -74,6 +74,8 @@ def _ours(case: Case, device: torch.device) -> Call:
 
     if case.operation == "noising":
         return lambda o: noised(o).x_t
+    if case.operation == "row moments":
+        return _no_grad(lambda o: ops.row_moments(o.x0, o.prediction)[:-1])
     if case.operation in ("loss", "loss+gradient"):
         made: dict[int, fastdiff.Noised] = {}
 
@@ -113,6 +115,9 @@ def _with_reference(call: Call) -> Call:
 
 def _plain(case: Case, device: torch.device, prepare: Callable[[Callable], Callable]) -> Call:
     """The functions of ``eager``, each passed through ``prepare``: as they are, or compiled."""
+    if case.operation == "row moments":
+        moments = prepare(eager.row_moments)
+        return _no_grad(lambda o: moments(o.x0, o.prediction))
     flow = case.kind == "flow"
     alpha_bar = fastdiff.VariancePreserving().alpha_bar.to(device, torch.float32)
     noising_function = prepare(eager.noising_flow if flow else eager.noising_ddpm)
@@ -188,6 +193,7 @@ def graphs(case: Case) -> list[tuple[str, str, tuple[int, ...], bool]]:
         "noising": [(noising, False)],
         "loss": [(f"loss_{case.kind}", False)],
         "loss+gradient": [(f"loss_{case.kind}", True)],
+        "row moments": [("row_moments", False)],
         "training step": [(noising, False), (f"loss_{case.kind}", True)],
     }.get(case.operation, [(f"step_{case.kind}", False)])
     return [(name, case.dtype, case.shape, gradient) for name, gradient in names]
@@ -195,6 +201,8 @@ def graphs(case: Case) -> list[tuple[str, str, tuple[int, ...], bool]]:
 
 def _diffusers(case: Case, device: torch.device) -> Call:
     schedulers = diffusers_schedulers()
+    if case.operation == "row moments":
+        raise Missing("it has no such operation")
     flow = case.kind == "flow"
     if case.operation == "sampler step":
         if not flow:

@@ -28,6 +28,7 @@ MARKERS = {
     "training step": "*",
     "sampler step": "^",
     "sampler step+noise": "v",
+    "row moments": "P",
 }
 TYPICAL = 2**20  # elements: about what the bars show
 
@@ -268,7 +269,11 @@ def _bars(report: dict[str, Any]) -> list[dict[str, Any]]:
     kind = _kind(cases)
     alike = ("noising", "sampler step+noise") if kind == "v_prediction" else ()  # measured for epsilon, where both are
     return [
-        case for case in cases if case["kind"] == kind or (case["kind"] == "epsilon" and case["operation"] in alike)
+        case
+        for case in cases
+        if case["kind"] == kind
+        or (case["kind"] == "epsilon" and case["operation"] in alike)
+        or case["operation"] == "row moments"  # of no kind
     ]
 
 

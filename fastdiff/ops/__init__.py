@@ -3,6 +3,7 @@
 - ``noise``: x_t = alpha x0 + sigma (n + gamma xi); n is given, or made from a seed.
 - ``loss``: target p x0 + q n, scaled error, error function, mask, sums of rows, weight, reduction.
 - ``convert``: k_x x_t + k_m m.
+- ``row_moments``: sums of a^2, a b, b^2, (a - b)^2, abs(a - b), abs(b), a and b over each row.
 - ``step``: guidance, x0, clamp, threshold, linear update with history, noise, learned variance, known data, next input.
 """
 
@@ -10,6 +11,7 @@ from ..philox import Philox
 from .convert import convert
 from .loss import loss
 from .noise import materialize, noise
+from .row_moments import RowMoments, row_moments
 from .step import COLUMNS, step
 from .step_table import PreparedNoise, PreparedSteps
 from .trajectory import trajectory
@@ -19,10 +21,12 @@ __all__ = [
     "Philox",
     "PreparedNoise",
     "PreparedSteps",
+    "RowMoments",
     "convert",
     "loss",
     "materialize",
     "noise",
+    "row_moments",
     "step",
     "trajectory",
 ]

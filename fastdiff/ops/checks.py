@@ -6,6 +6,7 @@ the CPU only: on an accelerator that would wait for the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,23 +92,29 @@ def place_rows(name: str, rows: Tensor, shape: torch.Size) -> Tensor:
 
     Raises ValueError for any other shape.
     """
-    own = rows.shape
+    placed = placed_shape(name, rows.shape, shape)
+    return rows if placed == rows.shape else rows.reshape(placed)
+
+
+def placed_shape(name: str, own: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape ``own`` of rows with as many dimensions as ``shape``: see ``place_rows``."""
+    own, shape = tuple(own), tuple(shape)
     missing = len(shape) - len(own)
     if missing > 0 and own == shape[: len(own)]:
-        return rows.reshape(own + (1,) * missing)
+        return own + (1,) * missing
     if missing == 0 and all(r in (1, s) for r, s in zip(own, shape)):
-        return rows
-    if rows.numel() == 1:
-        return rows.reshape((1,) * len(shape))
+        return own
+    if math.prod(own) == 1:
+        return (1,) * len(shape)
     full = [1] * len(shape)
-    if rows.ndim == 2 and rows.shape[1] in shape[2:]:
-        full[0], full[2 + list(shape[2:]).index(rows.shape[1])] = rows.shape[0], rows.shape[1]
+    if len(own) == 2 and len(shape) > 2 and own[1] in shape[2:]:
+        full[0], full[2 + list(shape[2:]).index(own[1])] = own
         hint = f" For frames behind the channels pass it as {tuple(full)}."
     else:
         hint = ""
     raise ValueError(
-        f"{name} has shape {tuple(rows.shape)}, which fits no rows of {tuple(shape)}: it must be a single value, have "
-        f"the leading dimensions (such as {tuple(shape[:1])}), or {len(shape)} dimensions, 1 where shared.{hint}"
+        f"{name} has shape {own}, which fits no rows of {shape}: it must be a single value, have "
+        f"the leading dimensions (such as {shape[:1]}), or {len(shape)} dimensions, 1 where shared.{hint}"
     )
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff import ops
+from fastdiff.backends.layout import layout_of
 from fastdiff.ops.checks import compute_dtype
 
 if not native.available:
@@ -204,6 +205,34 @@ def test_a_changed_input_is_noticed_in_backward():
         (2 * loss).backward()
 
 
+@pytest.mark.parametrize(("shape", "rows"), [case for case in LAYOUTS if layout_of(*case)[1] == case[1]])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments_and_their_gradient(shape, rows, dtype):
+    """Sums with the bits of one instruction set for all, near to the truth; gradients with the reference's bits."""
+    a, b = random(shape, dtype), random(shape, dtype if dtype == torch.float16 else torch.float32)
+    compute = compute_dtype(a, b)
+    upstream = [None if k == 2 else random(rows, compute) for k in range(8)]
+    arguments = a, b, rows, rows, compute
+    exact = reference.row_moments(a.double(), b.double(), rows, rows, torch.float64)
+    sizes = reference.row_moments(a.double().abs(), -b.double().abs(), rows, rows, torch.float64)
+    want = reference.moments_gradient(upstream, *arguments, True, True)
+    found = []
+    for variant in _C.simd_variants():
+        _C.set_simd(variant)
+        found.append(native.row_moments(*arguments))
+        for got, expected in zip(native.moments_gradient(upstream, *arguments, True, True), want):
+            assert_same(got, expected)
+    _C.set_simd(_C.simd_variants()[0])
+    for got, truth, size in zip(found[0], exact, sizes):
+        # Summed in float64, rounded once.
+        eps = torch.finfo(torch.float64).eps
+        bound = torch.finfo(compute).eps / 2 * truth.abs() + 4 * math.log2(a.numel() + 2) * eps * size.abs()
+        assert got.dtype == compute and bool(((got.double() - truth).abs() <= bound).all())
+    for other in found[1:]:
+        for got, same in zip(other, found[0]):
+            assert torch.equal(got, same)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batched", [False, True])
 def test_convert_and_step(dtype, batched, simd):
@@ -328,6 +357,9 @@ class TestBinding:
             "convert": [self.LAYOUT, self.GOOD, self.GOOD, self.ROWS, self.ROWS, self.GOOD, 1],
             "loss": [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, *(None,) * 4, 0, 0, 0,
                      None, (self.X.data_ptr(), 0, 1), None, self.GOOD, 1],
+            "row_moments": [self.LAYOUT, self.GOOD, None, 0, (self.ROWS, None, self.ROWS, *(None,) * 5), 1],
+            "row_moments_gradient": [self.LAYOUT, self.GOOD, self.GOOD, (self.ROWS, None, *(self.ROWS,) * 6),
+                                     self.GOOD, None, 1],
             "step": [self.LAYOUT, self.GOOD, self.GOOD, None, None, (self.X.data_ptr(), 0, 18), None, (), None, None,
                      self.GOOD, None, None, None, None, None, None, None, 1],
             "trajectory": self.RUN,
@@ -379,6 +411,45 @@ class TestBinding:
             arguments[k] = value
         with pytest.raises(ValueError, match=message):
             _C.noise(*arguments)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({1: (GOOD[0], 0, 63)}, "a: has 63"),
+            ({2: (GOOD[0], 4, 64)}, "b: the dtype"),
+            ({3: 2}, "dtype: must be from 0 to 1"),
+            ({3: 1}, "results: must be float64"),
+            ({4: (None,) * 7}, "results: expected a tuple"),
+            ({4: None}, "results: expected a tuple"),
+            ({4: ((ROWS[0], 0, 5), *(None,) * 7)}, "results: has 5"),
+            ({5: -1}, "threads"),
+        ],
+    )
+    def test_messages_of_moments(self, change, message):
+        arguments = [self.LAYOUT, self.GOOD, self.GOOD, 0, (self.ROWS, *(None,) * 7), 1]
+        _C.row_moments(*arguments)
+        for k, value in change.items():
+            arguments[k] = value
+        with pytest.raises(ValueError, match=message):
+            _C.row_moments(*arguments)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({1: None}, "a: expected"),
+            ({3: (ROWS, *(None,) * 8)}, "upstream: expected a tuple"),
+            ({3: ((ROWS[0], 0, 3), *(None,) * 7)}, "upstream: has 3"),
+            ({4: (GOOD[0], 0, 16)}, "d_a: has 16"),
+            ({5: (GOOD[0], 9, 64)}, "d_b: unknown dtype"),
+        ],
+    )
+    def test_messages_of_the_gradient_of_moments(self, change, message):
+        arguments = [self.LAYOUT, self.GOOD, self.GOOD, (self.ROWS, *(None,) * 7), self.GOOD, self.GOOD, 1]
+        _C.row_moments_gradient(*arguments)
+        for k, value in change.items():
+            arguments[k] = value
+        with pytest.raises(ValueError, match=message):
+            _C.row_moments_gradient(*arguments)
 
     @pytest.mark.parametrize(
         ("sizes", "strides"),

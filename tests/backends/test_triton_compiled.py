@@ -20,10 +20,10 @@ BUDGETS = {
     "noising, fast": 25, "noising, exact": 40,
     "loss epsilon, fast": 28, "loss v, fast": 33, "loss flow, fast": 30,
 }  # fmt: skip
-# In bfloat16, with the noise given: error functions and masks cost few instructions more than a square.
+# In bfloat16, with the noise given: error functions and masks cost few instructions more than a square. And moments.
 FUNCTIONS = {
     "loss epsilon, given": 10, "loss smooth_l1, given": 14, "loss pseudo_huber, given": 20, "loss log_cosh, given": 42,
-    "loss, mask, given": 25, "loss, mask's mean, given": 32,
+    "loss, mask, given": 25, "loss, mask's mean, given": 32, "moments": 26, "moments of one": 10,
 }  # fmt: skip
 
 
@@ -46,7 +46,9 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_without_spills_or_float64(compiled, target):
     found = [r for r in compiled if r["target"] == target]
-    assert {r["kernel"] for r in found} == {"affine", "coefficients", "loss", "step"}
+    assert {r["kernel"] for r in found} == {
+        *("affine", "coefficients", "loss", "row_moments", "row_moments_gradient", "step"),
+    }
     for r in found:
         # A launch of a number a sample may: NVIDIA's functions of an angle have an array for huge ones, and others save
         # registers around a division.
@@ -97,7 +99,7 @@ def test_budgets_of_instructions(compiled, case, dtype):
 
 
 @pytest.mark.parametrize("case", FUNCTIONS)
-def test_budgets_of_error_functions_and_masks(compiled, case):
+def test_budgets_of_error_functions_masks_and_moments(compiled, case):
     r = of_sm_90(compiled, f"{case}, bf16")
     assert r["instructions"] / r["elements"] <= FUNCTIONS[case]
 

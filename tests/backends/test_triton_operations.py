@@ -1,7 +1,7 @@
 """The Triton backend against the reference, on a GPU or, without one, in Triton's interpreter.
 
 A GPU compiles each variant of a kernel, and all tests together ask for over a thousand. There those marked
-``gpu_variants`` are run, the others skipped: they reach every branch of the kernels in at most 150 variants
+``gpu_variants`` are run, the others skipped: they reach every branch of the kernels in at most 170 variants
 (test_triton_variants.py counts them).
 
     python -m pytest tests/backends/test_triton_operations.py -m gpu_variants -n 16
@@ -29,7 +29,7 @@ import triton as jit
 import triton.language as tl
 from asked import reference, triton
 
-from fastdiff.backends.triton import affine, interpreted, loss, plan, step
+from fastdiff.backends.triton import affine, interpreted, loss, plan, row_moments, step
 from fastdiff.backends.triton.launch import launches
 from fastdiff.backends.triton.philox import fma
 
@@ -92,7 +92,7 @@ def assert_as_good(got, want, exact):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Rows of several tiles without large data."""
-    for module in (affine, loss, step):
+    for module in (affine, loss, row_moments, step):
         monkeypatch.setattr(module, "tile_of", lambda elements, itemsize: 64)
 
 
@@ -614,6 +614,65 @@ def test_gradients_of_noising_and_conversion(dtype):
             results.append([(out := call(backend, *inputs)), *torch.autograd.grad(out, inputs, g)])
         for got, want in zip(*results):
             assert_same(got, want)
+
+
+@diagonal(7, layout=LAYOUTS, dtype=DTYPES, both=[True, False, True, True, True])
+def test_moments_and_their_gradient(layout, dtype, both):
+    """Sums as near to the truth as the reference's; the gradient of all moments to the bit; one launch each."""
+    shape, rows = layout
+    a, b = random(shape, dtype).requires_grad_(), random(shape, dtype).requires_grad_() if both else None
+    arguments = a, b, rows, rows, torch.float32
+    with launches() as launched:
+        found = triton.row_moments(*arguments)
+        kept = [(k, s) for k, s in enumerate(found) if s is not None]
+        upstream = [random(rows) if s is not None else None for s in found]
+        inputs = [a, b] if both else [a]
+        gradients = torch.autograd.grad([s for _, s in kept], inputs, [upstream[k] for k, _ in kept])
+    assert launched == ["row_moments", "row_moments_gradient"]
+    written = a.nbytes + (b.nbytes if both else 0)
+    assert (launched[0].read, launched[1].written) == (written, written)
+    wide = [None if x is None else x.detach().double() for x in (a, b)]
+    for k, exact in enumerate(reference.row_moments(*wide, rows, rows, torch.float64)):
+        if exact is None:
+            assert found[k] is None
+            continue
+        sizes = reference.row_moments(*(x if x is None else x.abs() for x in wide), rows, rows, torch.float64)[k]
+        sizes = sizes if k not in (3, 4) or not both else sum(wide[i].abs().amax() for i in (0, 1)) ** 2 * a.numel()
+        assert found[k].shape == rows and found[k].dtype == torch.float32
+        assert bool(((found[k].double() - exact).abs() <= 4 * torch.finfo(torch.float32).eps * sizes).all())
+    want = reference.moments_gradient(upstream, *arguments, True, both)
+    for got, exact in zip(gradients, want):
+        assert_same(got, exact)
+
+
+@gpu_variants
+def test_the_gradient_of_one_moment_by_one_operand():
+    a, b, upstream = random((2, 3, 8)), random((2, 3, 8)), random((2, 1, 1))
+    arguments = [None, None, upstream, *[None] * 5], a, b, (2, 1, 1), (2, 1, 1), torch.float32
+    d_a, d_b = triton.moments_gradient(*arguments, False, True)
+    assert d_a is None
+    assert_same(d_b, upstream * (2 * b))
+
+
+@gpu_variants
+def test_moments_of_rows_of_several_tiles(small_tiles):
+    a, b = random((2, 3, 200)), random((2, 3, 200))
+    for rows in ((2, 1, 1), (1, 3, 1)):
+        arguments = rows, rows, torch.float32
+        sizes = reference.row_moments(a.abs(), -b.abs(), *arguments)
+        for got, want, size in zip(*(f(a, b, *arguments) for f in (triton.row_moments, reference.row_moments)), sizes):
+            assert bool(((got - want).abs() <= 4 * torch.finfo(torch.float32).eps * size.abs()).all())
+
+
+def test_the_gradient_of_each_moment_alone(small_tiles):
+    a, b, rows = random((2, 3, 200)), random((2, 3, 200)), (1, 3, 1)
+    for k in range(8):
+        one = [random((1, 3, 1)) if j == k else None for j in range(8)]
+        for needed in ((True, False), (False, True), (True, True)):
+            got = triton.moments_gradient(one, a, b, rows, rows, torch.float32, *needed)
+            want = reference.moments_gradient(one, a, b, rows, rows, torch.float32, *needed)
+            for gradient, exact in zip(got, want):
+                assert gradient is None if exact is None else torch.equal(gradient, exact)
 
 
 @diagonal(

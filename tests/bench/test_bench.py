@@ -76,6 +76,9 @@ class TestCases:
         assert {case.kind for case in full} == set(KINDS) and {case.dtype for case in full} == {"fp32", "bf16"}
         shapes = {case.shape for case in full}
         assert {(1, 4, 32, 32), (64, 4, 64, 64), (16, 3, 256, 256), (16, 3, 512, 512), (1, 16, 33, 60, 90)} <= shapes
+        moments = [(case.shape, case.dtype) for case in full if case.operation == "row moments"]
+        assert sorted(moments) == sorted((shape, dtype) for shape in PRESETS["full"].shapes + ((16, 3, 512, 512),)
+                                         for dtype in ("fp32", "bf16"))  # fmt: skip
         for operation in ("loss+gradient", "training step", "sampler step"):
             for shape in shapes - {case.shape for case in PRESETS["full"].extra}:
                 for dtype in ("fp32", "bf16"):
@@ -109,7 +112,7 @@ class TestCases:
 
 class TestPeers:
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("operation", ["noising", "loss", "sampler step"])
+    @pytest.mark.parametrize("operation", ["noising", "loss", "sampler step", "row moments"])
     @pytest.mark.parametrize("peer", ["eager", "reference", DIFFUSERS])
     def test_same_values(self, peer, operation, kind):
         ours, o, case = call("fastdiff", operation, kind)
@@ -117,6 +120,10 @@ class TestPeers:
             theirs = peers.build(peer, case, CPU)
         except peers.Missing:
             assert peer == "diffusers"
+            return
+        if operation == "row moments":  # sums of up to 2^-7 of what is added up
+            for got, expected in zip(theirs(o), ours(o), strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-3)
             return
         if peer == "diffusers" and kind == "flow" and operation == "noising":
             # Its t are those of its own table: sigma = 1 - t / 1000.
@@ -265,6 +272,7 @@ class TestCounting:
             ("sampler step", "epsilon", 4),
             ("sampler step", "flow", 3),
             ("sampler step+noise", "v_prediction", 3),
+            ("row moments", "epsilon", 2),
         ],
     )
     def test_floor_and_known_operands(self, operation, kind, tensors):

@@ -31,6 +31,7 @@ TABLE = {
     "fastdiff/objective": "objective wrong_input noise pitfalls_of_objectives fast_calls compile diffusers loss",
     "fastdiff/ops/loss": "loss wrong_input fast_calls objective native",
     "fastdiff/ops/noise": "noise wrong_input fast_calls objective philox native",
+    "fastdiff/ops/row_moments": "row_moments wrong_input",
     "fastdiff/ops/step_table": "step_table wrong_input",
     "fastdiff/ops/operators": "compile fast_calls noise loss convert_and_step wrong_input objective",
     "fastdiff/ops/": "convert_and_step wrong_input fast_calls trajectory noise loss step_table objective native",

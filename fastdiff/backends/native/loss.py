@@ -98,7 +98,7 @@ class _Loss(torch.autograd.Function):
             return next(found) if for_prediction else None, next(found) if for_weight else None, *(None,) * 4
         if for_prediction and gradient is None:
             if modes.is_many(upstream):  # several gradients at once
-                gradient = ctx.otherwise.loss_gradient(upstream, call)
+                gradient = ctx.otherwise.gradient(upstream, call)
             else:
                 gradient = launch(call, upstream=upstream, value=False, gradient=True).gradient
         d_weight = None
@@ -115,7 +115,7 @@ recorded = super(torch.autograd.Function, _Loss).apply
 
 
 def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
-    """See ``Backend.loss_gradient``."""
+    """See ``Backend.gradient``."""
     return launch(call, upstream=upstream, value=False, gradient=True).gradient
 
 

@@ -34,7 +34,7 @@ def run(call: LossCall, backend: Backend) -> Tensor:
 
 
 def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
-    """See ``Backend.loss_gradient``."""
+    """See ``Backend.gradient``."""
     prediction, n = call.prediction, _noise_of(call, backend)
     scale, weight, c, mask = rows(call.scale, call.weight, call.c, call.mask)
     dtype = weight.dtype

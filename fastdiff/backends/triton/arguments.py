@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import modes
 from ...tensors import Gathered
 from ..interface import TRANSFORMED
+from ..layout import memory_order
 from . import launch
 from .availability import unfit_because
 
@@ -68,9 +69,9 @@ def permuted(tensors: tuple, rows: tuple) -> tuple[tuple[int, ...] | None, list,
     (channels_last, transposed) all are taken in that order, and ``order`` leads back; but noise that is made counts
     elements in the logical order, so then, and for what has gaps, it is a copy."""
     first = tensors[0]
-    if not first.is_contiguous() and all(t is None or isinstance(t, Tensor) for t in tensors):
-        order = sorted(range(first.ndim), key=lambda d: -first.stride(d))
-        if first.permute(order).is_contiguous():
+    if all(t is None or isinstance(t, Tensor) for t in tensors):
+        order = memory_order(first)
+        if order is not None:
             back = tuple(sorted(range(first.ndim), key=order.__getitem__))
             rows = [
                 Gathered(row.column, row.index.permute(order))

@@ -49,7 +49,7 @@ _NUMBERS = {"steps", "stride", "units", "runs", "blocks", "per", "frames", "shar
 _SEEDS = {"seed", "xi_seed"}  # a tensor, or a number
 # Full-size data, which is loaded by vectors where it is aligned to 16 bytes.
 _DATA = {"out", "kept", "u", "v", "xi", "prediction", "x0", "n", "gradient", "x", "m", "y", "entry", "log_variance"} | {
-    "target", "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen", "mask",
+    "target", "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen", "mask", "d_u", "d_v",
 }  # fmt: skip
 
 _records: list[Launch] | None = None

@@ -338,7 +338,7 @@ class _Loss(torch.autograd.Function):
             return next(found) if for_prediction else None, next(found) if for_weight else None, *(None,) * 5
         gradient = d_weight = None
         if for_prediction and modes.is_many(upstream):
-            gradient = ctx.otherwise.loss_gradient(upstream, ctx.call_of(*tensors))
+            gradient = ctx.otherwise.gradient(upstream, ctx.call_of(*tensors))
         elif for_prediction:
             # What was written ahead is given away once; whoever gets it may add to it.
             written, ctx.written = ctx.written, None
@@ -357,7 +357,7 @@ recorded = super(torch.autograd.Function, _Loss).apply
 
 
 def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
-    """See ``Backend.loss_gradient``."""
+    """See ``Backend.gradient``."""
     call = _needed(call)
     divisor = None if call.mask_normalization == "none" else _pass(call).divisor
     return _gradient(call, upstream, divisor, None)

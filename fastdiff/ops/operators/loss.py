@@ -42,7 +42,7 @@ def _fake_gradient(upstream, prediction, *arguments):
 @declare("loss_gradient", f"(Tensor upstream, {_ARGUMENTS}) -> Tensor", _fake_gradient)
 def _loss_gradient(upstream, prediction, *arguments):
     call = _call(prediction, *arguments)
-    gradient = able(get(prediction.device), call).loss_gradient(upstream, call)
+    gradient = able(get(prediction.device), call).gradient(upstream, call)
     return strided(gradient, prediction)
 
 
