@@ -231,23 +231,20 @@ def test_scm(dtype):
     check(names["loss"], expected, (network, net), (uncertainty, other), dtype=dtype)
 
 
-def test_the_tangent_of_scm_is_that_of_the_consistency_function():
+@pytest.mark.parametrize("dtype", [torch.float64], indirect=True)
+def test_the_tangent_of_scm_is_that_of_the_consistency_function(dtype):
     """Without the warm-up, g is cos(t) times the derivative of f = cos(t) x - sin(t) s F along the path: by
     differences."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        x0, network, s = data(), Network(), 0.6
-        (names,) = run(["sCM"], x0=x0, network=network, uncertainty=Uncertainty(), s=s, c=0.1, warmup=1.0)
-        z, t, h = s * names["noised"].noise, names["noised"].t, 1e-5
+    x0, network, s = data(), Network(), 0.6
+    (names,) = run(["sCM"], x0=x0, network=network, uncertainty=Uncertainty(), s=s, c=0.1, warmup=1.0)
+    z, t, h = s * names["noised"].noise, names["noised"].t, 1e-5
 
-        def f(t):
-            cos, sin = rows(t.cos()), rows(t.sin())
-            x = cos * x0 + sin * z
-            return cos * x - sin * s * network(x / s, t)
+    def f(t):
+        cos, sin = rows(t.cos()), rows(t.sin())
+        x = cos * x0 + sin * z
+        return cos * x - sin * s * network(x / s, t)
 
-        torch.testing.assert_close(names["g"], rows(t.cos()) * (f(t + h) - f(t - h)) / (2 * h), rtol=1e-7, atol=1e-8)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(names["g"], rows(t.cos()) * (f(t + h) - f(t - h)) / (2 * h), rtol=1e-7, atol=1e-8)
 
 
 def test_jit(dtype):
