@@ -81,7 +81,8 @@ class Huber(Loss):
 
 @dataclass(frozen=True)
 class PseudoHuber(Loss):
-    """sqrt(e^2 + c^2) - c ("plain", Song and Dhariwal 2024), 2 c (...) ("scaled") or 2 (...) ("normalized").
+    """sqrt(e^2 + c^2) - c of each element ("plain"), 2 c (...) ("scaled") or 2 (...) ("normalized"). (Song and
+    Dhariwal 2024 take it of a sample's norm instead, sqrt(sum of e^2 + c^2) - c: see docs/recipes.md.)
 
     ``schedule`` makes c a function of the row: "constant"; "exponential" c^(t / T), falling from 1 to c; "snr"
     (1 - c) / (1 + sigma / alpha)^2 + c, falling from 1 to c (both after Khrapov et al. 2024). ``by="sigma"`` makes the
