@@ -13,8 +13,9 @@ from .losses.vlb import VariationalBound
 from .noised import Noised
 from .objective import Objective
 from .prediction import Prediction
-from .process import EDM, VESDE, VPSDE, Cosine, Process, RectifiedFlow, SubVPSDE, TrigFlow, VariancePreserving
+from .process import EDM, Cosine, Process, RectifiedFlow, TrigFlow, VariancePreserving
 from .sampling import sample
+from .sdes import VESDE, VPSDE, SubVPSDE
 from .weighting import (
     P2,
     SNR,

@@ -14,8 +14,8 @@ from . import ops
 from .losses import Loss
 from .modes import lasting
 from .numeric import check_numbers
-from .objective import Objective, check_order
-from .ops.checks import check_alike, check_floating, compute_dtype
+from .objective import Objective
+from .ops.checks import check_alike, check_floating, check_order, compute_dtype
 from .philox import Stream, draw_seed
 from .prediction import Prediction
 from .process import Process

@@ -65,3 +65,20 @@ def answers_keywords(other_names: Mapping[str, str]) -> Callable[[Callable[P, Th
         return answering
 
     return decorate
+
+
+# What other libraries call the arguments of ``Objective``.
+OF_OBJECTIVE = {
+    "scheduler": "process=, or fastdiff.Objective.from_scheduler(scheduler)",
+    "noise_scheduler": "process=, or fastdiff.Objective.from_scheduler(scheduler)",
+    "prediction_type": "prediction=",
+    "parameterization": "prediction=",
+    "objective": "prediction=",
+    "snr_gamma": "weighting=fastdiff.MinSNR(gamma)",
+    "min_snr_gamma": "weighting=fastdiff.MinSNR(gamma)",
+    "weighting_scheme": "weighting=, and timesteps= for how t is drawn",
+    "loss_weight": "weighting=",
+    "loss_type": "loss=",
+    "loss_fn": "loss=",
+    "schedule_sampler": "timesteps=",
+}

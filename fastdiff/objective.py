@@ -20,13 +20,24 @@ from .coefficients import Coefficients, Rows, Traced, drawn
 from .element_weights import carried, has_elements
 from .losses import Loss
 from .modes import wrapping
-from .names import answers_keywords
+from .names import OF_OBJECTIVE, answers_keywords
 from .noised import Noised, check_noised, tensor_of
 from .numeric import check_numbers
-from .ops.checks import check_alike, check_floating, check_tensor, check_unambiguous, compute_dtype, place_rows
+from .ops.checks import (
+    check_alike,
+    check_floating,
+    check_order,
+    check_tensor,
+    check_unambiguous,
+    compute_dtype,
+    in_dtype,
+    place_given,
+    place_rows,
+    shape_of_rows,
+)
 from .ops.dispatch import get as backend_of
 from .ops.loss import check_loss, normalized
-from .ops.noise import check_noise
+from .ops.noise import check_noise, offset_noise
 from .philox import Stream, check_rng, check_seed, draw_seed, whole
 from .prediction import Prediction
 from .process import Process, as_times, check_process
@@ -39,47 +50,6 @@ from .weighting import WeightingLike
 
 # The attributes of an objective that its coefficients are made of: they cannot be changed.
 _FIXED = ("process", "prediction", "weighting", "loss_function", "error_space")
-
-# What other libraries call the arguments of ``Objective``.
-_OTHER_NAMES = {
-    "scheduler": "process=, or fastdiff.Objective.from_scheduler(scheduler)",
-    "noise_scheduler": "process=, or fastdiff.Objective.from_scheduler(scheduler)",
-    "prediction_type": "prediction=",
-    "parameterization": "prediction=",
-    "objective": "prediction=",
-    "snr_gamma": "weighting=fastdiff.MinSNR(gamma)",
-    "min_snr_gamma": "weighting=fastdiff.MinSNR(gamma)",
-    "weighting_scheme": "weighting=, and timesteps= for how t is drawn",
-    "loss_weight": "weighting=",
-    "loss_type": "loss=",
-    "loss_fn": "loss=",
-    "schedule_sampler": "timesteps=",
-}
-
-
-def _placed(name: str, rows: Tensor | float, row_shape: torch.Size, like: Tensor) -> Tensor | float:
-    """Numbers that a user gives, one a row or one for all, placed for ``like``."""
-    if isinstance(rows, Tensor):
-        placed = _shape_of_rows(row_shape, like)
-        if rows.ndim == like.ndim and all(r in (1, s) for r, s in zip(rows.shape, placed)):
-            return rows.to(like.device).expand(placed)
-        return place_rows(name, place_rows(name, rows.to(like.device), row_shape).expand(row_shape), like.shape)
-    check_numbers(**{name: rows})
-    return rows
-
-
-def _shape_of_rows(row_shape: torch.Size, like: Tensor) -> tuple[int, ...]:
-    """``row_shape`` with as many dimensions as ``like``, 1 where elements share a row."""
-    return (*row_shape, *(1,) * (like.ndim - len(row_shape)))
-
-
-def _in_dtype(row: Any, dtype: torch.dtype, like: Tensor) -> Any:
-    """A placed coefficient, a number or None, as a record takes it."""
-    if row is None or getattr(row, "dtype", None) == dtype:
-        return row
-    if isinstance(row, (int, float)):  # filled on the device: a copy to it would wait
-        return torch.full((1,) * like.ndim, row, dtype=dtype, device=like.device)
-    return as_tensor(row).to(dtype)
 
 
 class Objective:
@@ -109,7 +79,7 @@ class Objective:
     ``fastdiff.weighting``: that timestep gets weight 0).
     """
 
-    @answers_keywords(_OTHER_NAMES)
+    @answers_keywords(OF_OBJECTIVE)
     def __init__(
         self,
         process: Process,
@@ -286,7 +256,7 @@ class Objective:
         elif noise is None or t is None or self.input_perturbation:
             seed = draw_seed(generator, x0.device)
         if noise is None and self.noise_offset and self.noise_offset_dim != 1:
-            noise = self._offset_noise(x0, seed, sample_offset, rng)
+            noise = offset_noise(x0, seed, sample_offset, self.noise_offset, self.noise_offset_dim, rng)
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
         fast = backend.fast
@@ -378,20 +348,6 @@ class Objective:
                 run(backend, UniformCall(seed, samples, Stream.TIMESTEP, sample_offset, device)), self.process
             )
         return t
-
-    def _offset_noise(self, x0: Tensor, seed: int | Tensor, sample_offset: int, rng: str) -> Tensor:
-        """Noise with offsets along another dimension than 1: float32 (float64 for float64 data), shaped as x0."""
-        dim = self.noise_offset_dim + x0.ndim if self.noise_offset_dim < 0 else self.noise_offset_dim
-        if not 0 < dim < x0.ndim or x0.ndim < 3:
-            raise ValueError(
-                f"noise_offset_dim={self.noise_offset_dim} is no channels' dimension of {tuple(x0.shape)}: offset "
-                f"noise needs a batch, channels, and what shares them."
-            )
-        n = ops.materialize(ops.Philox(seed, sample_offset, rng=rng), x0.shape, x0.device)
-        shape = [len(x0), x0.shape[dim]]
-        offsets = ops.materialize(ops.Philox(seed, sample_offset, Stream.OFFSET), shape, x0.device)
-        spread = [len(x0), *(x0.shape[d] if d == dim else 1 for d in range(1, x0.ndim))]
-        return (n + self.noise_offset * offsets.reshape(spread)).to(compute_dtype(x0))
 
     def _rows(self, t: Tensor, x0: Tensor, dtype: torch.dtype) -> Rows:
         """The coefficients at ``t``, one time a row, which has been checked, for ``x0``."""
@@ -520,16 +476,16 @@ class Objective:
         mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction, y)
         # Noise that is made again counts as what it was made for.
         dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) or n is None else x0, y)
-        by_sample, rows_of = mask_normalization == "sample", _shape_of_rows(row_shape, prediction)
+        by_sample, rows_of = mask_normalization == "sample", shape_of_rows(row_shape, prediction)
         if isinstance(weight, Tensor) and has_elements(weight, rows_of):
             mask, factor = carried(weight, mask, mask_normalization, reduction, rows_of, prediction, dtype)
             own_weight, mask_normalization = as_tensor(own_weight) * factor, "none"
         elif weight is not None:
-            own_weight = as_tensor(own_weight) * _placed("weight", weight, row_shape, prediction)
+            own_weight = as_tensor(own_weight) * place_given("weight", weight, row_shape, prediction)
         if r is not None and y is None:
             raise ValueError("r is the factor of y in the target: pass y, a tensor shaped as prediction, too.")
-        r = None if y is None else _placed("r", 1.0 if r is None else r, row_shape, prediction)
-        p, q, scale, own_weight, c, r = (_in_dtype(row, dtype, prediction) for row in (p, q, scale, own_weight, c, r))
+        r = None if y is None else place_given("r", 1.0 if r is None else r, row_shape, prediction)
+        p, q, scale, own_weight, c, r = (in_dtype(row, dtype, prediction) for row in (p, q, scale, own_weight, c, r))
         result = normalized(
             LossCall(
                 prediction,
@@ -640,15 +596,3 @@ class Objective:
                     f"'sample'."
                 )
         return ops.convert(prediction, x_t, k_x, k_m)
-
-
-def check_order(x0: Tensor, t: Any, noise: Any, order: str) -> None:
-    """Raise ValueError where ``noise``, which does not fit x0, is t by its shape."""
-    if not isinstance(noise, Tensor) or noise.ndim >= x0.ndim or noise.shape != x0.shape[: noise.ndim]:
-        return
-    if t is None:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, but x0 {tuple(x0.shape)}: if it is t, write t=.")
-    if isinstance(t, Tensor) and t.shape == x0.shape:
-        raise ValueError(
-            f"t has shape {tuple(t.shape)}, and noise {tuple(noise.shape)}: swapped? The order is {order}."
-        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..numeric import check_numbers
-from ..tensors import Gathered
+from ..tensors import Gathered, as_tensor
 
 
 def check_tensor(what: str, value: Any, name: str) -> None:
@@ -153,3 +153,40 @@ def check_clip(clip: float | None) -> None:
         check_numbers(clip=clip)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive, or None for no clamping; got {clip!r}.")
+
+
+def place_given(name: str, rows: Tensor | float, row_shape: torch.Size, like: Tensor) -> Tensor | float:
+    """Numbers that a user gives, one a row or one for all, placed for ``like``."""
+    if isinstance(rows, Tensor):
+        placed = shape_of_rows(row_shape, like)
+        if rows.ndim == like.ndim and all(r in (1, s) for r, s in zip(rows.shape, placed)):
+            return rows.to(like.device).expand(placed)
+        return place_rows(name, place_rows(name, rows.to(like.device), row_shape).expand(row_shape), like.shape)
+    check_numbers(**{name: rows})
+    return rows
+
+
+def shape_of_rows(row_shape: torch.Size, like: Tensor) -> tuple[int, ...]:
+    """``row_shape`` with as many dimensions as ``like``, 1 where elements share a row."""
+    return (*row_shape, *(1,) * (like.ndim - len(row_shape)))
+
+
+def in_dtype(row: Any, dtype: torch.dtype, like: Tensor) -> Any:
+    """A placed coefficient, a number or None, as a record takes it."""
+    if row is None or getattr(row, "dtype", None) == dtype:
+        return row
+    if isinstance(row, (int, float)):  # filled on the device: a copy to it would wait
+        return torch.full((1,) * like.ndim, row, dtype=dtype, device=like.device)
+    return as_tensor(row).to(dtype)
+
+
+def check_order(x0: Tensor, t: Any, noise: Any, order: str) -> None:
+    """Raise ValueError where ``noise``, which does not fit x0, is t by its shape."""
+    if not isinstance(noise, Tensor) or noise.ndim >= x0.ndim or noise.shape != x0.shape[: noise.ndim]:
+        return
+    if t is None:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, but x0 {tuple(x0.shape)}: if it is t, write t=.")
+    if isinstance(t, Tensor) and t.shape == x0.shape:
+        raise ValueError(
+            f"t has shape {tuple(t.shape)}, and noise {tuple(noise.shape)}: swapped? The order is {order}."
+        )

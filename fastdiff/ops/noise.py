@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calls import NoiseCall
-from ..philox import Philox
+from ..philox import Philox, Stream
 from . import dispatch
 from .checks import check_alike, check_floating, compute_dtype, place_all
 
@@ -58,6 +58,21 @@ def noise(
 def materialize(noise: Philox, shape: Sequence[int], device: torch.device) -> Tensor:
     """Make noise into a tensor: float32 of ``shape`` on ``device``."""
     return dispatch.get(torch.device(device)).materialize(noise, shape, torch.device(device))
+
+
+def offset_noise(x0: Tensor, seed: int | Tensor, sample_offset: int, strength: float, dim: int, rng: str) -> Tensor:
+    """Noise with offsets along another dimension than 1: float32 (float64 for float64 data), shaped as x0."""
+    along = dim + x0.ndim if dim < 0 else dim
+    if not 0 < along < x0.ndim or x0.ndim < 3:
+        raise ValueError(
+            f"noise_offset_dim={dim} is no channels' dimension of {tuple(x0.shape)}: offset noise needs a batch, "
+            f"channels, and what shares them."
+        )
+    n = materialize(Philox(seed, sample_offset, rng=rng), x0.shape, x0.device)
+    shape = [len(x0), x0.shape[along]]
+    offsets = materialize(Philox(seed, sample_offset, Stream.OFFSET), shape, x0.device)
+    spread = [len(x0), *(x0.shape[d] if d == along else 1 for d in range(1, x0.ndim))]
+    return (n + strength * offsets.reshape(spread)).to(compute_dtype(x0))
 
 
 def check_noise(**tensors: Tensor | Philox | None) -> Tensor | None:

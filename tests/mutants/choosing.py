@@ -13,6 +13,7 @@ from pathlib import Path
 # For the beginning of a source file's path, the test files to ask (test_*.py, in any folder), the likeliest first.
 TABLE = {
     "fastdiff/process": "process wrong_input pitfalls_of_objectives pitfalls_of_samplers objective samplers diffusers",
+    "fastdiff/sdes": "process wrong_input objective scores likelihood samplers",
     "fastdiff/prediction": "prediction objective pitfalls_of_objectives samplers",
     "fastdiff/weighting": "weighting sigma_and_layout wrong_input pitfalls_of_objectives objective",
     "fastdiff/uncertainty": "uncertainty",
