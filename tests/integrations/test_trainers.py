@@ -58,6 +58,16 @@ def test_a_learned_variance_has_fewer_bits_in_few_steps():
     assert all(3 < found[name] < 12 for name in ("hybrid learned_range", "simple fixed_small", "simple fixed_large"))
 
 
+# -------------------------------------------------------------------------------------------------------------- flow
+
+
+def test_a_flow_makes_digits_in_four_steps():
+    pytest.importorskip("sklearn")
+    found = example("flow").main(["--quick"])
+    assert found["last loss"] < 0.8 * found["first loss"]
+    assert found["flow_euler, 4"] > 0.95 and found["flow_heun, 2"] > 0.95
+
+
 # ---------------------------------------------------------------------------------------------------------- MeanFlow
 
 
