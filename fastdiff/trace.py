@@ -50,8 +50,7 @@ class Trace:
             counted = self._counted(name, getattr(module, name))
             replaced += [(module, name, counted), (fastdiff, name, counted)]
         replaced += [(Objective, name, self._fast(getattr(Objective, name))) for name in _FAST_CALLS]
-        for name in (*_METHODS, "step"):
-            replaced.append((Reference, name, self._reference(getattr(Reference, name))))
+        replaced.append((Reference, "run", self._reference(Reference.run)))
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
         for owner, name, function in replaced:
             setattr(owner, name, function)
@@ -90,7 +89,7 @@ class Trace:
 
     def _reference(self, own: Callable) -> Callable:
         def operation(backend: Reference, call: Call) -> Any:
-            if self._open and not self._open[-1]:
+            if self._open and not self._open[-1] and call.operation in (*_METHODS, "step"):
                 self._open[-1].update(way=REFERENCE, reason=_why(call))
             return own(backend, call)
 

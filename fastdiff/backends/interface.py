@@ -174,4 +174,6 @@ def able(backend: Backend, call: Call) -> Backend:
 
 def run(backend: Backend, call: Call) -> Any:
     """The result of ``call`` by ``backend``, or by the first of its fallbacks that supports it."""
-    return able(backend, call).run(call)
+    while not backend.supports(call)[0]:  # as ``able``
+        backend = backend.otherwise
+    return backend.run(call)

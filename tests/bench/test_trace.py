@@ -39,7 +39,7 @@ def traced(tmp_path, capsys, lines, *arguments):
             ["noise 1 by the operations of a backend: a gradient of its data is asked for"],
         ),
         (
-            "o.noise(x.transpose(0, 1), torch.arange(4))",
+            "o.noise(x.transpose(0, 1), torch.arange(4), x.transpose(0, 1))",
             ["noise 1 by the operations of a backend: a tensor is not contiguous"],
         ),
         (
@@ -129,14 +129,14 @@ def test_schedulers_of_a_script(tmp_path, capsys):
 
 def test_a_script_is_run_as_python_runs_it(tmp_path, capsys):
     """Its arguments, its name, its exit status and its errors; and all is as before afterwards."""
-    before = sys.argv, fastdiff.Objective._fast_noise, Reference.loss, fastdiff.Objective.noise
+    before = sys.argv, fastdiff.Objective._fast_noise, Reference.run, fastdiff.Objective.noise
     status, printed = traced(tmp_path, capsys, "print(__name__, sys.argv[1:]); sys.exit(7)", "--size", "3")
     assert status == 7 and "__main__ ['--size', '3']" in printed.out and "objectives" in printed.out
     status, printed = traced(tmp_path, capsys, "o.noise(x)\nraise KeyError('inside')")
     assert status == 1 and "KeyError: 'inside'" in printed.err and "noise" in printed.out
     status, printed = traced(tmp_path, capsys, "sys.exit('no such thing')")
     assert status == 1 and "no such thing" in printed.err
-    assert (sys.argv, fastdiff.Objective._fast_noise, Reference.loss, fastdiff.Objective.noise) == before
+    assert (sys.argv, fastdiff.Objective._fast_noise, Reference.run, fastdiff.Objective.noise) == before
     for given in ([], [str(tmp_path / "none.py")]):
         assert cli.main(["doctor", "--trace", *given]) == 2
         assert "--trace needs a script; got" in capsys.readouterr().err

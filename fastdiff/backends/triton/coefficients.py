@@ -48,16 +48,19 @@ def arrange(shape: tuple[int, ...], *coefficients: Coefficient, rows: tuple[int,
     """Bring coefficients of different shapes into one layout: the layout of ``rows``, or one that fits all. A
     coefficient that has it already is not copied."""
     first: Gathered | None = None
-    found: list[Tensor | Gathered | None] = []
+    found: list[tuple[Tensor | Gathered | None, bool]] = []  # and whether it is one number
+    many: set[tuple[int, ...]] = set()
     for c in coefficients:
         if isinstance(c, Gathered):
             if first is None:
                 first = c
             elif not _alike(first, c):
                 c = as_tensor(c)
-        found.append(c)
-    spread = [c.index if isinstance(c, Gathered) else c for c in found]
-    many = {tuple(t.shape) for t in spread if t is not None and not is_one(t)}
+        spread = c.index if isinstance(c, Gathered) else c
+        one = spread is None or is_one(spread)
+        if not one:
+            many.add(tuple(spread.shape))
+        found.append((c, one))
     if rows is not None:
         common = rows
     elif not many:
@@ -66,20 +69,20 @@ def arrange(shape: tuple[int, ...], *coefficients: Coefficient, rows: tuple[int,
         common = next(iter(many)) if len(many) == 1 else tuple(torch.broadcast_shapes(*many))
         common = layout_of(shape, common)[1]
 
-    def placed(t: Tensor) -> tuple[Tensor, str]:
-        return (t, "one") if is_one(t) else (t.expand(common).contiguous(), "row")
+    def placed(t: Tensor, one: bool) -> tuple[Tensor, str]:
+        return (t, "one") if one else (t.expand(common).contiguous(), "row")
 
     pointers: list[Tensor | None] = []
     kinds = []
-    for c in found:
+    for c, one in found:
         pointer, kind = (
-            (None, "none") if c is None else (c.column, "gathered") if isinstance(c, Gathered) else placed(c)
+            (None, "none") if c is None else (c.column, "gathered") if isinstance(c, Gathered) else placed(c, one)
         )
         pointers.append(pointer)
         kinds.append(kind)
     index, index_kind, steps, stride = None, "none", 0, 0
     if first is not None:
-        index, index_kind = placed(first.index)
+        index, index_kind = placed(first.index, is_one(first.index))
         steps, stride = first.column.shape[0], first.column.stride(0)
     return Rows(common, tuple(pointers), tuple(kinds), index, index_kind, steps, stride)
 

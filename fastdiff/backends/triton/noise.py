@@ -64,4 +64,4 @@ def _launch(call: NoiseCall, with_target: bool = False, p: Any = None, q: Any = 
     affine.run(tuple(data.shape), device, data, alpha, given, sigma, x_t, z, float(perturbation), other, target, p, q)
     if order is not None:
         return x_t.permute(order), kept, target if target is None else target.permute(order)
-    return in_format_of(x0, x_t), kept, in_format_of(x0, target)
+    return in_format_of(x0, x_t), kept, None if target is None else in_format_of(x0, target)
