@@ -122,10 +122,12 @@ def check_loss(
 ) -> Tensor | None:
     """Raise TypeError or ValueError unless these go together. Returns the mask, with all of its dimensions."""
     check_floating(prediction=prediction)
-    for given in ({"x0": x0}, {"y": y}):
-        if None not in given.values():
-            check_floating(**given)
-            check_alike(**given, prediction=prediction)
+    if x0 is not None:
+        check_floating(x0=x0)
+        check_alike(x0=x0, prediction=prediction)
+    if y is not None:
+        check_floating(y=y)
+        check_alike(y=y, prediction=prediction)
     if n is not None:
         check_noise(prediction=prediction, noise=n)
     if not prediction.ndim:
