@@ -484,8 +484,13 @@ class Objective:
             own_weight = as_tensor(own_weight) * place_given("weight", weight, row_shape, prediction)
         if r is not None and y is None:
             raise ValueError("r is the factor of y in the target: pass y, a tensor shaped as prediction, too.")
-        r = None if y is None else place_given("r", 1.0 if r is None else r, row_shape, prediction)
-        p, q, scale, own_weight, c, r = (in_dtype(row, dtype, prediction) for row in (p, q, scale, own_weight, c, r))
+        if target is not None or y is not None:
+            r = None if y is None else place_given("r", 1.0 if r is None else r, row_shape, prediction)
+            p, r = (in_dtype(row, dtype, prediction) for row in (p, r))
+        p, q, scale, own_weight, c = [
+            row if row is None or row.dtype == dtype else in_dtype(row, dtype, prediction)
+            for row in (p, q, scale, own_weight, c)
+        ]
         result = normalized(
             LossCall(
                 prediction,

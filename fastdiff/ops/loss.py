@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -146,13 +147,13 @@ def _placed_mask(mask: Tensor, normalization: str, reduction: str, prediction: T
     if mask.is_complex():
         raise TypeError("mask must be bool or real; got a complex one.")
     more = max(0, prediction.ndim - mask.ndim)
-    if mask.ndim > prediction.ndim or any(m not in (1, s) for m, s in zip(mask.shape, prediction.shape)):
+    if mask.ndim > prediction.ndim or not _broadcasts(mask.shape, prediction.shape):
         hint = ""
         ways = {"the last dimensions": (*[1] * more, *mask.shape)} if more else {}
         if more and mask.ndim > 1:
             ways["all channels"] = (mask.shape[0], *[1] * more, *mask.shape[1:])
         for what, shape in ways.items():
-            if all(m in (1, s) for m, s in zip(shape, prediction.shape)):
+            if _broadcasts(shape, prediction.shape):
                 hint = f" A mask of {what} is mask.view({', '.join(map(str, shape))})."
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}, which does not fit {tuple(prediction.shape)}: it is aligned at the "
@@ -164,6 +165,14 @@ def _placed_mask(mask: Tensor, normalization: str, reduction: str, prediction: T
         # No error: one process of many would raise it, and the others wait for it.
         warn("mask is 0 everywhere: the loss and its gradient are 0.")
     return mask.reshape(*mask.shape, *(1,) * more) if more else mask
+
+
+def _broadcasts(own: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether the dimensions that ``own`` has are 1, or those of ``shape``."""
+    for m, s in zip(own, shape):
+        if m != 1 and m != s:
+            return False
+    return True
 
 
 def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:

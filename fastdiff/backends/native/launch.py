@@ -108,6 +108,11 @@ def source(n: Any) -> tuple | None:
 def masked(mask: Tensor | None, shape: torch.Size) -> tuple | None:
     if mask is None:
         return None
-    elements = 1 + sum((size - 1) * stride for size, stride in zip(mask.shape, mask.stride())) if mask.numel() else 0
     # What the mask's storage holds from its first element on may be more; only what is reached counts.
+    elements = 1 if mask.numel() else 0
+    if not mask.is_contiguous():
+        for size, stride in zip(mask.shape, mask.stride()):
+            elements += (size - 1) * stride if mask.numel() else 0
+    elif elements:
+        elements = mask.numel()
     return mask.data_ptr(), DTYPES[mask.dtype], elements, tuple(shape), tuple(mask.expand(shape).stride())
