@@ -467,3 +467,11 @@ def test_meaningless_pairs(process, w):
     its name."""
     with pytest.raises(ValueError, match=type(w).__name__):
         weighting.evaluate(w, make_levels(process, [0 if process.discrete else 0.5]), "epsilon")
+
+
+def test_what_a_callable_raises_is_its_own_but_where_it_takes_the_levels_for_t():
+    process = fastdiff.VPSDE()
+    with pytest.raises(TypeError, match="called with the noise levels, not with t"):
+        fastdiff.Objective(process, weighting=lambda t: 1 / (1 + t))
+    with pytest.raises(ZeroDivisionError):
+        fastdiff.Objective(process, weighting=lambda levels: 1 / 0)
