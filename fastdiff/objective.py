@@ -491,24 +491,8 @@ class Objective:
             row if row is None or row.dtype == dtype else in_dtype(row, dtype, prediction)
             for row in (p, q, scale, own_weight, c)
         ]
-        result = normalized(
-            LossCall(
-                prediction,
-                x0_,
-                n,
-                p,
-                q,
-                scale,
-                own_weight,
-                c,
-                mask,
-                y,
-                r,
-                function.function,
-                mask_normalization,
-                reduction,
-            )  # fmt: skip
-        )
+        how = function.function, mask_normalization, reduction
+        result = normalized(LossCall(prediction, x0_, n, p, q, scale, own_weight, c, mask, y, r, *how))
         if reduction != "none":
             return result
         if not by_sample:

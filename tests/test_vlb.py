@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import to_numpy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import ops
@@ -229,6 +230,14 @@ def test_the_table_follows_the_process():
     torch.testing.assert_close(of.terms(output, noised), before)
 
 
+def test_the_table_follows_the_settings():
+    of = bound("fixed_small")
+    noised, output = batch(of)
+    of.terms(output, noised)
+    of.variance, of.bins = "fixed_large", 17
+    assert torch.equal(of.terms(output, noised), bound("fixed_large", bins=17).terms(output, noised))
+
+
 def test_unfit_arguments():
     process = fastdiff.VariancePreserving(steps=10)
     with pytest.raises(TypeError, match="Objective"):
@@ -398,6 +407,25 @@ def test_loss_second_moment_resampling():
     assert torch.equal(again.probabilities(), resampler.probabilities())
     with pytest.raises(ValueError, match="losses must have shape"):
         LossSecondMoment(process).load_state_dict(resampler.state_dict())
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where a value is read back, or a mask chooses elements: on a GPU each of these waits for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        assert func not in (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
+        if func in (aten.index.Tensor, aten.index_put_.default):
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_resampling_waits_for_nothing():
+    process = fastdiff.VariancePreserving(steps=4, beta_end=0.5)
+    resampler, t = LossSecondMoment(process, history=2), torch.tensor([0, 3, 0, 0])
+    with NoSync():
+        resampler.update(t, torch.rand(4))
+        assert resampler.weight(t).shape == resampler(torch.rand(4, dtype=torch.float64), process).shape == (4,)
 
 
 def test_more_losses_of_one_t_than_are_kept():

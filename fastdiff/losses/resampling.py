@@ -89,14 +89,16 @@ class LossSecondMoment(Timesteps):
         # A t that is there more than once takes one place of its ring after another.
         t, order = t.sort(stable=True)
         index = torch.arange(len(t), device=t.device)
-        first = torch.where(torch.cat([t[:1] != t[:1] - 1, t[1:] != t[:-1]]), index, 0).cummax(0).values
+        begins = torch.cat([torch.ones_like(t[:1], dtype=torch.bool), t[1:] != t[:-1]])
+        first = torch.where(begins, index, 0).cummax(0).values
         place = index - first
         count = torch.zeros_like(self._counts).index_add_(0, t, torch.ones_like(t))
         # Of more than fit the last are kept.
         kept = place >= count[t] - self.history
-        self._losses.view(-1).index_put_(
-            ((t * self.history + (self._counts[t] + place) % self.history)[kept],), losses[order][kept]
-        )
+        # The others go to a place behind the rings: to leave them out by a mask would wait for the device.
+        to = torch.where(kept, t * self.history + (self._counts[t] + place) % self.history, self._losses.numel())
+        rings = torch.cat([self._losses.flatten(), self._losses.new_zeros(1)])
+        self._losses = rings.index_put_((to,), losses[order])[:-1].view_as(self._losses)
         self._counts += count
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -155,7 +155,8 @@ class VariationalBound:
     def _program(self) -> Program:
         """The table of the process as it is now, as a program."""
         objective = self.objective
-        if self._made is None or self._made[0] != objective.process._changes:
+        made_for = objective, self.variance, self.bins, objective.process._changes
+        if self._made is None or self._made[0] != made_for:
             with lasting():
                 half_width = 0.0 if self.bins is None else 1 / (self.bins - 1)
                 found = columns(objective.process, objective.prediction, self.variance, half_width)
@@ -172,7 +173,7 @@ class VariationalBound:
                             f"a prediction of {objective.prediction.name!r} does not say x0 at t = {t} of "
                             f"{objective.process!r} ({name} is not finite): use 'v_prediction'."
                         )
-                self._made = objective.process._changes, lookup(table, _NAMES)
+                self._made = made_for, lookup(table, _NAMES)
         return self._made[1]
 
     def _kl(

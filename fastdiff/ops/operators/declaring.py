@@ -67,5 +67,20 @@ def strided(result: Tensor, like: Tensor) -> Tensor:
     return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
+def keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep all arguments of an operator for its backward."""
+    ctx.arguments = tuple(None if isinstance(a, Tensor) else a for a in inputs)
+    ctx.tensors = tuple(k for k, a in enumerate(inputs) if isinstance(a, Tensor))
+    ctx.save_for_backward(*(inputs[k] for k in ctx.tensors))
+
+
+def kept_arguments(ctx: Any) -> list[Any]:
+    """The arguments of ``keep_arguments``, in order."""
+    arguments = list(ctx.arguments)
+    for k, tensor in zip(ctx.tensors, ctx.saved_tensors):
+        arguments[k] = tensor
+    return arguments
+
+
 def affine_gradient(upstream: Tensor, row: Tensor, dtype: torch.dtype) -> Tensor:
     return (row * upstream.to(row.dtype)).to(dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...backends.interface import COEFFICIENTS, Backend, able, differentiable
 from ...backends.registry import get
 from ...calls import GaussianCall
-from .declaring import declare, noise_arguments, parts, source, strided
+from .declaring import declare, keep_arguments, kept_arguments, noise_arguments, parts, source, strided
 from .declaring import run as runs
 
 _ARGUMENTS = (
@@ -43,22 +43,14 @@ def _gaussian_kl_gradient(upstream, output, *arguments):
     return strided(able(get(output.device), call).gradient(upstream, call), output)
 
 
-def _context(ctx, inputs, output):
-    ctx.arguments = tuple(None if isinstance(a, Tensor) else a for a in inputs)
-    ctx.tensors = tuple(k for k, a in enumerate(inputs) if isinstance(a, Tensor))
-    ctx.save_for_backward(*(inputs[k] for k in ctx.tensors))
-
-
 def _backward(ctx, upstream):
-    arguments = list(ctx.arguments)
-    for k, tensor in zip(ctx.tensors, ctx.saved_tensors):
-        arguments[k] = tensor
+    arguments = kept_arguments(ctx)
     wanted = ctx.needs_input_grad[0]
     d_output = torch.ops.fastdiff.gaussian_kl_gradient(upstream, *arguments) if wanted else None
     return d_output, *(None,) * (len(arguments) - 1)
 
 
-torch.library.register_autograd("fastdiff::gaussian_kl", _backward, setup_context=_context)
+torch.library.register_autograd("fastdiff::gaussian_kl", _backward, setup_context=keep_arguments)
 
 
 def declines(call: GaussianCall) -> str:

@@ -11,7 +11,7 @@ from ...backends import reference
 from ...backends.interface import COEFFICIENTS, Backend, able, differentiable
 from ...backends.registry import get
 from ...calls import LossCall
-from .declaring import declare, noise_arguments, parts, source, strided
+from .declaring import declare, keep_arguments, kept_arguments, noise_arguments, parts, source, strided
 from .declaring import run as runs
 
 _ARGUMENTS = (
@@ -46,16 +46,8 @@ def _loss_gradient(upstream, prediction, *arguments):
     return strided(gradient, prediction)
 
 
-def _context(ctx, inputs, output):
-    ctx.arguments = tuple(None if isinstance(a, Tensor) else a for a in inputs)
-    ctx.tensors = tuple(k for k, a in enumerate(inputs) if isinstance(a, Tensor))
-    ctx.save_for_backward(*(inputs[k] for k in ctx.tensors))
-
-
 def _backward(ctx, upstream):
-    arguments = list(ctx.arguments)
-    for k, tensor in zip(ctx.tensors, ctx.saved_tensors):
-        arguments[k] = tensor
+    arguments = kept_arguments(ctx)
     d_prediction = d_weight = None
     if ctx.needs_input_grad[0]:
         d_prediction = torch.ops.fastdiff.loss_gradient(upstream, *arguments)
@@ -70,7 +62,7 @@ def _backward(ctx, upstream):
     return d_prediction, d_weight, *(None,) * (len(arguments) - 2)
 
 
-torch.library.register_autograd("fastdiff::loss", _backward, setup_context=_context)
+torch.library.register_autograd("fastdiff::loss", _backward, setup_context=keep_arguments)
 
 
 def declines(call: LossCall) -> str:
