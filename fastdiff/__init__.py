@@ -5,7 +5,7 @@ from types import ModuleType
 
 from . import losses, ops, pairing, samplers, timesteps, uncertainty, weighting
 from .backends import use_backend
-from .functional import diffusion_loss, pyramid_noise, q_sample
+from .functional import diffusion_loss, q_sample
 from .likelihood import log_likelihood, to_bits_per_dim
 from .losses.bits_per_dim import BitsPerDim, bits_per_dim
 from .losses.resampling import LossSecondMoment
@@ -14,6 +14,7 @@ from .noised import Noised
 from .objective import Objective
 from .prediction import Prediction
 from .process import EDM, Cosine, Process, RectifiedFlow, TrigFlow, VariancePreserving
+from .pyramid import pyramid_noise
 from .sampling import sample
 from .sdes import VESDE, VPSDE, SubVPSDE
 from .weighting import (
