@@ -27,21 +27,22 @@ void normal(py::handle layout, py::handle source, py::handle out, py::handle thr
   NormalArguments a{};
   a.layout = parse_layout(layout);
   a.noise = parse_noise("source", source, a.layout);
-  if (a.noise.kind != Noise::made) throw py::value_error("source: expected (seed, stream, sample_offset, offset)");
+  if (a.noise.kind != Noise::made) throw py::value_error("source: expected (seed, stream, samples, offset)");
   a.out = parse_output("out", out, a.layout.elements);
   const int team = parse_threads(threads);
   const Unlocked unlocked(a.layout);
   run(a, team);
 }
 
-void uniform(py::handle seed, py::handle stream, py::handle sample_offset, py::handle out, py::handle samples) {
-  const uint64_t key = parse_seed(seed), first = uint64_t(parse_integer("sample_offset", sample_offset));
+void uniform(py::handle seed, py::handle stream, py::handle samples, py::handle out, py::handle number) {
+  const uint64_t key = parse_seed(seed);
   const uint32_t word = parse_stream(stream);
-  const int64_t count = parse_integer("samples", samples);
+  const int64_t count = parse_integer("number", number);
+  const Samples of = parse_samples(samples, count);
   const Output to = parse_output("out", out, count);
   if (to.dtype != DType::f64) throw py::value_error("out: must be float64");
   for (int64_t k = 0; k < count; ++k)
-    ((double*)to.data)[k] = philox::uniform(philox::words(key, 0, word, first + uint64_t(k)));
+    ((double*)to.data)[k] = philox::uniform(philox::words(key, 0, word, of[k]));
 }
 
 // An operation in the general way: layout, its operands in their order, threads.

@@ -121,6 +121,25 @@ uint32_t parse_stream(py::handle value) {
   return uint32_t(stream);
 }
 
+Samples parse_samples(py::handle value, int64_t count) {
+  int64_t first;
+  if (as_int64(value, first)) return {uint64_t(first), nullptr};
+  int64_t found;
+  const void* ids;
+  if (tensors::View tensor; tensors::enabled() && tensors::view(value.ptr(), tensor) && tensor.dtype == tensors::kIndex) {
+    found = tensor.elements;
+    ids = tensor.data;
+  } else {
+    if (length(value) != 3) refuse("samples", "expected the index of the first, or int64 numbers");
+    const Memory memory = parse_memory("samples", value);
+    if (memory.code != kInt64) refuse("samples", "ids must be int64");
+    found = memory.elements;
+    ids = memory.data;
+  }
+  if (found != count) refuse("samples", std::to_string(found) + " ids for " + std::to_string(count) + " samples");
+  return {0, (const uint64_t*)present((void*)ids)};
+}
+
 Layout parse_layout(py::handle value) {
   if (length(value) != 6) refuse("layout", "expected (outer, shared, frames, inner, samples, channels)");
   int64_t numbers[6];
@@ -201,11 +220,11 @@ Noise parse_noise(const char* name, py::handle value, const Layout& layout) {
     noise.tensor = parse_input(name, value, layout.elements);
     return noise;
   }
-  if (length(value) != 4) refuse(name, "expected (pointer, dtype, elements) or (seed, stream, sample_offset, offset)");
+  if (length(value) != 4) refuse(name, "expected (pointer, dtype, elements) or (seed, stream, samples, offset)");
   noise.kind = Noise::made;
   noise.seed = parse_seed(item(value, 0));
   noise.stream = parse_stream(item(value, 1));
-  noise.sample_offset = uint64_t(parse_integer("sample_offset", item(value, 2)));
+  noise.samples = parse_samples(item(value, 2), layout.samples);
   noise.offset = float(parse_number("offset", item(value, 3)));
   if (layout.elements) {
     if (layout.samples == 0 || layout.elements % layout.samples)

@@ -3,7 +3,8 @@
 //
 //   tensor   (pointer, dtype code, number of elements), contiguous in memory order; None: absent
 //   rows     a tensor in the compute dtype with one element, or one a row
-//   noise    a tensor, or (seed, stream, sample_offset, offset) to make it from
+//   samples  the index of the first, or int64 numbers: of each
+//   noise    a tensor, or (seed, stream, samples, offset) to make it from
 //   mask     (pointer, dtype code, number of elements, sizes, strides): sizes of all elements, strides in elements
 //   layout   (outer, shared, frames, inner, samples, channels), see Layout
 //
@@ -37,6 +38,7 @@ int parse_code(const char* name, py::handle value, int count);
 int parse_threads(py::handle value);
 uint64_t parse_seed(py::handle value);
 uint32_t parse_stream(py::handle value);
+Samples parse_samples(py::handle value, int64_t count);
 int64_t parse_integer(const char* name, py::handle value);
 double parse_number(const char* name, py::handle value);
 

@@ -207,12 +207,13 @@ bool coefficients(py::handle capsule, py::handle outputs, py::handle times, py::
   return true;
 }
 
-// times(program, out, seed, stream, sample_offset): see `draw`. out: (pointer, float64 or int64, number).
-void times(py::handle capsule, py::handle to, py::handle seed, py::handle stream, py::handle sample_offset) {
+// times(program, out, seed, stream, samples): see `draw`. out: (pointer, float64 or int64, number).
+void times(py::handle capsule, py::handle to, py::handle seed, py::handle stream, py::handle samples) {
   const Program& program = program_of(capsule.ptr(), 1);
   const Memory out = parse_memory("out", to);
   if (out.code != int(DType::f64) && out.code != kInt64) throw py::value_error("out: must be float64 or int64");
-  draw(program, parse_seed(seed), parse_stream(stream), uint64_t(parse_integer("sample_offset", sample_offset)), out.elements, out.code == kInt64, out.data);
+  draw(program, parse_seed(seed), parse_stream(stream), parse_samples(samples, out.elements), out.elements,
+       out.code == kInt64, out.data);
 }
 
 }  // namespace
@@ -270,13 +271,14 @@ void evaluate(const Program& program, const double* inputs, int64_t rows, bool w
   }
 }
 
-void draw(const Program& program, uint64_t seed, uint32_t stream, uint64_t first, int64_t count, bool index, void* out) {
+void draw(const Program& program, uint64_t seed, uint32_t stream, const Samples& samples, int64_t count, bool index,
+          void* out) {
   constexpr int64_t kBlock = 64;
   double u[kBlock], t[kBlock];
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t now = count - start < kBlock ? count - start : kBlock;
     for (int64_t k = 0; k < now; ++k)
-      u[k] = philox::uniform(philox::words(seed, 0, stream, first + uint64_t(start + k)));
+      u[k] = philox::uniform(philox::words(seed, 0, stream, samples[start + k]));
     evaluate(program, u, now, true, t);
     for (int64_t k = 0; k < now; ++k) {
       if (index)

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/arguments.h"
+
 namespace fastdiff {
 
 struct Instruction {
@@ -35,9 +37,9 @@ const Program& program_of(PyObject* capsule, int outputs);
 // float32 otherwise.
 void evaluate(const Program& program, const double* inputs, int64_t rows, bool wide, void* out);
 
-// Makes a uniform in (0, 1) for each sample, from sample `first` on, and runs the program on it: float64 results, or
-// int64 if `index`.
-void draw(const Program& program, uint64_t seed, uint32_t stream, uint64_t first, int64_t count, bool index, void* out);
+// Makes a uniform in (0, 1) for each of `count` samples and runs the program on it: float64 results, or int64 if `index`.
+void draw(const Program& program, uint64_t seed, uint32_t stream, const Samples& samples, int64_t count, bool index,
+          void* out);
 
 void bind_coefficients(pybind11::module_& module);
 

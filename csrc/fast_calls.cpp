@@ -157,14 +157,14 @@ py::object step(PyObject* const* a) {
   return py::make_tuple(result, x0);
 }
 
-// times(program, out, seed, stream, sample_offset) -> out, or None. What the program makes of a uniform u in (0, 1) a
+// times(program, out, seed, stream, samples) -> out, or None. What the program makes of a uniform u in (0, 1) a
 // sample: into a tensor of float64 or, for a time that is an index, of int64.
 py::object times(PyObject* const* a) {
   const Program& program = program_of(a[0], 1);
   View out;
   if (!tensors::view(a[1], out) || tensors::transformed()) return py::none();
   if ((out.dtype != tensors::kIndex && out.dtype != int(DType::f64)) || program.index) return py::none();
-  draw(program, parse_seed(a[2]), parse_stream(a[3]), uint64_t(parse_integer("sample_offset", a[4])), out.elements,
+  draw(program, parse_seed(a[2]), parse_stream(a[3]), parse_samples(a[4], out.elements), out.elements,
        out.dtype == tensors::kIndex, out.data);
   return py::reinterpret_borrow<py::object>(a[1]);
 }

@@ -155,6 +155,7 @@ void Reader::input(const char*, py::handle value, Input& to) {
 }
 
 void Reader::noise(const char* name, py::handle value, Noise& to) {
+  if (!fits) return;
   if (value && PyTuple_Check(value.ptr()) && !table_) {
     to = parse_noise(name, value, layout);
     fits = fits && to.kind == Noise::made;

@@ -210,7 +210,7 @@ py::tuple trajectory(py::handle x, py::handle sizes, py::handle layout, py::hand
   from.known_noise = known_noise.ptr();
   fill(read, from, run->step);
   if (given(made)) read.noise("made", made, run->made);
-  if (run->made.kind == Noise::given) throw py::value_error("made: expected (seed, stream, sample_offset, offset)");
+  if (run->made.kind == Noise::given) throw py::value_error("made: expected (seed, stream, samples, offset)");
   if (!PyTuple_Check(sizes.ptr()) || PyTuple_GET_SIZE(sizes.ptr()) < 1 || PyTuple_GET_SIZE(sizes.ptr()) > 64)
     throw py::value_error("sizes: expected a tuple of 1 to 64");
   run->dims = int(PyTuple_GET_SIZE(sizes.ptr()));

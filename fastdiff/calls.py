@@ -27,7 +27,7 @@ class UniformCall(NamedTuple):
     seed: int | Tensor
     samples: int
     stream: int
-    sample_offset: int = 0
+    sample_offset: int | Tensor = 0  # or ids, int64 [samples]
     device: Any = None
 
     operation = "uniform"
@@ -39,7 +39,7 @@ class NormalCall(NamedTuple):
     seed: int | Tensor
     shape: tuple[int, ...]
     stream: int = 0
-    sample_offset: int = 0
+    sample_offset: int | Tensor = 0  # or ids, int64 [samples]
     dtype: torch.dtype = torch.float32
     device: Any = None
     rng: str = "exact"
@@ -199,6 +199,6 @@ class RunCall(NamedTuple):
 Call = UniformCall | NormalCall | NoiseCall | LossCall | GaussianCall | ConvertCall | RowMomentsCall | StepCall
 
 
-def seed_of(noise: Noise) -> Any:
-    """The seed of noise that is made from one; None for a tensor."""
-    return noise.seed if isinstance(noise, Philox) else None
+def made_from(noise: Noise) -> tuple[Any, ...]:
+    """The seed of noise that is made from one, and which samples it is of; () for a tensor."""
+    return noise.made_from if isinstance(noise, Philox) else ()

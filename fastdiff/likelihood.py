@@ -17,7 +17,7 @@ from torch import Tensor
 from . import ops
 from . import prediction as kinds
 from .ops.checks import check_floating, check_tensor
-from .philox import Philox, Stream, check_seed, draw_seed, whole
+from .philox import Philox, Stream, check_seed, draw_seed, samples_of, whole
 from .prediction import Prediction
 from .process import Levels, Process, as_float64
 from .samplers.base import initial_std
@@ -46,6 +46,7 @@ def log_likelihood(
     cond: Any = None,
     seed: int | Tensor | None = None,
     sample_offset: int = 0,
+    ids: Tensor | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> Tensor:
@@ -71,6 +72,7 @@ def log_likelihood(
         cond: as in ``fastdiff.sample``.
         seed: of the probes; None: PyTorch's default generator. The probes of a sample depend on its index.
         sample_offset: the index of the first sample.
+        ids: in its place a number for each sample, integers [batch].
 
     Returns float64 [batch], without gradients. Raises TypeError or ValueError for unfit inputs, ImportError for an
     adaptive solver without torchdiffeq.
@@ -89,7 +91,7 @@ def log_likelihood(
         if seed is None:
             seed = draw_seed(None, x0.device)
         check_seed(seed)
-        noise = Philox(seed, whole("sample_offset", sample_offset), Stream.PROBE)
+        noise = Philox(seed, samples_of(ids, sample_offset, len(x0), x0.device), Stream.PROBE)
         vectors = ops.materialize(noise, (len(x0), probes, *x0.shape[1:]), x0.device).to(x0.dtype)
         if trace == "rademacher":
             vectors = torch.where(vectors < 0, -1.0, 1.0).to(x0.dtype)

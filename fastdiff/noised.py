@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import ne
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Noised:
     written_target: Tensor | None = None
 
     def __post_init__(self):
-        self._versions = self.rows.version, self._seed_version()
+        self._versions = self.rows.version, self._noise_versions()
 
     def __repr__(self) -> str:
         objective = f"{self.objective.process!r}, {self.objective.prediction.name!r}"
@@ -55,15 +56,21 @@ class Noised:
         self.rows = self.objective._rows(self.t, self.x0, compute_dtype(self.x0, tensor_of(self.noise_source)))
         self.__post_init__()
 
-    def _seed_version(self) -> int | None:
-        """The version of the seed tensor if the noise is made from it again, otherwise None."""
-        seed = None if isinstance(self.noise_source, Tensor) else self.noise_source.seed
-        return version_of(seed) if isinstance(seed, Tensor) else None
+    def _noise_versions(self) -> tuple[int | None, ...]:
+        """The versions of the tensors that the noise is made from again: its seed, the ids of its samples."""
+        if isinstance(self.noise_source, Tensor):
+            return None, None
+        seed, ids = self.noise_source.seed, self.noise_source.sample_offset
+        return (
+            version_of(seed) if isinstance(seed, Tensor) else None,
+            version_of(ids) if isinstance(ids, Tensor) else None,
+        )
 
     def check_unchanged(self) -> None:
-        """Raise RuntimeError if ``t``, or the seed that noise is made from again, was written into since."""
-        if not torch.compiler.is_compiling() and self._versions != (version_of(self.t), self._seed_version()):
-            what = "t" if self._versions[0] != version_of(self.t) else "the seed"
+        """Raise RuntimeError if ``t``, or what noise is made from again, was written into since."""
+        if not torch.compiler.is_compiling() and self._versions != (version_of(self.t), self._noise_versions()):
+            changed = version_of(self.t) != self._versions[0], *map(ne, self._noise_versions(), self._versions[1])
+            what = ("t", "the seed", "the tensor of ids")[changed.index(True)]
             raise RuntimeError(CHANGED.format(what))
 
     @property

@@ -38,7 +38,7 @@ from .ops.checks import (
 from .ops.dispatch import get as backend_of
 from .ops.loss import check_loss, normalized
 from .ops.noise import check_noise, offset_noise
-from .philox import Stream, check_rng, check_seed, draw_seed, whole
+from .philox import Stream, check_rng, check_seed, draw_seed, samples_of
 from .prediction import Prediction
 from .process import Process, as_times, check_process
 from .program import Program
@@ -206,6 +206,7 @@ class Objective:
         sigma: Any = None,
         seed: int | Tensor | None = None,
         sample_offset: int = 0,
+        ids: Tensor | None = None,
         keep_noise: bool | None = None,
         rng: str = "exact",
         with_target: bool = False,
@@ -227,6 +228,9 @@ class Objective:
                 a sample depend on its index alone: noising a batch of 8 is noising its halves, the second with
                 ``sample_offset=4``.
             sample_offset: the index of the batch's first sample.
+            ids: in its place a number for each sample, integers [batch]: its index in the data set, and with one seed
+                for all of training it keeps its t and noise when batches are shuffled, split or resumed (add an epoch
+                to the seed for others); or the number of its pair or group, which then share t and noise.
             keep_noise: whether noise that is made here is kept for the loss, or made again there: a full-size buffer
                 less, for more arithmetic. The numbers are the same. None: kept, but for the Triton backend, which makes
                 it faster than it could read it.
@@ -248,8 +252,8 @@ class Objective:
                 raise ValueError("t and sigma both say which noise level: pass one of them.")
             t = self.process.time_of(sigma.to(x0.device) if isinstance(sigma, Tensor) else sigma)
         check_rng(rng)
-        if type(sample_offset) is not int and not torch.compiler.is_compiling():  # traced, it may be symbolic
-            sample_offset = whole("sample_offset", sample_offset)
+        if ids is not None or type(sample_offset) is not int:
+            sample_offset = samples_of(ids, sample_offset, len(x0), x0.device)
         backend = backend_of(x0.device)
         if seed is not None:
             check_seed(seed)
@@ -302,7 +306,7 @@ class Objective:
         )
 
     def _fast_noise(
-        self, fast: Any, backend: Any, x0: Tensor, t: Any, noise: Tensor | None, seed: Any, sample_offset: int,
+        self, fast: Any, backend: Any, x0: Tensor, t: Any, noise: Tensor | None, seed: Any, sample_offset: int | Tensor,
         keep: bool, rng: str,
     ) -> Noised | None:  # fmt: skip
         """``noise`` if a fast call of the backend does it, else None."""
@@ -337,7 +341,7 @@ class Objective:
         rows = Rows(self._made, t, x0, compute_dtype(x0, noise), backend, program, known)
         return Noised(self, x0, x_t, t, n, rows)
 
-    def _draw(self, backend: Any, seed: Any, samples: int, sample_offset: int, device: torch.device) -> Tensor:
+    def _draw(self, backend: Any, seed: Any, samples: int, sample_offset: int | Tensor, device: torch.device) -> Tensor:
         """One time a sample."""
         program = None if torch.compiler.is_compiling() else self._times().program()
         t = None

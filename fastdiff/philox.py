@@ -35,7 +35,8 @@ class Philox:
 
     Args:
         seed: 64-bit seed, int64 tensor of one element on the device (or an int).
-        sample_offset: the index of the first sample: rows 4 to 7 of a batch are a batch of 4 with offset 4.
+        sample_offset: the index of the first sample: rows 4 to 7 of a batch are a batch of 4 with offset 4. Or the ids
+            of the samples, int64 [batch], on the device: samples of one id get the same noise.
         stream: see ``Stream``.
         offset: strength of the offset noise added, one normal a (sample, channel), channels being dimension 1.
         rng: "exact": the same bits on every device and backend. "fast": on a GPU, Triton's kernels take the logarithm,
@@ -44,7 +45,7 @@ class Philox:
     """
 
     seed: int | Tensor
-    sample_offset: int = 0
+    sample_offset: int | Tensor = 0
     stream: int = Stream.NOISE
     offset: float = 0.0
     rng: str = "exact"
@@ -55,10 +56,17 @@ class Philox:
         check_seed(self.seed)
         check_rng(self.rng)
         if type(self.sample_offset) is not int:
-            object.__setattr__(self, "sample_offset", whole("sample_offset", self.sample_offset))
+            object.__setattr__(self, "sample_offset", _offset_or_ids(self.sample_offset))
+
+    @property
+    def made_from(self) -> tuple[int | Tensor, int | Tensor]:
+        """What may be tensors: the seed, and the offset or ids of the samples."""
+        return self.seed, self.sample_offset
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError unless this noise can be made for ``shape``."""
+        if isinstance(self.sample_offset, Tensor) and len(self.sample_offset) != shape[0]:
+            raise ValueError(f"{len(self.sample_offset)} sample ids for the {shape[0]} samples of {tuple(shape)}.")
         if self.offset and len(shape) < 3:
             raise ValueError(
                 f"offset noise adds one number a channel, so x0 must be [batch, channels, ...]; got {tuple(shape)}."
@@ -69,6 +77,33 @@ class Philox:
         if (isinstance(self.seed, Tensor) and not self.seed.is_cpu) or (self.offset and len(shape) < 3):
             return None
         return self.seed, self.stream, self.sample_offset, self.offset
+
+
+def samples_of(ids: Any, sample_offset: Any, batch: int, device: torch.device) -> int | Tensor:
+    """Which samples a batch has: their ids, int64 on ``device``, or the index of the first.
+
+    Raises TypeError or ValueError where ``ids`` are not one whole number a sample, or both are given."""
+    if ids is None:
+        known = type(sample_offset) is int or torch.compiler.is_compiling()  # traced, it may be symbolic
+        return sample_offset if known else whole("sample_offset", sample_offset)
+    if type(sample_offset) is not int or sample_offset:
+        raise ValueError("ids and sample_offset both say which samples these are: pass one of them.")
+    if not isinstance(ids, Tensor) or ids.dtype not in _WHOLE:
+        raise TypeError(f"ids must be a tensor of integers, one a sample; got {brief(ids)}.")
+    if ids.shape != (batch,):
+        raise ValueError(f"ids must be [{batch}], one a sample; got {tuple(ids.shape)}.")
+    return ids.to(device, torch.int64, non_blocking=True).contiguous()
+
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _offset_or_ids(value: Any) -> int | Tensor:
+    if not isinstance(value, Tensor) or not value.ndim:
+        return whole("sample_offset", value)
+    if value.dtype != torch.int64 or value.ndim != 1:
+        raise TypeError(f"sample ids must be int64 [batch]; got {brief(value)}.")
+    return value.contiguous()
 
 
 def whole(name: str, value: Any) -> int:

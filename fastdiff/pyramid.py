@@ -12,7 +12,7 @@ from . import ops
 from .modes import lasting
 from .numeric import check_numbers
 from .ops.checks import check_floating, compute_dtype
-from .philox import Stream, draw_seed
+from .philox import Stream, draw_seed, samples_of
 
 
 def pyramid_noise(
@@ -24,6 +24,7 @@ def pyramid_noise(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     sample_offset: int = 0,
+    ids: Tensor | None = None,
 ) -> Tensor:
     """Multi-resolution (pyramid) noise, to be given to ``Objective.noise(x0, noise=)`` (Whitaker 2023,
     "Multi-Resolution Noise for Diffusion Model Training").
@@ -39,7 +40,8 @@ def pyramid_noise(
         discount: 0 is plain noise, 1 as much of each resolution; in [0, 1].
         levels: how many, the full size among them; it ends where a side is 1. At least 1.
         ratio: of the sizes of neighbouring levels, > 1.
-        generator, seed, sample_offset: as in ``Objective.noise``: noise of a sample depends on (seed, its index) alone.
+        generator, seed, sample_offset, ids: as in ``Objective.noise``: noise of a sample depends on (seed, its index or
+            id) alone.
 
     Returns float32 (float64 for float64 data), shaped as x0. Raises TypeError or ValueError for unfit inputs.
     """
@@ -61,10 +63,11 @@ def pyramid_noise(
     while len(sizes) < levels - 1 and (not sizes or 1 not in sizes[-1]) and 1 not in (height, width):
         shrunk = ratio ** (len(sizes) + 1)
         sizes.append((max(1, int(height / shrunk)), max(1, int(width / shrunk))))
-    z = ops.materialize(ops.Philox(seed, sample_offset), x0.shape, x0.device)
+    samples = samples_of(ids, sample_offset, len(x0), x0.device)
+    z = ops.materialize(ops.Philox(seed, samples), x0.shape, x0.device)
     shared = math.prod(x0.shape[1:-2])
     coarse = [len(x0), shared * sum(h * w for h, w in sizes)]
-    coarse = ops.materialize(ops.Philox(seed, sample_offset, Stream.PYRAMID), coarse, x0.device)
+    coarse = ops.materialize(ops.Philox(seed, samples, Stream.PYRAMID), coarse, x0.device)
     # z and the first level, z_0, are both of full size: their sum is root 2 times one.
     parts, variance = [], 2.0
     for i, ((h, w), each) in enumerate(zip(sizes, coarse.split([shared * h * w for h, w in sizes], 1)), 1):

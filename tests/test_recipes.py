@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from test_documents import ROOT, blocks
@@ -303,6 +304,19 @@ def test_diffusion_dpo(dtype):
     e_w, e_l, e_w_ref, e_l_ref = (mean((net(x, t) - v) ** 2) for net in (net, ref) for x, v in ((x_w, v_w), (x_l, v_l)))
     inside = -b / 2 * ((e_w - e_w_ref.detach()) - (e_l - e_l_ref.detach()))
     check(names["loss"], (1 + (-inside).exp()).log().mean(), (network, net), dtype=dtype)
+
+
+def test_noise_that_belongs_to_a_sample(dtype):
+    """The noise of each id is what the definition gives for it alone."""
+    index, winner, loser = torch.tensor([5, 0, 2**40, 5, 1, 7, 3, 2]), data()[:4], data()[:4]
+    how = {"x0": data(), "index": index, "run": 2, "epoch": 3, "winner": winner, "loser": loser, "seed": 9}
+    first, second = (names["noised"] for names in run(["Noise that belongs to a sample"], **how))
+    for noised, seed, ids in ((first, 2003, index.tolist()), (second, 9, [0, 1, 2, 3] * 2)):
+        noise = np.concatenate([oracle.normal(seed, (1, *SHAPE), sample_offset=k) for k in ids])
+        t = np.concatenate([oracle.uniform(seed, 1, stream=3, sample_offset=k) for k in ids])
+        assert (noised.noise.float().numpy() == noise).all()
+        np.testing.assert_allclose(noised.t.numpy(), t, rtol=1e-12)
+    assert torch.equal(second.x0, torch.cat([winner, loser]))
 
 
 def test_diffusion_nft(dtype):

@@ -48,10 +48,19 @@ struct TorchNormalArguments {
   int* position_after;
 };
 
+// Which samples noise is made for: numbered from `offset` on, or by the id of each.
+struct Samples {
+  uint64_t offset;
+  const uint64_t* ids;  // null where they are numbered
+
+  uint64_t operator[](int64_t sample) const { return ids ? ids[sample] : offset + uint64_t(sample); }
+};
+
 struct Noise {
   enum Kind { none, given, made, drawn } kind;
   Input tensor;  // where given
-  uint64_t seed, sample_offset;
+  uint64_t seed;
+  Samples samples;
   uint32_t stream;
   float offset;  // of the channels
   // Where drawn, which is in order: from one run of memory, in blocks of whole chunks of 16.

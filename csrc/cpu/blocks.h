@@ -64,7 +64,7 @@ FASTDIFF_APART inline void add_offset(const Noise& noise, const Layout& layout, 
     const int64_t end = (channel + 1) * channel_size - element;
     const int stop = end < count ? int(end) : count;
     const float shift = noise.offset * philox::normal(noise.seed, philox::kOffsetStream,
-                                                      noise.sample_offset + uint64_t(sample), uint64_t(channel));
+                                                      noise.samples[sample], uint64_t(channel));
     for (; done < stop; ++done) n[done] = n[done] + shift;
   }
 }
@@ -76,7 +76,7 @@ FASTDIFF_APART inline void make_noise(const Noise& noise, const Layout& layout, 
     const int64_t sample = (start + done) / sample_size, element = (start + done) % sample_size;
     const int64_t left = sample_size - element;
     const int part = left < count - done ? int(left) : count - done;
-    normal_elements(noise.seed, noise.stream, noise.sample_offset + uint64_t(sample), uint64_t(element), part, n + done);
+    normal_elements(noise.seed, noise.stream, noise.samples[sample], uint64_t(element), part, n + done);
     if (noise.offset != 0.0f) add_offset(noise, layout, sample, element, part, n + done);
     done += part;
   }

@@ -144,7 +144,7 @@ class Backend:
         return program.gathered(t, dtype) if program.index else None
 
     def times(
-        self, program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any,
+        self, program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int | Tensor, device: Any,
         discrete: bool,
     ) -> Tensor | None:  # fmt: skip
         """One time for each sample, [samples], which ``program`` computes from a uniform: int64 if ``discrete``, else

@@ -5,7 +5,7 @@ written into before the backward reads it. Times and seeds are saved too, so tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from ..tensors import Gathered
 
 
 def save(ctx: Any, *values: Any) -> None:
-    """Save tensors, those of ``Gathered`` coefficients and seeds of a ``fastdiff.ops.Philox`` among them; anything else
+    """Save tensors, those of ``Gathered`` coefficients and of a ``fastdiff.ops.Philox`` among them; anything else
     is kept as it is. So is a tensor made under ``torch.inference_mode``: it cannot be saved, nor outside of it be
     written into."""
     for value in values:
@@ -50,18 +50,18 @@ def _keep(value: Any, saved: list[Tensor]) -> Any:
             return value
         saved += value
         return _GATHERED
-    seed = getattr(value, "seed", None)
-    if isinstance(seed, Tensor) and not seed.is_inference():
-        saved.append(seed)
-        return _Seeded(value)
+    tensors = [v for v in getattr(value, "made_from", ()) if isinstance(v, Tensor) and not v.is_inference()]
+    if tensors:
+        saved += tensors
+        return _Made(value, len(tensors))
     return value
 
 
-class _Seeded:
-    """Noise whose seed was saved."""
+class _Made(NamedTuple):
+    """Noise whose seed, or ids of samples, were saved."""
 
-    def __init__(self, noise: Any):
-        self.noise = noise
+    noise: Any
+    tensors: int
 
 
 def _found(value: Any, found: Any) -> Any:
@@ -69,7 +69,8 @@ def _found(value: Any, found: Any) -> Any:
         return next(found)
     if value is _GATHERED:
         return Gathered(next(found), next(found))
-    if isinstance(value, _Seeded):
-        next(found)  # it has not changed
+    if isinstance(value, _Made):
+        for _ in range(value.tensors):
+            next(found)  # it has not changed
         return value.noise
     return value

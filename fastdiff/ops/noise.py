@@ -57,10 +57,13 @@ def noise(
 
 def materialize(noise: Philox, shape: Sequence[int], device: torch.device) -> Tensor:
     """Make noise into a tensor: float32 of ``shape`` on ``device``."""
+    noise.check(shape)
     return dispatch.get(torch.device(device)).materialize(noise, shape, torch.device(device))
 
 
-def offset_noise(x0: Tensor, seed: int | Tensor, sample_offset: int, strength: float, dim: int, rng: str) -> Tensor:
+def offset_noise(
+    x0: Tensor, seed: int | Tensor, sample_offset: int | Tensor, strength: float, dim: int, rng: str
+) -> Tensor:
     """Noise with offsets along another dimension than 1: float32 (float64 for float64 data), shaped as x0."""
     along = dim + x0.ndim if dim < 0 else dim
     if not 0 < along < x0.ndim or x0.ndim < 3:

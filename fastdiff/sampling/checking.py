@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import prediction as kinds
 from .. import samplers
 from ..ops.checks import check_tensor
-from ..philox import whole
+from ..philox import samples_of, whole
 from ..prediction import Prediction
 from ..process import Process, check_process
 from ..samplers import Plan
@@ -32,7 +32,6 @@ def check(request: Request) -> tuple[Request, Plan, Guidance]:
     process, prediction = trained_on(request.process, request.prediction)
     sampler = samplers.get(request.sampler)
     steps = None if request.steps is None else whole("steps", request.steps)
-    sample_offset = whole("sample_offset", request.sample_offset)
     step_offset = whole("step_offset", request.step_offset)
     if step_offset < 0:
         raise ValueError(f"step_offset must be at least 0; got {step_offset}.")
@@ -51,6 +50,7 @@ def check(request: Request) -> tuple[Request, Plan, Guidance]:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, such as torch.float32; got {dtype!r}.")
     device = _device(request.model, x, request.device)
+    samples = samples_of(request.ids, request.sample_offset, shape[0], device)
     generator = check_seeds(request.seed, request.generator, shape[0])
     guidance = Guidance(
         plan, sampler, request.guidance, uncond is not None, request.guidance_interval, request.guidance_rescale,
@@ -60,7 +60,7 @@ def check(request: Request) -> tuple[Request, Plan, Guidance]:
         check_capture(device, plan, guidance)
     checked = request._replace(
         shape=shape, process=process, sampler=sampler, steps=steps, prediction=prediction, uncond=uncond,
-        generator=generator, sample_offset=sample_offset, step_offset=step_offset, device=device,
+        generator=generator, sample_offset=samples, step_offset=step_offset, device=device,
     )  # fmt: skip
     return checked, plan, guidance
 

@@ -79,6 +79,7 @@ def sample(
     noise: Callable[[int, tuple[int, ...]], Tensor] | None = None,
     x: Tensor | None = None,
     sample_offset: int = 0,
+    ids: Tensor | None = None,
     step_offset: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -123,6 +124,8 @@ def sample(
         noise: ``noise(step, shape)`` gives the noise of a step instead.
         x: where to start; None: noise from the seed.
         sample_offset: the index of the first sample. With one seed, 8 samples are 4 and another 4 with offset 4.
+        ids: in its place a number for each sample, integers [batch]: samples of one id get the same noise, such as the
+            pairs of a comparison.
         step_offset: the index of the first step. The noise of a step is made from the seed and this index: a run that
             goes on from another's x, with the same seed, has to be given the number of steps that were made, or it adds
             the noise that was added before.
@@ -145,7 +148,7 @@ def sample(
         Request(
             model, shape, process, sampler, steps, prediction, cond, uncond, guidance, guidance_interval,
             guidance_rescale, dynamic_thresholding, sample_max_value, cond_fn, known, mask, seed, generator, noise, x,
-            sample_offset, step_offset, device, dtype, progress, callback, return_trajectory, compile, cuda_graph,
+            sample_offset, ids, step_offset, device, dtype, progress, callback, return_trajectory, compile, cuda_graph,
         )
     )  # fmt: skip
     return _run(request, plan, guidance, _prepare(request, plan, guidance))

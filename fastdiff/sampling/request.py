@@ -43,7 +43,8 @@ class Request(NamedTuple):
     generator: torch.Generator | Sequence[torch.Generator] | None
     noise: Callable[[int, tuple[int, ...]], Tensor] | None
     x: Tensor | None  # of ``shape``
-    sample_offset: int
+    sample_offset: int | Tensor
+    ids: Tensor | None
     step_offset: int
     device: torch.device | str | None
     dtype: torch.dtype

@@ -388,17 +388,18 @@ def findings() -> Iterator[dict[str, Any]]:
 
     # The noise that a loss makes again: half the gradient of a sum of squares, for a prediction of 0.
     for shape, rows in layouts:
-        zero, one, n = torch.zeros(shape), torch.ones(rows), ops.Philox(99, 3)
-        with compiled():
-            gradient = _gradients(
-                operations.loss, zero, None, (n, None, one, None, one, None, None, "mse", "none", "sum")
-            )[1]
-        yield found(
-            f"exact noise, {'x'.join(map(str, shape))}",
-            "noise of a loss",
-            -0.5 * gradient,
-            ops.materialize(n, shape, zero.device),
-        )
+        zero, one, ids = torch.zeros(shape), torch.ones(rows), 5 - torch.arange(shape[0]) * 2**33
+        for of, n in (("samples from 3", ops.Philox(99, 3)), ("sample ids", ops.Philox(99, ids))):
+            with compiled():
+                gradient = _gradients(
+                    operations.loss, zero, None, (n, None, one, None, one, None, None, "mse", "none", "sum")
+                )[1]
+            yield found(
+                f"exact noise, {of}, {'x'.join(map(str, shape))}",
+                "noise of a loss",
+                -0.5 * gradient,
+                ops.materialize(n, shape, zero.device),
+            )
 
     # The error functions, masks that are laid out otherwise than the data, and a sampler's step.
     for dtype in (torch.bfloat16, torch.float32, torch.float16):

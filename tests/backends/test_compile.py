@@ -26,12 +26,14 @@ def rows(batch=3):
 
 
 def given(*, grad=False, dtype=torch.float32):
-    return (data(3, 2, 4, 5, grad=grad, dtype=dtype), None, 0, 0, 0.0, "exact")
+    return (data(3, 2, 4, 5, grad=grad, dtype=dtype), None, 0, 0, None, 0.0, "exact")
 
 
 SMOOTH = ("smooth_l1", "none", "sum")
-MADE, NONE = (None, SEED, 0, 5, 0.1, "exact"), (None, None, 0, 0, 0.0, "exact")
-XI = (None, SEED, 2, 5, 0.0, "exact")
+IDS = torch.tensor([7, 2**40, 7])
+MADE, NONE = (None, SEED, 0, 5, None, 0.1, "exact"), (None, None, 0, 0, None, 0.0, "exact")
+XI = (None, SEED, 2, 5, None, 0.0, "exact")
+BY_ID = (None, SEED, 0, 0, IDS, 0.1, "exact")
 
 
 def loss_arguments(
@@ -53,14 +55,17 @@ def gaussian_arguments(n, *, learned=True, grad=True, how=(False, "mean"), dtype
 
 
 CASES = {
-    "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0)),
-    "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, torch.float32, "exact")),
+    "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0, None)),
+    "uniform by id": (OPS.uniform, lambda: (SEED, 3, 3, 0, IDS)),
+    "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, None, torch.float32, "exact")),
+    "normal by id": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 0, IDS, torch.float32, "exact")),
     "noise given": (OPS.noise, lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True)),
     "noise with gradients": (
         OPS.noise,
         lambda: (data(3, 2, 4, 5, grad=True), *given(grad=True), rows(), rows(), 0.0, *NONE, True),
     ),
     "noise made": (OPS.noise, lambda: (data(3, 2, 4, 5, grad=True), *MADE, rows(), rows(), 0.1, *XI, True)),
+    "noise made by id": (OPS.noise, lambda: (data(3, 2, 4, 5, grad=True), *BY_ID, rows(), rows(), 0.1, *XI, True)),
     "noise made, not kept": (
         OPS.noise,
         lambda: (data(3, 2, 4, 5, dtype=torch.bfloat16), *MADE, rows(), rows(), 0.0, *NONE, False),
@@ -71,6 +76,7 @@ CASES = {
     ),
     "loss": (OPS.loss, lambda: loss_arguments(given())),
     "loss with made noise": (OPS.loss, lambda: loss_arguments(MADE, dtype=torch.bfloat16)),
+    "loss with noise made by id": (OPS.loss, lambda: loss_arguments(BY_ID)),
     "loss with a learned weight": (OPS.loss, lambda: loss_arguments(given(), weight=rows().requires_grad_())),
     "loss summed with a learned weight": (
         OPS.loss,
@@ -208,34 +214,39 @@ def _reference(operator, *arguments):
 
     name, source = operator._qualified_op_name.split("::")[1], declaring.source
     if name == "uniform":
-        return (reference.uniform(*arguments),)
+        *how, sample_offset, ids = arguments
+        return (reference.uniform(*how, sample_offset if ids is None else ids),)
     if name == "normal":
-        return (reference.normal(*arguments[:5]),)
+        *how, sample_offset, ids, dtype, _ = arguments
+        return (reference.normal(*how, sample_offset if ids is None else ids, dtype),)
     if name == "convert":
         return (reference.convert(*arguments),)
     if name == "row_moments":
         return tuple(torch.empty(0) if s is None else s for s in reference.row_moments(*arguments))
     if name == "noise":
-        x0, n, xi = arguments[0], source(*arguments[1:7]), source(*arguments[10:16])
-        x_t, kept = reference.noise(x0, n, *arguments[7:10], xi, arguments[16])
+        n, (*how, keep) = source(arguments[1:])
+        xi, _ = source((*how[3:], keep))
+        x_t, kept = reference.noise(arguments[0], n, *how[:3], xi, keep)
         return x_t, kept if isinstance(kept, torch.Tensor) and kept is not n else torch.empty(0)
     if name == "step":
         x, m, row, history = arguments[:4]
-        uncond, guidance, scale, clip, log_variance, threshold, mask, known, *wanted, copies = arguments[16:]
+        noise, others = source(arguments[4:])
+        known_noise, others = source(others)
+        uncond, guidance, scale, clip, log_variance, threshold, mask, known, *wanted, copies = others
         seen = torch.empty((copies, *x.shape[1:]), dtype=x.dtype)
         y, x0, entry = reference.step(
-            x, m, uncond, scale, row, clip, tuple(history), source(*arguments[4:10]), log_variance, x.dtype, wanted,
-            threshold=threshold, mask=mask, known=known, known_noise=source(*arguments[10:16]),
+            x, m, uncond, scale, row, clip, tuple(history), noise, log_variance, x.dtype, wanted,
+            threshold=threshold, mask=mask, known=known, known_noise=known_noise,
             model_input=seen if copies else None,
         )  # fmt: skip
         return y, *(torch.empty(0, dtype=x.dtype) if tensor is None else tensor for tensor in (x0, entry)), seen
     if name == "gaussian_kl":
         output, weight, x0 = arguments[:3]
-        n, coefficients, (simple_weight, *how) = source(*arguments[3:9]), arguments[9:16], arguments[16:]
-        return (reference.gaussian_kl(output, x0, n, *coefficients, weight, simple_weight, *how),)
+        n, others = source(arguments[3:])
+        return (reference.gaussian_kl(output, x0, n, *others[:7], weight, *others[7:]),)
     prediction, weight, x0 = arguments[:3]
-    n, (p, q, scale, c, mask, y, r) = source(*arguments[3:9]), arguments[9:16]
-    return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *arguments[16:], y=y, r=r),)
+    n, (p, q, scale, c, mask, y, r, *how) = source(arguments[3:])
+    return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *how, y=y, r=r),)
 
 
 # While a program is traced no fast call is made: the two kinds of the native backend are one.

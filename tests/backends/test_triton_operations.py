@@ -107,6 +107,35 @@ def test_normals_and_uniforms_have_the_same_bits(shape):
             assert_same(got.cpu(), reference.uniform(seed, shape[0], stream, offset))
 
 
+@pytest.mark.parametrize("rng", ["exact", "fast"])
+def test_noise_by_sample_ids(rng):
+    """In normals, uniforms, drawn times, noising and a loss; with channel offsets, and runs shorter than a tile."""
+    ids, shape = torch.tensor([3, 2**40 + 1, -2, 3, 0], device=DEVICE), (5, 2, 3, 4)
+    assert_same(triton.uniform(7, 5, 3, ids, DEVICE).cpu(), reference.uniform(7, 5, 3, ids.cpu()))
+    want = reference.normal(7, shape, 0, ids.cpu())
+    close = {"rtol": 0, "atol": 0 if rng == "exact" else RNG_TOLERANCE}
+    torch.testing.assert_close(triton.normal(7, shape, 0, ids, device=DEVICE, rng=rng).cpu(), want, **close)
+    made, x0 = ops.Philox(7, ids, offset=0.1, rng=rng), random(shape)
+    alpha, sigma = random((5, 1, 1, 1)), random((5, 1, 1, 1))
+    for keep in (True, False):
+        (got, kept), (want, wanted) = (b.noise(x0, made, alpha, sigma, 0.0, None, keep) for b in (triton, reference))
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=10 * close["atol"])
+    arguments = loss_arguments(shape, (5, 1, 1, 1), torch.float32, None)
+    arguments[2] = made
+    if rng == "exact":
+        compare_losses(arguments, ("mse", "none", "mean"))
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow", noise_offset=0.1)
+    prediction = random(shape).requires_grad_()
+    found = []
+    for name in ("triton", "reference"):
+        with fastdiff.use_backend(name):
+            noised = objective.noise(x0, seed=7, ids=ids, rng=rng, keep_noise=False)  # the fast call
+            loss = objective.loss(prediction, noised)
+            found.append((noised.t, noised.x_t, loss, *torch.autograd.grad(loss, prediction)))
+    for got, want in zip(*found):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=max(1e-6, 10 * close["atol"]))
+
+
 @diagonal(
     dtype=[torch.float32, torch.float64],
     process=[fastdiff.RectifiedFlow(), fastdiff.RectifiedFlow(shift=1.15), fastdiff.EDM()],

@@ -33,7 +33,7 @@ def test_noise_noising_target_and_step_have_the_bits_of_the_reference(findings):
     names = ("x_t", "x_t with its target", "target", "noise", "noise of a loss", "step")
     found = [f for f in findings if f["name"] in names]
     exact = [f for f in found if not f["case"].startswith("fast")]
-    assert len(exact) == 80 + 5 + 27
+    assert len(exact) == 80 + 10 + 27
     for f in exact:
         assert f["same"], f
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import modes
-from ...calls import StepCall, seed_of
+from ...calls import StepCall, made_from
+from ...philox import Philox
 from ...torch_access import _C, unavailable_because
 from ..devices import Trial
 from ..interface import Backend, differentiable
@@ -93,11 +94,16 @@ def source(noise: Any, streams: Tensor | None = None) -> Any:
     return key, noise.stream if streams is None else memory(streams), noise.sample_offset, 0.0
 
 
+def made_in_kernel(noise: Philox) -> bool:
+    """Whether the kernel makes this noise: it adds no offset noise, and counts the samples itself."""
+    return not noise.offset and type(noise.sample_offset) is int
+
+
 def settled(noise: Any, x: Tensor, maker: Backend) -> Any:
-    """``noise`` in one of the forms that ``source`` takes: offset noise is made into a tensor first."""
+    """``noise`` in one of the forms that ``source`` takes: others are made into tensors first."""
     if noise is None or isinstance(noise, Tensor):
         return noise if noise is None else noise.contiguous()
-    return maker.materialize(noise, x.shape, x.device) if noise.offset else noise
+    return noise if made_in_kernel(noise) else maker.materialize(noise, x.shape, x.device)
 
 
 def repeated(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
@@ -124,7 +130,7 @@ def declines(call: StepCall) -> str:
     rows, data = (guidance, row, call.threshold), call.data
     if not built:
         return unavailable_because
-    if not plain(*rows, *data, mask, seen, seed_of(call.noise), seed_of(call.known_noise)):
+    if not plain(*rows, *data, mask, seen, *made_from(call.noise), *made_from(call.known_noise)):
         return "what is no plain tensor on the device"
     if differentiable(*rows, *data, mask):
         return "gradients of a step"

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import RunCall, seed_of
+from ...calls import RunCall, made_from
 from ..interface import Backend, differentiable
 from ..native.launch import memory
 from ..reference import Trajectory as Any_Trajectory
 from . import step as on
-from .step import numbers, of_data, of_mask, one_or_each, plain, repeated, settled, source
+from .step import made_in_kernel, numbers, of_data, of_mask, one_or_each, plain, repeated, settled, source
 
 Memory = tuple[int, int, int]
 
@@ -33,7 +33,7 @@ class Trajectory(Any_Trajectory):
         placed = self._placed
         self._prepared = (
             on.built
-            and plain(x, placed, guidance, mask, known, known_noise, seed_of(known_noise))
+            and plain(x, placed, guidance, mask, known, known_noise, *made_from(known_noise))
             and of_data(x, known, known_noise)
             and placed.dtype == torch.float32
             and (mask is None or mask.dtype in on.MASKS)
@@ -64,8 +64,8 @@ class Trajectory(Any_Trajectory):
         self._outs = [(n * x.shape[0], *x.shape[1:]) for n in (1, 2)]
         # What streams of the noise are made from; None: each step settles that.
         self._key: Any = None
-        seed = seed_of(philox)
-        if philox is not None and not philox.offset and plain(seed):
+        if philox is not None and made_in_kernel(philox) and plain(philox.seed):
+            seed = philox.seed
             self._key = memory(seed) if isinstance(seed, Tensor) else int(seed)
 
     @property
@@ -139,7 +139,7 @@ class Trajectory(Any_Trajectory):
                 noise = dataclasses.replace(self._philox, stream=noise)
             else:
                 self._check_noise(noise)
-            if not plain(noise, seed_of(noise)) or not of_data(noise) or differentiable(noise):
+            if not plain(noise, *made_from(noise)) or not of_data(noise) or differentiable(noise):
                 self._step_elsewhere(k, m, guided, noise, copies, want_x0, None, None, None, None)
                 return
             noise = settled(noise, self.x, self._backend.otherwise)  # held until the launch

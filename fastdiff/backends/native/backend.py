@@ -35,7 +35,7 @@ class Native(Backend):
         return super().evaluate(program, t, dtype) if found is None else found
 
     def times(
-        self, program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any,
+        self, program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int | Tensor, device: Any,
         discrete: bool,
     ) -> Tensor | None:  # fmt: skip
         return coefficients.times(program, seed, samples, stream, sample_offset, device, discrete)

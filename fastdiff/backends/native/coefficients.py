@@ -12,7 +12,7 @@ from ...modes import lasting
 from ...program import Program, lookup
 from ...torch_access import _C
 from ..interface import differentiable
-from .launch import makes, memory, unsuited
+from .launch import makes, memory, samples, unsuited
 
 
 def handle(program: Program, names: tuple[str, ...]) -> Any:
@@ -51,11 +51,12 @@ def evaluate(program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] |
 
 
 def times(
-    program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any, discrete: bool
-) -> Tensor | None:
+    program: Program, seed: int | Tensor, count: int, stream: int, sample_offset: int | Tensor, device: Any,
+    discrete: bool,
+) -> Tensor | None:  # fmt: skip
     """See ``Backend.times``."""
-    if makes(seed, device) or not samples:
+    if makes(seed, sample_offset, device) or not count:
         return None
-    out = torch.empty(samples, dtype=torch.int64 if discrete else torch.float64, device="cpu")
-    _C.times(handle(program, program.names), memory(out), int(seed), stream, sample_offset)
+    out = torch.empty(count, dtype=torch.int64 if discrete else torch.float64, device="cpu")
+    _C.times(handle(program, program.names), memory(out), int(seed), stream, samples(sample_offset))
     return out

@@ -34,7 +34,7 @@ def noise(
     x0: Tensor,
     t: Any,
     n: Tensor | None,
-    made: tuple[int | Tensor, int, int, float],
+    made: tuple[int | Tensor, int, int | Tensor, float],
     keep: bool,
     rng: str = "exact",
 ) -> tuple[Tensor, Tensor | None, Tensor, None] | None:
@@ -46,7 +46,7 @@ def noise(
         x0: [batch, ...].
         t: [batch], or None to draw it.
         n: the noise, shaped as x0; or None to make it from ``made``.
-        made: (seed, stream, sample_offset, strength of the offset noise).
+        made: (seed, stream, index of the first sample or ids, strength of the offset noise).
         keep: whether noise that is made is returned.
         rng: without effect: a CPU has one way to make noise.
     """

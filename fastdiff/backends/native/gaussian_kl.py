@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...calls import GaussianCall, seed_of
+from ...calls import GaussianCall, made_from
 from ...torch_access import _C
 from ..interface import COEFFICIENTS, Backend, differentiable
 from ..recording import recorded
@@ -16,7 +16,7 @@ from .loss import ahead
 
 def declines(call: GaussianCall) -> str:
     """Why this backend does not support the call; empty if it does."""
-    because = unsuited(*call[:12], seed_of(call.n))
+    because = unsuited(*call[:12], *made_from(call.n))
     if because:
         return because
     if differentiable(*call[1:12]):

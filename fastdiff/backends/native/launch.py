@@ -44,9 +44,11 @@ def unsuited(*tensors: Any) -> str:
     return ""
 
 
-def makes(seed: int | Tensor, device: Any) -> str:
-    """Why noise of this seed cannot be made here for ``device``; empty if it can."""
-    return unsuited(seed) or ("" if device is None or torch.device(device).type == "cpu" else f"noise on {device}")
+def makes(seed: int | Tensor, samples: int | Tensor, device: Any) -> str:
+    """Why noise of this seed and of these samples cannot be made here for ``device``; empty if it can."""
+    return unsuited(seed, samples) or (
+        "" if device is None or torch.device(device).type == "cpu" else f"noise on {device}"
+    )
 
 
 def contiguous(tensor: Any) -> Any:
@@ -102,7 +104,12 @@ def source(n: Any) -> tuple | None:
     """A noise tensor, or the ``fastdiff.ops.Philox`` to make it from."""
     if n is None or isinstance(n, Tensor):
         return memory(n)
-    return int(n.seed), n.stream, n.sample_offset, n.offset
+    return int(n.seed), n.stream, samples(n.sample_offset), n.offset
+
+
+def samples(sample_offset: int | Tensor) -> int | tuple:
+    """The index of the first sample, or the ids of the samples."""
+    return memory(sample_offset) if isinstance(sample_offset, Tensor) else sample_offset
 
 
 def masked(mask: Tensor | None, shape: torch.Size) -> tuple | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import modes
-from ...calls import LossCall, seed_of
+from ...calls import LossCall, made_from
 from ...torch_access import _C
 from ..interface import COEFFICIENTS, Backend, differentiable
 from ..reference import rows_of_mean
@@ -36,7 +36,7 @@ from .launch import (
 def declines(call: LossCall) -> str:
     """Why this backend does not support the call; empty if it does."""
     prediction, x0, n, p, q, scale, weight, c, mask, y, r = call[:11]
-    because = unsuited(prediction, x0, n, p, q, scale, weight, c, mask, seed_of(n), y, r)
+    because = unsuited(prediction, x0, n, p, q, scale, weight, c, mask, *made_from(n), y, r)
     if because:
         return because
     if differentiable(x0, n, p, q, scale, c, mask, y, r):

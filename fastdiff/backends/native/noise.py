@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import NoiseCall, seed_of
+from ...calls import NoiseCall, made_from
 from ...torch_access import _C
 from ..interface import COEFFICIENTS, Backend, differentiable
 from ..saving import save, saved
@@ -17,7 +17,7 @@ from .launch import arrange, contiguous, empty, in_format_of, memory, source, un
 def declines(call: NoiseCall) -> str:
     """Why this backend does not support the call; empty if it does."""
     x0, n, alpha, sigma, _, xi, _ = call
-    because = unsuited(x0, n, seed_of(n), alpha, sigma, xi, seed_of(xi))
+    because = unsuited(x0, n, *made_from(n), alpha, sigma, xi, *made_from(xi))
     return because or (COEFFICIENTS if differentiable(alpha, sigma, xi) else "")
 
 

@@ -9,17 +9,21 @@ from ...calls import NormalCall
 from ...codes import DATA
 from ...torch_access import _C
 from ..interface import Backend
-from .launch import arrange, makes, memory
+from .launch import arrange, makes, memory, samples
 
 
 def declines(call: NormalCall) -> str:
     """Why this backend does not support the call; empty if it does."""
-    return makes(call.seed, call.device) or ("" if call.dtype in DATA else f"normals in {call.dtype}")
+    return makes(call.seed, call.sample_offset, call.device) or (
+        "" if call.dtype in DATA else f"normals in {call.dtype}"
+    )
 
 
 def run(call: NormalCall, backend: Backend) -> Tensor:
     """See ``NormalCall``."""
     z = torch.empty(call.shape, dtype=call.dtype, device="cpu")
     layout, _ = arrange(z.shape)
-    _C.normal(layout, (int(call.seed), call.stream, call.sample_offset, 0.0), memory(z), torch.get_num_threads())
+    _C.normal(
+        layout, (int(call.seed), call.stream, samples(call.sample_offset), 0.0), memory(z), torch.get_num_threads()
+    )
     return z

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...calls import StepCall, seed_of
+from ...calls import StepCall, made_from
 from ...torch_access import _C
 from ..interface import Backend, differentiable
 from .launch import arrange, contiguous, empty, in_format_of, masked, memory, source, unsuited
@@ -14,7 +14,7 @@ from .launch import arrange, contiguous, empty, in_format_of, masked, memory, so
 def declines(call: StepCall) -> str:
     """Why this backend does not support the call; empty if it does."""
     tensors = (*call.data, call.guidance, call.row, call.threshold, call.mask)
-    because = unsuited(*tensors, seed_of(call.noise), seed_of(call.known_noise), call.model_input)
+    because = unsuited(*tensors, *made_from(call.noise), *made_from(call.known_noise), call.model_input)
     if because:
         return because
     if differentiable(*tensors):

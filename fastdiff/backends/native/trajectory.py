@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import RunCall, seed_of
+from ...calls import RunCall, made_from
 from ...codes import DATA, DTYPES
 from ...torch_access import _C
 from .. import reference
 from ..interface import Backend
 from ..layout import layout_of
-from .launch import arrange, masked, memory, source, unsuited
+from .launch import arrange, masked, memory, samples, source, unsuited
 
 _ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
@@ -34,7 +34,7 @@ class Trajectory(reference.Trajectory):
     def __init__(self, backend: Backend, call: RunCall):
         super().__init__(backend, call)
         x, _, guidance, clip, mask, known, known_noise, philox, self._reuse = call
-        given = (x, self._placed, guidance, mask, known, known_noise, seed_of(known_noise), seed_of(philox))
+        given = (x, self._placed, guidance, mask, known, known_noise, *made_from(known_noise), *made_from(philox))
         self._prepared = not unsuited(*given) and x.ndim > 0 and x.is_contiguous() and x.numel() > 0
         if not self._prepared:
             return
@@ -44,17 +44,27 @@ class Trajectory(reference.Trajectory):
         ones = (1,) * len(shape)
         if isinstance(guidance, Tensor):
             layout, (rows,) = arrange(shape, guidance)
-            samples = placed.new_empty(1).expand(shape[0], *ones[1:])
-            by_sample, (_, sample_rows) = arrange(shape, samples, guidance)
+            spread = placed.new_empty(1).expand(shape[0], *ones[1:])
+            by_sample, (_, sample_rows) = arrange(shape, spread, guidance)
         else:
             layout, by_sample = layout_of(shape, ones)[0], layout_of(shape, (shape[0], *ones[1:]))[0]
             rows = sample_rows = _ONE[placed.dtype] if guidance == 1 else placed.new_full((1,), guidance)
         known = None if known is None else known.contiguous()
         known_noise = known_noise.contiguous() if isinstance(known_noise, Tensor) else known_noise
-        made = None if philox is None else (int(philox.seed), 0, philox.sample_offset, philox.offset)
+        made = None if philox is None else (int(philox.seed), 0, samples(philox.sample_offset), philox.offset)
         count = max(self.reads, default=0)
         history = torch.empty((count, *shape), dtype=placed.dtype, device="cpu") if count else None
-        self._held = x, placed, rows, sample_rows, mask, known, known_noise, history  # what is pointed at must live
+        self._held = (
+            x,
+            placed,
+            rows,
+            sample_rows,
+            mask,
+            known,
+            known_noise,
+            philox,
+            history,
+        )  # what is pointed at must live
         self._launch, self._aim = _C.trajectory(
             memory(x),
             tuple(shape),

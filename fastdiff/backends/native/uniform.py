@@ -8,16 +8,16 @@ from torch import Tensor
 from ...calls import UniformCall
 from ...torch_access import _C
 from ..interface import Backend
-from .launch import makes, memory
+from .launch import makes, memory, samples
 
 
 def declines(call: UniformCall) -> str:
     """Why this backend does not support the call; empty if it does."""
-    return makes(call.seed, call.device)
+    return makes(call.seed, call.sample_offset, call.device)
 
 
 def run(call: UniformCall, backend: Backend) -> Tensor:
     """See ``UniformCall``."""
     u = torch.empty(call.samples, dtype=torch.float64, device="cpu")
-    _C.uniform(int(call.seed), call.stream, call.sample_offset, memory(u), call.samples)
+    _C.uniform(int(call.seed), call.stream, samples(call.sample_offset), memory(u), call.samples)
     return u

@@ -44,16 +44,20 @@ def _lacks_float64(device: torch.device | str | None) -> bool:
     return device is not None and torch.device(device).type == "mps"
 
 
-def _on_cpu(seed: int | Tensor) -> int | Tensor:
-    return seed.cpu() if isinstance(seed, Tensor) else seed
+def _on_cpu(value: int | Tensor) -> int | Tensor:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _words(
-    seed: int | Tensor, samples: int, groups: int, stream: int, sample_offset: int, device
+    seed: int | Tensor, samples: int, groups: int, stream: int, sample_offset: int | Tensor, device
 ) -> tuple[Tensor, ...]:
     """The four uint32 words of every group: int64, each [samples, groups]."""
     seed = seed_tensor(seed, device)
-    sample = torch.arange(sample_offset, sample_offset + samples, dtype=torch.int64, device=device).unsqueeze(1)
+    if isinstance(sample_offset, Tensor):
+        sample = sample_offset.to(device)
+    else:
+        sample = torch.arange(sample_offset, sample_offset + samples, dtype=torch.int64, device=device)
+    sample = sample.reshape(samples, 1)
     group = torch.arange(groups, dtype=torch.int64, device=device)
     words = _rounds(
         group,
@@ -66,10 +70,10 @@ def _words(
     return torch.broadcast_tensors(*words)
 
 
-def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int = 0, device=None) -> Tensor:
+def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int | Tensor = 0, device=None) -> Tensor:
     """One uniform a sample in the open interval (0, 1): float64 [samples], 52 random bits each."""
     if _lacks_float64(device):
-        return uniform(_on_cpu(seed), samples, stream, sample_offset).float().to(device)
+        return uniform(_on_cpu(seed), samples, stream, _on_cpu(sample_offset)).float().to(device)
     o0, o1, _, _ = _words(seed, samples, 1, stream, sample_offset, device)
     return (((o0 << 20) | (o1 >> 12)).double()[:, 0] + 0.5) * 2.0**-52
 
@@ -78,13 +82,14 @@ def normal(
     seed: int | Tensor,
     shape: tuple[int, ...],
     stream: int = 0,
-    sample_offset: int = 0,
+    sample_offset: int | Tensor = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Standard normals of ``shape`` = [samples, ...] from 64-bit ``seed`` (a number, or an int64 tensor of one).
 
-    The bits of a value depend on (seed, stream, sample_offset + its sample, its place in the sample) alone.
+    The bits of a value depend on (seed, stream, sample, its place in the sample) alone. Samples count from
+    ``sample_offset``, or have the ids that it holds, int64 [samples].
     They are float32 values whatever ``dtype`` they are returned in.
     """
     samples, elements = shape[0], 1
@@ -93,7 +98,7 @@ def normal(
     if samples == 0 or elements == 0:
         return torch.empty(shape, dtype=dtype, device=device)
     if _lacks_float64(device):
-        return normal(_on_cpu(seed), shape, stream, sample_offset, dtype).to(device)
+        return normal(_on_cpu(seed), shape, stream, _on_cpu(sample_offset), dtype).to(device)
     groups = (elements + 3) // 4
     o0, o1, o2, o3 = _words(seed, samples, groups, stream, sample_offset, device)
     lanes = torch.stack([*_box_muller(o0, o1), *_box_muller(o2, o3)], -1)

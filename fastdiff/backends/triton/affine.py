@@ -21,7 +21,7 @@ from .tiles import coefficient, entry_of, laid_out, load, made_noise, place_of, 
 
 @Kernel
 def affine(
-    out, kept, target, u, v, xi, a, b, p, q, index, seed, xi_seed,
+    out, kept, target, u, v, xi, a, b, p, q, index, seed, ids, xi_seed, xi_ids,
     stream, sample_offset, strength, xi_stream, xi_sample_offset, xi_strength, gamma,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
     A_KIND: tl.constexpr, B_KIND: tl.constexpr, P_KIND: tl.constexpr, Q_KIND: tl.constexpr, INDEX: tl.constexpr,
@@ -53,7 +53,7 @@ def affine(
     if V == "tensor":
         n = load(v, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     elif V != "none":
-        n = made_noise(seed, stream, sample_offset, strength, scale if SCALED else 1.0, run, block, made, units,
+        n = made_noise(seed, ids, stream, sample_offset, strength, scale if SCALED else 1.0, run, block, made, units,
                        sample_runs, channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, V == "fast", ASM,
                        EMULATE)  # fmt: skip
     if kept is not None:
@@ -71,8 +71,9 @@ def affine(
                 n = n + gamma * load(xi, start, place, inside, EVEN, UNIT, ASM, EMULATE)
             elif XI != "none":
                 n = n + gamma * made_noise(
-                    xi_seed, xi_stream, xi_sample_offset, xi_strength, scale if SCALED else 1.0, run, block, made,
-                    units, sample_runs, channel_runs, XI_SEED, XI_OFFSET, C, UNIT, SAMPLES, XI == "fast", ASM, EMULATE
+                    xi_seed, xi_ids, xi_stream, xi_sample_offset, xi_strength, scale if SCALED else 1.0, run, block,
+                    made, units, sample_runs, channel_runs, XI_SEED, XI_OFFSET, C, UNIT, SAMPLES, XI == "fast", ASM,
+                    EMULATE,
                 )  # fmt: skip
             value = n if SCALED else scale * n
         if A_KIND != "none":
@@ -89,8 +90,8 @@ def affine_launch(
     """The launch of out = a u + b (v + gamma xi), kept = v, target = p u + q v: (grid, arguments, constants). Tensors
     are contiguous; v and xi may be a ``Philox``."""
     rows = arrange(shape, a, b, p, q)
-    (seed, stream, sample_offset, strength), (kind, seed_kind, offset) = source_of(v, device)
-    (xi_seed, xi_stream, xi_offset, xi_strength), (xi_kind, xi_seed_kind, xi_has_offset) = source_of(xi, device)
+    (seed, ids, *numbers), (kind, seed_kind, offset) = source_of(v, device)
+    (xi_seed, xi_ids, *xi_numbers), (xi_kind, xi_seed_kind, xi_has_offset) = source_of(xi, device)
     made = kind in ("exact", "fast") or xi_kind in ("exact", "fast")
     written = out if out is not None else kept
     tile = tile_of(written.numel(), written.element_size())
@@ -99,8 +100,8 @@ def affine_launch(
         how.grid,
         (
             *(out, kept, target, u, v if kind == "tensor" else None, xi if xi_kind == "tensor" else None),
-            *(*rows.pointers, rows.index, seed, xi_seed),
-            *(stream, sample_offset, strength, xi_stream, xi_offset, xi_strength, gamma),
+            *(*rows.pointers, rows.index, seed, ids, xi_seed, xi_ids),
+            *(*numbers, *xi_numbers, gamma),
             *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs),
         ),
         (

@@ -93,12 +93,13 @@ def in_format_of(tensor: Tensor, result: Tensor | None) -> Tensor | None:
 
 
 def source_of(n: Any, device: torch.device) -> tuple[tuple, tuple]:
-    """((seed, stream, sample_offset, strength), (kind, kind of seed, whether there is an offset)) of noise: a tensor,
-    a ``fastdiff.ops.Philox`` or None."""
+    """((seed, ids, stream, sample_offset, strength), (kind, kind of seed, whether there is an offset)) of noise: a
+    tensor, a ``fastdiff.ops.Philox`` or None."""
     if n is None or isinstance(n, Tensor):
-        return (None, 0, 0, 0.0), ("none" if n is None else "tensor", "number", False)
+        return (None, None, 0, 0, 0.0), ("none" if n is None else "tensor", "number", False)
     seed, kind = seed_of(n.seed, device)
-    return (seed, n.stream, n.sample_offset, float(n.offset)), (n.rng, kind, bool(n.offset))
+    first, ids = samples_on(device, n.sample_offset)
+    return (seed, ids, n.stream, first, float(n.offset)), (n.rng, kind, bool(n.offset))
 
 
 def seed_of(seed: int | Tensor, device: torch.device) -> tuple[int | Tensor, str]:
@@ -111,12 +112,17 @@ def seed_of(seed: int | Tensor, device: torch.device) -> tuple[int | Tensor, str
     return seed - 2**64 if seed >= 2**63 else seed, "number"
 
 
+def samples_on(device: torch.device, sample_offset: int | Tensor) -> tuple[int, Tensor | None]:
+    """(the index of the first sample, None), or (0, ids on the device)."""
+    return (0, sample_offset.to(device)) if isinstance(sample_offset, Tensor) else (sample_offset, None)
+
+
 class Seeded(NamedTuple):
     """Noise that a kernel makes: what it asks of a ``fastdiff.ops.Philox``, known to be right."""
 
     seed: int | Tensor
     stream: int
-    sample_offset: int
+    sample_offset: int | Tensor
     offset: float
     rng: str
 

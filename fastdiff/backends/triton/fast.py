@@ -24,7 +24,7 @@ from .. import reference
 from . import arguments
 from . import loss as general
 from .affine import affine, affine_launch
-from .arguments import Seeded, seed_of
+from .arguments import Seeded, samples_on, seed_of
 from .launch import Ready
 from .programs import coefficients, flat
 from .times import coefficients_launch, constants_of
@@ -32,7 +32,7 @@ from .workspace import cell, of_this_stream
 
 _grad, _wrapping = torch.is_grad_enabled, modes.wrapping
 _MOST_SHAPES = 256  # an operation of an objective
-_NOISE = ("stream", "sample_offset", "strength")
+_MADE, _NUMBERS = ("seed", "ids"), ("stream", "sample_offset", "strength")  # of noise, the arguments that change
 
 
 def _kept(store: dict, key: tuple, make: Callable[[], Any]) -> Any:
@@ -74,7 +74,7 @@ def _store(program: Program) -> dict[tuple, Any]:
 
 
 def _compute(
-    program: Program, device: torch.device, t: Tensor | None, seed: Any, stream: int, sample_offset: int,
+    program: Program, device: torch.device, t: Tensor | None, seed: Any, stream: int, sample_offset: int | Tensor,
     columns: Tensor | None, drawn: Tensor | None,
 ) -> None:  # fmt: skip
     """The launch that computes ``columns`` at ``t``, or ``drawn`` times and ``columns`` from uniforms."""
@@ -82,9 +82,10 @@ def _compute(
     samples = written[0].shape[-1]
     if t is None:
         seed, kind = seed_of(seed, device)
-        given, others = (seed,), ("seed",)
+        first, ids = samples_on(device, sample_offset)
+        given, others, kind = (seed, ids), _MADE, (kind, ids is None)
     else:
-        given, others, kind = (t,), ("times",), t.dtype
+        given, others, kind, first = (t,), ("times",), t.dtype, 0
     key = "coefficients", samples, kind, device, columns is None, None if drawn is None else drawn.dtype
 
     def make() -> Ready:
@@ -94,7 +95,7 @@ def _compute(
         launched = coefficients_launch(*how, flat(program.code), program.outputs)
         return Ready(coefficients, device, launched, (), (*names, *others), ("stream", "sample_offset"))
 
-    _kept(_store(program), key, make)((), (*written, *given), (stream, sample_offset))
+    _kept(_store(program), key, make)((), (*written, *given), (stream, first))
 
 
 def _columns(program: Program, t: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ def noise(
     x0: Tensor,
     t: Any,
     n: Tensor | None,
-    made: tuple[int | Tensor, int, int, float],
+    made: tuple[int | Tensor, int, int | Tensor, float],
     keep: bool,
     rng: str = "exact",
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
@@ -164,7 +165,7 @@ def noise(
     if n is None:
         seed, kind = seed_of(made[0], device)
         seeded = Seeded(seed, *made[1:], rng)
-        how = kind, bool(seeded.offset), rng
+        how = kind, type(seeded.sample_offset), bool(seeded.offset), rng
     else:
         how = n.dtype
     key = ("noise", shape, x0.dtype, device, how, keep)
@@ -186,7 +187,8 @@ def noise(
     if seeded is None:
         ready((*data, n), changing)
     else:
-        ready(data, (*changing, seeded.seed), seeded[1:4])
+        first, ids = samples_on(device, seeded.sample_offset)
+        ready(data, (*changing, seeded.seed, ids), (seeded.stream, first, seeded.offset))
     return x_t, kept, t, columns
 
 
@@ -204,7 +206,7 @@ def _ready_affine(program, names, changing, out, kept, u, given, made) -> Ready:
     others = ("index",) if program.index else ("a", "b")
     if made is None:
         return Ready(affine, u.device, how, (*data, "v"), others)
-    return Ready(affine, u.device, how, data, (*others, "seed"), _NOISE)
+    return Ready(affine, u.device, how, data, (*others, *_MADE), _NUMBERS)
 
 
 def convert(program: Program, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
@@ -265,7 +267,7 @@ def loss(
     if n is not None and given is None:
         seed, kind = seed_of(n.seed, device)
         made = Seeded(seed, n.stream, n.sample_offset, n.offset, n.rng)
-        how = kind, bool(made.offset), made.rng
+        how = kind, type(made.sample_offset), bool(made.offset), made.rng
     else:
         how = None if given is None else given.dtype
     recorded = prediction.requires_grad and _grad()
@@ -296,7 +298,7 @@ def loss(
         last = cell(device, ready.kind)
         written, cells, there = (d,), (used, last.value), (d, used, last)
     value = _forward(ready, changing, prediction, x0, given, made, written, cells)
-    seed = made.seed if made is not None and isinstance(made.seed, Tensor) else None
+    tensors = () if made is None else [v for v in (made.seed, made.sample_offset) if isinstance(v, Tensor)]
     philox = n if given is None else None
 
     def call_of(prediction, x0, given, *_):  # the times, which the coefficients are made from, have not changed
@@ -312,7 +314,7 @@ def loss(
         _launch(ready.backward, changing, prediction, x0, given, made, (d,), (upstream, *cells))
         return d
 
-    kept = (prediction, x0, given, t, seed)
+    kept = (prediction, x0, given, t, *tensors)
     return general.recorded(prediction, None, (value, None, None, there), kept, call_of, again, reference.backend)
 
 
@@ -335,7 +337,7 @@ def _ready_losses(program, names, function, prediction, x0, given, made, changin
     used = one.view(1)
     data = tuple(name for name, there in (("x0", x0), ("n", given)) if there is not None)
     operands = ("index",) if program.index else tuple(_OPERANDS.get(name, name) for name in names)
-    seed, numbers = ((), ()) if made is None else (("seed",), _NOISE)
+    seed, numbers = ((), ()) if made is None else (_MADE, _NUMBERS)
     written, cells = (("gradient",), ("used", "assumed")) if ahead else ((), ())
 
     def of(gradient: bool, data: tuple, others: tuple, **more: Any) -> Ready:
@@ -363,4 +365,5 @@ def _launch(ready: Ready, changing, prediction, x0, given, made, written, others
     if made is None:
         ready(data, (*changing, *others))
     else:
-        ready(data, (*changing, made.seed, *others), made[1:4])
+        first, ids = samples_on(prediction.device, made.sample_offset)
+        ready(data, (*changing, made.seed, ids, *others), (made.stream, first, made.offset))

@@ -94,7 +94,7 @@ def _bin(d, log_variance, half_width, data, ASM: tl.constexpr, EMULATE: tl.const
 
 @Kernel
 def gaussian_kl(
-    prediction, x0, n, gradient, p, q, scale, l_0, l_v, l_q, half_width, weight, simple_weight, index, seed,
+    prediction, x0, n, gradient, p, q, scale, l_0, l_v, l_q, half_width, weight, simple_weight, index, seed, ids,
     upstream, used, assumed, result, counters, partials,
     stream, sample_offset, strength, size, size_low, mean, both, rows, parts, number,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
@@ -138,7 +138,7 @@ def gaussian_kl(
     if N == "tensor":
         made = load(n, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     elif N != "none":
-        made = made_noise(seed, stream, sample_offset, strength, q_row, run, block, place, units, sample_runs,
+        made = made_noise(seed, ids, stream, sample_offset, strength, q_row, run, block, place, units, sample_runs,
                           channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, N == "fast", ASM, EMULATE)  # fmt: skip
     if N == "fast":  # the product is in it, and is taken into the difference
         e = e - made
@@ -331,8 +331,8 @@ def _launch(
         how.grid,
         (
             *(output, x0 if reads_x0 else None, n if kind == "tensor" else None, gradient, *pointers, rows.index),
-            *(source[0], up, used, assumed, result, counters, partials),
-            *(*source[1:], high := float32(size), size - high, mean, mean / size, how.rows, how.parts, number),
+            *(*source[:2], up, used, assumed, result, counters, partials),
+            *(*source[2:], high := float32(size), size - high, mean, mean / size, how.rows, how.parts, number),
             *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs),
         ),
         (

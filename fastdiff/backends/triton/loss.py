@@ -75,7 +75,7 @@ def _mask(mask, start, place, inside, sizes, strides, DIMS: tl.constexpr, TOGETH
 
 @Kernel
 def loss(
-    prediction, x0, n, third, gradient, mask, p, q, scale, weight, c, r, index, seed,
+    prediction, x0, n, third, gradient, mask, p, q, scale, weight, c, r, index, seed, ids,
     upstream, used, assumed, result, means, divisor, counters, partials,
     stream, sample_offset, strength, size, size_low, mean, both,
     m1, m2, m3, s0, s1, s2, s3, s4, rows, parts, number,
@@ -130,7 +130,7 @@ def loss(
     if N == "tensor":
         made = load(n, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     elif N != "none":
-        made = made_noise(seed, stream, sample_offset, strength, q_row, run, block, place, units, sample_runs,
+        made = made_noise(seed, ids, stream, sample_offset, strength, q_row, run, block, place, units, sample_runs,
                           channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, N == "fast", ASM, EMULATE)  # fmt: skip
     if N == "fast":  # the product is in it, and is taken into the difference
         e = e - made
@@ -498,9 +498,9 @@ def loss_launch(
         how.grid,
         (
             *(prediction, x0, n if kind == "tensor" else None, y, gradient, laid.mask),
-            *(*pointers, rows.index, source[0]),
+            *(*pointers, rows.index, *source[:2]),
             *(up, used, assumed, result, means, divisor, counters, partials),
-            *(*source[1:], high := float32(size), size - high, mean, mean / size),
+            *(*source[2:], high := float32(size), size - high, mean, mean / size),
             *(*mask.numbers, how.rows, how.parts, number),
             *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs),
         ),

@@ -122,14 +122,15 @@ def _polynomial(x, C: tl.constexpr):
 
 @Kernel
 def coefficients(
-    columns, drawn, times, seed, constants, stream, sample_offset, samples,
+    columns, drawn, times, seed, ids, constants, stream, sample_offset, samples,
     CODE: tl.constexpr, OUTPUTS: tl.constexpr, SEED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What a program computes for each sample: its outputs, one behind the other in ``columns``, rounded once to
     float32.
 
-    Its input is one of ``times``; where there are none, a uniform in (0, 1) of 52 bits. Its first output is a time if
-    there is ``drawn``, float64 or int64, where that goes. constants: those of the program, float64.
+    Its input is one of ``times``; where there are none, a uniform in (0, 1) of 52 bits, of the samples from
+    ``sample_offset`` on, or of ``ids``. Its first output is a time if there is ``drawn``, float64 or int64, where that
+    goes. constants: those of the program, float64.
     """
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < samples
@@ -140,7 +141,10 @@ def coefficients(
             key = tl.load(seed)
         else:
             key = seed.to(tl.int64)
-        sample = place.to(tl.int64) + sample_offset
+        if ids is not None:
+            sample = tl.load(ids + place, mask=inside, other=0)
+        else:
+            sample = place.to(tl.int64) + sample_offset
         zero = place.to(tl.uint32) * 0
         high = (sample >> 32).to(tl.uint32)
         k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
@@ -242,4 +246,4 @@ def try_on(device: torch.device) -> None:
     uniform = (0,) * 5, (0,), "tensor", 128
     # Triton prints what it could not assemble.
     with launches(), contextlib.redirect_stdout(io.StringIO()):
-        coefficients(device, (1, 1), (None, out, None, seed, None, 0, 0, 1), uniform)
+        coefficients(device, (1, 1), (None, out, None, seed, None, None, 0, 0, 1), uniform)

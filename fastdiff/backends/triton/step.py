@@ -27,7 +27,7 @@ P_X, P_M, C_X, C_M, C_X0, C_H1, C_H2, C_H3, C_H4, C_NOISE, L_0, L_V, H_X, H_M, H
 
 @Kernel
 def step(
-    y, x0_out, entry, seen, x, m, uncond, h1, h2, h3, h4, v, log_variance, table, scale, seed,
+    y, x0_out, entry, seen, x, m, uncond, h1, h2, h3, h4, v, log_variance, table, scale, seed, ids,
     stream, sample_offset, strength, guidance, clip,
     width, total, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
     GUIDED: tl.constexpr, V: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr, CLIPPED: tl.constexpr,
@@ -72,7 +72,7 @@ def step(
         if V == "tensor":
             z = load(v, start, place, inside, EVEN, UNIT, ASM, EMULATE)
         else:
-            z = made_noise(seed, stream, sample_offset, strength, 1.0, run, block, place, units, sample_runs,
+            z = made_noise(seed, ids, stream, sample_offset, strength, 1.0, run, block, place, units, sample_runs,
                            channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, V == "fast", ASM, EMULATE)  # fmt: skip
         strong = tl.load(at + C_NOISE)
         if log_variance is not None:

@@ -151,11 +151,11 @@ def laid_out(index, data, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def made_noise(seed, stream, sample_offset, strength, factor, run, block, place, units, sample_runs, channel_runs,
+def made_noise(seed, ids, stream, sample_offset, strength, factor, run, block, place, units, sample_runs, channel_runs,
                SEED: tl.constexpr, OFFSET: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SAMPLES: tl.constexpr,
                FAST: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
     """Noise of a tile: Philox normals, plus ``strength`` times one normal a (sample, channel). FAST: times ``factor``,
-    which costs nothing there."""
+    which costs nothing there. Samples count from ``sample_offset``, or have ``ids``."""
     if SEED == "tensor":
         key = tl.load(seed)
     else:
@@ -164,7 +164,10 @@ def made_noise(seed, stream, sample_offset, strength, factor, run, block, place,
         sample, inner = run, run * 0
     else:
         sample, inner = run // sample_runs, run % sample_runs
-    sample = sample.to(tl.int64) + sample_offset
+    if ids is not None:
+        sample = tl.load(ids + sample)
+    else:
+        sample = sample.to(tl.int64) + sample_offset
     if UNIT >= 4 and C >= 4:
         # Four neighbours in the tile are four of a counter. With the last of the four for all, the compiler sees that
         # they are the same.

@@ -12,7 +12,7 @@ from ...program import Program
 from ...tensors import Gathered, cached
 from ..interface import differentiable
 from . import arguments
-from .arguments import TYPES, device_of, seed_of, untouched
+from .arguments import TYPES, device_of, samples_on, seed_of, untouched
 from .programs import coefficients, flat
 
 _ROWS = 128  # a program
@@ -20,14 +20,15 @@ _ROWS = 128  # a program
 
 def coefficients_launch(
     columns: Tensor | None, drawn: Tensor | None, times: Tensor | None, seed: int | Tensor | None,
-    constants: Tensor | None, stream: int, sample_offset: int, samples: int,
+    constants: Tensor | None, stream: int, sample_offset: int | Tensor, samples: int,
     code: tuple[int, ...] = (0,) * 5, outputs: tuple[int, ...] = (0,),
 ) -> tuple[tuple[int, int], tuple, tuple]:  # fmt: skip
     """The launch that runs a program for each sample. The default program returns the uniform itself. See
     ``programs.coefficients``."""
     device = (drawn if drawn is not None else times).device
     seed, kind = (None, "number") if seed is None else seed_of(seed, device)
-    given = columns, drawn, times, seed, constants, stream, sample_offset, samples
+    first, ids = samples_on(device, sample_offset)
+    given = columns, drawn, times, seed, ids, constants, stream, first, samples
     return (-(-samples // _ROWS), 1), given, (code, outputs, kind, _ROWS)
 
 
@@ -61,8 +62,9 @@ def evaluate(program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] |
 
 
 def times(
-    program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int, device: Any, discrete: bool
-) -> Tensor | None:
+    program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int | Tensor, device: Any,
+    discrete: bool,
+) -> Tensor | None:  # fmt: skip
     """See ``Backend.times``."""
     where = device_of(device, seed)
     if not untouched() or not arguments.runs_on(where) or not samples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ...calls import Call
 from ...philox import Philox, seed_tensor
 
 NAMES: list[str] = []  # of the operators
+PARTS = 7  # arguments that stand for noise
 
 
 def declare(name: str, schema: str, fake: Callable) -> Callable:
@@ -42,23 +43,29 @@ def run(call: Call, tensor: Tensor) -> Any:
 def noise_arguments(name: str) -> str:
     """The arguments of an operator that stand for noise: a tensor, or what a ``Philox`` says, or neither."""
     return (
-        f"Tensor? {name}, Tensor? {name}_seed, int {name}_stream, SymInt {name}_sample_offset, float {name}_offset, "
-        f"str {name}_rng"
+        f"Tensor? {name}, Tensor? {name}_seed, int {name}_stream, SymInt {name}_sample_offset, Tensor? {name}_ids, "
+        f"float {name}_offset, str {name}_rng"
     )
 
 
 def parts(n: Any, device: torch.device) -> tuple:
     """Noise as the arguments of ``noise_arguments``."""
     if n is None or isinstance(n, Tensor):
-        return n, None, 0, 0, 0.0, "exact"
-    return None, seed_tensor(n.seed, device), n.stream, n.sample_offset, n.offset, n.rng
+        return n, None, 0, 0, None, 0.0, "exact"
+    return None, seed_tensor(n.seed, device), n.stream, *offset_and_ids(n.sample_offset), n.offset, n.rng
 
 
-def source(n: Tensor | None, seed: Tensor | None, stream: int, sample_offset: int, offset: float, rng: str) -> Any:
-    """Noise from its arguments, as a record holds it: the inverse of ``parts``."""
-    if seed is None:
-        return n
-    return Philox(seed, sample_offset, stream, offset, rng)
+def source(arguments: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """(noise as a record holds it, the arguments behind it) of ``arguments`` that begin with ``parts``."""
+    n, seed, stream, sample_offset, ids, offset, rng = arguments[:PARTS]
+    if seed is not None:
+        n = Philox(seed, sample_offset if ids is None else ids, stream, offset, rng)
+    return n, arguments[PARTS:]
+
+
+def offset_and_ids(sample_offset: int | Tensor) -> tuple[int, Tensor | None]:
+    """Which samples noise is of, as two arguments: "SymInt sample_offset, Tensor? ids"."""
+    return (0, sample_offset) if isinstance(sample_offset, Tensor) else (sample_offset, None)
 
 
 def strided(result: Tensor, like: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ _ARGUMENTS = (
 
 
 def _call(output: Tensor, weight: Tensor, x0: Tensor | None, *arguments: Any) -> GaussianCall:
-    n, coefficients, (simple_weight, *how) = source(*arguments[:6]), arguments[6:13], arguments[13:]
-    return GaussianCall(output, x0, n, *coefficients, weight, simple_weight, *how)
+    n, others = source(arguments)
+    return GaussianCall(output, x0, n, *others[:7], weight, *others[7:])
 
 
 def _fake(output, weight, *arguments):

@@ -22,7 +22,7 @@ _ARGUMENTS = (
 
 def _call(prediction: Tensor, weight: Tensor, x0: Tensor | None, *arguments: Any) -> LossCall:
     """A loss from the arguments of its operator."""
-    n, (p, q, scale, *others) = source(*arguments[:6]), arguments[6:]
+    n, (p, q, scale, *others) = source(arguments)
     return LossCall(prediction, x0, n, p, q, scale, weight, *others)
 
 

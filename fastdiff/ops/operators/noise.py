@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ...backends.interface import COEFFICIENTS, Backend, differentiable
 from ...calls import NoiseCall
-from .declaring import affine_gradient, declare, noise_arguments, parts, source, strided
+from .declaring import PARTS, affine_gradient, declare, noise_arguments, parts, source, strided
 from .declaring import run as runs
 
 
 def _fake(x0, *arguments):
-    made = arguments[0] is None and arguments[15]
-    return torch.empty_like(x0), x0.new_empty(x0.shape if made else (0,), dtype=arguments[6].dtype)
+    made = arguments[0] is None and arguments[-1]
+    return torch.empty_like(x0), x0.new_empty(x0.shape if made else (0,), dtype=arguments[PARTS].dtype)
 
 
 @declare(
@@ -25,15 +25,17 @@ def _fake(x0, *arguments):
     _fake,
 )
 def _noise(x0, *arguments):
-    n, (alpha, sigma, perturbation), xi = source(*arguments[:6]), arguments[6:9], source(*arguments[9:15])
-    x_t, kept = runs(NoiseCall(x0, n, alpha, sigma, perturbation, xi, arguments[15]), x0)
+    n, (alpha, sigma, perturbation, *others) = source(arguments)
+    xi, (keep,) = source(others)
+    x_t, kept = runs(NoiseCall(x0, n, alpha, sigma, perturbation, xi, keep), x0)
     # A result must not be an argument.
     return strided(x_t, x0), kept if kept is not n else x0.new_empty(0, dtype=alpha.dtype)
 
 
 def _context(ctx, inputs, output):
     x0, n = inputs[:2]
-    ctx.save_for_backward(*inputs[7:9])
+    ctx.save_for_backward(*inputs[1 + PARTS : 3 + PARTS])  # alpha, sigma
+    ctx.others = len(inputs) - 2
     ctx.dtypes = x0.dtype, n if n is None else n.dtype
     ctx.mark_non_differentiable(output[1])
 
@@ -42,7 +44,7 @@ def _backward(ctx, upstream, _):
     alpha, sigma = ctx.saved_tensors
     d_x0 = affine_gradient(upstream, alpha, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
     d_n = affine_gradient(upstream, sigma, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
-    return d_x0, d_n, *(None,) * 15
+    return d_x0, d_n, *(None,) * ctx.others
 
 
 torch.library.register_autograd("fastdiff::noise", _backward, setup_context=_context)

@@ -8,21 +8,21 @@ from torch import Tensor
 from ...backends.interface import Backend
 from ...calls import NormalCall
 from ...philox import seed_tensor
-from .declaring import declare
+from .declaring import declare, offset_and_ids
 from .declaring import run as runs
 
 
-def _fake(seed, shape, stream, sample_offset, dtype, rng):
+def _fake(seed, shape, stream, sample_offset, ids, dtype, rng):
     return seed.new_empty(shape, dtype=dtype)
 
 
 @declare(
     "normal",
-    "(Tensor seed, SymInt[] shape, int stream, SymInt sample_offset, ScalarType dtype, str rng) -> Tensor",
+    "(Tensor seed, SymInt[] shape, int stream, SymInt sample_offset, Tensor? ids, ScalarType dtype, str rng) -> Tensor",
     _fake,
 )
-def _normal(seed, shape, stream, sample_offset, dtype, rng):
-    call = NormalCall(seed, tuple(shape), stream, sample_offset, dtype, seed.device, rng)
+def _normal(seed, shape, stream, sample_offset, ids, dtype, rng):
+    call = NormalCall(seed, tuple(shape), stream, sample_offset if ids is None else ids, dtype, seed.device, rng)
     return runs(call, seed).contiguous()
 
 
@@ -32,4 +32,6 @@ def declines(call: NormalCall) -> str:
 
 def run(call: NormalCall, backend: Backend) -> Tensor:
     seed, shape, stream, sample_offset, dtype, device, rng = call
-    return torch.ops.fastdiff.normal(seed_tensor(seed, device), shape, stream, sample_offset, dtype, rng)
+    return torch.ops.fastdiff.normal(
+        seed_tensor(seed, device), shape, stream, *offset_and_ids(sample_offset), dtype, rng
+    )

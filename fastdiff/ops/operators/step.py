@@ -29,8 +29,9 @@ def _fake(x, m, row, history, *arguments):
     _fake,
 )
 def _step(x, m, row, history, *arguments):
-    noise, known_noise = source(*arguments[:6]), source(*arguments[6:12])
-    uncond, guidance, scale, clip, log_variance, threshold, mask, known, want_x0, want_entry, rows = arguments[12:]
+    noise, others = source(arguments)
+    known_noise, others = source(others)
+    uncond, guidance, scale, clip, log_variance, threshold, mask, known, want_x0, want_entry, rows = others
     seen = x.new_empty((rows, *x.shape[1:]))
     call = StepCall(
         x, m, row, uncond, scale if guidance is None else guidance, clip, tuple(history), noise, log_variance, x.dtype,
