@@ -190,15 +190,14 @@ class Perceptual:
 
     def _features(self, of: str, images: Tensor) -> list[Tensor]:
         found = frozen(self.extractor, images)
+        if isinstance(found, Tensor):
+            found = [found]
         if self.layers is not None:
             try:
                 found = [found[layer] for layer in self.layers]
             except (KeyError, IndexError, TypeError) as error:
-                raise ValueError(
-                    f"the extractor's output has no layers {list(self.layers)}: {brief(found)}."
-                ) from error
-        elif isinstance(found, Tensor):
-            found = [found]
+                there = list(found) if isinstance(found, Mapping) else brief(found)
+                raise ValueError(f"the extractor's output lacks layers of {list(self.layers)}: {there}.") from error
         elif isinstance(found, Mapping):
             found = list(found.values())
         if not isinstance(found, (list, tuple)) or not found:
@@ -206,7 +205,7 @@ class Perceptual:
         for number, features in enumerate(found):
             if not isinstance(features, Tensor) or not features.is_floating_point():
                 raise TypeError(
-                    f"layer {number} that the extractor returned is no tensor of floats: {brief(features)}."
+                    f"layer {number} of the extractor's output must be a floating-point tensor; got {brief(features)}."
                 )
             if features.ndim < 2 or len(features) != len(images):
                 raise ValueError(

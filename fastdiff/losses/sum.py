@@ -140,8 +140,6 @@ class Sum:
         for name, term in terms.items():
             if not isinstance(term, Term):
                 raise TypeError(f"{name} must be a losses.Term, such as Term(Perceptual(...), 0.1); got {brief(term)}.")
-            if name == "objective":
-                raise ValueError("a term cannot be named 'objective': that is the name of the objective's own loss.")
         self.objective, self.decoder, self.checkpoint, self.terms = objective, decoder, checkpoint, terms
         self.values: dict[str, Tensor] = {}
 
