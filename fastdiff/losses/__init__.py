@@ -31,3 +31,7 @@ def __getattr__(name: str) -> Any:
     if name in ("Sum", "Term"):
         return getattr(importlib.import_module(f"{__name__}.sum"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,13 +1,11 @@
 """Adversarial losses of the x0 estimate: of the network that makes it, and of the discriminator that judges it.
 
 A discriminator gives logits, high for real data: one a sample, or several (patches), over which the mean is taken. With
-softplus(x) = ln(1 + e^x) and l = D(fake), r = D(real):
+f = D(fake), r = D(real) and softplus(x) = ln(1 + e^x), the losses of the generator and of the discriminator are
 
-| kind | the generator's loss | the discriminator's loss |
-|---|---|---|
-| "non_saturating" (Goodfellow et al. 2014, section 3) | softplus(-l) = -ln sigmoid(l) | softplus(-r) + softplus(l) |
-| "hinge" (Lim and Ye 2017) | -l | max(0, 1 - r) + max(0, 1 + l) |
-| "minmax" (Goodfellow et al. 2014, equation 1) | -softplus(l) = ln(1 - sigmoid(l)) | softplus(-r) + softplus(l) |
+- "non_saturating" (Goodfellow et al. 2014, section 3): softplus(-f) = -ln sigmoid(f), and softplus(-r) + softplus(f);
+- "hinge" (Lim and Ye 2017, arXiv 1705.02894): -f, and max(0, 1 - r) + max(0, 1 + f);
+- "minmax" (Goodfellow et al. 2014, equation 1): -softplus(f) = ln(1 - sigmoid(f)), and softplus(-r) + softplus(f).
 
 The gradient of "minmax" vanishes where the discriminator is sure of itself, so "non_saturating" is the default.
 """
@@ -85,7 +83,7 @@ def r1_penalty(discriminator: Callable[..., Tensor], real: Tensor, gamma: float 
 
 
 class Discriminator:
-    """A discriminator and its training: a loss for the network, and a step of its own after the network's.
+    """A discriminator and its training: a loss for the network, and a step of its own after the network's::
 
         critic = adversarial.Discriminator(d, torch.optim.Adam(d.parameters(), 1e-4), "hinge", r1_gamma=10.0)
         loss = objective.loss(prediction, noised) + 0.1 * critic(objective.predict_x0(prediction, noised)).mean()

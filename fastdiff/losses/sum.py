@@ -91,7 +91,7 @@ class Term:
 
 
 class Sum:
-    """The loss of an objective, and terms that look at its x0 estimate, added up with weights.
+    """The loss of an objective, and terms that look at its x0 estimate, added up with weights::
 
         total = losses.Sum(
             objective,
