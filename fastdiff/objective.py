@@ -568,8 +568,16 @@ class Objective:
         x_t, t = noised.x_t, noised.t
         noised.check_unchanged()
         done = self._fast_convert(kind, prediction, x_t, t)
-        if done is not None:
-            return done
+        return self._convert(prediction, x_t, t, kind) if done is None else done
+
+    def _convert(
+        self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: Prediction, kept: Tensor | None = None
+    ) -> Tensor:
+        """``convert`` for any rows of a noised batch.
+
+        Args:
+            kept: bool [batch]; the coefficients of the other samples are 0, also where they are not finite.
+        """
         program = self._coefficients.conversion(kind)
         if program is not None:
             placed = place_rows("t", t, x_t.shape)
@@ -577,8 +585,13 @@ class Objective:
             k_x, k_m = backend_of(x_t.device).evaluate(program, placed, compute_dtype(prediction, x_t))
             singular = not program.finite
         else:  # float64, as it may be what a gradient is asked for
-            k_x, k_m = kinds.conversion(self.prediction, kind, self.process.levels(t))
+            k_x, k_m = (
+                place_rows("t", row, x_t.shape)
+                for row in kinds.conversion(self.prediction, kind, self.process.levels(t))
+            )
             singular = True
+        if kept is not None:
+            k_x, k_m = (torch.where(place_rows("kept", kept, x_t.shape), as_tensor(row), 0.0) for row in (k_x, k_m))
         if singular and value_checks_are_free(t):
             finite = (as_tensor(k_x).isfinite() & as_tensor(k_m).isfinite()).reshape(t.shape)
             if not bool(finite.all()):

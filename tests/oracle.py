@@ -18,6 +18,7 @@ Papers, by the short names used below:
 - RF: Liu et al. 2022 (2209.03003), Lipman et al. 2022 "Flow Matching" (2210.02747); SD3: Esser et al. 2024 (2403.03206)
 - MinSNR: Hang et al. 2023 (2303.09556); P2: Choi et al. 2022 (2204.00227); Debiased: Yu et al. 2023 (2310.08442)
 - ZTSNR: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2305.08891)
+- LPIPS: Zhang et al. 2018 (1801.03924); focal frequency loss: Jiang et al. 2021 (2012.12821)
 - VDM: Kingma et al. 2021, "Variational Diffusion Models" (2107.00630)
 - Random123: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"
 """
@@ -1002,3 +1003,47 @@ def uniform(seed: int, samples: int, stream: int, sample_offset: int = 0) -> np.
     words = philox_words(seed, samples, 1, stream, sample_offset)[:, 0].astype(np.uint64)
     bits = (words[:, 0] << np.uint64(20)) | (words[:, 1] >> np.uint64(12))
     return (bits.astype(np.float64) + 0.5) * 2.0**-52
+
+
+# ------------------------------------------------------------------------------------------- losses of the x0 estimate
+
+
+def lpips(features_a, features_b, weights=None) -> np.ndarray:
+    """Zhang et al. 2018 (1801.03924), equation 1, of features [B, C, ...] a layer: one a sample. The epsilon of the
+    authors' code is added to the norm."""
+    total = 0
+    for layer, (a, b) in enumerate(zip(features_a, features_b)):
+        a, b = ld(a), ld(b)
+        a, b = (x / (np.sqrt((x**2).sum(1, keepdims=True)) + LD(1e-10)) for x in (a, b))
+        w = np.ones(a.shape[1], LD) if weights is None else ld(weights[layer])
+        at_places = np.einsum("bc...,c->b...", (a - b) ** 2, w)
+        total = total + at_places.reshape(len(a), -1).mean(1)
+    return total
+
+
+def focal_frequency(a, b, alpha) -> np.ndarray:
+    """Jiang et al. 2021 (2012.12821), equations 8 to 10, of [B, C, H, W], with an orthonormal transform."""
+    height, width = a.shape[-2:]
+    across = np.exp(-2j * np.pi * np.outer(np.arange(width), np.arange(width)) / width) / np.sqrt(width)
+    down = np.exp(-2j * np.pi * np.outer(np.arange(height), np.arange(height)) / height) / np.sqrt(height)
+    spectra = [np.einsum("ux,bcxy,yv->bcuv", down, x.astype(complex), across) for x in (a, b)]
+    distance = np.abs(spectra[0] - spectra[1]) ** 2
+    weight = np.sqrt(distance) ** alpha
+    weight = weight / weight.max((2, 3), keepdims=True)
+    return (weight * distance).mean((1, 2, 3))
+
+
+def amplitude_difference(a, b) -> np.ndarray:
+    """Fuoli et al. 2021 (2106.00783), equation 3, of orthonormal transforms and all frequencies."""
+    spectra = [np.abs(np.fft.fft2(x)) / np.sqrt(x.shape[-1] * x.shape[-2]) for x in (a, b)]
+    return np.abs(spectra[0] - spectra[1]).mean((1, 2, 3))
+
+
+def haar_bands(x, levels) -> list:
+    """The sub-bands of Haar's transform, from sums and differences of the four pixels of each square of two by two."""
+    bands = []
+    for _ in range(levels):
+        p, q, r, s = x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
+        bands += [(p - q + r - s) / 2, (p + q - r - s) / 2, (p - q - r + s) / 2]
+        x = (p + q + r + s) / 2
+    return [*bands, x]

@@ -1,5 +1,6 @@
 """What the documents show works: each block of Python runs, each command and link leads somewhere."""
 
+import copy
 import importlib
 import inspect
 import json
@@ -258,12 +259,64 @@ def test_the_bound_of_the_document():
     assert int(names["resampler"].state_dict()["counts"].sum()) == 4
 
 
+def test_the_terms_of_the_document():
+    """Each block's loss is that of its parts."""
+    vae, extractor, discriminator = (
+        nn.Conv2d(4, 3, 1),
+        nn.Conv2d(3, 5, 3),
+        nn.Sequential(nn.Flatten(), nn.Linear(256, 1)),
+    )
+    vae.decode = vae.forward
+    network, x0, captions = Network(), latents(), torch.randint(7, (4,))
+    image_encoder, text_encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 6)), nn.Embedding(7, 6)
+    given = dict(vae=vae, extractor=extractor, image_encoder=image_encoder, text_encoder=text_encoder, latents=x0)
+    given |= dict(network=network, captions=captions, step=500, discriminator=discriminator)
+    given |= dict(optimizer=torch.optim.SGD(network.parameters(), 0.1))
+    runs = run_blocks("docs/features.md", {"Losses on the x0 estimate": given})
+
+    def parts(names):
+        """(the objective's loss, the x0 estimate, the signal-to-noise ratios)"""
+        noised, objective = names["noised"], names["objective"]
+        prediction = network.weight * noised.x_t
+        return objective.loss(prediction, noised), objective.predict_x0(prediction, noised), noised.snr
+
+    names = next(runs)
+    assert network.weight.grad != 0 and vae.weight.grad is None and extractor.weight.grad is None
+    (loss, x0_hat, snr), log = parts(names), names["log"]
+    images, least = vae(x0_hat), snr.argsort(descending=True)[:2]
+    each = names["features"].Perceptual(extractor)(images, vae(x0))
+    perceptual = each[least][snr[least] >= 1].sum() / 4
+    cosine = F.cosine_similarity(image_encoder(images), text_encoder(captions))
+    expected = {"objective": loss, "perceptual": perceptual, "alignment": 1 - cosine.mean()}
+    assert log == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-5)
+    assert names["loss"].item() == pytest.approx(
+        (loss + 0.1 * perceptual + 500 / 20000 * expected["alignment"]).item(), rel=1e-5
+    )
+    names = next(runs)
+    found = names["total"](network.weight * names["noised"].x_t, names["noised"])
+    change = (x0_hat.mean((1, 2, 3)) - x0.mean((1, 2, 3))) ** 2
+    assert found.item() == pytest.approx((loss + 0.5 * change.mean()).item(), rel=1e-5)
+    before = copy.deepcopy(discriminator), copy.deepcopy(network)
+    (names,) = runs
+    network = before[1]
+    loss, x0_hat, snr = parts(names)
+    least = snr.argsort(descending=True)[:2]
+    judged = x0_hat[least].detach()
+    assert names["loss"].item() == pytest.approx((loss - 0.05 * before[0](judged).sum() / 4).item(), rel=1e-5)
+    expected = F.relu(1 - before[0](x0)).mean() + F.relu(1 + before[0](judged)).mean()
+    assert names["values"]["discriminator"].item() == pytest.approx(expected.item(), rel=1e-5)
+    weight = before[0][1].weight.detach()
+    assert names["values"]["r1"].item() == pytest.approx(5 * weight.square().sum().item(), rel=1e-5)
+    assert not torch.equal(weight, discriminator[1].weight)
+
+
 def test_every_block_is_one_that_runs():
     """In a document that has a test above, or test_recipes.py, or none."""
     found = {document: sum(1 for _ in blocks(document)) for document in DOCUMENTS}
     assert {name: number for name, number in found.items() if number} == {
         "README.md": 2,
         "docs/diffusers.md": 1,
+        "docs/features.md": 3,
         "docs/likelihood.md": 1,
         "docs/migrating.md": 11,
         "docs/moments.md": 9,

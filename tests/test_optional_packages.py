@@ -15,7 +15,7 @@ WITHOUT = """
 import importlib.metadata, sys
 
 names = "accelerate denoising_diffusion_pytorch diffusers einops ema_pytorch flow_matching k_diffusion".split()
-names += "lightning matplotlib ot ruff torchcfm torchdiffeq transformers".split()
+names += "lightning lpips matplotlib ot ruff torchcfm torchdiffeq transformers".split()
 sys.modules |= dict.fromkeys(names)
 distribution = importlib.metadata.distribution
 
