@@ -432,7 +432,8 @@ def test_a_step_waits_for_no_copy(monkeypatch):
         monkeypatch.setattr(torch.Tensor, "to", to)
         return network(x, t, c)
 
-    run(watched, cond=COND, uncond=UNCOND, guidance=2.0, guidance_rescale=0.7, steps=1)
+    scale = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    run(watched, cond=COND, uncond=UNCOND, guidance=scale, guidance_rescale=0.7, steps=1)
     assert copies and all(copies)
 
 
