@@ -196,12 +196,13 @@ class NormPreserving(Rule):
                 raise ValueError(f"dims must be dimensions of {tuple(shape)}, but not the first; got {self.dims}.")
 
     def combine(self, cond: Tensor, uncond: Tensor, step: Step) -> Tensor:
-        guided, rows = self._between(cond, uncond), cond.shape[:1]
-        if self.dims is not None:
-            summed = {dim % cond.ndim for dim in self.dims}
-            rows = tuple([1 if dim in summed else size for dim, size in enumerate(cond.shape)])
-        sums = ops.row_moments(cond, guided, row_shape=rows)
-        factor = torch.where(sums.bb == 0, 1.0, (sums.aa / sums.bb).sqrt())
+        guided = self._between(cond, uncond)
+        if self.dims is None:
+            sums = ops.row_moments(cond, guided)
+            wanted, own = sums.aa, sums.bb
+        else:  # rows of a few numbers, for which that pass is not made
+            wanted, own = ((half * half).sum(self.dims, keepdim=True) for half in (cond, guided))
+        factor = torch.where(own == 0, 1.0, (wanted / own).sqrt())
         return guided.mul_(place_rows("dims", factor, guided.shape))
 
 
