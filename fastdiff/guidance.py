@@ -71,6 +71,8 @@ class Rule:
 
     def check(self, process: Process, prediction: Prediction, shape: tuple[int, ...]) -> None:
         """Raise ValueError where the rule means nothing for what the network predicts, or for samples of ``shape``."""
+        if isinstance(self.scale, Tensor) and self.scale.numel() > 1 and self.scale.shape != shape[:1]:
+            raise ValueError(f"scale must be a number or one a sample, {list(shape[:1])}; got {brief(self.scale)}.")
 
     def combine(self, cond: Tensor, uncond: Tensor, step: Step) -> Tensor:
         """What stands in place of the network's output, [batch, ...], float32 or float64 as ``cond`` and ``uncond``.
@@ -79,7 +81,7 @@ class Rule:
         raise NotImplementedError
 
     def _scale_for(self, output: Tensor) -> float | Tensor:
-        """``scale`` as it multiplies a number a sample: a number, or [batch]."""
+        """``scale`` as it multiplies numbers of samples, [batch]."""
         if not isinstance(self.scale, Tensor):
             return self.scale
         return self.scale.to(output.device, output.dtype, non_blocking=True)
@@ -116,6 +118,7 @@ class CFGZero(Rule):
             raise ValueError(f"zero_steps must be at least 0; got {self.zero_steps}.")
 
     def check(self, process: Process, prediction: Prediction, shape: tuple[int, ...]) -> None:
+        super().check(process, prediction, shape)
         if self.zero_steps and not (process.straight and prediction.name in ("flow", "reversed_flow")):
             raise ValueError(
                 f"an output of 0 leaves x as it is for the velocity of a RectifiedFlow alone; got {prediction.name!r} "
@@ -191,6 +194,7 @@ class NormPreserving(Rule):
             object.__setattr__(self, "dims", tuple([whole("dims", dim) for dim in self.dims]))
 
     def check(self, process: Process, prediction: Prediction, shape: tuple[int, ...]) -> None:
+        super().check(process, prediction, shape)
         for dim in self.dims or ():
             if dim not in range(-len(shape), len(shape)) or dim % len(shape) == 0:
                 raise ValueError(f"dims must be dimensions of {tuple(shape)}, but not the first; got {self.dims}.")
@@ -209,7 +213,7 @@ class NormPreserving(Rule):
 class CFGPlusPlus(Rule):
     """CFG++ (Chung et al. 2024, 2406.08070): the x0 estimate of u + scale (c - u), but the noise estimate of u. The
     scale is small, in [0, 1]. For samplers that keep nothing of earlier steps: DDPM, DDIM, Euler and its ancestral and
-    flow forms, DPM-Solver++ 1M and LCM."""
+    flow forms, and DPM-Solver++ 1M."""
 
     renoises_unconditionally = True
 

@@ -208,6 +208,25 @@ def test_cfg_plus_plus(sampler, scale):
     torch.testing.assert_close(torch.stack(seen), torch.from_numpy(np.stack(shown)), rtol=1e-8, atol=1e-8)
 
 
+ONE_STEP = {
+    "ddpm": VP, "ddim": VP, "euler": VP, "euler_ancestral": VP, "dpmpp_1m": VP, "flow_euler": FLOW,
+    "flow_lcm": FLOW, samplers.Euler(s_churn=3.0): VP, samplers.EulerAncestral(eta=0.5): FLOW,
+    samplers.DPMSolverPP(order=1, eta=1.0): VP, samplers.DDIM(rederive_epsilon=True): VP,
+    samplers.DDIM(): fastdiff.TrigFlow(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", list(ONE_STEP), ids=str)
+def test_the_factor_of_the_data_where_a_step_ends(sampler):
+    """CFG++ takes alpha' from the column k_x0. With an exact network, which says x0 = 1, a step from alpha ends at
+    alpha', churn included, but for the noise; it starts where the step before ended."""
+    plan = samplers.get(sampler).plan(ONE_STEP[sampler], 5, "sample")
+    column = dict(zip(fastdiff.ops.COLUMNS, plan.table.T))
+    before, after = column["k_x0"][:-1], column["k_x0"][1:]
+    ends = column["c_x"][1:] * before + column["c_m"][1:] + column["c_x0"][1:]
+    torch.testing.assert_close(ends, after, rtol=1e-12, atol=1e-12)
+
+
 def test_cfg_plus_plus_in_an_interval():
     """Outside it a step is plain: both estimates are the conditional ones."""
     inside = [300 <= t <= 700 for t in TIMES]
@@ -348,7 +367,12 @@ WRONG = {
     "the batch from behind": ({"guidance": NormPreserving(3.0, (-3,))}, ValueError, "not the first; got"),
     "a dimension too many": ({"guidance": NormPreserving(3.0, (3,))}, ValueError, "not the first; got"),
     "a dimension too few": ({"guidance": NormPreserving(3.0, (-4,))}, ValueError, "not the first; got"),
-    "three scales": ({"guidance": NormPreserving(torch.ones(3))}, ValueError, "guidance has shape"),
+    "three scales": (
+        {"guidance": NormPreserving(torch.ones(3))}, ValueError, r"one a sample, \[2\]; got tensor float32 \[3\]",
+    ),
+    "scales of channels": (
+        {"guidance": CFGZero(torch.ones(2, 3), 0)}, ValueError, r"one a sample, \[2\]; got tensor float32 \[2, 3\]",
+    ),
     "CFG++ and history": ({"guidance": CFGPlusPlus(0.5), "sampler": "dpmpp_2m"}, ValueError, "keep nothing.*DPMSolver"),
     "CFG++ and Heun": ({"guidance": CFGPlusPlus(0.5), "sampler": "heun"}, ValueError, "keep nothing"),
     "CFG++ and Langevin": (
