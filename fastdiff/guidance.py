@@ -63,9 +63,7 @@ class Rule:
 
     def __post_init__(self):
         check_fields(self)
-        if isinstance(self.scale, Tensor):
-            check_tensor("scale", self.scale, "scale")
-        else:
+        if not isinstance(self.scale, Tensor):
             check_numbers(scale=self.scale)
             object.__setattr__(self, "scale", float(self.scale))
 
@@ -255,8 +253,7 @@ def classifier_gradient(
                     f"the classifier must return logits [{len(labels)}, classes], one row a label; got "
                     f"{tuple(logits.shape)}."
                 )
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.cross_entropy(wide, labels.to(wide.device, non_blocking=True), reduction="sum")
+            loss = F.cross_entropy(logits, labels.to(logits.device, non_blocking=True), reduction="sum")
             return torch.autograd.grad(loss, x)[0] * -scale
 
     return gradient

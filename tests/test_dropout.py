@@ -68,6 +68,12 @@ def test_the_rate():
     assert not drop_condition(labels, 0, 1, seed=3)[1].any() and drop_condition(labels, 1.0, 1, seed=3)[1].all()
 
 
+def test_a_sample_is_dropped_below_the_probability():
+    """Not at it: the probability of a sample's own uniform keeps the sample."""
+    u = oracle.uniform(SEED, B, stream=8)
+    assert torch.equal(drop_condition(LABELS, float(u[5]), 10, seed=SEED)[1], torch.from_numpy(u < u[5]))
+
+
 def test_a_decision_does_not_depend_on_the_batch():
     parts = [
         drop_condition(part, 0.3, 10, seed=SEED, sample_offset=16 * k)[1] for k, part in enumerate(LABELS.split(16))

@@ -20,7 +20,7 @@ TABLE = {
     "fastdiff/element_weights": "element_weights",
     "fastdiff/pairing": "pairing",
     "fastdiff/dropout": "dropout",
-    "fastdiff/guidance": "guidance_rules",
+    "fastdiff/guidance": "guidance_rules guidance",
     "fastdiff/pyramid": "pyramid_noise wrong_input",
     "fastdiff/functional": "objective wrong_input mistakes pitfalls_of_objectives",
     "fastdiff/losses": "vlb loss objective pitfalls_of_objectives wrong_input",

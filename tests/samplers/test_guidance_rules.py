@@ -414,6 +414,11 @@ def test_wrong_rules(make, kind, words):
 def test_rules_are_shown_and_do_not_change():
     assert repr(Projected(3.0, momentum=-0.5)) == "Projected(scale=3.0, momentum=-0.5)"
     assert repr(CFGPlusPlus(SCALES)) == "CFGPlusPlus(scale=tensor float64 [2])"
+    for kind in (Plain, CFGZero, Projected, NormPreserving, CFGPlusPlus):
+        rule, other = kind(SCALES), kind(SCALES)
+        assert rule == rule and rule != other and len({rule, other}) == 2, "scales may be tensors: each is itself alone"
+        with pytest.raises(AttributeError):
+            rule.scale = 1.0
     with pytest.raises(AttributeError):
         Projected(3.0).eta = 1.0
 
