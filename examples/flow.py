@@ -62,8 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     losses, start = [], time.perf_counter()
     for _ in range(steps):
         chosen = torch.randint(len(data.images), (options.batch,), generator=generator)
-        dropped = torch.rand(options.batch, generator=generator) < 0.1
-        label = torch.where(dropped, NO_LABEL, data.labels[chosen])
+        label, _ = fastdiff.drop_condition(data.labels[chosen], 0.1, NO_LABEL, generator=generator)
         noised = objective.noise(data.images[chosen], generator=generator)
         loss = objective.loss(network(noised.x_t, noised.model_time, label), noised)
         optimizer.zero_grad()

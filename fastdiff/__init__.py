@@ -3,8 +3,9 @@
 import importlib
 from types import ModuleType
 
-from . import losses, ops, pairing, samplers, timesteps, uncertainty, weighting
+from . import guidance, losses, ops, pairing, samplers, timesteps, uncertainty, weighting
 from .backends import use_backend
+from .dropout import drop_condition
 from .functional import diffusion_loss, q_sample
 from .likelihood import log_likelihood, to_bits_per_dim
 from .losses.bits_per_dim import BitsPerDim, bits_per_dim
@@ -72,6 +73,8 @@ __all__ = [
     "VariationalBound",
     "bits_per_dim",
     "diffusion_loss",
+    "drop_condition",
+    "guidance",
     "integrations",
     "log_likelihood",
     "losses",
@@ -94,7 +97,7 @@ def __getattr__(name: str) -> ModuleType:
     if name == "integrations":
         return importlib.import_module(f"{__name__}.integrations")
     where = ""
-    for module in (losses, ops, pairing, samplers, timesteps, uncertainty):
+    for module in (guidance, losses, ops, pairing, samplers, timesteps, uncertainty):
         if name in getattr(module, "__all__", ()) or str(getattr(vars(module).get(name), "__module__", "")).startswith(
             module.__name__
         ):

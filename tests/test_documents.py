@@ -251,6 +251,60 @@ def test_migrating(schedulers, monkeypatch):
     )
 
 
+def test_guidance():
+    """Each block: which samples are dropped, the rules as runs of a network that guides itself, and a classifier."""
+
+    class Conditional(Network):
+        def forward(self, x, t, cond=0.0):
+            cond = torch.as_tensor(cond).float()
+            return super().forward(x, t, cond.reshape(len(cond), -1).mean(1).view(-1, 1, 1, 1) if cond.ndim else cond)
+
+    network, x0, shape, head = Conditional(), torch.randn(64, 1, 4, 4), (4, 1, 4, 4), torch.nn.Linear(16, 3)
+    classifier = lambda x, t: head(x.flatten(1))  # noqa: E731
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    given = dict(fastdiff=fastdiff, F=F, objective=objective, network=network, denoiser=network, x0=x0, shape=shape)
+    given |= dict(cond=torch.ones(64, 2), seed=7, first=3, classifier=classifier, classes=torch.arange(64) % 3)
+    given |= dict(labels=torch.arange(64) % 10, tokens=torch.ones(64, 2, 3), mask=torch.ones(64, 2).bool())
+    given |= dict(empty_tokens=torch.full((2, 3), -1.0), empty_mask=torch.tensor([True, False]))
+    given |= dict(text=torch.ones(4), empty=torch.zeros(4), wanted=torch.tensor([0, 1, 2, 0]))
+    runs = run_blocks("docs/guidance.md", {"Training: a condition that is dropped": given})
+    names = next(runs)
+    dropped = torch.from_numpy(oracle.uniform(7, 64, 8, 3) < 0.1)
+    assert dropped.any() and torch.equal(names["dropped"], dropped)
+    assert torch.equal(names["cond"], (~dropped).float()[:, None].expand(64, 2)) and names["loss"].isfinite()
+    names = next(runs)
+    tokens, mask = names["given"]["tokens"], names["given"]["mask"]
+    assert set(names["labels"].tolist()) == {*range(11)}
+    assert torch.equal(tokens[:, 0, 0] == -1, ~mask[:, 1]) and mask[:, 0].all() and not mask.all()
+
+    def by_hand(weights):
+        """A run whose network guides itself: c - u is 1."""
+        step = iter(range(28))
+
+        def guides(x, t):
+            with torch.no_grad():
+                c, u = network(x, t, 1.0), network(x, t, 0.0)
+            return weights(next(step), c, u)
+
+        torch.manual_seed(0)
+        return objective.sample(guides, shape, "flow_euler", 28, progress=False)
+
+    def zero_star(k, c, u):
+        got = oracle.cfg_zero_star(c.double().numpy(), u.double().numpy(), 4.0).astype(np.float32)
+        return torch.from_numpy(got) if k else 0 * c
+
+    torch.testing.assert_close(next(runs)["images"], by_hand(zero_star), rtol=1e-4, atol=1e-4)
+    fading = by_hand(lambda k, c, u: c + 3 * 0.9**k * (c - u))
+    torch.testing.assert_close(next(runs)["faded"], fading, rtol=1e-4, atol=1e-4)
+    names = next(runs)
+    assert abs(names["loss"].item() - np.log(3)) < 1  # it is not trained
+    led = next(runs)["led"]
+    torch.manual_seed(0)
+    unled = objective.sample(network, shape, "ddim", 50, progress=False)
+    more = [classifier(x, None).log_softmax(1)[range(4), given["wanted"]] for x in (led, unled)]
+    assert bool((more[0] > more[1]).all())
+
+
 def test_the_bound_of_the_document():
     x0 = torch.rand(4, 1, 8, 8) * 2 - 1
     layer = torch.nn.Conv2d(1, 2, 3, padding=1)
@@ -317,6 +371,7 @@ def test_every_block_is_one_that_runs():
         "README.md": 2,
         "docs/diffusers.md": 1,
         "docs/features.md": 3,
+        "docs/guidance.md": 6,
         "docs/likelihood.md": 1,
         "docs/migrating.md": 11,
         "docs/moments.md": 9,

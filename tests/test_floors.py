@@ -19,8 +19,8 @@ FLOORS = [
     "process sdes prediction weighting losses losses.error_functions timesteps tabulated from_scheduler",
     "ops.",
     "constancy coefficients",
-    "samplers. sampling.",
-    "noised uncertainty explaining element_weights objective functional pyramid pairing likelihood losses.",
+    "guidance samplers. sampling.",
+    "noised uncertainty explaining element_weights objective functional dropout pyramid pairing likelihood losses.",
     "integrations.",
     "trace doctor demo. bench. cli __main__",
 ]

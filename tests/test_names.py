@@ -318,6 +318,8 @@ def test_every_name_is_asked():
         "VariationalBound",
         "bits_per_dim",
         "diffusion_loss",
+        "drop_condition",
+        "guidance",
         "log_likelihood",
         "pairing",
         "pyramid_noise",

@@ -50,8 +50,9 @@ def captured(sampler="ddim", **how):
     """What a run asks before it is captured in a CUDA graph, on a CPU."""
     sampler = samplers.get(sampler)
     options = {"interval": None, "rescale": 0.0, "quantile": None, "most": None, "cond_fn": None} | how
+    guidance = options.pop("guidance", 2.0)
     plan = sampler.plan(VP, 5, "epsilon")
-    cuda_graph.check_capture(torch.device("cuda"), plan, Guidance(plan, sampler, 2.0, True, **options))
+    cuda_graph.check_capture(torch.device("cuda"), plan, Guidance(plan, sampler, guidance, True, **options))
 
 
 def inpainted(**how):
@@ -363,6 +364,9 @@ CASES = {
     "a graph and a rescale": (
         lambda: captured(rescale=0.5), ValueError,
         "excludes guidance_rescale, .* use compile=True"),
+    "a graph and a rule": (
+        lambda: captured(guidance=fastdiff.guidance.NormPreserving(2.0)), ValueError,
+        "excludes guidance_rescale, rules of guidance, .* use compile=True"),
     "a graph and an interval": (
         lambda: captured(interval=(0, 500)), ValueError,
         "excludes a guidance_interval.* leave one out"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import Noised
+from fastdiff import Noised, drop_condition
 
 from .checkpoint import Checkpoint
 from .data import ImageData
@@ -109,9 +109,10 @@ class Trainer:
         """One step; returns its loss."""
         settings, objective = self.settings, self.recipe.objective
         index = batch_indices(len(self.images), settings.batch, self.step, settings.seed).to(self.device)
-        labels = drop_labels(self.labels[index], self.model.null_class, self.step, settings.seed)
-        # The seed gives t and noise by sample index: no sample of the run has those of another.
-        noised = objective.noise(self.images[index], seed=settings.seed, sample_offset=self.step * settings.batch)
+        # The seed gives t, noise and what is dropped by sample index: no sample of the run has those of another.
+        source = {"seed": settings.seed, "sample_offset": self.step * settings.batch}
+        labels, _ = drop_condition(self.labels[index], LABEL_DROPOUT, self.model.null_class, **source)
+        noised = objective.noise(self.images[index], **source)
         output = self.model(noised.model_input, noised.model_time, labels)
         row_losses = objective.loss(output, noised, reduction="none")
         loss = row_losses.mean()
@@ -151,12 +152,6 @@ def batch_indices(count: int, batch: int, step: int, seed: int) -> Tensor:
     epochs = range(first // count, (first + batch - 1) // count + 1)
     order = torch.cat([torch.randperm(count, generator=_generator(seed, "order", epoch)) for epoch in epochs])
     return order[first % count :][:batch]
-
-
-def drop_labels(labels: Tensor, null_class: int, step: int, seed: int) -> Tensor:
-    """``labels`` [B] with a tenth of them replaced by the null class, for classifier-free guidance."""
-    dropped = torch.rand(len(labels), generator=_generator(seed, "labels", step)) < LABEL_DROPOUT
-    return torch.where(dropped.to(labels.device), null_class, labels)
 
 
 def learning_rate(step: int, steps: int) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import prediction as kinds
 from .. import samplers
+from ..guidance import Rule
 from ..ops.checks import check_tensor
 from ..philox import samples_of, whole
 from ..prediction import Prediction
@@ -54,8 +55,10 @@ def check(request: Request) -> tuple[Request, Plan, Guidance]:
     generator = check_seeds(request.seed, request.generator, shape[0])
     guidance = Guidance(
         plan, sampler, request.guidance, uncond is not None, request.guidance_interval, request.guidance_rescale,
-        request.dynamic_thresholding, request.sample_max_value, request.cond_fn,
+        request.dynamic_thresholding, request.sample_max_value, request.cond_fn, step_offset,
     )  # fmt: skip
+    if isinstance(request.guidance, Rule):
+        request.guidance.check(process, prediction, shape)
     if request.cuda_graph:
         check_capture(device, plan, guidance)
     checked = request._replace(
@@ -97,7 +100,7 @@ def trained_on(process: Process | TrainedOn, prediction: str | Prediction | None
     return process, kinds.get(prediction)
 
 
-def _uncond(cond: Any, uncond: Any, guidance: float | Tensor) -> Any:
+def _uncond(cond: Any, uncond: Any, guidance: float | Tensor | Rule) -> Any:
     """The condition of the unconditional half; None where there is no guidance."""
     if uncond is not None and cond is None:
         raise ValueError("uncond was given without cond: guidance needs the condition of both halves.")

@@ -22,8 +22,8 @@ def check_capture(device: torch.device, plan: Plan, guidance: Guidance) -> None:
         raise ValueError(f"cuda_graph=True needs a CUDA device; got {device}. Leave it out, or use compile=True.")
     if guidance.looks:
         raise ValueError(
-            "cuda_graph=True excludes guidance_rescale, dynamic_thresholding, cond_fn and PredictorCorrector: leave it "
-            "out, or use compile=True."
+            "cuda_graph=True excludes guidance_rescale, rules of guidance, dynamic_thresholding, cond_fn and "
+            "PredictorCorrector: leave it out, or use compile=True."
         )
     if len(set(guidance.guided)) > 1:
         raise ValueError(

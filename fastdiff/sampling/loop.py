@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, samplers
+from ..guidance import Rule
 from ..names import answers_keywords
 from ..ops.checks import check_tensor
 from ..prediction import Prediction
@@ -66,7 +67,7 @@ def sample(
     *,
     cond: Any = None,
     uncond: Any = None,
-    guidance: float | Tensor = 1.0,
+    guidance: float | Tensor | Rule = 1.0,
     guidance_interval: tuple[float, float] | None = None,
     guidance_rescale: float = 0.0,
     dynamic_thresholding: float | None = None,
@@ -104,12 +105,12 @@ def sample(
         cond: a tensor [batch, ...], or a tuple, list or dict of such, given to the model.
         uncond: the same for classifier-free guidance (Ho and Salimans 2022); then the model sees a batch of twice the
             size, the unconditional half first. A tensor [1, ...] or [] of either goes with every sample.
-        guidance: m_uncond + guidance (m_cond - m_uncond), a number or one a sample. 1 is no guidance; other values need
-            ``uncond``.
+        guidance: m_uncond + guidance (m_cond - m_uncond), a number or one a sample; or a rule of ``fastdiff.guidance``,
+            such as ``CFGZero(4.0)``. The number 1 is no guidance; all else needs ``uncond``.
         guidance_interval: (low, high): guidance only where low <= t <= high, in the process's own t (Kynkaanniemi et
             al. 2024); elsewhere the unconditional half is not computed.
-        guidance_rescale: phi of Lin et al. 2024, section 3.4: how much of the deviation that guidance adds to each
-            sample of the network's output is taken away again. 0 to 1.
+        guidance_rescale: phi of Lin et al. 2024, section 3.4: how much of the deviation that guidance, by a number or a
+            rule, adds to each sample of the network's output is taken away again. 0 to 1.
         dynamic_thresholding: quantile of abs(x0) that each sample's x0 estimate is clamped to, and divided by, where it
             exceeds 1 (Saharia et al. 2022; 0.995 there). Not with a sampler that has a ``clip``.
         sample_max_value: no more than this is divided by.
@@ -138,8 +139,9 @@ def sample(
         return_trajectory: return (samples, x at the start and after every step ``[steps + 1, *shape]``).
         compile: run the model through ``torch.compile``.
         cuda_graph: capture model and step in a CUDA graph once and replay it at every step: for a model that can be
-            captured, on a CUDA device, without what looks at each step's output (``guidance_rescale``,
-            ``dynamic_thresholding``, ``cond_fn``, a learned variance) and without a ``guidance_interval``.
+            captured, on a CUDA device, without what looks at each step's output (a rule of guidance,
+            ``guidance_rescale``, ``dynamic_thresholding``, ``cond_fn``, a learned variance) and without a
+            ``guidance_interval``.
 
     Returns the samples, of ``shape`` and ``dtype``. Raises ValueError or TypeError for unfit inputs, before the first
     call of the model.
@@ -185,7 +187,7 @@ def _prepare(request: Request, plan: Plan, guidance: Guidance) -> _Prepared:
     model_time = _model_time(plan, device, dtype)
     scale = 1.0 if plan.model_scale is None else float(plan.model_scale[0])
     options = {
-        "guidance": request.guidance,
+        "guidance": request.guidance.scale if isinstance(request.guidance, Rule) else request.guidance,
         "clip": plan.clip,
         "mask": None if mask is None else mask.to(device),
         "known": None if known is None else known.to(device, dtype),
@@ -254,6 +256,7 @@ def _general_step(
         raise ValueError(f"the model returned shape {tuple(m.shape)} for an input of {tuple(steps.seen.shape)}.")
     if guidance.looks:
         m, options = guidance.prepare(k, steps, m, guided, variance, time, noise)
+        guided = False  # it is one now
     steps.step(k, m, guided, noise, copies, want_x0, variance, **options)
 
 

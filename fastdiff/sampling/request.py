@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..guidance import Rule
 from ..prediction import Prediction
 from ..process import Process
 from ..samplers import Sampler
@@ -31,7 +32,7 @@ class Request(NamedTuple):
     prediction: str | Prediction | None
     cond: Any  # tensors [batch, ...] or [1, ...]
     uncond: Any
-    guidance: float | Tensor  # a number, or [batch]
+    guidance: float | Tensor | Rule  # a number, or [batch]
     guidance_interval: tuple[float, float] | None
     guidance_rescale: float
     dynamic_thresholding: float | None

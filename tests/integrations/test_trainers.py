@@ -83,6 +83,16 @@ def test_a_flow_makes_digits_in_four_steps():
     assert found["flow_euler, 4"] > 0.95 and found["flow_heun, 2"] > 0.95
 
 
+# ------------------------------------------------------------------------------------------------ classifier guidance
+
+
+def test_a_classifier_leads_to_the_digit_that_is_wanted():
+    """Without it one in ten is by chance: four standard deviations of 500 are 5.4%."""
+    pytest.importorskip("sklearn")
+    found = example("classifier_guidance").main(["--quick"])
+    assert 0.046 < found["without"] < 0.154 and found["with"] > 0.7
+
+
 # ---------------------------------------------------------------------------------------------------------- MeanFlow
 
 

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 GROUPS = {
     "mathematics": "process sdes prediction weighting losses timesteps tabulated coefficients program constancy "
-    "samplers/ sampling/ noised objective functional uncertainty element_weights pyramid pairing ops/",
+    "samplers/ sampling/ guidance noised objective functional dropout uncertainty element_weights pyramid pairing ops/",
     "faces": "integrations/ demo/ bench/ cli doctor files __main__",
 }
 BARS = {"mathematics": 0.95, "faces": 0.85}

@@ -81,6 +81,26 @@ def test_rescaled_guidance(sampler, phi):
     torch.testing.assert_close(got, by_hand(rescaled, sampler), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e4])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 1, 3001)])
+def test_rescaled_guidance_of_constant_outputs(value, shape):
+    """They have no deviation, whatever their mean is rounded to: what remains is guidance. A thousandth of the mean is
+    a deviation."""
+
+    def output(x, t, c, slope=0.0):
+        ramp = torch.linspace(-slope, slope, x[0].numel()).view(x.shape[1:])
+        return (value + value * ramp).expand_as(x) * c.view(-1, 1, 1)
+
+    how = {"cond": COND, "uncond": UNCOND, "guidance": 3.0, "shape": shape, "steps": 1}
+    assert torch.equal(run(output, guidance_rescale=0.7, **how), run(output, **how))
+    if value:  # the deviations are to each other as the conditions
+        factor = 0.3 + 0.7 * COND / (UNCOND + 3 * (COND - UNCOND))
+        sloped = lambda x, t, c: output(x, t, c, 1e-3)  # noqa: E731
+        rescaled = lambda x, t: factor.view(-1, 1, 1) * sloped(x, t, UNCOND + 3 * (COND - UNCOND))  # noqa: E731
+        expected = run(rescaled, shape=shape, steps=1)
+        torch.testing.assert_close(run(sloped, guidance_rescale=0.7, **how), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("most", [None, 1.3])
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m", "unipc", "euler"])
@@ -432,7 +452,8 @@ def test_a_step_waits_for_no_copy(monkeypatch):
         monkeypatch.setattr(torch.Tensor, "to", to)
         return network(x, t, c)
 
-    run(watched, cond=COND, uncond=UNCOND, guidance=2.0, guidance_rescale=0.7, steps=1)
+    scale = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    run(watched, cond=COND, uncond=UNCOND, guidance=scale, guidance_rescale=0.7, steps=1)
     assert copies and all(copies)
 
 
