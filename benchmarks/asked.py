@@ -9,9 +9,11 @@ from fastdiff.backends.interface import able, run
 from fastdiff.calls import (
     ConvertCall,
     GaussianCall,
+    KLNormalCall,
     LossCall,
     NoiseCall,
     NormalCall,
+    PosteriorCall,
     RowMomentsCall,
     StepCall,
     UniformCall,
@@ -54,6 +56,20 @@ class Asked:
 
     def gaussian_kl_gradient(self, upstream, *arguments):
         call = GaussianCall(*arguments)
+        return able(self.backend, call).gradient(upstream, call)
+
+    def posterior(self, *arguments):
+        return run(self.backend, PosteriorCall(*arguments))
+
+    def posterior_gradient(self, d_z, d_x_t, *arguments):
+        call = PosteriorCall(*arguments)
+        return able(self.backend, call).gradient((d_z, d_x_t), call)
+
+    def kl_normal(self, *arguments):
+        return run(self.backend, KLNormalCall(*arguments))
+
+    def kl_normal_gradient(self, upstream, *arguments):
+        call = KLNormalCall(*arguments)
         return able(self.backend, call).gradient(upstream, call)
 
     def convert(self, m, x_t, k_x, k_m):

@@ -43,6 +43,7 @@ EXPECTED = SimpleNamespace(
         name: getattr(reference, name)
         for name in (
             *("noise", "noise_and_target", "loss", "gaussian_kl", "convert", "row_moments", "moments_gradient", "step"),
+            *("posterior", "posterior_gradient", "kl_normal", "kl_normal_gradient"),
             *("normal", "uniform"),
         )
     },
@@ -70,6 +71,7 @@ def cases() -> Iterator[Case]:
     yield from _steps()
     yield from _generators()
     yield from _gaussians()
+    yield from _latents()
 
 
 def _generators() -> Iterator[Case]:
@@ -197,6 +199,42 @@ def _gaussians() -> Iterator[Case]:
         coefficients = p if bins else None, q, scale, l_0, l_v if learned else None, l_q, widths, weight, simple
         name = f"gaussian_kl, {tuple(shape)}{', learned' * learned}{', bins' * bins} {reduction}"
         yield Case(name, gaussian, (output, data(shape, dtype), n, *coefficients, not bins, reduction), 1e-5)
+
+
+def _latents() -> Iterator[Case]:
+    def latents(backend: Any, *given: Any) -> Any:
+        return backend.posterior(*given)
+
+    def gradient(backend: Any, *given: Any) -> Any:
+        return (backend.posterior_gradient(*given),)
+
+    def divergence(backend: Any, upstream: Tensor, *given: Any) -> Any:
+        return backend.kl_normal(*given), backend.kl_normal_gradient(upstream, *given)
+
+    for (shape, rows), dtype, kind in itertools.product(
+        ((EVEN, (2, 1, 1, 1)), (ODD, (3, 1, 1)), (TILES, (2, 1)), (ODD, (3, 2, 1))),
+        (BF16, FP32),
+        ("given", "exact", "fast", "none"),
+    ):
+        moments = data((shape[0], 2 * shape[1], *shape[2:]), dtype)
+        made = ops.Philox(3, 1, 7, 0.1 if len(shape) > 2 else 0.0, kind if kind == "fast" else "exact")
+        xi = {"given": data(shape, dtype), "none": None}.get(kind, made)
+        n = {"given": data(shape, FP32), "none": None}.get(kind, ops.Philox(3, 1, 0, 0.0, made.rng))
+        shift, scale, alpha, sigma = _rows(4, rows)
+        factors = (None, None) if n is None else (alpha, sigma)
+        arguments = moments, xi, shift, scale, n, *factors, -30.0, 20.0, dtype, kind == "exact"
+        where, near = f"{kind} {tuple(shape)} rows {tuple(rows)} {dtype}", 1e-5 + (FAST if kind == "fast" else 0)
+        yield Case(f"latents, {where}", latents, arguments, near)
+        d_z, d_x_t = data(shape, dtype), None if n is None else data(shape, dtype)
+        yield Case(f"gradient of latents, {where}", gradient, (d_z, d_x_t, *arguments), near)
+    for (shape, rows), reduction in itertools.product(
+        ((EVEN, (2, 1, 1, 1)), (ODD, (3, 1, 1)), (TILES, (2, 1)), (ODD, (1, 2, 1)), (ODD, (3, 2, 1))),
+        ("mean", "sum", "none"),
+    ):
+        moments = data((shape[0], 2 * shape[1], *shape[2:]), BF16 if reduction == "mean" else FP32)
+        upstream, weight = data(rows if reduction == "none" else (), FP32), torch.rand(rows)
+        name = f"kl_normal, {tuple(shape)} rows {tuple(rows)} {reduction}"
+        yield Case(name, divergence, (upstream, moments, weight, -30.0, 20.0, reduction), 1e-5)
 
 
 def _moments() -> Iterator[Case]:

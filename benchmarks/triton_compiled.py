@@ -48,6 +48,7 @@ EVERYWHERE = {
     *("noising, fast, bf16", "noising, exact, bf16", "noising, given, bf16", "noising, given, fp32"),
     *("loss v, fast, bf16", "loss v, exact, bf16", "loss v, given, bf16", "loss v, given, fp32"),
     *("hybrid loss, fast, bf16", "hybrid loss with bins, exact, bf16", "hybrid loss with bins, given, fp32"),
+    *("latents and noising, exact, bf16", "latents and noising, given, fp32", "divergence from N(0, 1), bf16"),
     *("moments, bf16", "loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
     *("coefficients of SD3, drawn", "coefficients of EDM, drawn", "coefficients of VPSDE, drawn"),
     *("operations of angles", "all other operations"),
@@ -124,8 +125,39 @@ def cases() -> dict[str, Any]:
 
         return call
 
+    def latents(dtype, xi, n, kept=False, shape=SHAPE, gradient=True):
+        """With a shift and a scale, and the gradient for those of both results."""
+
+        def call():
+            moments = meta(shape[0], 2 * shape[1], *shape[2:], dtype=dtype).requires_grad_(gradient)
+            one, (alpha, sigma) = (
+                meta(*(1,) * len(shape)),
+                column[:2] if shape == SHAPE else (meta(shape[0], 1, 1, 1),) * 2,
+            )
+            factors = (None, None) if n is None else (alpha, sigma)
+            z, x_t, _ = operations.posterior(moments, xi, one, one, n, *factors, -30.0, 20.0, dtype, kept)
+            if gradient:
+                sum(out.sum() for out in (z, x_t) if out is not None).backward()
+
+        return call
+
+    def divergence(dtype, shape=SHAPE, rows=None, reduction="mean"):
+        def call():
+            moments = meta(shape[0], 2 * shape[1], *shape[2:], dtype=dtype).requires_grad_()
+            weight = meta(*(rows or (shape[0], *(1,) * (len(shape) - 1))))
+            out = operations.kl_normal(moments, weight, -30.0, 20.0, reduction)
+            out.backward(meta(*out.shape))
+
+        return call
+
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         given = meta(*SHAPE, dtype=dtype)
+        found[f"latents and noising, given, {name}"] = latents(dtype, given, given)
+        for rng in ("fast", "exact"):
+            made = ops.Philox(seed, 0, 7, rng=rng), ops.Philox(seed, rng=rng)
+            found[f"latents, {rng}, {name}"] = latents(dtype, made[0], None)
+            found[f"latents and noising, {rng}, {name}"] = latents(dtype, *made)
+        found[f"divergence from N(0, 1), {name}"] = divergence(dtype)
         for rng in ("fast", "exact", "given"):
             source = given if rng == "given" else ops.Philox(seed, rng=rng)
             found[f"hybrid loss, {rng}, {name}"] = hybrid(dtype, source, False)
@@ -157,6 +189,13 @@ def cases() -> dict[str, Any]:
     found["loss, mask, given, bf16"] = loss(bf16, given, False, mask=mask)
     found["loss, mask's mean, given, bf16"] = loss(bf16, given, False, mask=mask, normalization="row")
     found["loss v, exact, fp16"] = loss(torch.float16, made, True)
+    found["latents and noising, kept, bf16"] = latents(bf16, ops.Philox(seed, 0, 7), made, True)
+    found["latents, the mean, bf16"] = latents(bf16, None, None)
+    found["latents and noising, 3 x 31 x 31, bf16"] = latents(bf16, ops.Philox(5, 0, 7), made, False, (64, 3, 31, 31))
+    found["divergence from N(0, 1), a row a channel, bf16"] = divergence(
+        bf16, rows=(1, SHAPE[1], 1, 1), reduction="none"
+    )
+    found["divergence from N(0, 1), 16 x 2 x 2"] = divergence(bf16, (64, 16, 2, 2), reduction="sum")
     x, table = meta(*SHAPE, dtype=bf16), meta(18)
     entries = tuple(meta(*SHAPE) for _ in range(4))
     found["step, exact, bf16"] = lambda: operations.step(

@@ -23,6 +23,15 @@ struct GaussianOperands {
   PyObject *output, *x0, *n, *p, *q, *scale, *l_0, *l_v, *l_q, *half_width, *weight, *simple_weight, *freeze_mean,
       *reduction, *upstream, *result, *gradient;
 };
+struct PosteriorOperands {
+  PyObject *moments, *xi, *shift, *scale, *n, *alpha, *sigma, *least, *most, *z, *x_t, *keep;
+};
+struct PosteriorGradientOperands {
+  PyObject *moments, *xi, *scale, *alpha, *least, *most, *d_z, *d_x_t, *gradient;
+};
+struct KLNormalOperands {
+  PyObject *moments, *weight, *least, *most, *reduction, *upstream, *result, *gradient;
+};
 struct MomentsOperands {
   PyObject *a, *b, *dtype, *results;  // results: a tuple, of each moment a tensor or None
 };
@@ -124,6 +133,64 @@ inline void fill(Reader& read, const GaussianOperands& from, GaussianCall& call)
   optional_output("result", from.result, reduced ? 1 : layout.rows, call.result, read.compute());
   optional_output("gradient", from.gradient, elements, to.gradient);
   to.layout = layout;
+}
+
+// Moments have the means and the log-variances of a sample one behind the other.
+inline Input parse_moments(Reader& read, PyObject* value) {
+  const Layout& layout = read.layout;
+  if (layout.elements && (layout.samples == 0 || layout.elements % layout.samples))
+    read.refuse("layout", "the samples do not divide the elements");
+  return parse_input("moments", value, 2 * layout.elements);
+}
+
+inline void fill(Reader& read, const PosteriorOperands& from, PosteriorArguments& to) {
+  const int64_t elements = read.layout.elements;
+  to.moments = parse_moments(read, from.moments);
+  if (given(from.xi)) read.noise("xi", from.xi, to.xi);
+  if (given(from.n)) read.noise("n", from.n, to.n);
+  read.rows("scale", from.scale, to.scale);
+  if (given(from.shift)) read.rows("shift", from.shift, to.shift);
+  if (given(from.alpha)) read.rows("alpha", from.alpha, to.alpha);
+  if (given(from.sigma)) read.rows("sigma", from.sigma, to.sigma);
+  to.least = read.number("least", from.least);
+  to.most = read.number("most", from.most);
+  to.z = parse_output("z", from.z, elements);
+  optional_output("x_t", from.x_t, elements, to.x_t);
+  optional_output("keep", from.keep, elements, to.keep, read.compute());
+  const bool noised = to.n.kind != Noise::none;
+  if (noised != !!to.alpha.data || noised != !!to.sigma.data || noised != !!to.x_t.data)
+    read.refuse("n", "goes with alpha, sigma and x_t, all or none");
+  to.layout = read.layout;
+}
+
+inline void fill(Reader& read, const PosteriorGradientOperands& from, PosteriorGradientArguments& to) {
+  to.moments = parse_moments(read, from.moments);
+  if (given(from.xi)) read.noise("xi", from.xi, to.xi);
+  read.rows("scale", from.scale, to.scale);
+  if (given(from.alpha)) read.rows("alpha", from.alpha, to.alpha);
+  to.least = read.number("least", from.least);
+  to.most = read.number("most", from.most);
+  if (given(from.d_z)) read.input("d_z", from.d_z, to.d_z);
+  if (given(from.d_x_t)) read.input("d_x_t", from.d_x_t, to.d_x_t);
+  if (to.d_x_t.data && !to.alpha.data) read.refuse("alpha", "is needed with d_x_t");
+  to.gradient = parse_output("gradient", from.gradient, 2 * read.layout.elements);
+  to.layout = read.layout;
+}
+
+inline void fill(Reader& read, const KLNormalOperands& from, KLNormalCall& call) {
+  KLNormalArguments& to = call.kernel;
+  to.moments = parse_moments(read, from.moments);
+  read.rows("weight", from.weight, to.weight);
+  to.least = read.number("least", from.least);
+  to.most = read.number("most", from.most);
+  call.reduction = Reduction(parse_code("reduction", from.reduction, 3));
+  if (from.upstream != Py_None) read.rows("upstream", from.upstream, call.upstream);
+  const bool reduced = call.reduction != Reduction::none;
+  if (call.upstream.stride && read.layout.rows > 1 && reduced)
+    read.refuse("upstream", "a reduced loss has one upstream gradient");
+  optional_output("result", from.result, reduced ? 1 : read.layout.rows, call.result, read.compute());
+  optional_output("gradient", from.gradient, 2 * read.layout.elements, to.gradient);
+  to.layout = read.layout;
 }
 
 // What a tuple has for a moment.

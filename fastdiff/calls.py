@@ -117,11 +117,70 @@ class GaussianCall(NamedTuple):
     @property
     def halves(self) -> tuple[Tensor, Tensor | None]:
         """(the prediction, v), views of ``output``; v is None without l_v."""
-        return tuple(self.output.chunk(2, 1)) if self.l_v is not None else (self.output, None)
+        return halves_of(self.output) if self.l_v is not None else (self.output, None)
 
     @property
     def shape(self) -> torch.Size:
         """The shape of the prediction."""
+        return self.halves[0].shape
+
+
+class PosteriorCall(NamedTuple):
+    """Latents of an autoencoder's moments, and their noising: z = (mean + exp(log-variance / 2) xi - shift) scale and
+    x_t = alpha z + sigma n, of z as it is stored.
+
+    The log-variance is clamped to [least, most]; where it is, its gradient is 0. Its result is (z, x_t, n): z and x_t
+    in ``dtype``, x_t None without noise; n as a tensor of the compute dtype, or as it came if ``keep_noise`` is
+    False."""
+
+    moments: Tensor  # [batch, 2 channels, ...]: the means, and the log-variances behind them
+    xi: Noise  # [batch, channels, ...]; None: z is made of the mean
+    shift: Any  # placed
+    scale: Any  # placed; never None
+    n: Noise = None  # [batch, channels, ...]; None: no x_t
+    alpha: Any = None  # placed
+    sigma: Any = None  # placed
+    least: float = -30.0
+    most: float = 20.0
+    dtype: torch.dtype = torch.float32
+    keep_noise: bool = True
+
+    operation = "posterior"
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """(the means, the log-variances), views of ``moments``."""
+        return halves_of(self.moments)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of z."""
+        return self.halves[0].shape
+
+
+class KLNormalCall(NamedTuple):
+    """weight * KL(N(mean, exp(log-variance)) || N(0, 1)), summed row by row in float64, then reduced.
+
+    The log-variance is clamped to [least, most]; where it is, its gradient is 0. The shape of ``weight`` says what a
+    row is. The result has the compute dtype: that shape for reduction "none", a scalar for "mean" and "sum". A row of
+    weight 0 adds 0, whatever it holds."""
+
+    moments: Tensor  # [batch, 2 channels, ...]: the means, and the log-variances behind them
+    weight: Any  # placed
+    least: float = -30.0
+    most: float = 20.0
+    reduction: str = "mean"
+
+    operation = "kl_normal"
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """(the means, the log-variances), views of ``moments``."""
+        return halves_of(self.moments)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the means."""
         return self.halves[0].shape
 
 
@@ -196,7 +255,24 @@ class RunCall(NamedTuple):
     reuse: bool = False
 
 
-Call = UniformCall | NormalCall | NoiseCall | LossCall | GaussianCall | ConvertCall | RowMomentsCall | StepCall
+Call = (
+    UniformCall
+    | NormalCall
+    | NoiseCall
+    | LossCall
+    | GaussianCall
+    | PosteriorCall
+    | KLNormalCall
+    | ConvertCall
+    | RowMomentsCall
+    | StepCall
+)
+
+
+def halves_of(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of the two halves of dimension 1."""
+    half = tensor.shape[1] // 2
+    return tensor.narrow(1, 0, half), tensor.narrow(1, half, half)
 
 
 def made_from(noise: Noise) -> tuple[Any, ...]:

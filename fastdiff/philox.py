@@ -26,6 +26,7 @@ class Stream:
     INITIAL = 4  # where sampling starts
     PROBE = 5  # the probes of a likelihood's trace
     PYRAMID = 6  # the coarse levels of multi-resolution noise
+    POSTERIOR = 7  # xi of the latents of an autoencoder's moments
     DROPOUT = 8  # the uniform by which a condition is dropped
     STEP = 16  # + the index of the sampling step
 

@@ -735,6 +735,22 @@ def decimal_log_cosh(e: float) -> float:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def latents(moments, xi, shift, scale, clamp):
+    """Kingma & Welling 2014, eq. 10: mu + sigma * eps, of moments whose channels are mu and then ln sigma^2; minus the
+    autoencoder's shift, times its scale (Flux's and diffusers' shift_factor and scaling_factor)."""
+    channels = np.shape(moments)[1] // 2
+    mu, log_variance = ld(moments)[:, :channels], np.clip(ld(moments)[:, channels:], *map(ld, clamp))
+    variance = np.exp(log_variance)
+    return (mu + np.sqrt(variance) * ld(xi) - ld(shift)) * ld(scale)
+
+
+def normal_divergence(moments, clamp):
+    """Kingma & Welling 2014, appendix B: -(1 + ln sigma^2 - mu^2 - sigma^2) / 2, each element."""
+    channels = np.shape(moments)[1] // 2
+    mu, log_variance = ld(moments)[:, :channels], np.clip(ld(moments)[:, channels:], *map(ld, clamp))
+    return -(1 + log_variance - mu**2 - np.exp(log_variance)) / 2
+
+
 def gaussian_divergence(d, log_variance, l_q):
     """KL(N(mu_q, e^l_q) || N(mu_p, e^L)) in nats, d = mu_p - mu_q: ln(sigma_p/sigma_q) + (sigma_q^2 + d^2) / (2
     sigma_p^2) - 1/2."""

@@ -46,12 +46,15 @@ def test_triton_finds_compiled_kernels_again():
     """Its hash of a kernel does not depend on which was looked at first."""
     pytest.importorskip("triton")
     code = (
-        "import sys; from fastdiff.backends.triton import affine, loss, programs, row_moments, step;"
+        "import sys; from fastdiff.backends.triton import affine, kl_normal, loss, posterior, programs, "
+        "row_moments, step;"
         "of = {'affine': affine, 'coefficients': programs, 'loss': loss, 'step': step};"
         "of |= {'row_moments': row_moments, 'row_moments_gradient': row_moments};"
+        "of |= {'kl_normal': kl_normal, 'posterior': posterior, 'posterior_gradient': posterior};"
         "print(*sorted((name, getattr(of[name], name).function.cache_key) for name in sys.argv[1:]))"
     )
-    names = ["affine", "coefficients", "loss", "row_moments", "row_moments_gradient", "step"]
+    names = ["affine", "coefficients", "kl_normal", "loss", "posterior", "posterior_gradient", "row_moments"]
+    names += ["row_moments_gradient", "step"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     found = {
         subprocess.run(
@@ -72,6 +75,7 @@ def test_streams_are_never_renumbered():
     """They are part of what the noise of a seed is."""
     found = {name: number for name, number in vars(Stream).items() if name.isupper()}
     first = {"NOISE": 0, "OFFSET": 1, "PERTURBATION": 2, "TIMESTEP": 3, "INITIAL": 4, "PROBE": 5, "PYRAMID": 6}
+    first["POSTERIOR"] = 7
     assert found == first | {"STEP": 16}
 
 

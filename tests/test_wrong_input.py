@@ -390,6 +390,13 @@ CASES = {
 
 ROW = torch.ones(len(ops.COLUMNS))
 STEPS = ops.PreparedSteps(ROW.double()[None])
+
+
+def twice(x):
+    """Moments whose halves are x each."""
+    return torch.cat([x, x], 1) if isinstance(x, torch.Tensor) else x
+
+
 # The operations, each with the tensors that go with each other, by argument, and what a message calls them.
 OPERATIONS = {
     "noise": (
@@ -401,6 +408,10 @@ OPERATIONS = {
     "gaussian_kl": (
         lambda **given: ops.gaussian_kl(**given, p=1.0, q=1.0, scale=1.0, l_0=0.0, l_q=0.0),
         {"output": "output", "x0": "x0", "n": "noise"}),
+    "posterior": (
+        lambda moments, **given: ops.posterior(twice(moments), alpha=1.0, sigma=1.0, **given),
+        {"moments": "moments", "xi": "xi", "n": "noise"}),
+    "kl_normal": (lambda moments: ops.kl_normal(twice(moments)), {"moments": "moments"}),
     "convert": (lambda **given: ops.convert(**given, k_x=1.0, k_m=1.0), {"x_t": "x_t", "m": "prediction"}),
     "row moments": (ops.row_moments, {"a": "a", "b": "b"}),
     "step": (

@@ -124,6 +124,36 @@ struct GaussianArguments {
   Output gradient;  // by the output
 };
 
+// `moments` has twice as many elements as the layout: of each sample the means, and behind them the log-variances, which
+// are clamped to [least, most].
+struct PosteriorArguments {
+  Layout layout;
+  Input moments;
+  Noise xi, n;  // xi: none for the mean itself
+  Rows shift, scale, alpha, sigma;
+  double least, most;
+  Output z, x_t, keep;
+};
+
+struct PosteriorGradientArguments {
+  Layout layout;
+  Input moments, d_z, d_x_t;
+  Noise xi;
+  Rows scale, alpha;
+  double least, most;
+  Output gradient;  // by the moments
+};
+
+struct KLNormalArguments {
+  Layout layout;
+  Input moments;
+  Rows weight;
+  Rows factor;  // of the gradient: upstream * weight / divisor
+  double least, most;
+  double* sums;     // one a unit of work, or null where no value is wanted
+  Output gradient;  // by the moments
+};
+
 struct MaskSumArguments {
   Layout layout;
   Mask mask;

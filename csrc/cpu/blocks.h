@@ -56,6 +56,22 @@ FASTDIFF_INLINE void for_blocks(const Layout& layout, int64_t begin, int64_t end
   });
 }
 
+// Calls body(start, first, second, count) for the blocks of a unit whose samples, of `sample_size` elements, lie in
+// another tensor as the first halves of samples twice as long: `first` is the place there of element `start`, and
+// `second` that of its partner in the second half. What lies in one sample lies together there too.
+template <class Body>
+FASTDIFF_INLINE void for_halves(const Unit& unit, int64_t sample_size, Body body) {
+  for (Unit part = unit; part.start < unit.start + unit.length; part.start += part.length) {
+    const int64_t sample = part.start / sample_size, left = (sample + 1) * sample_size - part.start;
+    const int64_t rest = unit.start + unit.length - part.start;
+    part.length = int(left < rest ? left : rest);
+    for_blocks(part, kBlock, [&](int64_t start, int count) {
+      const int64_t first = start + sample * sample_size;
+      body(start, first, first + sample_size, count);
+    });
+  }
+}
+
 // Adds offset * (one normal a channel) to elements [element, element + count) of a sample.
 FASTDIFF_APART inline void add_offset(const Noise& noise, const Layout& layout, int64_t sample, int64_t element, int count, float* n) {
   const int64_t channel_size = layout.elements / layout.samples / layout.channels;

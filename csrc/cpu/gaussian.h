@@ -127,7 +127,6 @@ void gaussian_block(const GaussianBlock<C>& block, Sums<C>& total) {
   const GaussianBlock<C> b = block;  // its own copy, which no store can change
   constexpr C exponent = kind == Gaussian::bin ? C(-0.5) : C(-1);
   const V shared = exponential(fill(exponent * b.l_0));
-  Sums<C> sums = total;
   auto one = [&](V m, V v, V x0, V n, V data, V& slope, V& v_slope) __attribute__((always_inline)) {
     const V e = m - (b.p * x0 + b.q * n);
     V terms = b.simple_weight != 0 ? b.simple_weight * (e * e) : V{};
@@ -150,7 +149,7 @@ void gaussian_block(const GaussianBlock<C>& block, Sums<C>& total) {
     }
     return terms;
   };
-  auto two = [&](int k) __attribute__((always_inline)) {
+  add_terms<C>(b.count, total, [&](int k) __attribute__((always_inline)) {
     const Two<V> m = load_two<C>(b.prediction + k), x0 = load_two<C>(b.x0 + k), n = load_two<C>(b.n + k);
     Two<V> v{}, data{}, slope{}, v_slope{}, terms;
     if constexpr (learned) v = load_two<C>(b.v + k);
@@ -160,19 +159,7 @@ void gaussian_block(const GaussianBlock<C>& block, Sums<C>& total) {
     if constexpr (gradient) store_two(b.gradient + k, slope);
     if constexpr (gradient && learned) store_two(b.v_gradient + k, v_slope);
     return terms;
-  };
-  constexpr int kTwo = Sums<C>::kTwo, kTwos = Sums<C>::kTwos, kGroup = kTwo * kTwos;
-  Two<V> terms[kTwos];
-  for (int k = 0; k < b.count; k += kGroup) {
-    for (int j = 0; j < kTwos; ++j) terms[j] = two(k + j * kTwo);
-    // What lies behind the end counts as 0.
-    for (int j = b.count - k; j < kGroup; ++j) {
-      V& part = j % kTwo / kWidth<C> ? terms[j / kTwo].b : terms[j / kTwo].a;
-      part[j % kWidth<C>] = C(0);
-    }
-    sums.add(terms);
-  }
-  total = sums;
+  });
 }
 
 template <class C>
@@ -235,32 +222,25 @@ void gaussian_units(const GaussianArguments& a, int64_t begin, int64_t end) {
     // A row whose weights are 0 adds 0, whatever it holds.
     const bool left_out = b.weight == 0 && b.simple_weight == 0;
     const GaussianKernel<C> kernel = gaussian_kernel<C>(kind, learned, gradient);
-    // What lies in one sample lies together in the network's output too.
-    for (Unit part = unit; part.start < unit.start + unit.length; part.start += part.length) {
-      const int64_t sample = part.start / sample_size, left = (sample + 1) * sample_size - part.start;
-      const int64_t rest = unit.start + unit.length - part.start;
-      part.length = int(left < rest ? left : rest);
-      for_blocks(part, kBlock, [&](int64_t start, int count) {
-        const int64_t first = learned ? start + sample * sample_size : start, second = first + sample_size;
-        b.count = count;
-        if (gradient) b.gradient = place(a.gradient, first, count, gradient_buffer);
-        if (gradient && learned) b.v_gradient = place(a.gradient, second, count, v_gradient_buffer);
-        if (!left_out) {
-          b.prediction = view(a.output, first, count, prediction_buffer);
-          if (learned) b.v = view(a.output, second, count, v_buffer);
-          if (a.p.data || kind == Gaussian::bin) b.data = view(a.x0, start, count, x0_buffer);
-          if (a.p.data) b.x0 = b.data;
-          if (a.n.kind != Noise::none) b.n = view(a.n, a.layout, start, count, n_buffer);
-          kernel(b, sums);
-        }
-        const auto stored = [&](C* slope, int64_t to) {
-          if (left_out) memset(slope, 0, size_t(count) * sizeof(C));
-          commit(a.gradient, to, count, slope);
-        };
-        if (gradient) stored(b.gradient, first);
-        if (gradient && learned) stored(b.v_gradient, second);
-      });
-    }
+    for_halves(unit, sample_size, [&](int64_t start, int64_t first, int64_t second, int count) {
+      b.count = count;
+      if (gradient) b.gradient = place(a.gradient, first, count, gradient_buffer);
+      if (gradient && learned) b.v_gradient = place(a.gradient, second, count, v_gradient_buffer);
+      if (!left_out) {
+        b.prediction = view(a.output, first, count, prediction_buffer);
+        if (learned) b.v = view(a.output, second, count, v_buffer);
+        if (a.p.data || kind == Gaussian::bin) b.data = view(a.x0, start, count, x0_buffer);
+        if (a.p.data) b.x0 = b.data;
+        if (a.n.kind != Noise::none) b.n = view(a.n, a.layout, start, count, n_buffer);
+        kernel(b, sums);
+      }
+      const auto stored = [&](C* slope, int64_t to) {
+        if (left_out) memset(slope, 0, size_t(count) * sizeof(C));
+        commit(a.gradient, to, count, slope);
+      };
+      if (gradient) stored(b.gradient, first);
+      if (gradient && learned) stored(b.v_gradient, second);
+    });
     if (a.sums) a.sums[unit.slot] = sums.total();
   });
 }

@@ -53,6 +53,25 @@ struct Sums {
   }
 };
 
+// Adds the terms of a block of `count` elements, which two(k) gives for two vectors of them from k on. What lies behind
+// the end counts as 0.
+template <class C, class Body>
+FASTDIFF_INLINE void add_terms(int count, Sums<C>& total, Body two) {
+  typedef Vector<C> V;
+  constexpr int kTwo = Sums<C>::kTwo, kTwos = Sums<C>::kTwos, kGroup = kTwo * kTwos;
+  Sums<C> sums = total;
+  Two<V> terms[kTwos];
+  for (int k = 0; k < count; k += kGroup) {
+    for (int j = 0; j < kTwos; ++j) terms[j] = two(k + j * kTwo);
+    for (int j = count - k; j < kGroup; ++j) {
+      V& part = j % kTwo / kWidth<C> ? terms[j / kTwo].b : terms[j / kTwo].a;
+      part[j % kWidth<C>] = C(0);
+    }
+    sums.add(terms);
+  }
+  total = sums;
+}
+
 // D: how prediction, x0 and gradient are stored; N: the noise.
 template <class D, class N>
 struct ErrorBlock {

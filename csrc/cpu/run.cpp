@@ -255,6 +255,31 @@ void run(GaussianCall& call, bool wide, int threads) {
   in_units(loss, arguments, chosen().table->gaussian[wide], wide, threads);
 }
 
+void run(PosteriorArguments& arguments, bool wide, int threads) {
+  arguments.z = placed(arguments.z, arguments.layout);
+  arguments.x_t = placed(arguments.x_t, arguments.layout);
+  arguments.keep = placed(arguments.keep, arguments.layout);
+  const auto kernel = chosen().table->posterior[wide];
+  parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
+void run(PosteriorGradientArguments& arguments, bool wide, int threads) {
+  arguments.gradient = placed(arguments.gradient, arguments.layout, kGradientCache);
+  const auto kernel = chosen().table->posterior_gradient[wide];
+  parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
+void run(KLNormalCall& call, bool wide, int threads) {
+  KLNormalArguments& arguments = call.kernel;
+  LossCall loss{};  // as a loss without a mask
+  loss.kernel.layout = arguments.layout;
+  loss.kernel.weight = arguments.weight;
+  loss.reduction = call.reduction;
+  loss.upstream = call.upstream;
+  loss.result = call.result;
+  in_units(loss, arguments, chosen().table->kl_normal[wide], wide, threads);
+}
+
 void run(MomentsCall& call, bool wide, int threads) {
   MomentsArguments& kernel_arguments = call.kernel;
   const Layout& layout = kernel_arguments.layout;

@@ -33,6 +33,18 @@ struct GaussianCall {
 
 void run(GaussianCall& call, bool wide, int threads);
 
+void run(PosteriorArguments& arguments, bool wide, int threads);
+void run(PosteriorGradientArguments& arguments, bool wide, int threads);
+
+struct KLNormalCall {
+  KLNormalArguments kernel;  // its factor and sums are made here
+  Reduction reduction;
+  Rows upstream;  // of the result; absent: 1
+  Output result;  // one number, or one a row, in the compute dtype
+};
+
+void run(KLNormalCall& call, bool wide, int threads);
+
 struct MomentsCall {
   MomentsArguments kernel;   // its sums are made here
   Output results[kMoments];  // one a row, in the compute dtype

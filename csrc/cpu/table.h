@@ -13,6 +13,9 @@ struct Table {
   void (*convert[2])(const ConvertArguments&, int64_t begin, int64_t end);
   void (*loss[2])(const LossArguments&, int64_t begin, int64_t end);
   void (*gaussian[2])(const GaussianArguments&, int64_t begin, int64_t end);
+  void (*posterior[2])(const PosteriorArguments&, int64_t begin, int64_t end);
+  void (*posterior_gradient[2])(const PosteriorGradientArguments&, int64_t begin, int64_t end);
+  void (*kl_normal[2])(const KLNormalArguments&, int64_t begin, int64_t end);
   void (*mask_sum[2])(const MaskSumArguments&, int64_t begin, int64_t end);
   void (*moments[2])(const MomentsArguments&, int64_t begin, int64_t end);
   void (*moments_gradient[2])(const MomentsGradientArguments&, int64_t begin, int64_t end);

@@ -5,6 +5,7 @@
 #include "gaussian.h"
 #include "loss.h"
 #include "moments.h"
+#include "posterior.h"
 #include "step.h"
 #include "table.h"
 
@@ -19,6 +20,9 @@ const Table table = {
     {convert_units<float>, convert_units<double>},
     {loss_units<float>, loss_units<double>},
     {gaussian_units<float>, gaussian_units<double>},
+    {posterior_units<float>, posterior_units<double>},
+    {posterior_gradient_units<float>, posterior_gradient_units<double>},
+    {kl_normal_units<float>, kl_normal_units<double>},
     {mask_sum_units<float>, mask_sum_units<double>},
     {moments_units<float>, moments_units<double>},
     {moments_gradient_units<float>, moments_gradient_units<double>},

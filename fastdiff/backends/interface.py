@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Call, GaussianCall, LossCall, NoiseCall, NormalCall, RowMomentsCall, RunCall
+from ..calls import Call, NoiseCall, NormalCall, RunCall
 from ..philox import Philox, Stream
 from ..program import Program
 from ..tensors import Gathered
@@ -77,7 +77,7 @@ class Backend:
 
         - ``declines(call)``: why it does not run this call; "" if it does;
         - ``run(call, backend)``: the result, as the record says. ``backend`` is the one that was asked;
-        - for a loss, a ``gaussian_kl`` and moments, ``gradient(upstream, call, backend, *needed)``: see ``gradient``.
+        - for losses, moments and a posterior, ``gradient(upstream, call, backend, *needed)``: see ``gradient``.
 
         A record that the package has no module for is left to the fallback.
         """
@@ -94,16 +94,18 @@ class Backend:
         """The result of a call that it supports: see the record."""
         return self.modules[type(call)].run(call, self)
 
-    def gradient(self, upstream: Any, call: LossCall | GaussianCall | RowMomentsCall, *needed: bool) -> Any:
+    def gradient(self, upstream: Any, call: Call, *needed: bool) -> Any:
         """The gradient of a call that it supports, times ``upstream``, shaped and typed as what it is the gradient by.
         It is not recorded by autograd.
 
         Args:
             upstream: the gradient of the result: of a loss [], or the shape of the result for reduction "none"; of
-                moments a sequence in their order, with None for those whose gradient is absent.
+                moments a sequence in their order, and of a posterior those of z and x_t, with None for those that are
+                absent.
             needed: of moments, whether the gradient by a, and that by b, is needed.
 
-        Returns, of a loss, the gradient by the output; of moments, those by a and by b, None where not needed.
+        Returns, of a loss, the gradient by the output; of a ``posterior`` and a ``kl_normal`` that by the moments that
+        they are given; of row moments, those by a and by b, None where not needed.
         """
         return self.modules[type(call)].gradient(upstream, call, self, *needed)
 

@@ -22,7 +22,7 @@ class _Recorded(torch.autograd.Function):
         call = ctx.call_of(*saved(ctx))
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             value = ctx.otherwise.run(call)
-            (gradient,) = torch.autograd.grad(value, call.output, upstream, create_graph=True)
+            (gradient,) = torch.autograd.grad(value, call[0], upstream, create_graph=True)
         elif modes.is_many(upstream):  # several gradients at once
             gradient = ctx.otherwise.gradient(upstream, call)
         else:
@@ -37,7 +37,7 @@ _recorded = super(torch.autograd.Function, _Recorded).apply
 
 
 def recorded(value: Any, written: Any, call: Any, kept: int, again: Any, otherwise: Any) -> Any:
-    """``value``, the result of ``call``, differentiable in ``call.output``.
+    """``value``, the result of ``call``, differentiable in the first field of ``call``.
 
     Args:
         written: a gradient that was computed along with the value, in the form that ``again`` takes; or None.
@@ -47,4 +47,4 @@ def recorded(value: Any, written: Any, call: Any, kept: int, again: Any, otherwi
         otherwise: the fallback, which computes second derivatives.
     """
     kind, how = type(call), call[kept:]
-    return _recorded(call.output, value, written, call[:kept], lambda *fields: kind(*fields, *how), again, otherwise)
+    return _recorded(call[0], value, written, call[:kept], lambda *fields: kind(*fields, *how), again, otherwise)

@@ -123,6 +123,39 @@ CASES = {
         OPS.gaussian_kl_gradient,
         lambda: (torch.tensor(0.5), *gaussian_arguments(MADE, grad=False)),
     ),
+    "posterior": (
+        OPS.posterior,
+        lambda: posterior_arguments(XI, given(), data(3, 4, 4, 5, dtype=torch.bfloat16, grad=True)),
+    ),
+    "posterior with made noise, in another dtype": (
+        OPS.posterior,
+        lambda: posterior_arguments(given(), MADE, data(3, 4, 4, 5, grad=True), dtype=torch.bfloat16),
+    ),
+    "posterior's mean, of channels_last": (
+        OPS.posterior,
+        lambda: posterior_arguments(NONE, NONE, data(3, 4, 4, 5, channels_last=True, grad=True)),
+    ),
+    "gradient of posterior": (
+        OPS.posterior_gradient,
+        lambda: (data(3, 2, 4, 5), data(3, 2, 4, 5), *posterior_arguments(XI, MADE, data(3, 4, 4, 5))),
+    ),
+    "gradient of posterior by one result": (
+        OPS.posterior_gradient,
+        lambda: (
+            data(3, 2, 4, 5),
+            None,
+            *posterior_arguments(XI, NONE, data(3, 4, 4, 5, dtype=torch.bfloat16, channels_last=True)),
+        ),
+    ),
+    "kl_normal": (OPS.kl_normal, lambda: (data(3, 4, 4, 5, grad=True), rows(), -30.0, 20.0, "mean")),
+    "kl_normal per row, channels_last": (
+        OPS.kl_normal,
+        lambda: (data(3, 4, 4, 5, channels_last=True, grad=True), torch.rand(3, 2, 1, 1), -1.0, 1.0, "none"),
+    ),
+    "gradient of kl_normal": (
+        OPS.kl_normal_gradient,
+        lambda: (torch.tensor(0.5), data(3, 4, 4, 5, dtype=torch.bfloat16), rows(), -30.0, 20.0, "sum"),
+    ),
     "convert": (OPS.convert, lambda: (data(3, 2, 4, 5, grad=True), data(3, 2, 4, 5, grad=True), rows(), rows())),
     "moments": (OPS.row_moments, lambda: moments_arguments(data(3, 2, 4, 5, grad=True))),
     "moments of one, channels_last": (
@@ -155,6 +188,13 @@ CASES = {
         ),
     ),
 }
+
+
+def posterior_arguments(xi, n, moments, dtype=None) -> tuple:
+    noised = n is not NONE
+    factors = (rows(), rows()) if noised else (None, None)
+    shift, scale = torch.rand(1, 2, 1, 1) if noised else None, torch.rand(1, 2, 1, 1)
+    return (moments, *xi, shift, scale, *n, *factors, -30.0, 20.0, dtype or moments.dtype, noised)
 
 
 def moments_arguments(a) -> tuple:
@@ -240,6 +280,13 @@ def _reference(operator, *arguments):
             model_input=seen if copies else None,
         )  # fmt: skip
         return y, *(torch.empty(0, dtype=x.dtype) if tensor is None else tensor for tensor in (x0, entry)), seen
+    if name == "posterior":
+        moments, xi, n = arguments[0], source(*arguments[1:7]), source(*arguments[9:15])
+        z, x_t, kept = reference.posterior(moments, xi, *arguments[7:9], n, *arguments[15:])
+        kept = kept if isinstance(kept, torch.Tensor) and kept is not n else torch.empty(0)
+        return z, torch.empty(0, dtype=z.dtype) if x_t is None else x_t, kept
+    if name == "kl_normal":
+        return (reference.kl_normal(*arguments),)
     if name == "gaussian_kl":
         output, weight, x0 = arguments[:3]
         n, others = source(arguments[3:])

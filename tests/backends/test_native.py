@@ -111,7 +111,7 @@ def test_results_larger_than_the_cache_are_those_of_their_rows(size, dtype, simd
     rows = 4 if dtype == torch.float32 else 8
     x0, n, m = (torch.randn(rows, size).to(dtype) for _ in range(3))
     alpha, sigma, weight = (torch.rand(rows, 1) + 0.1 for _ in range(3))
-    table = torch.rand(len(ops.COLUMNS))
+    table, one = torch.rand(len(ops.COLUMNS)), torch.ones(())
 
     def everything(r, k):
         made = ops.Philox(7, sample_offset=k)
@@ -123,7 +123,14 @@ def test_results_larger_than_the_cache_are_those_of_their_rows(size, dtype, simd
         )
         loss.backward()
         step = native.step(x0[r], m[r], None, 1.0, table, 1.0, (), n[r], None, dtype, (True, True))
-        return [x_t, y_t, kept, predicted.grad, native.convert(m[r], x0[r], alpha[r], sigma[r]), *step]
+        moments = torch.cat([x0[r], m[r]], 1)
+        factors = None, weight[r], made, alpha[r], sigma[r]
+        of_moments = moments, ops.Philox(7, k, 7), *factors, -30.0, 20.0, dtype, True
+        latents = native.posterior(*of_moments)
+        gradients = native.posterior_gradient(n[r], m[r], *of_moments)
+        gradients = gradients, native.kl_normal_gradient(one, moments, weight[r], -30.0, 20.0, "sum")
+        converted = native.convert(m[r], x0[r], alpha[r], sigma[r])
+        return [x_t, y_t, kept, predicted.grad, converted, *step, *latents, *gradients]
 
     pieces = [everything(slice(k, k + 1), k) for k in range(rows)]
     for whole, *parts in zip(everything(slice(None), 0), *pieces):
@@ -315,6 +322,123 @@ def test_what_is_not_finite_reaches_a_gaussian_term_and_what_is_left_out_does_no
         assert value.flatten()[5] > 0 and bool(gradient[5].isfinite().all())
 
 
+# Of ops.posterior: xi, n, whether there is a shift, the dtype of the latents (None: of the moments).
+POSTERIORS = [
+    ("made", "made", True, None),
+    ("given", "given", False, torch.bfloat16),
+    ("made", None, True, torch.float32),
+    (None, "made", False, None),
+    ("wide", "given", True, torch.float16),
+    (None, None, True, torch.float32),
+]
+OF_MOMENTS = [case for case in LAYOUTS if len(case[0]) > 1]
+
+
+def posterior_arguments(shape, rows, dtype, how):
+    xi, n, shifted, out = how
+    kinds = {"made": ops.Philox(5, 2**33, 7), "given": random(shape, dtype), None: None}
+    kinds["wide"] = random(shape, torch.float64)
+    wide = compute_dtype(torch.empty(0, dtype=dtype), kinds["wide"] if xi == "wide" else None)
+    shift, scale, alpha, sigma = (random(rows, wide) for _ in range(4))
+    moments = random((shape[0], 2 * shape[1], *shape[2:]), dtype)
+    xi, n = kinds[xi], ops.Philox(6) if n == "made" else kinds[n]
+    factors = (None, None) if n is None else (alpha, sigma)
+    return [moments, xi, shift if shifted else None, scale, n, *factors, -1.0, 1.5, out or dtype, True]
+
+
+def run_posterior(backend, arguments, convert=lambda t: t.detach().clone()):
+    values = [convert(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    if values[0].dtype == torch.float64:
+        values[9] = torch.float64
+    values[0].requires_grad_()
+    z, x_t, n = backend.posterior(*values)
+    outs = [out for out in (z, x_t) if out is not None]
+    g = torch.Generator().manual_seed(0)
+    upstream = [torch.randn(z.shape, generator=g).to(arguments[9]).to(out.dtype) for out in outs]
+    d_z, d_x_t = (*upstream, None)[:2]
+    return *outs, n, backend.posterior_gradient(d_z, d_x_t, values[0].detach(), *values[1:])
+
+
+@pairwise(layout=OF_MOMENTS, dtype=DTYPES, how=POSTERIORS)
+def test_posterior_and_gradient(layout, dtype, how, simd):
+    arguments = posterior_arguments(*layout, dtype, how)
+    results = [run_posterior(backend, arguments) for backend in (native, reference)]
+    wide = run_posterior(reference, arguments, lambda t: t.detach().double())
+    for got, want, exact in zip(*results, wide):
+        if not isinstance(want, torch.Tensor):
+            assert got is want
+            continue
+        assert got.dtype == want.dtype and got.shape == want.shape
+        if not math.prod(layout[0]):
+            continue
+        # Sums cancel: the scale of the errors is that of the tensor.
+        info = torch.finfo(torch.float64 if want.dtype == torch.float64 else torch.float32)
+        bound = 2 * (want.double() - exact).abs().max() + 8 * info.eps * exact.abs().max()
+        assert bool(((got.double() - exact).abs() <= bound + torch.finfo(got.dtype).eps * exact.abs()).all())
+
+
+@pairwise(layout=OF_MOMENTS, dtype=DTYPES, reduction=["mean", "sum", "none"])
+def test_kl_normal_and_gradient(layout, dtype, reduction, simd):
+    shape, rows = layout
+    if layout_of(shape, rows)[1] != rows:
+        rows = (shape[0], *(1,) * (len(shape) - 1))
+    moments = random((shape[0], 2 * shape[1], *shape[2:]), dtype)
+    weight = random(rows, compute_dtype(moments)).abs()
+    weight.view(-1)[: moments.numel()][:1] = 0  # a row of no elements has no mean whatever its weight
+    upstream = random(rows if reduction == "none" else (), weight.dtype)
+
+    def both(backend, moments, weight, upstream):
+        arguments = moments, weight, -1.0, 1.5, reduction
+        return backend.kl_normal(*arguments), backend.kl_normal_gradient(upstream, *arguments)
+
+    wide = both(reference, moments.double(), weight.double(), upstream.double())
+    for got, want, exact in zip(*(both(b, moments, weight, upstream) for b in (native, reference)), wide):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        if not math.prod(shape):
+            assert_same(got, want)
+            continue
+        info = torch.finfo(weight.dtype)
+        bound = 2 * (want.double() - exact).abs().max() + 8 * info.eps * exact.abs().max()
+        assert bool(((got.double() - exact).abs() <= bound + torch.finfo(got.dtype).eps * exact.abs()).all())
+
+
+def test_what_is_made_of_moments_has_the_same_bits_everywhere():
+    """For every instruction set, thread count and run: odd sizes, frames."""
+    shape, rows = (3, 2, 5, 4099), (3, 1, 5, 1)
+    arguments = posterior_arguments(shape, rows, torch.float32, POSTERIORS[0])
+    weight, expected = torch.rand(rows), None
+    for variant in _C.simd_variants():
+        _C.set_simd(variant)
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            of_divergence = arguments[0], weight, -1.0, 1.5, "none"
+            found = *run_posterior(native, arguments), native.kl_normal(*of_divergence)
+            found += (native.kl_normal_gradient(weight, *of_divergence),)
+            expected = expected or found
+            assert all(torch.equal(f, e) for f, e in zip(found, expected))
+    _C.set_simd(_C.simd_variants()[0])
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_any_log_variance(wide, simd):
+    """Of all sizes, against the reference in float64: functions of the kernel itself make z and the divergence."""
+    logs = torch.linspace(-40, 30, 2001, dtype=wide)
+    moments = torch.stack([torch.full_like(logs, 0.3), logs], 1)
+    xi, scale, near = torch.full((2001, 1), 0.7, dtype=wide), torch.ones(1, 1, dtype=wide), torch.finfo(wide).eps
+    results = []
+    for backend, dtype in ((native, wide), (reference, torch.float64)):
+        m, x, s = (t.to(dtype) for t in (moments, xi, scale))
+        arguments = m, x, None, s, None, None, None, -30.0, 20.0, dtype, True
+        rows = m, torch.ones_like(x), -30.0, 20.0, "none"
+        results.append([
+            backend.posterior(*arguments)[0], backend.posterior_gradient(torch.ones_like(x), None, *arguments),
+            backend.kl_normal(*rows), backend.kl_normal_gradient(torch.ones_like(x), *rows),
+        ])  # fmt: skip
+    for got, want in zip(*results):
+        torch.testing.assert_close(got.double(), want, rtol=8 * near, atol=2 * near)
+
+
 @pytest.mark.parametrize(("shape", "rows"), [case for case in LAYOUTS if layout_of(*case)[1] == case[1]])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_moments_and_their_gradient(shape, rows, dtype):
@@ -442,7 +566,7 @@ class TestBinding:
 
     X = torch.zeros(1024)  # room for 64 elements of any dtype: a size that is claimed is not the binding's to doubt
     LAYOUT = (4, 1, 1, 16, 4, 1)
-    GOOD = (X.data_ptr(), 0, 64)
+    GOOD, TWICE = (X.data_ptr(), 0, 64), (X.data_ptr(), 0, 128)
     RUN = [GOOD, (4, 16), LAYOUT, (X.data_ptr(), 0, 1), LAYOUT, (X.data_ptr(), 0, 1), (X.data_ptr(), 0, 54), None, None,
            None, None, (1, 0, 0, 0.0), (X.data_ptr(), 0, 128), 1]  # fmt: skip
     R = torch.ones(4)  # held: the pointer must stay good
@@ -470,6 +594,12 @@ class TestBinding:
             "gaussian_kl": [self.LAYOUT, (self.X.data_ptr(), 0, 128), self.GOOD, (1, 0, 0, 0.0), self.ROWS, self.ROWS,
                             self.ROWS, self.ROWS, self.ROWS, self.ROWS, self.ROWS, self.ROWS, None, 1, 0, None,
                             (self.X.data_ptr(), 0, 1), (self.X.data_ptr(), 0, 128), 1],
+            "posterior": [self.LAYOUT, self.TWICE, (1, 7, 0, 0.0), None, self.ROWS, self.GOOD, self.ROWS, self.ROWS,
+                          -30.0, 20.0, self.GOOD, self.GOOD, None, 1],
+            "posterior_gradient": [self.LAYOUT, self.TWICE, (1, 7, 0, 0.0), self.ROWS, self.ROWS, -30.0, 20.0,
+                                   self.GOOD, self.GOOD, self.TWICE, 1],
+            "kl_normal": [self.LAYOUT, self.TWICE, self.ROWS, -30.0, 20.0, 0, None, (self.X.data_ptr(), 0, 1),
+                          self.TWICE, 1],
             "row_moments": [self.LAYOUT, self.GOOD, None, 0, (self.ROWS, None, self.ROWS, *(None,) * 5), 1],
             "row_moments_gradient": [self.LAYOUT, self.GOOD, self.GOOD, (self.ROWS, None, *(self.ROWS,) * 6),
                                      self.GOOD, None, 1],

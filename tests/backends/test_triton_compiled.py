@@ -20,6 +20,7 @@ BUDGETS = {
     "noising, fast": 25, "noising, exact": 40,
     "loss epsilon, fast": 28, "loss v, fast": 33, "loss flow, fast": 30,
     "hybrid loss, fast": 76, "hybrid loss, given": 60,
+    "latents and noising, fast": 63, "latents and noising, exact": 89, "divergence from N(0, 1)": 32,
 }  # fmt: skip
 # In bfloat16, with the noise given: error functions and masks cost few instructions more than a square. And moments.
 FUNCTIONS = {
@@ -49,6 +50,7 @@ def test_every_kernel_compiles_without_spills_or_float64(compiled, target):
     found = [r for r in compiled if r["target"] == target]
     assert {r["kernel"] for r in found} == {
         *("affine", "coefficients", "gaussian_kl", "loss", "row_moments", "row_moments_gradient", "step"),
+        *("kl_normal", "posterior", "posterior_gradient"),
     }
     for r in found:
         # A launch of a number a sample may: NVIDIA's functions of an angle have an array for huge ones, and others save
@@ -63,10 +65,11 @@ def test_loads_and_stores_of_128_bits(compiled, target, dtype):
     """Rows that are a multiple of 8 elements long: all full-size data is read and written by vectors."""
     width = {"bf16": 8, "fp32": 4}[dtype]
     for r in compiled:
-        if r["target"] == target and r["case"] in (f"noising, given, {dtype}", f"loss v, given, {dtype}"):
+        names = "noising", "loss v", "latents and noising"
+        if r["target"] == target and r["case"] in (f"{name}, given, {dtype}" for name in names):
             each = r["elements"] / width
             # The gradient of a loss, or the zeros of a row that is left out: each by a predicate.
-            inputs, stores = (2, 1) if r["kernel"] == "affine" else (3, 2)
+            inputs, stores = {"affine": (2, 1), "loss": (3, 2), "posterior": (4, 2)}[r["kernel"]]
             if target != "gfx942":  # its warps are of 64
                 assert r["wide_stores"] == stores * each and r["wide_loads"] == inputs * each, r
             assert r["wide_stores"] > 0 and r["wide_loads"] * stores >= inputs * r["wide_stores"], r

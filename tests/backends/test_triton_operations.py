@@ -29,7 +29,17 @@ import triton as jit
 import triton.language as tl
 from asked import reference, triton
 
-from fastdiff.backends.triton import affine, gaussian_kl, interpreted, loss, plan, row_moments, step
+from fastdiff.backends.triton import (
+    affine,
+    gaussian_kl,
+    interpreted,
+    kl_normal,
+    loss,
+    plan,
+    posterior,
+    row_moments,
+    step,
+)
 from fastdiff.backends.triton.launch import launches
 from fastdiff.backends.triton.philox import fma
 
@@ -92,7 +102,7 @@ def assert_as_good(got, want, exact):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Rows of several tiles without large data."""
-    for module in (affine, gaussian_kl, loss, row_moments, step):
+    for module in (affine, gaussian_kl, kl_normal, loss, posterior, row_moments, step):
         monkeypatch.setattr(module, "tile_of", lambda elements, itemsize: 64)
 
 
@@ -716,6 +726,146 @@ def test_fast_noise_in_gaussian_kl():
         results.append(run_gaussian(triton, arguments))
     for got, want in zip(*results):
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.01)
+
+
+# Of ops.posterior: xi, n, whether there is a shift, whether n is kept, the dtype of the latents (None: of the moments).
+POSTERIORS = [
+    ("made", "made", True, False, None),
+    ("given", "given", False, False, torch.bfloat16),
+    ("made", "none", True, False, torch.float32),
+    ("none", "made", False, True, None),
+    ("fast", "fast", True, True, torch.float16),
+]
+OF_MOMENTS = [case for case in LAYOUTS if len(case[0]) > 1]
+
+
+def posterior_arguments(shape, rows, dtype, how):
+    xi, n, shifted, kept, out = how
+    rng = "fast" if xi == "fast" else "exact"
+    offset = 0.1 if xi == "made" and len(shape) > 2 else 0.0
+    given = {"given": random(shape, dtype), "none": None}
+    shift, scale, alpha, sigma = (random(rows) for _ in range(4))
+    moments = random((shape[0], 2 * shape[1], *shape[2:]), dtype)
+    xi = given[xi] if xi in given else ops.Philox(5, 2**33, 7, offset, rng)
+    n = given[n] if n in given else ops.Philox(torch.tensor([6], device=DEVICE), 0, 0, offset, rng)
+    factors = (None, None) if n is None else (alpha, sigma)
+    return [moments, xi, shift if shifted else None, scale, n, *factors, -1.0, 1.5, out or dtype, kept]
+
+
+def run_posterior(backend, arguments, convert=lambda t: t.detach().clone()):
+    """z, x_t, n, and the gradients for upstream gradients of what is there, of the first and of the last alone."""
+    values = [convert(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    if values[0].dtype == torch.float64:
+        values[9] = torch.float64
+    z, x_t, n = backend.posterior(*values)
+    upstream = [(torch.arange(z.numel(), device=DEVICE) % 7 - 3).view(z.shape).to(z.dtype) for _ in range(2)]
+    d_z, d_x_t = upstream[0], None if x_t is None else 0.5 * upstream[1]
+    pairs = [(d_z, d_x_t), (d_z, None), (None, d_x_t)] if x_t is not None else [(d_z, None)]
+    return z, x_t, n, *(backend.posterior_gradient(*pair, *values) for pair in pairs)
+
+
+@diagonal(15, layout=OF_MOMENTS, dtype=DTYPES, how=POSTERIORS)
+def test_posterior_and_gradient(layout, dtype, how):
+    compare_posteriors(posterior_arguments(*layout, dtype, how), RNG_TOLERANCE if how[0] == "fast" else 0.0)
+
+
+def compare_posteriors(arguments, near=0.0):
+    results = [run_posterior(backend, arguments) for backend in (triton, reference)]
+    for got, want, exact in zip(*results, run_posterior(reference, arguments, lambda t: t.detach().double())):
+        if not isinstance(want, torch.Tensor):
+            assert got is want
+            continue
+        assert got.dtype == want.dtype and got.shape == want.shape
+        # Sums cancel: the scale of the errors is that of the tensor.
+        bound = (
+            2 * (want.double() - exact).abs().max() + (8 * torch.finfo(torch.float32).eps + near) * exact.abs().max()
+        )
+        assert bool(((got.double() - exact).abs() <= bound + torch.finfo(got.dtype).eps * exact.abs()).all())
+
+
+@diagonal(2, rows=[(3, 1, 1), (1, 1, 1), (3, 5, 1)])
+def test_latents_whose_factors_are_gathered(rows):
+    arguments = posterior_arguments((3, 5, 48), rows, torch.float32, POSTERIORS[0])
+    table, plain = torch.rand(7, 9, device=DEVICE), list(arguments)
+    index = torch.arange(math.prod(rows), device=DEVICE).view(rows) % 7
+    for k in (5, 6):
+        arguments[k] = Gathered(table[:, k], index)
+        plain[k] = as_tensor(arguments[k])
+    got, want = (run_posterior(backend, which) for backend, which in ((triton, arguments), (reference, plain)))
+    for g, w in zip(got, want):
+        if isinstance(w, torch.Tensor):
+            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6 * float(w.abs().max()))
+
+
+@gpu_variants
+def test_latents_are_one_launch_that_reads_and_writes_4_bytes_an_element():
+    """In bfloat16, with noise that is made: both halves of the moments are read, z and x_t written."""
+    arguments = posterior_arguments((4, 2, 512), (4, 1, 1), torch.bfloat16, POSTERIORS[0])
+    elements = 4 * 2 * 512
+    arguments[0].requires_grad_()
+    with launches() as launched:
+        z, x_t, _ = triton.posterior(*arguments)
+    assert launched == ["posterior"]
+    assert 0 < launched[0].read - 4 * elements < 200 and launched[0].written == 4 * elements
+    with launches() as launched:
+        torch.autograd.grad((z, x_t), arguments[0], (torch.ones_like(z), torch.ones_like(z)))
+    assert launched == ["posterior_gradient"]
+    assert 0 < launched[0].read - 8 * elements < 200 and launched[0].written == 4 * elements
+
+
+@diagonal(7, layout=OF_MOMENTS, dtype=DTYPES, reduction=["mean", "sum", "none"])
+def test_kl_normal_and_gradient(layout, dtype, reduction):
+    compare_divergences(layout, dtype, reduction)
+
+
+@diagonal(
+    3,
+    layout=[((3, 2, 200), (3, 1, 1)), ((2, 3, 2, 70), (2, 3, 1, 1)), ((2, 128), (1, 1)), ((2, 3, 2, 70), (1, 3, 1, 1))],
+    reduction=["mean", "none", "sum"],
+)
+def test_rows_of_a_divergence_of_several_tiles(layout, reduction, small_tiles):
+    compare_divergences(layout, torch.bfloat16, reduction)
+
+
+def compare_divergences(layout, dtype, reduction):
+    shape, rows = layout
+    moments, weight = random((shape[0], 2 * shape[1], *shape[2:]), dtype), random(rows).abs()
+    weight.view(-1)[-1] = 0
+    upstream = random(rows if reduction == "none" else ())
+
+    def both(backend, moments, weight, upstream):
+        leaf = moments.clone().requires_grad_()
+        with launches() as launched:
+            value = backend.kl_normal(leaf, weight, -1.0, 1.5, reduction)
+            value.backward(upstream)
+        assert launched == (["kl_normal", "kl_normal"] if backend is triton else [])
+        return value.detach(), leaf.grad
+
+    wide = both(reference, moments.double(), weight.double(), upstream.double())
+    for got, want, exact in zip(*(both(b, moments, weight, upstream) for b in (triton, reference)), wide):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        bound = 2 * (want.double() - exact).abs().max() + 8 * torch.finfo(torch.float32).eps * exact.abs().max()
+        assert bool(((got.double() - exact).abs() <= bound + torch.finfo(got.dtype).eps * exact.abs()).all())
+
+
+@gpu_variants
+def test_any_log_variance():
+    """Of all sizes, against the reference in float64: functions of the kernel itself make z and the divergence."""
+    logs = torch.linspace(-40, 30, 2001, device=DEVICE)
+    moments = torch.stack([torch.full_like(logs, 0.3), logs], 1)
+    xi, scale = torch.full((2001, 1), 0.7, device=DEVICE), torch.ones(1, 1, device=DEVICE)
+    results = []
+    for backend, wide in ((triton, torch.float32), (reference, torch.float64)):
+        m, x, s = (t.to(wide) for t in (moments, xi, scale))
+        arguments = m, x, None, s, None, None, None, -30.0, 20.0, wide, True
+        rows = m, torch.ones_like(x), -30.0, 20.0, "none"
+        results.append([
+            backend.posterior(*arguments)[0], backend.posterior_gradient(torch.ones_like(x), None, *arguments),
+            backend.kl_normal(*rows), backend.kl_normal_gradient(torch.ones_like(x), *rows),
+        ])  # fmt: skip
+    for got, want in zip(*results):
+        # 2^x is good to 2 units of 2^-23, its argument to 1 of 2^-24 of itself.
+        torch.testing.assert_close(got.double(), want, rtol=1.2e-6, atol=3e-7)
 
 
 def test_a_training_step_is_three_launches():

@@ -61,6 +61,7 @@ def test_a_gpu_reaches_every_branch_in_few_variants(tests):
     whole, chosen = variants(tests), variants(test for test in tests if test["chosen"])
     assert {v["kernel"] for v in whole} == {
         *("affine", "coefficients", "gaussian_kl", "loss", "row_moments", "row_moments_gradient", "step"),
+        *("kl_normal", "posterior", "posterior_gradient"),
     }
     assert len(chosen) <= MOST < len(whole)
     missed = set().union(*map(branches, whole)) - set().union(*map(branches, chosen))

@@ -41,6 +41,8 @@ TABLE = {
     "fastdiff/sampling": "sampling wrong_input trajectory guidance k_diffusion pitfalls_of_samplers samplers cuda_step",
     "fastdiff/objective": "objective wrong_input noise pitfalls_of_objectives fast_calls compile diffusers loss",
     "fastdiff/ops/gaussian": "gaussian_kl wrong_input native",
+    "fastdiff/ops/kl_normal": "latents wrong_input native",
+    "fastdiff/ops/posterior": "latents wrong_input native",
     "fastdiff/ops/loss": "loss wrong_input fast_calls objective native",
     "fastdiff/ops/noise": "noise wrong_input fast_calls objective philox native",
     "fastdiff/ops/row_moments": "row_moments wrong_input",

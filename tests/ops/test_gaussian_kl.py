@@ -486,3 +486,22 @@ def test_compiled_has_the_eager_value_and_gradient():
             results.append((loss.detach(), o.grad))
         for found, expected in zip(*results):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_with_learned_weights(kind):
+    """Their gradients, which no operator gives, are traced through the reference."""
+    output, x0, n = batch()
+    how = coefficients(kind=kind)
+    given = {k: v.float() if v is not None else v for k, v in how.items()}
+    weights = [given.pop(name).requires_grad_() for name in ("weight", "simple_weight")]
+
+    def call(output, weight, simple_weight):
+        return ops.gaussian_kl(output, x0, n, weight=weight, simple_weight=simple_weight, **given)
+
+    torch._dynamo.reset()
+    leaves = [output.requires_grad_(), *weights]
+    results = [call, torch.compile(call, fullgraph=True, backend="aot_eager")]
+    found, expected = ([loss := function(*leaves), *torch.autograd.grad(loss, leaves)] for function in results)
+    for got, want in zip(found, expected):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ...calls import GaussianCall
 from ..interface import Backend
 from .coefficients import rows
-from .gaussian_terms import Term, derivatives
-from .loss import sum_rows
+from .gaussian_terms import derivatives, rho
+from .loss import counts, sum_rows
 
 
 def declines(call: GaussianCall) -> str:
@@ -22,7 +22,7 @@ def declines(call: GaussianCall) -> str:
 def run(call: GaussianCall, backend: Backend) -> Tensor:
     """See ``GaussianCall``."""
     of = _operands(call, backend)
-    terms = torch.where(of.bounds, of.weight * Term.apply(of.d, of.log_variance, of.l_q, of.half_width, of.x0), 0.0)
+    terms = torch.where(of.bounds, of.weight * rho(of.d, of.log_variance, of.l_q, of.half_width, of.x0), 0.0)
     e = torch.where(of.errs, of.e, 0.0)  # without a weight too: a frozen mean has a gradient, which is 0
     terms = terms + (e * e if of.simple_weight is None else of.simple_weight * (e * e))
     dtype, count = of.weight.dtype, of.weight.numel()
@@ -83,8 +83,8 @@ def _operands(call: GaussianCall, backend: Backend) -> _Operands:
         target = p * x0
     if q is not None:
         target = target + q * n.to(dtype)
-    bounds = _counts(weight)
-    errs = torch.zeros_like(bounds) if simple_weight is None else _counts(simple_weight)
+    bounds = counts(weight)
+    errs = torch.zeros_like(bounds) if simple_weight is None else counts(simple_weight)
 
     def error(prediction: Tensor) -> Tensor:
         return torch.where(bounds | errs, prediction.to(dtype) - target, 0.0)
@@ -98,11 +98,6 @@ def _operands(call: GaussianCall, backend: Backend) -> _Operands:
         log_variance = l_0 + l_v * torch.where(bounds, v.to(dtype), 0.0)
     x0 = None if half_width is None else x0
     return _Operands(e, d, log_variance, l_q, half_width, x0, scale, l_v, weight, simple_weight, bounds, errs)
-
-
-def _counts(weight: Tensor) -> Tensor:
-    """True where a weight is not 0. One that is learned leaves no row out, because its gradient is the row's term."""
-    return torch.ones_like(weight, dtype=torch.bool) if weight.requires_grad else weight != 0
 
 
 def _elements_of_a_row(call: GaussianCall) -> float:

@@ -22,7 +22,14 @@ LEAST = math.log(1e-12)  # of a bin's ln P
 _SERIES = [1 / math.factorial(k) for k in range(19, 1, -1)]
 
 
-class Term(torch.autograd.Function):
+def rho(d: Tensor, log_variance: Tensor, l_q: Tensor, half_width: Tensor | None, x0: Tensor | None) -> Tensor:
+    """rho, elementwise and differentiable; the shapes broadcast. A program that is traced takes no function with
+    forward-mode derivatives of its own: there autograd differentiates the formula."""
+    formula = term if torch.compiler.is_compiling() else _Term.apply
+    return formula(d, log_variance, l_q, half_width, x0)
+
+
+class _Term(torch.autograd.Function):
     """rho for autograd, forward and backward."""
 
     generate_vmap_rule = True

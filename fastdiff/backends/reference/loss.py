@@ -55,10 +55,14 @@ def _noise_of(call: LossCall, backend: Backend) -> Tensor | None:
     return None if call.q is None else backend.materialize(call.n, call.prediction.shape, call.prediction.device)
 
 
+def counts(weight: Tensor) -> Tensor:
+    """True where a weight is not 0. One that is learned leaves no row out, because its gradient is the row's term."""
+    return torch.ones_like(weight, dtype=torch.bool) if weight.requires_grad else weight != 0
+
+
 def _kept(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """True where an element counts: its row's weight and its mask are not 0. It broadcasts to the data. A learned
-    weight leaves no row out, because its gradient is the row's error."""
-    kept = torch.ones_like(weight, dtype=torch.bool) if weight.requires_grad else weight != 0
+    """True where an element counts: its row's weight and its mask are not 0. It broadcasts to the data."""
+    kept = counts(weight)
     return kept if mask is None else kept & (mask != 0)
 
 

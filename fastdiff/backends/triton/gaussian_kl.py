@@ -27,8 +27,8 @@ from .functions import exp_excess, exponential, inverse, log_1_plus, logarithm
 from .launch import Kernel
 from .loss import ahead, float32, loss_workspace, own_rows
 from .plan import plan, tile_of
-from .reduction import finish, is_last, store_pair, tile_sum, total_of
-from .tiles import coefficient, entry_of, load, made_noise, place_of, prefetch, row_of, store
+from .reduction import reduce_terms
+from .tiles import coefficient, entry_of, halves_of, load, made_noise, place_of, prefetch, row_of, store
 from .workspace import Cell, cell, of_this_stream
 
 # Elements a tile where rows may be of bins, which take four times the registers.
@@ -118,12 +118,7 @@ def gaussian_kl(
     run, block, start, place, inside = place_of(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
     first, second = start, start
     if L_V_KIND != "none":
-        half = sample_runs * units * UNIT
-        if SAMPLES == "run":
-            first = start + run * half
-        else:
-            first = start + run // sample_runs * half
-        second = first + half
+        first, second = halves_of(start, run, units, sample_runs, UNIT, SAMPLES)
     if N != "none" and N != "tensor":
         prefetch(prediction, first, block, units, R, C, UNIT, EVEN, ASM)
         if L_V_KIND != "none":
@@ -212,33 +207,8 @@ def gaussian_kl(
             value += tl.where(no_square, 0.0, simple * (e * e))
         if not EVEN:
             value = tl.where(inside, value, 0.0)
-        if R > 1:
-            whole = tl.program_id(0) * R + tl.arange(0, R)
-            there = whole < runs
-            row = row_of(tl.minimum(whole, runs - 1), per, frames, shared, ROWS)
-        else:
-            there = row >= 0
-        total, total_low = tile_sum(value, False, R, EMULATE)
-        count, count_low = total * 0.0, total_low
-        one = tl.where(there, 1.0, 1.0)  # the weights are in the terms
-        place = tl.program_id(0)
-        if SPLIT:
-            if ROWS == "run":
-                part = row * parts + block
-            else:
-                stretch = run // per
-                part = row * parts + (stretch // frames % shared * per + run % per) * blocks + block
-            everything = rows * parts
-            store_pair(partials + part, everything, total, total_low, there)
-            if is_last(counters + 1 + row, parts):
-                total, total_low = total_of(partials + row * parts, parts, everything, LANES)
-                finish(row, there, total, total_low, count, count_low, one, result, None, None, counters,
-                        partials + 4 * everything, number, row, rows, size, size_low, mean,
-                        "none", REDUCTION, R, LANES, EMULATE)  # fmt: skip
-        else:
-            finish(row, there, total, total_low, count, count_low, one, result, None, None, counters,
-                    partials, number, place, rows, size, size_low, mean,
-                    "none", REDUCTION, R, LANES, EMULATE)  # fmt: skip
+        reduce_terms(value, run, block, result, counters, partials, number, rows, parts, runs, blocks, per, frames,
+                     shared, size, size_low, mean, REDUCTION, LANES, SPLIT, ROWS, R, EMULATE)  # fmt: skip
 
 
 def declines(call: GaussianCall) -> str:

@@ -41,7 +41,7 @@ POINTERS = {
     torch.int64: "*i64",
 }
 _INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_offset"}
-_FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance"}
+_FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance", "least", "most"}
 # Sizes, counts and strides; with the two above, what is never a tensor.
 _NUMBERS = {"steps", "stride", "units", "runs", "blocks", "per", "frames", "shared", "sample_runs", "channel_runs"} | {
     *("m1", "m2", "m3", "s0", "s1", "s2", "s3", "s4", "rows", "parts", "number", "width", "total", "samples"),
@@ -50,6 +50,7 @@ _SEEDS = {"seed", "xi_seed"}  # a tensor, or a number
 # Full-size data, which is loaded by vectors where it is aligned to 16 bytes.
 _DATA = {"out", "kept", "u", "v", "xi", "prediction", "x0", "n", "gradient", "x", "m", "y", "entry", "log_variance"} | {
     "target", "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen", "mask", "d_u", "d_v",
+    *("moments", "z", "x_t", "d_z", "d_x_t"),
 }  # fmt: skip
 
 _records: list[Launch] | None = None
@@ -118,7 +119,7 @@ class Kernel:
         named = dict(zip(self.constants, constants))
         noise = named.get("N", named.get("V"))
         kept = noise != "exact" or (named["ASM"] and not named["OFFSET"])
-        contracted = noise == "fast" or (self.name in ("loss", "gaussian_kl") and kept)
+        contracted = noise == "fast" or (self.name in ("loss", "gaussian_kl", "kl_normal") and kept)
         return {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": contracted}
 
     def compile(self, key: tuple, target: GPUTarget) -> Any:

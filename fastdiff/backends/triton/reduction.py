@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .pairs import pair_product, pair_quotient, pair_rest, pair_rounded, pair_sum
+from .tiles import row_of
 
 
 @triton.jit
@@ -117,3 +118,38 @@ def tile_sum(value, PAIRS: tl.constexpr, R: tl.constexpr, EMULATE: tl.constexpr)
         return high, tl.where(high - high == 0, wide - high.to(tl.float64), 0.0).to(tl.float32)
     else:
         return tl.reduce((value, value * 0.0), 1 if R > 1 else 0, pair_sum)
+
+
+@triton.jit
+def reduce_terms(value, run, block, result, counters, partials, number, rows, parts, runs, blocks, per, frames, shared,
+                 size, size_low, mean, REDUCTION: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr,
+                 ROWS: tl.constexpr, R: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+    """From the terms of a tile, weights among them, to the result of a loss without a mask. What is outside is 0."""
+    if R > 1:
+        whole = tl.program_id(0) * R + tl.arange(0, R)
+        there = whole < runs
+        row = row_of(tl.minimum(whole, runs - 1), per, frames, shared, ROWS)
+    else:
+        row = row_of(run, per, frames, shared, ROWS)
+        there = row >= 0
+    total, total_low = tile_sum(value, False, R, EMULATE)
+    count, count_low = total * 0.0, total_low
+    one = tl.where(there, 1.0, 1.0)  # the weights are in the terms
+    place = tl.program_id(0)
+    if SPLIT:
+        if ROWS == "run":
+            part = row * parts + block
+        else:
+            stretch = run // per
+            part = row * parts + (stretch // frames % shared * per + run % per) * blocks + block
+        everything = rows * parts
+        store_pair(partials + part, everything, total, total_low, there)
+        if is_last(counters + 1 + row, parts):
+            total, total_low = total_of(partials + row * parts, parts, everything, LANES)
+            finish(row, there, total, total_low, count, count_low, one, result, None, None, counters,
+                    partials + 4 * everything, number, row, rows, size, size_low, mean,
+                    "none", REDUCTION, R, LANES, EMULATE)  # fmt: skip
+    else:
+        finish(row, there, total, total_low, count, count_low, one, result, None, None, counters,
+                partials, number, place, rows, size, size_low, mean,
+                "none", REDUCTION, R, LANES, EMULATE)  # fmt: skip

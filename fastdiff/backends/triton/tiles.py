@@ -73,6 +73,17 @@ def place_of(units, runs, blocks, R: tl.constexpr, C: tl.constexpr, UNIT: tl.con
 
 
 @triton.jit
+def halves_of(start, run, units, sample_runs, UNIT: tl.constexpr, SAMPLES: tl.constexpr):
+    """Where the tile lies in a tensor whose samples are twice as long: ``start`` in their first and second halves."""
+    half = sample_runs * units * UNIT
+    if SAMPLES == "run":
+        first = start + run * half
+    else:
+        first = start + run // sample_runs * half
+    return first, first + half
+
+
+@triton.jit
 def row_of(run, per, frames, shared, ROWS: tl.constexpr):
     if ROWS == "one":
         return run * 0
