@@ -11,7 +11,7 @@ from torch import Tensor
 from .calls import UniformCall
 from .numeric import check_numbers
 from .ops import dispatch
-from .philox import Stream, check_seed, draw_seed, whole
+from .philox import Stream, check_seed, draw_seed, samples_of
 from .showing import brief
 
 
@@ -39,7 +39,7 @@ def drop_condition(
             a floating-point tensor, and in place of a dict, tuple or list, None for each of its entries. Labels need
             their null class; a mask needs that of the empty prompt, since attention to nothing is NaN.
         seed, generator, sample_offset: as in ``Objective.noise``. Without a seed one is drawn from the generator.
-        ids: int64 [batch] on the device of cond, the index of each sample, in place of ``sample_offset``.
+        ids: integers [batch], a number for each sample, in place of ``sample_offset``.
 
     Returns (the condition, of the form and dtypes of ``cond``; dropped, bool [batch]). Nothing waits for the device.
     Raises TypeError or ValueError for unfit arguments.
@@ -64,14 +64,8 @@ def drop_condition(
         raise ValueError("pass a seed or a generator, not both.")
     seed = draw_seed(generator, first.device) if seed is None else seed
     check_seed(seed)
-    start: int | Tensor = whole("sample_offset", sample_offset)
-    if ids is not None:
-        if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != first.shape[:1]:
-            raise TypeError(f"ids must be an int64 tensor [{len(first)}], one index a sample; got {brief(ids)}.")
-        if start:
-            raise ValueError("pass sample_offset or ids, not both.")
-        start = ids
-    call = UniformCall(seed, len(first), Stream.DROPOUT, start, first.device)
+    samples = samples_of(ids, sample_offset, len(first), first.device)
+    call = UniformCall(seed, len(first), Stream.DROPOUT, samples, first.device)
     dropped = dispatch.run(call, first.device) < probability
     return _replaced(cond, null, dropped), dropped
 

@@ -281,8 +281,9 @@ def _reference(operator, *arguments):
         )  # fmt: skip
         return y, *(torch.empty(0, dtype=x.dtype) if tensor is None else tensor for tensor in (x0, entry)), seen
     if name == "posterior":
-        moments, xi, n = arguments[0], source(*arguments[1:7]), source(*arguments[9:15])
-        z, x_t, kept = reference.posterior(moments, xi, *arguments[7:9], n, *arguments[15:])
+        xi, (shift, scale, *others) = source(arguments[1:])
+        n, others = source(others)
+        z, x_t, kept = reference.posterior(arguments[0], xi, shift, scale, n, *others)
         kept = kept if isinstance(kept, torch.Tensor) and kept is not n else torch.empty(0)
         return z, torch.empty(0, dtype=z.dtype) if x_t is None else x_t, kept
     if name == "kl_normal":

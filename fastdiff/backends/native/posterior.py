@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import PosteriorCall, seed_of
+from ...calls import PosteriorCall, made_from
 from ...torch_access import _C
 from .. import latents
 from ..interface import COEFFICIENTS, Backend, differentiable
@@ -17,7 +17,7 @@ from .launch import arrange, contiguous, empty, memory, source, unsuited
 
 def declines(call: PosteriorCall) -> str:
     """Why this backend does not support the call; empty if it does."""
-    because = unsuited(*call[:7], seed_of(call.xi), seed_of(call.n))
+    because = unsuited(*call[:7], *made_from(call.xi), *made_from(call.n))
     return because or (COEFFICIENTS if differentiable(*call[1:7]) else "")
 
 

@@ -43,7 +43,7 @@ def _deviation(log_variance, least, most, ASM: tl.constexpr, EMULATE: tl.constex
 
 @Kernel
 def posterior(
-    moments, z, x_t, kept, xi, n, shift, scale, alpha, sigma, index, seed, xi_seed,
+    moments, z, x_t, kept, xi, n, shift, scale, alpha, sigma, index, seed, ids, xi_seed, xi_ids,
     stream, sample_offset, strength, xi_stream, xi_sample_offset, xi_strength, least, most,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
     SHIFT_KIND: tl.constexpr, SCALE_KIND: tl.constexpr, ALPHA_KIND: tl.constexpr, SIGMA_KIND: tl.constexpr,
@@ -68,7 +68,7 @@ def posterior(
         if XI == "tensor":
             noise = load(xi, start, place, inside, EVEN, UNIT, ASM, EMULATE)
         else:
-            noise = made_noise(xi_seed, xi_stream, xi_sample_offset, xi_strength, 1.0, run, block, made, units,
+            noise = made_noise(xi_seed, xi_ids, xi_stream, xi_sample_offset, xi_strength, 1.0, run, block, made, units,
                                sample_runs, channel_runs, XI_SEED, XI_OFFSET, C, UNIT, SAMPLES, XI == "fast", ASM,
                                EMULATE)  # fmt: skip
         log_variance = load(moments, second, place, inside, EVEN, UNIT, ASM, EMULATE)
@@ -82,7 +82,7 @@ def posterior(
         if N == "tensor":
             noise = load(n, start, place, inside, EVEN, UNIT, ASM, EMULATE)
         else:
-            noise = made_noise(seed, stream, sample_offset, strength, 1.0, run, block, made, units, sample_runs,
+            noise = made_noise(seed, ids, stream, sample_offset, strength, 1.0, run, block, made, units, sample_runs,
                                channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, N == "fast", ASM, EMULATE)  # fmt: skip
         if kept is not None:
             store(kept, start, place, noise, inside, EVEN, EMULATE)
@@ -93,7 +93,7 @@ def posterior(
 
 @Kernel
 def posterior_gradient(
-    moments, d_z, d_x_t, gradient, xi, scale, alpha, index, seed,
+    moments, d_z, d_x_t, gradient, xi, scale, alpha, index, seed, ids,
     stream, sample_offset, strength, least, most,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
     SCALE_KIND: tl.constexpr, ALPHA_KIND: tl.constexpr, INDEX: tl.constexpr,
@@ -127,7 +127,7 @@ def posterior_gradient(
         if N == "tensor":
             noise = load(xi, start, place, inside, EVEN, UNIT, ASM, EMULATE)
         else:
-            noise = made_noise(seed, stream, sample_offset, strength, 1.0, run, block, place, units, sample_runs,
+            noise = made_noise(seed, ids, stream, sample_offset, strength, 1.0, run, block, place, units, sample_runs,
                                channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, N == "fast", ASM, EMULATE)  # fmt: skip
         log_variance = load(moments, second, place, inside, EVEN, UNIT, ASM, EMULATE)
         growth = _deviation(log_variance, least, most, ASM, EMULATE) * noise
@@ -155,8 +155,8 @@ def _launch(call: PosteriorCall) -> tuple[Tensor, Tensor | None, Any]:
         kept = torch.empty(shape, dtype=torch.float32, device=device)
     moments, xi, given = (t.contiguous() if isinstance(t, Tensor) else t for t in (call.moments, call.xi, n))
     rows = arrange(shape, call.shift, call.scale, call.alpha, call.sigma)
-    (seed, *source), (kind, seed_kind, offset) = source_of(given, device)
-    (xi_seed, *xi_source), (xi_kind, xi_seed_kind, xi_offset) = source_of(xi, device)
+    (seed, ids, *source), (kind, seed_kind, offset) = source_of(given, device)
+    (xi_seed, xi_ids, *xi_source), (xi_kind, xi_seed_kind, xi_offset) = source_of(xi, device)
     how = plan(shape, rows.shape, tile_of(z.numel(), z.element_size()), True, offset or xi_offset)
     *constants, wide = how.constants
     posterior(
@@ -164,7 +164,7 @@ def _launch(call: PosteriorCall) -> tuple[Tensor, Tensor | None, Any]:
         how.grid,
         (
             *(moments, z, x_t, kept, xi if xi_kind == "tensor" else None, given if kind == "tensor" else None),
-            *(*rows.pointers, rows.index, seed, xi_seed, *source, *xi_source, call.least, call.most),
+            *(*rows.pointers, rows.index, seed, ids, xi_seed, xi_ids, *source, *xi_source, call.least, call.most),
             *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs),
         ),
         (
@@ -183,7 +183,7 @@ def gradient(upstream: tuple[Tensor | None, Tensor | None], call: PosteriorCall,
     moments, xi = call.moments.contiguous(), call.xi.contiguous() if isinstance(call.xi, Tensor) else call.xi
     made = torch.empty(moments.shape, dtype=moments.dtype, device=device)
     rows = arrange(shape, call.scale, None if d_x_t is None else call.alpha)
-    (seed, *source), (kind, seed_kind, offset) = source_of(xi, device)
+    (seed, ids, *source), (kind, seed_kind, offset) = source_of(xi, device)
     how = plan(shape, rows.shape, tile_of(moments.numel() // 2, moments.element_size()), True, offset)
     *constants, wide = how.constants
     posterior_gradient(
@@ -191,7 +191,7 @@ def gradient(upstream: tuple[Tensor | None, Tensor | None], call: PosteriorCall,
         how.grid,
         (
             *(None if kind == "none" else moments, d_z, d_x_t, made, xi if kind == "tensor" else None),
-            *(*rows.pointers, rows.index, seed, *source, call.least, call.most),
+            *(*rows.pointers, rows.index, seed, ids, *source, call.least, call.most),
             *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs),
         ),
         (

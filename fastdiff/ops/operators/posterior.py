@@ -10,7 +10,7 @@ from torch import Tensor
 from ...backends.interface import COEFFICIENTS, Backend, able, differentiable
 from ...backends.registry import get
 from ...calls import PosteriorCall
-from .declaring import declare, keep_arguments, kept_arguments, noise_arguments, parts, source, strided
+from .declaring import PARTS, declare, keep_arguments, kept_arguments, noise_arguments, parts, source, strided
 from .declaring import run as runs
 
 _ARGUMENTS = (
@@ -20,15 +20,17 @@ _ARGUMENTS = (
 
 
 def _call(moments: Tensor, *arguments: Any) -> PosteriorCall:
-    xi, coefficients, n = source(*arguments[:6]), arguments[6:8], source(*arguments[8:14])
-    return PosteriorCall(moments, xi, *coefficients, n, *arguments[14:])
+    xi, (shift, scale, *others) = source(arguments)
+    n, others = source(others)
+    return PosteriorCall(moments, xi, shift, scale, n, *others)
 
 
 def _fake(moments, *arguments):
-    given, seed, alpha, dtype, keep = arguments[8], arguments[9], arguments[14], arguments[18], arguments[19]
+    scale, given, seed = arguments[PARTS + 1 : PARTS + 4]
+    alpha, _, _, _, dtype, keep = arguments[2 * PARTS + 2 :]
     z = torch.empty_like(moments.chunk(2, 1)[0], dtype=dtype, memory_format=torch.contiguous_format)
     kept = z.shape if given is None and seed is not None and keep else (0,)
-    return z, z.new_empty((0,) if alpha is None else z.shape), z.new_empty(kept, dtype=arguments[7].dtype)
+    return z, z.new_empty((0,) if alpha is None else z.shape), z.new_empty(kept, dtype=scale.dtype)
 
 
 @declare("posterior", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _fake)
@@ -58,7 +60,7 @@ def _context(ctx, inputs, output):
 
 def _backward(ctx, d_z, d_x_t, _):
     arguments = kept_arguments(ctx)
-    if arguments[15] is None:
+    if arguments[2 * PARTS + 3] is None:
         d_x_t = None  # there is no x_t
     d_moments = None
     if ctx.needs_input_grad[0] and not (d_z is None and d_x_t is None):
