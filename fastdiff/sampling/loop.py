@@ -115,8 +115,9 @@ def sample(
             exceeds 1 (Saharia et al. 2022; 0.995 there). Not with a sampler that has a ``clip``.
         sample_max_value: no more than this is divided by.
         cond_fn: classifier guidance (Dhariwal and Nichol 2021): ``cond_fn(x, t)`` returns the gradient of
-            log p(y | x_t), scaled as wished, t as the model's. It changes the posterior mean of DDPM (their algorithm
-            1) and the noise estimate of the others (algorithm 2). Gradients are enabled in it.
+            log p(y | x_t), scaled as wished, t as the model's; ``fastdiff.guidance.classifier_gradient`` makes one. It
+            changes the posterior mean of DDPM (their algorithm 1) and the noise estimate of the others (algorithm 2).
+            Gradients are enabled in it.
         known, mask: inpainting: where the mask is 1 (or True; it is broadcast), the samples are ``known``, noised to
             the level of each step with one noise (the initial one) for all steps.
         seed, generator: what the noise is made from, by sample index; without either, PyTorch's default generator. A

@@ -413,6 +413,8 @@ def test_wrong_rules(make, kind, words):
 
 def test_rules_are_shown_and_do_not_change():
     assert repr(Projected(3.0, momentum=-0.5)) == "Projected(scale=3.0, momentum=-0.5)"
+    assert repr(CFGZero(3.0, 0)) == "CFGZero(scale=3.0, zero_steps=0)" and repr(CFGZero(3.0)) == "CFGZero(scale=3.0)"
+    assert repr(NormPreserving(3.0, [1])) == "NormPreserving(scale=3.0, dims=(1,))"
     assert repr(CFGPlusPlus(SCALES)) == "CFGPlusPlus(scale=tensor float64 [2])"
     for kind in (Plain, CFGZero, Projected, NormPreserving, CFGPlusPlus):
         rule, other = kind(SCALES), kind(SCALES)
