@@ -25,7 +25,7 @@ import faults
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 GROUPS = {
-    "mathematics": "process sdes prediction weighting losses timesteps tabulated coefficients program constancy "
+    "mathematics": "process sdes prediction weighting losses/ timesteps tabulated coefficients program constancy "
     "samplers/ sampling/ noised objective functional uncertainty element_weights pyramid pairing ops/",
     "faces": "integrations/ demo/ bench/ cli doctor files __main__",
 }
