@@ -88,6 +88,13 @@ def test_every_source_file_has_tests_to_ask(tool):
             assert tool.choosing.files_for(ROOT, file), file
 
 
+def test_a_group_names_files_and_folders_that_are_there(tool):
+    for names in tool.GROUPS.values():
+        for name in names.split():
+            path = ROOT / "fastdiff" / name
+            assert path.is_dir() if name.endswith("/") else path.with_suffix(".py").is_file(), name
+
+
 def test_what_is_run_at_import_is_asked_of_the_whole_table(tool, tmp_path):
     """A test that is the first to import a file runs all that stands outside of functions; it does not ask for it."""
     source = (ROOT / ERRORS).read_text().splitlines()

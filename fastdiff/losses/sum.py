@@ -95,7 +95,7 @@ class Sum:
 
         total = losses.Sum(
             objective,
-            decoder=lambda z: vae.decode(z / 0.18215).sample,
+            decoder=vae.decode,
             perceptual=losses.Term(features.Perceptual(extractor), weight=0.1, min_snr=1.0, share=0.5),
             alignment=losses.Term(features.Alignment(phi, psi), weight=lambda step: min(1.0, step / 1000)),
         )
@@ -110,7 +110,7 @@ class Sum:
     Args:
         objective: the ``fastdiff.Objective``.
         decoder: ``decoder(latents)`` gives images, [rows, ...]. The parameters of a module, or of the module whose
-            method it is, get no gradient. None: the terms look at the data itself.
+            method it is, get no gradient; what a function hides, freeze. None: the terms look at the data itself.
         checkpoint: the decoder is run once more in the backward pass instead of keeping what it computes
             (``torch.utils.checkpoint``).
         terms: the ``Term`` of each name.
