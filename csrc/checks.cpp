@@ -60,9 +60,9 @@ Memory parse_memory(const char* name, py::handle value, int64_t fields) {
 
 namespace {
 
-Memory parse_tensor(const char* name, py::handle value, int64_t elements, int64_t fields = 3) {
-  const Memory memory = parse_memory(name, value, fields);
-  if (memory.code > int(DType::f16)) refuse(name, "the dtype must be floating point");
+Memory parse_tensor(const char* name, py::handle value, int64_t elements, bool image = false) {
+  const Memory memory = parse_memory(name, value);
+  if (memory.code > int(image ? DType::u8 : DType::f16)) refuse(name, "the dtype must be floating point");
   if (memory.elements != elements)
     refuse(name, "has " + std::to_string(memory.elements) + " elements, but " + std::to_string(elements) + " are needed");
   return memory;
@@ -147,8 +147,8 @@ Layout parse_layout(py::handle value) {
   return layout;
 }
 
-Input parse_input(const char* name, py::handle value, int64_t elements) {
-  const Memory memory = parse_tensor(name, value, elements);
+Input parse_input(const char* name, py::handle value, int64_t elements, bool image) {
+  const Memory memory = parse_tensor(name, value, elements, image);
   return {present(memory.data), DType(memory.code)};
 }
 

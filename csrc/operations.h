@@ -38,7 +38,7 @@ struct StepOperands {
 template <class Reader>
 void fill(Reader& read, const NoiseOperands& from, NoiseArguments& to) {
   const int64_t elements = read.layout.elements;
-  read.input("x0", from.x0, to.x0);
+  read.image("x0", from.x0, to.x0);
   read.noise("n", from.n, to.n);
   if (given(from.xi)) read.noise("xi", from.xi, to.xi);
   if (from.perturbation) to.perturbation = read.number("perturbation", from.perturbation);
@@ -64,7 +64,7 @@ void fill(Reader& read, const LossOperands& from, LossCall& call) {
   LossArguments& to = call.kernel;
   const Layout& layout = read.layout;
   read.input("prediction", from.prediction, to.prediction);
-  if (given(from.x0)) read.input("x0", from.x0, to.x0);
+  if (given(from.x0)) read.image("x0", from.x0, to.x0);
   if (given(from.y)) read.input("y", from.y, to.y);
   if (given(from.n)) read.noise("n", from.n, to.n);
   if (from.p != Py_None) read.rows("p", from.p, to.p);

@@ -22,10 +22,10 @@ class Noised:
     """A noised batch, as ``Objective.noise`` returns it.
 
     Attributes:
-        x_t: noised data, shape and dtype of x0.
+        x_t: noised data, shaped as x0, in the dtype of x0 or the one that was asked for.
         t: the times, one a row: integers for discrete processes, float64 for continuous ones.
         alpha, sigma, snr, weight: rows of the shape of t, float32 (float64 if x0 is float64).
-        x0: the data x_t was made of.
+        x0: the data x_t was made of, as it was given.
         noise_source: the noise, or the ``fastdiff.ops.Philox`` that makes it.
         noise, target, model_input, model_time: made when asked for (the target by ``noise`` with ``with_target``).
     """
@@ -93,16 +93,17 @@ class Noised:
 
     @property
     def target(self) -> Tensor:
-        """The target of the network: p x0 + q n, shaped and typed as x0."""
+        """The target of the network: p x0 + q n, shaped and typed as x_t."""
         if self.written_target is not None:
             return self.written_target
         p, q = (as_tensor(row) for row in (self.rows.p, self.rows.q))
-        return ops.noise(self.x0, p, q, self.noise_source)[0]
+        dtype = None if self.x_t.dtype == self.x0.dtype else self.x_t.dtype
+        return ops.noise(self.x0, p, q, self.noise_source, dtype=dtype)[0]
 
     @property
     def model_input(self) -> Tensor:
         """The input of the network: x_t, or c_in x_t for a preconditioned prediction ("edm"). It is shaped and typed
-        as x0."""
+        as x_t."""
         scale, _ = self._model_input()
         if scale is None:
             return self.x_t

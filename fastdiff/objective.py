@@ -25,6 +25,7 @@ from .noised import Noised, check_noised, tensor_of
 from .numeric import check_numbers
 from .ops.checks import (
     check_alike,
+    check_data,
     check_floating,
     check_order,
     check_tensor,
@@ -209,11 +210,12 @@ class Objective:
         keep_noise: bool | None = None,
         rng: str = "exact",
         with_target: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Noised:
         """Noise a batch.
 
         Args:
-            x0: clean data [batch, ...], floating point.
+            x0: clean data [batch, ...], floating point; or, with ``dtype``, uint8 images, decoded as x0 / 127.5 - 1.
             t: times of the process: one a sample [batch], a frame [batch, frames], a token, one for all, or with as
                 many dimensions as x0, 1 where shared. None draws one a sample. For video with as many channels as
                 frames, [batch, frames] could be either's and is refused: give it all dimensions.
@@ -233,12 +235,13 @@ class Objective:
             rng: "exact", or "fast" for normals from a GPU's approximate instructions: see ``fastdiff.ops.Philox``.
             with_target: write ``noised.target`` now, for a loss of one's own: in the same launch with Triton, in a
                 second pass elsewhere. ``loss`` does not need it: it makes the target as it goes.
+            dtype: of x_t: float32, bfloat16 or float16; None: the dtype of x0.
 
-        Returns a ``Noised``. Differentiable in x0. Raises TypeError or ValueError for unfit inputs.
+        Returns a ``Noised``. Differentiable in a floating x0. Raises TypeError or ValueError for unfit inputs.
         """
         if isinstance(t, Tensor) and isinstance(x0, Tensor) and t.ndim > max(x0.ndim, 1) and t.numel() > 1:
             raise ValueError(f"x0 has shape {tuple(x0.shape)} and t {tuple(t.shape)}: swapped? The data comes first.")
-        check_floating(x0=x0)
+        check_data(x0, dtype)
         if not x0.ndim:
             raise ValueError("x0 must have a batch dimension; got a scalar.")
         if generator is not None and seed is not None:
@@ -261,7 +264,7 @@ class Objective:
             keep_noise = not remakes_noise(x0.device)
         fast = backend.fast
         if fast is not None and not with_target and not self.input_perturbation:
-            done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng)
+            done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng, dtype)
             if done is not None:
                 return done
         made = source = None
@@ -286,7 +289,7 @@ class Objective:
             t = self._draw(backend, seed, len(x0), sample_offset, x0.device)
         rows, t = self._rows_at(t, x0, compute_dtype(x0, noise))
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
-        call = NoiseCall(x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise)
+        call = NoiseCall(x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise, dtype)
         target = None
         if with_target:
             p, q = rows.p if self.prediction.uses_x0 else None, rows.q if self.prediction.uses_noise else None
@@ -303,7 +306,7 @@ class Objective:
 
     def _fast_noise(
         self, fast: Any, backend: Any, x0: Tensor, t: Any, noise: Tensor | None, seed: Any, sample_offset: int,
-        keep: bool, rng: str,
+        keep: bool, rng: str, dtype: torch.dtype | None,
     ) -> Noised | None:  # fmt: skip
         """``noise`` if a fast call of the backend does it, else None."""
         if seed is not None and type(seed) is not int and (type(seed) is not Tensor or seed.device != x0.device):
@@ -324,12 +327,12 @@ class Objective:
             if noise is not None or x0.requires_grad:
                 return None
             data = x0.contiguous()
-        done = fast.noise(program, draw, data, t, noise, made, keep, rng)
+        done = fast.noise(program, draw, data, t, noise, made, keep, rng, dtype)
         if done is None:
             return None
         x_t, n, t, known = done
         if data is not x0:  # a channels_last network gets a channels_last x_t
-            x_t = torch.empty_like(x0).copy_(x_t)
+            x_t = torch.empty_like(x0, dtype=x_t.dtype).copy_(x_t)
         if noise is not None:
             n = noise
         elif n is None:

@@ -11,7 +11,7 @@ namespace fastdiff {
 
 struct Input {
   const void* data;  // null: absent
-  DType dtype;
+  DType dtype;       // u8, where the operand is data: an image, which stands for u / 127.5 - 1
 };
 
 struct Output {

@@ -235,6 +235,12 @@ inline void write_narrow(const double* from, int count, S* to) {
   write_narrow(singles, count, to);
 }
 
+// u / 127.5 - 1 of a byte, with the bits of two rounded operations: 1 / 127.5 is two parts, a byte times the first is
+// exact, and the sum of both products is rounded once. fastdiff/tensors.py has the same numbers.
+FASTDIFF_INLINE float decoded(uint8_t u) {
+  return (float(u) * 0x1.01p-7f + float(u) * 0x1.010102p-23f) - 1.0f;
+}
+
 // Elements [start, start + count) of `from`; count <= kBlock.
 template <class C>
 FASTDIFF_APART void read(const Input& from, int64_t start, int count, C* to) {
@@ -257,7 +263,7 @@ FASTDIFF_APART void read(const Input& from, int64_t start, int count, C* to) {
       break;
     case DType::u8: {
       const uint8_t* source = (const uint8_t*)from.data + start;
-      for (int k = 0; k < count; ++k) to[k] = C(source[k]);
+      for (int k = 0; k < count; ++k) to[k] = C(decoded(source[k]));
       break;
     }
   }

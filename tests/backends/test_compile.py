@@ -21,6 +21,10 @@ def data(*shape, dtype=torch.float32, grad=False, channels_last=False):
     return x.requires_grad_(grad)
 
 
+def images():
+    return torch.randint(0, 256, (3, 2, 4, 5), dtype=torch.uint8)
+
+
 def rows(batch=3):
     return torch.rand(batch, 1, 1, 1) + 0.5
 
@@ -35,11 +39,11 @@ XI = (None, SEED, 2, 5, 0.0, "exact")
 
 
 def loss_arguments(
-    n, *, weight=None, mask=None, how=("mse", "none", "mean"), dtype=torch.float32, grad=True, third=False
+    n, *, weight=None, mask=None, how=("mse", "none", "mean"), dtype=torch.float32, grad=True, third=False, x0=None
 ):
     c = rows() if how[0] == "pseudo_huber" else None
     weight = rows() if weight is None else weight
-    prediction, x0 = data(3, 2, 4, 5, dtype=dtype, grad=grad), data(3, 2, 4, 5)
+    prediction, x0 = data(3, 2, 4, 5, dtype=dtype, grad=grad), data(3, 2, 4, 5) if x0 is None else x0
     y, r = (data(3, 2, 4, 5), rows()) if third else (None, None)
     return (prediction, weight, x0, *n, rows(), rows(), None, c, mask, y, r, *how)
 
@@ -55,20 +59,25 @@ def gaussian_arguments(n, *, learned=True, grad=True, how=(False, "mean"), dtype
 CASES = {
     "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0)),
     "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, torch.float32, "exact")),
-    "noise given": (OPS.noise, lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True)),
+    "noise given": (OPS.noise, lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True, None)),
     "noise with gradients": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, grad=True), *given(grad=True), rows(), rows(), 0.0, *NONE, True),
+        lambda: (data(3, 2, 4, 5, grad=True), *given(grad=True), rows(), rows(), 0.0, *NONE, True, None),
     ),
-    "noise made": (OPS.noise, lambda: (data(3, 2, 4, 5, grad=True), *MADE, rows(), rows(), 0.1, *XI, True)),
+    "noise made": (OPS.noise, lambda: (data(3, 2, 4, 5, grad=True), *MADE, rows(), rows(), 0.1, *XI, True, None)),
     "noise made, not kept": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, dtype=torch.bfloat16), *MADE, rows(), rows(), 0.0, *NONE, False),
+        lambda: (data(3, 2, 4, 5, dtype=torch.bfloat16), *MADE, rows(), rows(), 0.0, *NONE, False, None),
     ),
     "noise of channels_last": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, channels_last=True), *given(), rows(), rows(), 0.0, *NONE, True),
+        lambda: (data(3, 2, 4, 5, channels_last=True), *given(), rows(), rows(), 0.0, *NONE, True, None),
     ),
+    "noise of images": (
+        OPS.noise,
+        lambda: (images(), *given(grad=True), rows(), rows(), 0.0, *NONE, True, torch.bfloat16),
+    ),
+    "loss of images": (OPS.loss, lambda: loss_arguments(MADE, x0=images())),
     "loss": (OPS.loss, lambda: loss_arguments(given())),
     "loss with made noise": (OPS.loss, lambda: loss_arguments(MADE, dtype=torch.bfloat16)),
     "loss with a learned weight": (OPS.loss, lambda: loss_arguments(given(), weight=rows().requires_grad_())),
@@ -217,7 +226,7 @@ def _reference(operator, *arguments):
         return tuple(torch.empty(0) if s is None else s for s in reference.row_moments(*arguments))
     if name == "noise":
         x0, n, xi = arguments[0], source(*arguments[1:7]), source(*arguments[10:16])
-        x_t, kept = reference.noise(x0, n, *arguments[7:10], xi, arguments[16])
+        x_t, kept = reference.noise(x0, n, *arguments[7:10], xi, *arguments[16:])
         return x_t, kept if isinstance(kept, torch.Tensor) and kept is not n else torch.empty(0)
     if name == "step":
         x, m, row, history = arguments[:4]

@@ -15,6 +15,7 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.backends.layout import layout_of
 from fastdiff.ops.checks import compute_dtype
+from fastdiff.tensors import decoded
 
 if not native.available:
     pytest.skip(native.unavailable_because, allow_module_level=True)
@@ -102,6 +103,21 @@ def test_noise(shape, rows, dtype, simd):
                     assert_same(kept, wanted)
                 else:
                     assert kept is n
+
+
+@pytest.mark.parametrize(("shape", "rows"), LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_images(shape, rows, dtype, simd):
+    images, n = torch.randint(0, 256, shape, dtype=torch.uint8), random(shape, torch.float32)
+    alpha, sigma, weight = (random(rows, torch.float32) for _ in range(3))
+    for source in (n, ops.Philox(99, 3)):
+        arguments = alpha, sigma, 0.0, None, True, dtype
+        for got, want in zip(native.noise(images, source, *arguments), reference.noise(images, source, *arguments)):
+            assert_same(got, want)
+    if layout_of(shape, rows)[1] == rows:
+        how = n, alpha, sigma, None, weight, None, None, "mse", "none", "sum"
+        got, want = (native.loss(n.to(dtype), x0, *how) for x0 in (images, decoded(images)))
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,7 +16,7 @@ from .launch import arrange, contiguous, empty, in_format_of, memory, source, un
 
 def declines(call: NoiseCall) -> str:
     """Why this backend does not support the call; empty if it does."""
-    x0, n, alpha, sigma, _, xi, _ = call
+    x0, n, alpha, sigma, _, xi = call[:6]
     because = unsuited(x0, n, seed_of(n), alpha, sigma, xi, seed_of(xi))
     return because or (COEFFICIENTS if differentiable(alpha, sigma, xi) else "")
 
@@ -50,10 +50,10 @@ class _Noise(torch.autograd.Function):
 
 
 def _launch(call: NoiseCall) -> tuple[Tensor, Any]:
-    x0, n, alpha, sigma, perturbation, xi, keep_noise = call
+    x0, n, alpha, sigma, perturbation, xi, keep_noise = call[:7]
     shape = x0.shape
     layout, (a, s) = arrange(shape, alpha, sigma)
-    x_t, kept = empty(shape, x0.dtype, x0), n
+    x_t, kept = empty(shape, call.stored, x0), n
     if keep_noise and not isinstance(n, Tensor):
         kept = empty(shape, alpha.dtype, x0)
     # What is pointed at must be held until the call returns.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...calls import NoiseCall
+from ...tensors import decoded
 from ..interface import Backend
 from .coefficients import rows
 
@@ -24,5 +25,5 @@ def run(call: NoiseCall, backend: Backend) -> tuple[Tensor, Any]:
     seen = n.to(dtype)
     if xi is not None:
         seen = seen + call.perturbation * xi.to(dtype)
-    x_t = (alpha * call.x0.to(dtype) + sigma * seen).to(call.x0.dtype)
+    x_t = (alpha * decoded(call.x0).to(dtype) + sigma * seen).to(call.stored)
     return x_t, n.to(dtype) if n is not call.n and call.keep_noise else call.n
