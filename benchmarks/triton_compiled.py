@@ -98,16 +98,16 @@ def cases() -> dict[str, Any]:
         alpha, sigma = column[:2] if shape == SHAPE else (meta(shape[0], 1, 1, 1), meta(shape[0], 1, 1, 1))
         return lambda: operations.noise(meta(*shape, dtype=dtype), n, alpha, sigma, 0.0, None, kept)
 
-    def loss(dtype, n, p, function="mse", mask=None, normalization="none", gradient=True, rows=column):
+    def loss(dtype, n, p, function="mse", mask=None, normalization="none", gradient=True, rows=column, x0=None):
         """``p``: the target has x0 in it. v takes its rows from a table; those of a flow, a continuous process, are
         numbers a sample."""
 
         def call():
             prediction = meta(*SHAPE, dtype=dtype).requires_grad_(gradient)
             c = rows[3] if function in ("smooth_l1", "pseudo_huber") else None
-            x0 = meta(*SHAPE, dtype=dtype) if p else None
+            data = None if not p else meta(*SHAPE, dtype=dtype) if x0 is None else x0
             how = function, normalization, "mean"
-            out = operations.loss(prediction, x0, n, rows[0] if p else None, rows[1], None, rows[2], c, mask, *how)
+            out = operations.loss(prediction, data, n, rows[0] if p else None, rows[1], None, rows[2], c, mask, *how)
             if gradient:
                 out.backward()
 
@@ -180,6 +180,13 @@ def cases() -> dict[str, Any]:
         source = given if rng == "given" else ops.Philox(seed, rng=rng)
         arguments = meta(*SHAPE, dtype=bf16), source, *column[:2], 0.0, None, False, *column[2:4]
         found[f"noising with target, {rng}, bf16"] = partial(operations.noise_and_target, *arguments)
+    images = meta(*SHAPE, dtype=torch.uint8)
+    for rng in ("fast", "exact", "given"):
+        source = given if rng == "given" else ops.Philox(seed, rng=rng)
+        found[f"noising images, {rng}, bf16"] = partial(
+            operations.noise, images, source, *column[:2], 0.0, None, False, bf16
+        )
+        found[f"loss v of images, {rng}, bf16"] = loss(bf16, source, True, x0=images)
     found["noising, exact, 1 x 28 x 28, bf16"] = noise((64, 1, 28, 28), bf16, made)
     found["noising, exact, 3 x 31 x 31, bf16"] = noise((64, 3, 31, 31), bf16, made)
     found["noising, channel offsets, bf16"] = noise(SHAPE, bf16, ops.Philox(seed, offset=0.1))

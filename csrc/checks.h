@@ -2,10 +2,12 @@
 // as far as a pointer with a size can be.
 //
 //   tensor   (pointer, dtype code, number of elements), contiguous in memory order; None: absent
+//   image    a tensor, or one of uint8
 //   rows     a tensor in the compute dtype with one element, or one a row
 //   samples  the index of the first, or int64 numbers: of each
 //   noise    a tensor, or (seed, stream, samples, offset) to make it from
 //   mask     (pointer, dtype code, number of elements, sizes, strides): sizes of all elements, strides in elements
+//   order    (sizes, strides) of full-size data that lies in memory without gaps, in another order; None: contiguous
 //   layout   (outer, shared, frames, inner, samples, channels), see Layout
 //
 // Anything unfit raises ValueError and names the argument.
@@ -43,10 +45,11 @@ int64_t parse_integer(const char* name, py::handle value);
 double parse_number(const char* name, py::handle value);
 
 Layout parse_layout(py::handle value);
-Input parse_input(const char* name, py::handle value, int64_t elements);
+Input parse_input(const char* name, py::handle value, int64_t elements, bool image = false);
 Output parse_output(const char* name, py::handle value, int64_t elements);
 Noise parse_noise(const char* name, py::handle value, const Layout& layout);
 Mask parse_mask(py::handle value, const Layout& layout);
+Order parse_order(py::handle value, const Layout& layout);
 
 // Whether there is an object: neither null nor None.
 inline bool given(py::handle value) { return value && !value.is_none(); }
@@ -63,6 +66,10 @@ class Reader {
 
   void input(const char* name, py::handle value, Input& to) {
     if (value) to = parse_input(name, value, layout.elements);
+  }
+  // Data that may be an image of bytes.
+  void image(const char* name, py::handle value, Input& to) {
+    if (value) to = parse_input(name, value, layout.elements, true);
   }
   void noise(const char* name, py::handle value, Noise& to) {
     if (value) to = parse_noise(name, value, layout);

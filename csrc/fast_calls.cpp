@@ -20,8 +20,9 @@ enum Present { kP = 1, kQ = 2, kWeight = 8 };  // of the outputs of a loss's pro
 class BatchReader : public tensors::Reader {
  public:
   // `present`: by bits, which outputs are coefficients of this call.
-  BatchReader(PyObject* first, const Program& program, PyObject* times, int64_t present = -1, bool recorded = false)
-      : Reader(first, recorded), program_(program), times_(times), present_(present) {}
+  BatchReader(PyObject* first, const Program& program, PyObject* times, int64_t present = -1, bool recorded = false,
+              bool image = false)
+      : Reader(first, recorded, false, image), program_(program), times_(times), present_(present) {}
 
   void rows(const char*, py::handle, Rows& to) {
     if (!known) fits = fits && compute_columns();
@@ -76,23 +77,25 @@ py::object make_like(const Reader& read, PyObject* operand, DType dtype, Output&
   return tensors::make_like(operand, dtype, dtype, read.layout.elements, to);
 }
 
-// noise(program, x0, t, n, kept, threads) -> x_t, or None.
-// program: of (alpha, sigma). n: a tensor, or as parse_noise takes it. kept: where to write the noise that is made; or None.
+// noise(program, x0, t, n, kept, dtype, threads) -> x_t, or None.
+// program: of (alpha, sigma). x0: may be an image. n: a tensor, or as parse_noise takes it. kept: where to write the
+// noise that is made; or None. dtype: the code of that of x_t; or None for that of x0, which then is no image.
 py::object noise(PyObject* const* a) {
-  BatchReader read(a[1], program_of(a[0], 2), a[2]);
+  BatchReader read(a[1], program_of(a[0], 2), a[2], -1, false, a[5] != Py_None);
   NoiseOperands from{};
   from.x0 = a[1];
   from.n = a[3];
   NoiseArguments call{};
   fill(read, from, call);
   if (!read.fits || tensors::transformed()) return py::none();
-  const int threads = parse_threads(a[5]);
+  const int threads = parse_threads(a[6]);
   if (View kept; a[4] != Py_None) {
     if (!tensors::view(a[4], kept) || kept.dtype != int(read.compute()) || kept.elements != read.layout.elements)
       return py::none();
     call.keep = kept.output();
   }
-  py::object result = make_like(read, a[1], call.x0.dtype, call.x_t);
+  const DType dtype = a[5] == Py_None ? call.x0.dtype : DType(parse_code("dtype", a[5], int(DType::u8)));
+  py::object result = tensors::make_like(a[1], call.x0.dtype, dtype, read.layout.elements, call.x_t);
   run_unlocked(read, call, threads);
   return result;
 }
@@ -171,7 +174,7 @@ py::object times(PyObject* const* a) {
 
 using tensors::fast_call;
 
-PyMethodDef methods[] = {fast_method<fast_call<noise>, 6>("fast_noise"),
+PyMethodDef methods[] = {fast_method<fast_call<noise>, 7>("fast_noise"),
                          fast_method<fast_call<loss>, 10>("fast_loss"),
                          fast_method<fast_call<convert>, 5>("fast_convert"),
                          fast_method<fast_call<step>, 7>("fast_step"),

@@ -10,14 +10,14 @@ namespace fastdiff {
 // Python's objects, in the order of fastdiff._C's functions; see checks.h for what they are there. A caller sets those
 // that it has. Coefficients that are prepared, and results that a call makes itself, it puts into the arguments.
 struct NoiseOperands {
-  PyObject *x0, *alpha, *sigma, *n, *perturbation, *xi, *x_t, *keep;
+  PyObject *x0, *alpha, *sigma, *n, *perturbation, *xi, *x_t, *keep, *order;
 };
 struct ConvertOperands {
   PyObject *m, *x_t, *k_x, *k_m, *out;
 };
 struct LossOperands {
   PyObject *prediction, *x0, *n, *p, *q, *scale, *weight, *c, *mask, *y, *r, *function, *normalization, *reduction,
-      *upstream, *result, *means, *gradient;
+      *upstream, *result, *means, *gradient, *order;
 };
 struct GaussianOperands {
   PyObject *output, *x0, *n, *p, *q, *scale, *l_0, *l_v, *l_q, *half_width, *weight, *simple_weight, *freeze_mean,
@@ -47,7 +47,7 @@ struct StepOperands {
 template <class Reader>
 void fill(Reader& read, const NoiseOperands& from, NoiseArguments& to) {
   const int64_t elements = read.layout.elements;
-  read.input("x0", from.x0, to.x0);
+  read.image("x0", from.x0, to.x0);
   read.noise("n", from.n, to.n);
   if (given(from.xi)) read.noise("xi", from.xi, to.xi);
   if (from.perturbation) to.perturbation = read.number("perturbation", from.perturbation);
@@ -55,6 +55,7 @@ void fill(Reader& read, const NoiseOperands& from, NoiseArguments& to) {
   read.rows("sigma", from.sigma, to.sigma);
   optional_output("x_t", from.x_t, elements, to.x_t);
   optional_output("keep", from.keep, elements, to.keep, read.compute());
+  if (given(from.order)) to.order = parse_order(from.order, read.layout);
   to.layout = read.layout;
 }
 
@@ -73,7 +74,7 @@ void fill(Reader& read, const LossOperands& from, LossCall& call) {
   LossArguments& to = call.kernel;
   const Layout& layout = read.layout;
   read.input("prediction", from.prediction, to.prediction);
-  if (given(from.x0)) read.input("x0", from.x0, to.x0);
+  if (given(from.x0)) read.image("x0", from.x0, to.x0);
   if (given(from.y)) read.input("y", from.y, to.y);
   if (given(from.n)) read.noise("n", from.n, to.n);
   if (from.p != Py_None) read.rows("p", from.p, to.p);
@@ -99,6 +100,7 @@ void fill(Reader& read, const LossOperands& from, LossCall& call) {
   optional_output("means", from.means, layout.rows, means, DType::f64);
   call.means = (double*)means.data;
   optional_output("gradient", from.gradient, layout.elements, to.gradient);
+  if (given(from.order)) to.order = parse_order(from.order, layout);
   to.layout = layout;
 }
 

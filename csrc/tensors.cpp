@@ -33,7 +33,7 @@ struct Functions {
   void* stream;
 };
 constexpr int32_t kCpu = 1;
-enum TypeCode { kInt = 0, kFloat = 2, kBrainFloat = 4 };
+enum TypeCode { kInt = 0, kUnsigned = 1, kFloat = 2, kBrainFloat = 4 };
 
 constexpr int kMostKinds = 4;
 
@@ -48,6 +48,7 @@ int dtype_of(DataType type) {
   if (type.code == kFloat && type.bits == 64) return int(DType::f64);
   if (type.code == kBrainFloat && type.bits == 16) return int(DType::bf16);
   if (type.code == kFloat && type.bits == 16) return int(DType::f16);
+  if (type.code == kUnsigned && type.bits == 8) return int(DType::u8);
   return type.code == kInt && type.bits == 64 ? kIndex : -1;
 }
 
@@ -133,20 +134,27 @@ py::object make_like(PyObject* tensor, DType has, DType dtype, int64_t elements,
   return made;
 }
 
-Reader::Reader(PyObject* first, bool recorded, bool table)
+namespace {
+
+bool is_data(const View& tensor, bool image) { return tensor.floating() || (image && tensor.dtype == int(DType::u8)); }
+
+}  // namespace
+
+Reader::Reader(PyObject* first, bool recorded, bool table, bool image)
     : fastdiff::Reader(Layout{}), unread_(first), table_(table) {
-  fits = view(first, first_) && first_.floating() && first_.dims >= 1 && (recorded || !differentiable(first));
+  fits = view(first, first_) && is_data(first_, image) && first_.dims >= 1 && (recorded || !differentiable(first));
   if (!fits) return;
   const int64_t batch = first_.sizes[0], elements = first_.elements;
   layout = {batch, 1, 1, elements / batch, batch, first_.dims > 1 ? first_.sizes[1] : 1, batch, elements};
 }
 
-void Reader::input(const char*, py::handle value, Input& to) {
+void Reader::input(const char*, py::handle value, Input& to, bool image) {
   if (!value || !fits) return;
   View found;
   if (value.ptr() == unread_)
     to = first_.input();
-  else if ((fits = view(value.ptr(), found) && found.floating() && same_shape(found, first_) && !differentiable(value.ptr())))
+  else if ((fits = view(value.ptr(), found) && is_data(found, image) && same_shape(found, first_) &&
+                   !differentiable(value.ptr())))
     to = found.input();
   unread_ = nullptr;
   if (to.dtype != DType::f64) return;

@@ -24,7 +24,7 @@ struct View {
 
   bool floating() const { return dtype <= int(DType::f16); }
   size_t item_size() const {
-    return dtype == int(DType::f64) || dtype == kIndex ? 8 : dtype == int(DType::f32) ? 4 : 2;
+    return dtype == int(DType::f64) || dtype == kIndex ? 8 : dtype == int(DType::f32) ? 4 : dtype == int(DType::u8) ? 1 : 2;
   }
   Input input() const { return {data, DType(dtype)}; }
   Output output() const { return {data, DType(dtype), false}; }
@@ -64,16 +64,18 @@ py::object fast_call(PyObject* const* arguments) {
   }
 }
 
-// Reads contiguous floating-point tensors of one shape, through which no gradient is to flow. What is unfit raises
+// Reads contiguous tensors of one shape, floating-point or where it says so images, through which no gradient is to flow. What is unfit raises
 // nothing: `fits` becomes false, and Python does the call, or refuses it.
 class Reader : public fastdiff::Reader {
  public:
   bool fits;
 
   // `first`: the operand that is read first. Its dimension 0 is the batch, one row a sample. `recorded`: its gradient is
-  // the caller's. `table`: of a step table, which is for data that is not float64, and takes no seeds.
-  explicit Reader(PyObject* first, bool recorded = false, bool table = false);
-  void input(const char* name, py::handle value, Input& to);
+  // the caller's. `table`: of a step table, which is for data that is not float64, and takes no seeds. `image`: the first
+  // operand may be one.
+  explicit Reader(PyObject* first, bool recorded = false, bool table = false, bool image = false);
+  void input(const char* name, py::handle value, Input& to, bool image = false);
+  void image(const char* name, py::handle value, Input& to) { input(name, value, to, true); }
   void noise(const char* name, py::handle value, Noise& to);
   void rows(const char* name, py::handle value, Rows& to, int columns = 1);  // one row in the compute dtype
   double number(const char* name, py::handle value);

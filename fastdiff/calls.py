@@ -50,18 +50,25 @@ class NormalCall(NamedTuple):
 class NoiseCall(NamedTuple):
     """x_t = alpha x0 + sigma (n + perturbation xi).
 
-    Its result is (x_t, n): x_t in the dtype of x0; n as a tensor of the compute dtype, or as it came if ``keep_noise``
-    is False."""
+    Its result is (x_t, n): x_t in ``dtype``; n as a tensor of the compute dtype, or as it came if ``keep_noise`` is
+    False."""
 
-    x0: Tensor  # [batch, ...]
+    x0: Tensor  # [batch, ...]; uint8: images, which stand for x0 / 127.5 - 1
     n: Tensor | Philox  # [batch, ...]
     alpha: Any  # placed
     sigma: Any  # placed
     perturbation: float = 0.0
     xi: Noise = None  # [batch, ...]
     keep_noise: bool = True
+    dtype: torch.dtype | None = None  # of x_t; None: that of x0, which then is no image
+    order: tuple[int, ...] | None = None  # in which the dimensions of x_t lie in memory; None: as x0
 
     operation = "noise"
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype of x_t."""
+        return self.x0.dtype if self.dtype is None else self.dtype
 
 
 class LossCall(NamedTuple):
@@ -69,10 +76,11 @@ class LossCall(NamedTuple):
 
     The shape of ``weight`` says what a row is. The result has the compute dtype: that shape for reduction "none", a
     scalar for "mean" and "sum". An element under a mask of 0, and a row of weight 0, add 0, whatever they hold. An
-    error in another error space is the same operation with another ``scale``."""
+    error in another error space is the same operation with another ``scale``. The prediction may lie in memory in
+    another order than x0; its gradient lies as it does."""
 
     prediction: Tensor  # [batch, ...]
-    x0: Tensor | None  # [batch, ...]
+    x0: Tensor | None  # [batch, ...]; uint8: images, as in NoiseCall
     n: Noise  # [batch, ...]
     p: Any  # placed
     q: Any  # placed

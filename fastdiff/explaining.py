@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .backends.interface import Backend
@@ -39,14 +40,15 @@ def _formula(traced: Traced | Program) -> str:
 def _of_batch(objective: Any, x0: Tensor) -> list[str]:
     """How a batch like ``x0`` would be noised, and the loss of a network's output for it computed."""
     backend = get(x0.device)
-    noised = objective.noise(x0.detach(), seed=0)
+    dtype = torch.bfloat16 if x0.dtype == torch.uint8 else None
+    noised = objective.noise(x0.detach(), seed=0, dtype=dtype)
     n, rows, t = noised.noise_source, noised.rows, noised.t
     fast = "one fast call of the backend {}"
     keep = not remakes_noise(x0.device)
     done = None
     if backend.fast is not None and not objective.input_perturbation:
-        done = objective._fast_noise(backend.fast, backend, x0, None, None, 0, 0, keep, "exact")
-    call: Call = NoiseCall(x0, Philox(0), rows.alpha, rows.sigma, objective.input_perturbation, None, keep)
+        done = objective._fast_noise(backend.fast, backend, x0, None, None, 0, 0, keep, "exact", dtype)
+    call: Call = NoiseCall(x0, Philox(0), rows.alpha, rows.sigma, objective.input_perturbation, None, keep, dtype)
     lines = ["noise: " + (fast.format(backend.name) if done is not None else _way(backend, call))]
     prediction = noised.x_t.detach().requires_grad_()
     done = objective._fast_loss(prediction, x0, n, t, rows)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import explaining, from_scheduler, losses, ops, sampling
+from . import converting, explaining, from_scheduler, losses, ops, sampling
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
@@ -19,12 +19,12 @@ from .calls import LossCall, NoiseCall, UniformCall
 from .coefficients import Coefficients, Rows, Traced, drawn
 from .element_weights import carried, has_elements
 from .losses import Loss
-from .modes import wrapping
 from .names import OF_OBJECTIVE, answers_keywords
 from .noised import Noised, check_noised, tensor_of
 from .numeric import check_numbers
 from .ops.checks import (
     check_alike,
+    check_data,
     check_floating,
     check_order,
     check_tensor,
@@ -32,7 +32,6 @@ from .ops.checks import (
     compute_dtype,
     in_dtype,
     place_given,
-    place_rows,
     shape_of_rows,
 )
 from .ops.dispatch import get as backend_of
@@ -46,6 +45,7 @@ from .samplers import Sampler
 from .showing import brief, warn
 from .tensors import as_tensor, value_checks_are_free
 from .timesteps import Timesteps
+from .tokens import Tokens, joined, split
 from .weighting import WeightingLike
 
 # The attributes of an objective that its coefficients are made of: they cannot be changed.
@@ -210,11 +210,13 @@ class Objective:
         keep_noise: bool | None = None,
         rng: str = "exact",
         with_target: bool = False,
+        dtype: torch.dtype | None = None,
+        tokens: Tokens | None = None,
     ) -> Noised:
         """Noise a batch.
 
         Args:
-            x0: clean data [batch, ...], floating point.
+            x0: clean data [batch, ...], floating point; or, with ``dtype``, uint8 images, decoded as x0 / 127.5 - 1.
             t: times of the process: one a sample [batch], a frame [batch, frames], a token, one for all, or with as
                 many dimensions as x0, 1 where shared. None draws one a sample. For video with as many channels as
                 frames, [batch, frames] could be either's and is refused: give it all dimensions.
@@ -222,7 +224,7 @@ class Objective:
                 noise for RectifiedFlow, in [0, 1]; sigma / alpha for the others. A sigma passed as t would be shifted
                 again.
             noise: shaped as x0, used as it is (no offset is added); None makes it from the seed. It is drawn in the
-                order of x0's elements: packed and unpacked latents of one seed get other noise.
+                order of x0's elements: latents that were packed before get other noise than with ``tokens``.
             generator: the seed is drawn from it (None: PyTorch's default one), on its device.
             seed: use this 64-bit seed (int or int64 tensor) instead of drawing one. With the same seed, t and noise of
                 a sample depend on its index alone: noising a batch of 8 is noising its halves, the second with
@@ -237,12 +239,15 @@ class Objective:
             rng: "exact", or "fast" for normals from a GPU's approximate instructions: see ``fastdiff.ops.Philox``.
             with_target: write ``noised.target`` now, for a loss of one's own: in the same launch with Triton, in a
                 second pass elsewhere. ``loss`` does not need it: it makes the target as it goes.
+            dtype: of x_t: float32, bfloat16 or float16; None: the dtype of x0.
+            tokens: x_t, its target and the network's output are packed tokens of x0 [B, C, H, W]: see
+                ``fastdiff.Tokens``. Data, noise, masks and element weights stay as they are, with one time a sample.
 
-        Returns a ``Noised``. Differentiable in x0. Raises TypeError or ValueError for unfit inputs.
+        Returns a ``Noised``. Differentiable in a floating x0. Raises TypeError or ValueError for unfit inputs.
         """
         if isinstance(t, Tensor) and isinstance(x0, Tensor) and t.ndim > max(x0.ndim, 1) and t.numel() > 1:
             raise ValueError(f"x0 has shape {tuple(x0.shape)} and t {tuple(t.shape)}: swapped? The data comes first.")
-        check_floating(x0=x0)
+        check_data(x0, dtype)
         if not x0.ndim:
             raise ValueError("x0 must have a batch dimension; got a scalar.")
         if generator is not None and seed is not None:
@@ -264,8 +269,8 @@ class Objective:
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
         fast = backend.fast
-        if fast is not None and not with_target and not self.input_perturbation:
-            done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng)
+        if fast is not None and tokens is None and not with_target and not self.input_perturbation:
+            done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng, dtype)
             if done is not None:
                 return done
         made = source = None
@@ -288,16 +293,18 @@ class Objective:
                 )
         if t is None:
             t = self._draw(backend, seed, len(x0), sample_offset, x0.device)
-        rows, t = self._rows_at(t, x0, compute_dtype(x0, noise))
+        data, source, order = split(tokens, x0, t, source)
+        rows, t = self._rows_at(t, data, compute_dtype(x0, noise))
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
-        call = NoiseCall(x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise)
+        call = NoiseCall(data, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise, dtype, order)
         target = None
         if with_target:
             p, q = rows.p if self.prediction.uses_x0 else None, rows.q if self.prediction.uses_noise else None
             x_t, n, target = backend.noise_and_target(call, p, q)
         else:
             x_t, n = run(backend, call)
-        return Noised(self, x0, x_t, t, n, rows, target)
+        x_t, n, target = joined(tokens, x0, x_t, n if noise is None else noise, target)
+        return Noised(self, x0, x_t, t, n, rows, target, tokens)
 
     def _no_times(self, t: Tensor) -> bool:
         """Whether numbers like noise, where looking at them is free, cannot be times."""
@@ -307,7 +314,7 @@ class Objective:
 
     def _fast_noise(
         self, fast: Any, backend: Any, x0: Tensor, t: Any, noise: Tensor | None, seed: Any, sample_offset: int | Tensor,
-        keep: bool, rng: str,
+        keep: bool, rng: str, dtype: torch.dtype | None,
     ) -> Noised | None:  # fmt: skip
         """``noise`` if a fast call of the backend does it, else None."""
         if seed is not None and type(seed) is not int and (type(seed) is not Tensor or seed.device != x0.device):
@@ -328,12 +335,12 @@ class Objective:
             if noise is not None or x0.requires_grad:
                 return None
             data = x0.contiguous()
-        done = fast.noise(program, draw, data, t, noise, made, keep, rng)
+        done = fast.noise(program, draw, data, t, noise, made, keep, rng, dtype)
         if done is None:
             return None
         x_t, n, t, known = done
         if data is not x0:  # a channels_last network gets a channels_last x_t
-            x_t = torch.empty_like(x0).copy_(x_t)
+            x_t = torch.empty_like(x0, dtype=x_t.dtype).copy_(x_t)
         if noise is not None:
             n = noise
         elif n is None:
@@ -384,7 +391,7 @@ class Objective:
         """The loss of the network's output.
 
         Args:
-            prediction: the output for ``noised``, shaped as x_t, any floating-point dtype.
+            prediction: the output for ``noised``, shaped as x_t (tokens, if x_t is), any floating-point dtype.
             noised: from ``noise``, of this or of another objective with the same process: weights, error and target are
                 this one's.
             mask: bool or float, broadcastable to prediction, with fewer dimensions aligned at the left, as t is:
@@ -410,6 +417,8 @@ class Objective:
         check_noised(prediction, noised)
         x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
         noised.check_unchanged()
+        if (tokens := noised.tokens) is not None:
+            x0, n, prediction, mask, weight, target, y = tokens.of_loss(x0, n, prediction, mask, weight, target, y)
         if noised.objective is not self:
             process = noised.objective.process
             if not torch.compiler.is_compiling() and not self.process.has_levels_of(process):
@@ -537,14 +546,6 @@ class Objective:
         """
         return sampling.sample(model, shape, self, sampler, steps, **options)
 
-    def _fast_convert(self, kind: Prediction, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
-        """The output as another kind if a fast call of a backend can compute it, else None."""
-        fast = backend_of(x_t.device).fast
-        program = None if fast is None else self._coefficients.conversion(kind)
-        if program is None or not program.finite or wrapping() is not None:
-            return None
-        return fast.convert(program, prediction, x_t, t)
-
     def explain(self, x0: Tensor | None = None) -> str:
         """What computes the coefficients and the times of this objective; and, given a batch like those of training,
         which backend noises it and computes its loss, and why the faster ways do not.
@@ -564,41 +565,5 @@ class Objective:
         """
         check_noised(prediction, noised)
         check_tensor("prediction", prediction, "prediction")
-        kind = kinds.get(kind)
-        x_t, t = noised.x_t, noised.t
         noised.check_unchanged()
-        done = self._fast_convert(kind, prediction, x_t, t)
-        return self._convert(prediction, x_t, t, kind) if done is None else done
-
-    def _convert(
-        self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: Prediction, kept: Tensor | None = None
-    ) -> Tensor:
-        """``convert`` for any rows of a noised batch.
-
-        Args:
-            kept: bool [batch]; the coefficients of the other samples are 0, also where they are not finite.
-        """
-        program = self._coefficients.conversion(kind)
-        if program is not None:
-            placed = place_rows("t", t, x_t.shape)
-            self.process.check_t(placed)
-            k_x, k_m = backend_of(x_t.device).evaluate(program, placed, compute_dtype(prediction, x_t))
-            singular = not program.finite
-        else:  # float64, as it may be what a gradient is asked for
-            k_x, k_m = (
-                place_rows("t", row, x_t.shape)
-                for row in kinds.conversion(self.prediction, kind, self.process.levels(t))
-            )
-            singular = True
-        if kept is not None:
-            k_x, k_m = (torch.where(place_rows("kept", kept, x_t.shape), as_tensor(row), 0.0) for row in (k_x, k_m))
-        if singular and value_checks_are_free(t):
-            finite = (as_tensor(k_x).isfinite() & as_tensor(k_m).isfinite()).reshape(t.shape)
-            if not bool(finite.all()):
-                bad = t[~finite].flatten()[0]
-                raise ValueError(
-                    f"{self.prediction.name!r} does not determine {kind.name!r} at t = {bad.item()} of "
-                    f"{self.process!r} (SNR {self.process.levels(bad).snr.item():g}): use prediction='v_prediction' or "
-                    f"'sample'."
-                )
-        return ops.convert(prediction, x_t, k_x, k_m)
+        return converting.convert(self, prediction, noised.x_t, noised.t, kinds.get(kind))

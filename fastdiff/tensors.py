@@ -1,4 +1,5 @@
-"""Helpers for coefficients, one a row: a lookup in a table by the times t, and whether looking at values is free."""
+"""Helpers for coefficients, one a row: a lookup in a table by the times t, and whether looking at values is free; and
+the decoding of images."""
 
 from __future__ import annotations
 
@@ -49,6 +50,22 @@ def gather_rows(table: Tensor, t: Tensor) -> Tensor:
         return table[index]
     rows = table[index.clamp(0, len(table) - 1)]
     return torch.where(((index >= 0) & (index < len(table))).unsqueeze(-1), rows, math.nan)
+
+
+# 1 / 127.5 in two parts: a byte times the first is exact, so the sum of both products is rounded once, fused or not. It
+# is the quotient, correctly rounded, of all 256 bytes, on every device; a division by a number is not: CUDA multiplies.
+# csrc/cpu/storage.h and backends/triton/philox.py have the same numbers.
+IMAGE_SCALE = (2.0**-7 + 2.0**-15, float.fromhex("0x1.010102p-23"))
+
+
+def decoded(x0: Tensor) -> Tensor:
+    """Images of uint8 as float32 in [-1, 1]: x0 / 127.5 - 1, with the bits of two rounded operations. Other data is
+    returned as it is."""
+    if x0.dtype != torch.uint8:
+        return x0
+    high, low = IMAGE_SCALE
+    u = x0.float()
+    return (u * high + u * low) - 1.0
 
 
 def as_tensor(row: Tensor | Gathered) -> Tensor:

@@ -126,15 +126,16 @@ class Backend:
         raise NotImplementedError
 
     def noise_and_target(self, call: NoiseCall, p: Any, q: Any) -> tuple[Tensor, Any, Tensor]:
-        """(x_t, n, target): ``noise``, and the target p x0 + q n in the dtype of x0, shaped as x0. Two passes, unless a
-        backend does both in one.
+        """(x_t, n, target): ``noise``, and the target p x0 + q n in the dtype of x_t, shaped as x0. Two passes, unless
+        a backend does both in one.
 
         Args:
             p, q: placed coefficients; None leaves the term out.
         """
         x_t, n = run(self, call)
         zero = torch.zeros((1,) * call.x0.ndim, dtype=call.alpha.dtype, device=call.x0.device)
-        target = NoiseCall(call.x0, n, zero if p is None else p, zero if q is None else q, keep_noise=False)
+        p, q = zero if p is None else p, zero if q is None else q
+        target = NoiseCall(call.x0, n, p, q, keep_noise=False, dtype=call.dtype, order=call.order)
         return x_t, n, run(self, target)[0]
 
     # ---- coefficients at times

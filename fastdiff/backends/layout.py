@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -22,6 +24,14 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
         return None
     order = tuple(sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d)))
     return order if tensor.permute(order).is_contiguous() else None
+
+
+def empty_in_order(shape: tuple[int, ...], order: tuple[int, ...] | None, dtype: torch.dtype, device: Any) -> Tensor:
+    """A new tensor of ``shape`` whose dimensions lie in memory in ``order``; None: as they are."""
+    if order is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return torch.empty([shape[d] for d in order], dtype=dtype, device=device).permute(back)
 
 
 @lru_cache(maxsize=256)

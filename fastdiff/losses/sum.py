@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from .. import converting
 from .. import prediction as kinds
 from ..noised import Noised, check_noised
 from ..numeric import check_numbers
@@ -326,7 +327,7 @@ class _Batch:
             return objective.convert(prediction, noised, kind)
         prediction = self._masked(self._taken("prediction", prediction))
         x_t, t = self._masked(self._taken("x_t", noised.x_t)), self._taken("t", self._times())
-        return objective._convert(prediction, x_t, t, kind, self.kept)
+        return converting.of_rows(objective, prediction, x_t, t, kind, self.kept)
 
     def _masked(self, data: Tensor) -> Tensor:
         """``data`` with zeros in rows that all terms leave out: what they hold reaches nothing."""

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..numeric import check_numbers
 from ..tensors import Gathered, as_tensor
 
+IMAGES_TO = (torch.float32, torch.bfloat16, torch.float16)  # what x_t may be stored in where a dtype is given
+
 
 def check_tensor(what: str, value: Any, name: str) -> None:
     """Raise TypeError for a value that is no tensor. If it holds a tensor (a loader's batch, a network's output), the
@@ -52,6 +54,27 @@ def check_floating(**tensors: Tensor) -> None:
         scale = f" Scale images to about [-1, 1] first, for example {name}.float() / 127.5 - 1." if name == "x0" else ""
         raise TypeError(
             f"{name} must be floating point (float16, bfloat16, float32 or float64); got {tensor.dtype}.{scale}"
+        )
+
+
+def is_image(x0: Any) -> bool:
+    """Whether x0 is a tensor of uint8, which stands for x0 / 127.5 - 1."""
+    return isinstance(x0, Tensor) and x0.dtype == torch.uint8
+
+
+def check_data(x0: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise TypeError or ValueError unless x0 is floating point, or uint8 together with ``dtype``, that of x_t."""
+    if dtype is None and isinstance(x0, Tensor) and x0.is_floating_point():
+        return
+    if dtype is not None and dtype not in IMAGES_TO:
+        accepted = ", ".join(map(str, IMAGES_TO))
+        raise ValueError(f"dtype, of x_t, must be one of {accepted}, or None for that of x0; got {dtype!r}.")
+    if not is_image(x0):
+        check_floating(x0=x0)
+    elif dtype is None:
+        raise TypeError(
+            "x0 must be floating point, or uint8 with dtype=, the dtype of x_t; got torch.uint8 without dtype. With "
+            "dtype=torch.bfloat16, say, images are decoded while they are noised, as x0.float() / 127.5 - 1 is."
         )
 
 

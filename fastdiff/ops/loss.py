@@ -15,7 +15,7 @@ from ..philox import Philox
 from ..showing import warn
 from ..tensors import as_tensor, value_checks_are_free
 from . import dispatch
-from .checks import check_alike, check_floating, check_tensor, compute_dtype, place_all
+from .checks import check_alike, check_floating, check_tensor, compute_dtype, is_image, place_all
 from .noise import check_noise
 
 MASK_NORMALIZATIONS = ("none", "row", "sample", "global")
@@ -43,8 +43,8 @@ def loss(
 
     Args:
         prediction: the network's output, any floating-point dtype, [batch, ...].
-        x0, n: data and noise, shaped as prediction. x0 is not read where p is None, n not where q is None. A
-            ``Philox`` makes the noise again.
+        x0, n: data and noise, shaped as prediction. x0 may be uint8 images, as in ``noise``. x0 is not read where p is
+            None, n not where q is None. A ``Philox`` makes the noise again.
         p, q, weight, scale, c, r: rows (``fastdiff.ops.checks.place_rows``) or numbers. ``weight`` may require grad.
         y: a third operand of the target, shaped as prediction (another output of the network, say); not read where r is
             None.
@@ -62,7 +62,7 @@ def loss(
         row_shape: the shape of "none"'s result and of the rows; default: that of ``weight``, or [batch].
 
     Returns a scalar, or ``row_shape``: float32 (float64 with float64 inputs). Sums are taken in float64. Differentiable
-    in prediction, x0, n, y and weight. A batch of size 0 has the sum 0 and, as in PyTorch, the mean NaN.
+    in prediction, a floating x0, n, y and weight. A batch of size 0 has the sum 0 and, as in PyTorch, the mean NaN.
 
     Raises TypeError or ValueError for unfit inputs. Warns, on the CPU, where looking costs nothing, of a mask that is 0
     everywhere: the loss and its gradient are 0.
@@ -124,7 +124,8 @@ def check_loss(
     """Raise TypeError or ValueError unless these go together. Returns the mask, with all of its dimensions."""
     check_floating(prediction=prediction)
     if x0 is not None:
-        check_floating(x0=x0)
+        if not is_image(x0):
+            check_floating(x0=x0)
         check_alike(x0=x0, prediction=prediction)
     if y is not None:
         check_floating(y=y)

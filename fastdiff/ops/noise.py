@@ -10,7 +10,7 @@ from torch import Tensor
 from ..calls import NoiseCall
 from ..philox import Philox, Stream
 from . import dispatch
-from .checks import check_alike, check_floating, compute_dtype, place_all
+from .checks import check_alike, check_data, check_floating, compute_dtype, place_all
 
 
 def noise(
@@ -22,25 +22,28 @@ def noise(
     perturbation: float = 0.0,
     perturbation_noise: Tensor | Philox | None = None,  # [B, ...]
     keep_noise: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | Philox]:
     """x_t = alpha x0 + sigma (n + perturbation xi).
 
     Args:
-        x0: clean data, any floating-point dtype and shape [batch, ...].
+        x0: clean data, any floating-point dtype and shape [batch, ...]. Or, with ``dtype``, uint8 images, which stand
+            for x0 / 127.5 - 1: they are decoded in the same pass, with the bits of decoding them in float32 first.
         alpha, sigma: rows, see ``fastdiff.ops.checks.place_rows``.
         n: the noise, shaped as x0; or a ``Philox`` to make it from.
         perturbation, perturbation_noise: input perturbation (Ning et al. 2023): x_t is made with n + perturbation xi,
             but the noise that is returned, of which a target is made, is n.
         keep_noise: True returns noise that was made here as a tensor. False returns the ``Philox``, from which it can
             be made again, and takes no full-size memory.
+        dtype: of x_t: float32, bfloat16 or float16; None: the dtype of x0.
 
     Returns:
-        (x_t, n): x_t in the dtype of x0; n as it was given, or the noise that was made, in float32 (float64 with
+        (x_t, n): x_t in ``dtype``; n as it was given, or the noise that was made, in float32 (float64 with
         float64 inputs).
 
-    Differentiable in x0, alpha, sigma and a given n. Raises TypeError or ValueError for unfit inputs.
+    Differentiable in a floating x0, alpha, sigma and a given n. Raises TypeError or ValueError for unfit inputs.
     """
-    check_floating(x0=x0)
+    check_data(x0, dtype)
     given = check_noise(x0=x0, noise=n)
     xi = None
     if perturbation:
@@ -51,7 +54,7 @@ def noise(
         check_noise(x0=x0, perturbation_noise=perturbation_noise)
         xi = perturbation_noise
     alpha, sigma = place_all(x0.shape, compute_dtype(x0, given), x0.device, alpha=alpha, sigma=sigma)
-    call = NoiseCall(x0, n, alpha, sigma, perturbation, xi, keep_noise)
+    call = NoiseCall(x0, n, alpha, sigma, perturbation, xi, keep_noise, dtype)
     return dispatch.run(call, x0.device)
 
 

@@ -21,6 +21,10 @@ def data(*shape, dtype=torch.float32, grad=False, channels_last=False):
     return x.requires_grad_(grad)
 
 
+def images():
+    return torch.randint(0, 256, (3, 2, 4, 5), dtype=torch.uint8)
+
+
 def rows(batch=3):
     return torch.rand(batch, 1, 1, 1) + 0.5
 
@@ -37,11 +41,11 @@ BY_ID = (None, SEED, 0, 0, IDS, 0.1, "exact")
 
 
 def loss_arguments(
-    n, *, weight=None, mask=None, how=("mse", "none", "mean"), dtype=torch.float32, grad=True, third=False
+    n, *, weight=None, mask=None, how=("mse", "none", "mean"), dtype=torch.float32, grad=True, third=False, x0=None
 ):
     c = rows() if how[0] == "pseudo_huber" else None
     weight = rows() if weight is None else weight
-    prediction, x0 = data(3, 2, 4, 5, dtype=dtype, grad=grad), data(3, 2, 4, 5)
+    prediction, x0 = data(3, 2, 4, 5, dtype=dtype, grad=grad), data(3, 2, 4, 5) if x0 is None else x0
     y, r = (data(3, 2, 4, 5), rows()) if third else (None, None)
     return (prediction, weight, x0, *n, rows(), rows(), None, c, mask, y, r, *how)
 
@@ -54,26 +58,69 @@ def gaussian_arguments(n, *, learned=True, grad=True, how=(False, "mean"), dtype
     return (output, rows(), data(3, 2, 4, 5), *n, *coefficients, *how)
 
 
+PATCHES, TOKENS = (3, 2, 2, 2, 3, 2), [0, 2, 4, 1, 3, 5]
+
+
+def as_tokens(x):
+    """In the memory order of tokens."""
+    return x.permute(TOKENS).contiguous().permute([TOKENS.index(d) for d in range(6)])
+
+
+def patch_rows():
+    return torch.rand(3, 1, 1, 1, 1, 1) + 0.5
+
+
+def of_tokens():
+    return patch_rows(), patch_rows(), *(None,) * 5, "mse", "none", "mean"
+
+
 CASES = {
     "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0, None)),
     "uniform by id": (OPS.uniform, lambda: (SEED, 3, 3, 0, IDS)),
     "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, None, torch.float32, "exact")),
     "normal by id": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 0, IDS, torch.float32, "exact")),
-    "noise given": (OPS.noise, lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True)),
+    "noise given": (OPS.noise, lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True, None, None)),
     "noise with gradients": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, grad=True), *given(grad=True), rows(), rows(), 0.0, *NONE, True),
+        lambda: (data(3, 2, 4, 5, grad=True), *given(grad=True), rows(), rows(), 0.0, *NONE, True, None, None),
     ),
-    "noise made": (OPS.noise, lambda: (data(3, 2, 4, 5, grad=True), *MADE, rows(), rows(), 0.1, *XI, True)),
-    "noise made by id": (OPS.noise, lambda: (data(3, 2, 4, 5, grad=True), *BY_ID, rows(), rows(), 0.1, *XI, True)),
+    "noise made": (OPS.noise, lambda: (data(3, 2, 4, 5, grad=True), *MADE, rows(), rows(), 0.1, *XI, True, None, None)),
+    "noise made by id": (
+        OPS.noise,
+        lambda: (data(3, 2, 4, 5, grad=True), *BY_ID, rows(), rows(), 0.1, *XI, True, None, None),
+    ),
     "noise made, not kept": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, dtype=torch.bfloat16), *MADE, rows(), rows(), 0.0, *NONE, False),
+        lambda: (data(3, 2, 4, 5, dtype=torch.bfloat16), *MADE, rows(), rows(), 0.0, *NONE, False, None, None),
     ),
     "noise of channels_last": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, channels_last=True), *given(), rows(), rows(), 0.0, *NONE, True),
+        lambda: (data(3, 2, 4, 5, channels_last=True), *given(), rows(), rows(), 0.0, *NONE, True, None, None),
     ),
+    "noise of images": (
+        OPS.noise,
+        lambda: (images(), *given(grad=True), rows(), rows(), 0.0, *NONE, True, torch.bfloat16, None),
+    ),
+    "noise of tokens": (
+        OPS.noise,
+        lambda: (data(*PATCHES, grad=True), *MADE, patch_rows(), patch_rows(), 0.0, *NONE, True, None, TOKENS),
+    ),
+    "loss of tokens": (
+        OPS.loss,
+        lambda: (as_tokens(data(*PATCHES)).requires_grad_(), patch_rows(), data(*PATCHES), *MADE, *of_tokens()),
+    ),
+    "gradient of tokens": (
+        OPS.loss_gradient,
+        lambda: (
+            torch.tensor(2.0),
+            as_tokens(data(*PATCHES)),
+            patch_rows(),
+            data(*PATCHES),
+            *MADE,
+            *of_tokens(),
+        ),
+    ),
+    "loss of images": (OPS.loss, lambda: loss_arguments(MADE, x0=images())),
     "loss": (OPS.loss, lambda: loss_arguments(given())),
     "loss with made noise": (OPS.loss, lambda: loss_arguments(MADE, dtype=torch.bfloat16)),
     "loss with noise made by id": (OPS.loss, lambda: loss_arguments(BY_ID)),
@@ -264,9 +311,9 @@ def _reference(operator, *arguments):
     if name == "row_moments":
         return tuple(torch.empty(0) if s is None else s for s in reference.row_moments(*arguments))
     if name == "noise":
-        n, (*how, keep) = source(arguments[1:])
-        xi, _ = source((*how[3:], keep))
-        x_t, kept = reference.noise(arguments[0], n, *how[:3], xi, keep)
+        n, how = source(arguments[1:])
+        xi, others = source(how[3:])
+        x_t, kept = reference.noise(arguments[0], n, *how[:3], xi, *others)
         return x_t, kept if isinstance(kept, torch.Tensor) and kept is not n else torch.empty(0)
     if name == "step":
         x, m, row, history = arguments[:4]

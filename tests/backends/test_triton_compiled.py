@@ -22,6 +22,11 @@ BUDGETS = {
     "hybrid loss, fast": 76, "hybrid loss, given": 60,
     "latents and noising, fast": 63, "latents and noising, exact": 89, "divergence from N(0, 1)": 32,
 }  # fmt: skip
+# Decoding adds a conversion, a product, a multiply-add and a sum.
+IMAGES = {
+    "noising images, fast": 30, "noising images, exact": 45, "noising images, given": 14,
+    "loss v of images, fast": 38, "loss v of images, given": 20,
+}  # fmt: skip
 # In bfloat16, with the noise given: error functions and masks cost few instructions more than a square. And moments.
 FUNCTIONS = {
     "loss epsilon, given": 10, "loss smooth_l1, given": 14, "loss pseudo_huber, given": 20, "loss log_cosh, given": 42,
@@ -100,6 +105,12 @@ def of_sm_90(compiled, case):
 def test_budgets_of_instructions(compiled, case, dtype):
     r = of_sm_90(compiled, f"{case}, {dtype}")
     assert r["instructions"] / r["elements"] <= BUDGETS[case]
+
+
+@pytest.mark.parametrize("case", IMAGES)
+def test_budgets_of_images(compiled, case):
+    r = of_sm_90(compiled, f"{case}, bf16")
+    assert r["instructions"] / r["elements"] <= IMAGES[case]
 
 
 @pytest.mark.parametrize("case", FUNCTIONS)

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastdiff
 from fastdiff import ops
 from fastdiff.backends.reference import philox
-from fastdiff.tensors import Gathered, as_tensor
+from fastdiff.calls import NoiseCall
+from fastdiff.tensors import Gathered, as_tensor, decoded
 
 pytest.importorskip("triton")
 import triton as jit
@@ -339,6 +340,54 @@ def test_target_in_the_memory_format_of_x0_and_with_gradients():
     leaf = x0.clone().requires_grad_()
     x_t, _, target = triton.noise_and_target(leaf, n, row, row, 0.0, None, True, 2 * row, row)
     torch.testing.assert_close(torch.autograd.grad((x_t + target).sum(), leaf)[0], (3 * row).expand_as(x0))
+
+
+@gpu_variants
+def test_all_bytes_of_images():
+    images = torch.arange(256, device=DEVICE).to(torch.uint8).view(1, 256)
+    one, zero = torch.ones(1, 1, device=DEVICE), torch.zeros(1, 1, device=DEVICE)
+    noise = torch.zeros(1, 256, device=DEVICE)
+    got = triton.noise(images, noise, one, zero, 0.0, None, False, torch.float32)[0]
+    assert torch.equal(got.cpu(), images.cpu().float() / 127.5 - 1)
+
+
+@diagonal(layout=LAYOUTS, dtype=DTYPES, kind=["given in float32", "made"], keep=[True, False])
+def test_images_in_noising(layout, dtype, kind, keep):
+    """Decoded in registers: one launch, and the bits of decoding them first."""
+    shape, rows = layout
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+    n, (alpha, sigma, p, q) = noise_of(kind, shape, dtype), (random(rows) for _ in range(4))
+    arguments = n, alpha, sigma, 0.0, None, keep
+    with launches() as launched:
+        got, kept = triton.noise(images, *arguments, dtype)
+    want, wanted = reference.noise(decoded(images), *arguments, dtype)
+    assert launched == ["affine"] and got.dtype == dtype
+    assert_same(got, want)
+    assert kept is n if kept is n else torch.equal(kept, wanted)
+    if kind != "made":
+        assert launched[0].read == images.numel() * (1 + 4) + 4 * (alpha.numel() + sigma.numel())
+    call = NoiseCall(images, *arguments, dtype)
+    with launches() as launched:
+        target = triton.backend.noise_and_target(call, p, q)[2]
+    assert launched == ["affine"]
+    assert_same(target, reference.noise(decoded(images), n, p, q, 0.0, None, False, dtype)[0])
+
+
+@diagonal(layout=LAYOUTS, dtype=DTYPES, kind=["given in float32", "made", "none"])
+def test_images_in_the_loss(layout, dtype, kind):
+    shape, rows = layout
+    images, prediction = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE), random(shape, dtype)
+    n, (p, q, w) = noise_of(kind, shape, dtype) if kind != "none" else None, (random(rows) for _ in range(3))
+    how = n, p, q if n is not None else None, None, w, None, None, "mse", "none", "mean"
+    results = []
+    for x0 in (images, decoded(images)):
+        leaf = prediction.clone().requires_grad_()
+        with launches() as launched:
+            value = triton.loss(leaf, x0, *how)
+        assert launched == ["loss"]
+        results.append((value, *torch.autograd.grad(value, leaf)))
+    for got, want in zip(*results):
+        assert_same(got, want)
 
 
 GATHERED = [(3, 1, 1), (3, 5, 1), (1, 1, 1)]

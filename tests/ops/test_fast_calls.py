@@ -147,6 +147,20 @@ def test_the_plain_case_is_a_fast_call(kind, only_fast_calls):
         ops.step(x0, m, row, noise=n, return_entry=False)
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step_on_images_is_a_fast_call(dtype, only_fast_calls):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction")
+    images = torch.randint(0, 256, (3, 4, 8, 8), dtype=torch.uint8)
+    noised = objective.noise(images, seed=1, dtype=dtype)
+    prediction = torch.randn(3, 4, 8, 8).to(dtype).requires_grad_()
+    loss = objective.loss(prediction, noised)
+    loss.backward()
+    want = objective.noise(images.float() / 127.5 - 1, seed=1)
+    assert_same(noised.x_t, want.x_t.to(dtype))
+    assert_same(loss, objective.loss(prediction, want))
+
+
 def of_time(levels):
     return 1 / (1 + levels.t)
 
@@ -529,6 +543,7 @@ ANYTHING = st.one_of(
         [
             torch.randn(2, 3),
             torch.randn(2, 3).double(),
+            torch.ones(2, 3, dtype=torch.uint8),
             torch.randn(3, 2).T,
             torch.randn(6),
             torch.zeros(0, 3),
@@ -555,7 +570,7 @@ def test_no_arguments_reach_a_kernel_unchecked(data):
     name = data.draw(st.sampled_from(["noise", "loss", "convert", "step", "times"]))
     x, t = torch.randn(2, 3), torch.tensor([0, 2])
     fit = {
-        "noise": [table, x, t, x, x.clone(), 1],
+        "noise": [table, x, t, x, x.clone(), None, 1],
         "loss": [wide, 3, 0, x, x, x, t, torch.tensor(0.0), True, 1],
         "convert": [table, x, x, t, 1],
         "step": [x, x, torch.randn(len(ops.COLUMNS)), None, None, True, 1],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...calls import LossCall
+from ...codes import DTYPES
 from ...program import OF_LOSS, OF_NOISE, Program
 from ...torch_access import _C, reads_tensors
 from .. import reference
@@ -37,18 +38,20 @@ def noise(
     made: tuple[int | Tensor, int, int | Tensor, float],
     keep: bool,
     rng: str = "exact",
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, None] | None:
     """Noise a batch with one time a sample: (x_t, the noise if it was made and kept, the times, None); or None.
 
     Args:
         program: computes alpha and sigma, among others.
         draw: the program that makes times from uniforms, and the stream of the uniforms; for ``t`` None.
-        x0: [batch, ...].
+        x0: [batch, ...]; uint8 with ``dtype``.
         t: [batch], or None to draw it.
         n: the noise, shaped as x0; or None to make it from ``made``.
         made: (seed, stream, index of the first sample or ids, strength of the offset noise).
         keep: whether noise that is made is returned.
         rng: without effect: a CPU has one way to make noise.
+        dtype: of x_t, or None for that of x0.
     """
     if not x0.is_cpu or (n is None and made[3] and x0.ndim < 3):  # another device: where this backend is forced
         return None
@@ -65,7 +68,7 @@ def noise(
                 x0, dtype=torch.float64 if wide else torch.float32, memory_format=torch.contiguous_format
             )
     source = program.kept.get(_OF_NOISE) or handle(program, OF_NOISE)
-    x_t = _C.fast_noise(source, x0, t, n, kept, _threads())
+    x_t = _C.fast_noise(source, x0, t, n, kept, None if dtype is None else DTYPES[dtype], _threads())
     return None if x_t is None else (x_t, kept, t, None)
 
 

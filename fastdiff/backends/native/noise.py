@@ -10,13 +10,14 @@ from torch import Tensor
 from ...calls import NoiseCall, made_from
 from ...torch_access import _C
 from ..interface import COEFFICIENTS, Backend, differentiable
+from ..layout import empty_in_order
 from ..saving import save, saved
 from .launch import arrange, contiguous, empty, in_format_of, memory, source, unsuited
 
 
 def declines(call: NoiseCall) -> str:
     """Why this backend does not support the call; empty if it does."""
-    x0, n, alpha, sigma, _, xi, _ = call
+    x0, n, alpha, sigma, _, xi = call[:6]
     because = unsuited(x0, n, *made_from(n), alpha, sigma, xi, *made_from(xi))
     return because or (COEFFICIENTS if differentiable(alpha, sigma, xi) else "")
 
@@ -50,10 +51,11 @@ class _Noise(torch.autograd.Function):
 
 
 def _launch(call: NoiseCall) -> tuple[Tensor, Any]:
-    x0, n, alpha, sigma, perturbation, xi, keep_noise = call
+    x0, n, alpha, sigma, perturbation, xi, keep_noise = call[:7]
     shape = x0.shape
     layout, (a, s) = arrange(shape, alpha, sigma)
-    x_t, kept = empty(shape, x0.dtype, x0), n
+    order, kept = call.order, n
+    x_t = empty(shape, call.stored, x0) if order is None else empty_in_order(shape, order, call.stored, x0.device)
     if keep_noise and not isinstance(n, Tensor):
         kept = empty(shape, alpha.dtype, x0)
     # What is pointed at must be held until the call returns.
@@ -68,6 +70,7 @@ def _launch(call: NoiseCall) -> tuple[Tensor, Any]:
         source(xi),
         memory(x_t),
         None if kept is n else memory(kept),
+        None if order is None else (tuple(shape), x_t.stride()),
         torch.get_num_threads(),
     )
-    return in_format_of(x0, x_t), kept
+    return x_t if order is not None else in_format_of(x0, x_t), kept

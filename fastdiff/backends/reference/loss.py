@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...calls import LossCall
+from ...tensors import decoded
 from ..interface import Backend
 from .coefficients import rows
 from .error_functions import Error, error_derivative
@@ -68,7 +69,9 @@ def _kept(weight: Tensor, mask: Tensor | None) -> Tensor:
 
 def _scaled_error(call: LossCall, n: Tensor | None, scale: Tensor | None, dtype: torch.dtype, kept: Tensor) -> Tensor:
     pairs = zip(rows(call.p, call.r, call.q), (call.x0, call.y, n))
-    terms = [factor * operand.to(dtype) for factor, operand in pairs if factor is not None and operand is not None]
+    terms = [
+        factor * decoded(operand).to(dtype) for factor, operand in pairs if factor is not None and operand is not None
+    ]
     target = sum(terms[1:], terms[0]) if terms else 0.0
     # 0 before and after the scale: an infinite one makes NaN of it, forward and backward.
     e = torch.where(kept, call.prediction.to(dtype) - target, 0.0)

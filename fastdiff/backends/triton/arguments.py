@@ -33,9 +33,12 @@ def untouched() -> bool:
     return not torch.compiler.is_compiling() and modes.wrapping() is None
 
 
-def fits(*tensors: Any) -> bool:
-    """Whether the kernels take these tensors (anything else among the arguments is passed over)."""
+def fits(*tensors: Any, images: bool = False) -> bool:
+    """Whether the kernels take these tensors (anything else among the arguments is passed over). ``images``: bytes are
+    decoded as x0 / 127.5 - 1, which is for x0 alone."""
     for t in tensors:
+        if images and isinstance(t, Tensor) and type(t) in TYPES and t.dtype == torch.uint8:
+            continue
         if isinstance(t, Tensor) and not (type(t) in TYPES and t.dtype in DATA):
             return False
     return True
@@ -50,14 +53,14 @@ def rows_fit(*rows: Any) -> bool:
     return True
 
 
-def unsuited(device: torch.device, data: tuple, rows: tuple) -> str:
+def unsuited(device: torch.device, data: tuple, rows: tuple, images: bool = False) -> str:
     """Why the kernels do not take full-size ``data`` and the coefficients ``rows``; empty where they do. ``data``
-    begins with what sets the size."""
+    begins with what sets the size. ``images``: see ``fits``."""
     if not untouched():
         return TRANSFORMED
     if not runs_on(device):
         return f"the kernels do not run on {device}"
-    if not fits(*data):
+    if not fits(*data, images=images):
         return "a subclass of Tensor, or another dtype than float32, bfloat16 and float16"
     if not rows_fit(*rows):
         return "coefficients in another dtype than float32"

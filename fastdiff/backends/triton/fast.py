@@ -151,6 +151,7 @@ def noise(
     made: tuple[int | Tensor, int, int | Tensor, float],
     keep: bool,
     rng: str = "exact",
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
     """(x_t, the noise if it was made and kept, the times, the coefficients if they are not looked up), with one time a
     sample; or None. See ``native/fast.py`` for the arguments."""
@@ -168,10 +169,10 @@ def noise(
         how = kind, type(seeded.sample_offset), bool(seeded.offset), rng
     else:
         how = n.dtype
-    key = ("noise", shape, x0.dtype, device, how, keep)
+    key = ("noise", shape, x0.dtype, dtype, device, how, keep)
     store = _store(program)
     ready = store.get(key)
-    if ready is None and not _fits(device, x0, n):
+    if ready is None and not _fits(device, x0, n, images=dtype is not None):
         return None
     columns = None
     if t is None:
@@ -179,7 +180,7 @@ def noise(
     elif not program.index:
         columns = _columns(program, t)
     changing = _changing(program, OF_NOISE, t, columns)
-    x_t = torch.empty_like(x0)
+    x_t = torch.empty_like(x0, dtype=dtype)
     kept = torch.empty(shape, dtype=torch.float32, device=device) if keep and seeded is not None else None
     if ready is None:
         ready = _kept(store, key, lambda: _ready_affine(program, OF_NOISE, changing, x_t, kept, x0, n, seeded))
@@ -192,8 +193,8 @@ def noise(
     return x_t, kept, t, columns
 
 
-def _fits(device: torch.device, *data: Tensor | None) -> bool:
-    return arguments.runs_on(device) and arguments.fits(*data) and bool(data[0].numel())
+def _fits(device: torch.device, *data: Tensor | None, images: bool = False) -> bool:
+    return arguments.runs_on(device) and arguments.fits(*data, images=images) and bool(data[0].numel())
 
 
 def _ready_affine(program, names, changing, out, kept, u, given, made) -> Ready:
@@ -276,7 +277,7 @@ def loss(
     key = ("loss", shape, prediction.dtype, device, None if x0 is None else x0.dtype, how, ahead)
     store = _store(program)
     ready = store.get(key)
-    if ready is None and not _fits(device, prediction, x0, given):
+    if ready is None and not _fits(device, prediction, x0, given, images=True):
         return None
     if ready is None and made is not None and made.offset and len(shape) < 3:
         return None

@@ -252,7 +252,7 @@ def loss(
 def declines(call: LossCall) -> str:
     """Why this backend does not support the call; empty if it does."""
     prediction, x0, n, p, q, scale, weight, c, mask, y, r = _needed(call)[:11]
-    because = unsuited(prediction.device, (prediction, x0, n, y), (p, q, scale, weight, c, r))
+    because = unsuited(prediction.device, (prediction, x0, n, y), (p, q, scale, weight, c, r), images=True)
     if because:
         return because
     if differentiable(x0, n, p, q, scale, c, mask, y, r) or (isinstance(weight, Gathered) and differentiable(weight)):

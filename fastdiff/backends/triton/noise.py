@@ -17,8 +17,8 @@ from .arguments import in_format_of, permuted, rows_fit, unsuited
 
 def declines(call: NoiseCall) -> str:
     """Why this backend does not support the call; empty if it does."""
-    x0, n, alpha, sigma, _, xi, _ = call
-    because = unsuited(x0.device, (x0, n, xi), (alpha, sigma))
+    x0, n, alpha, sigma, _, xi = call[:6]
+    because = unsuited(x0.device, (x0, n, xi), (alpha, sigma), images=True)
     return because or (COEFFICIENTS if differentiable(alpha, sigma, xi) else "")
 
 
@@ -54,10 +54,11 @@ class _Noise(torch.autograd.Function):
 
 
 def _launch(call: NoiseCall, with_target: bool = False, p: Any = None, q: Any = None):
-    x0, n, alpha, sigma, perturbation, xi, keep_noise = call
+    x0, n, alpha, sigma, perturbation, xi, keep_noise = call[:7]
     shape, device = tuple(x0.shape), x0.device
     order, (data, given, other), (alpha, sigma, p, q) = permuted((x0, n, xi), (alpha, sigma, p, q))
-    x_t, target = torch.empty_like(data), torch.empty_like(data) if with_target else None
+    x_t = torch.empty_like(data, dtype=call.stored)
+    target = torch.empty_like(x_t) if with_target else None
     kept, z = n, None
     if keep_noise and not isinstance(n, Tensor):
         kept = z = torch.empty(shape, dtype=torch.float32, device=device)

@@ -30,8 +30,15 @@ def fma(a, b, c, EMULATE: tl.constexpr):
 
 @triton.jit
 def widen(x, PAIRS: tl.constexpr, EMULATE: tl.constexpr):
-    """A loaded value as float32. PAIRS: on an NVIDIA GPU, of data that is loaded by vectors."""
-    if EMULATE and x.dtype == tl.bfloat16:
+    """A loaded value as float32. PAIRS: on an NVIDIA GPU, of data that is loaded by vectors.
+
+    Bytes are images, and stand for x / 127.5 - 1, with the bits of two rounded operations: the product with the first
+    part of 1 / 127.5 is exact, so that it does not matter which product a sum takes in (``fastdiff.tensors.decoded``).
+    """
+    if x.dtype == tl.uint8:
+        u = x.to(tl.float32)
+        return tl.fma(u, 0.00784301757812500, u * 1.1967678403834725e-07) - 1.0
+    elif EMULATE and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif PAIRS and x.dtype == tl.bfloat16:  # one instruction each; the compiler's own way takes two for the second
         return tl.inline_asm_elementwise(

@@ -8,28 +8,36 @@ import torch
 from torch import Tensor
 
 from ...backends.interface import COEFFICIENTS, Backend, differentiable
+from ...backends.layout import empty_in_order
 from ...calls import NoiseCall
 from .declaring import PARTS, affine_gradient, declare, noise_arguments, parts, source, strided
 from .declaring import run as runs
 
 
+def _x_t(x0: Tensor, dtype: torch.dtype | None, order: list[int] | None) -> Tensor:
+    if order is None:
+        return torch.empty_like(x0, dtype=dtype)
+    return empty_in_order(x0.shape, tuple(order), dtype or x0.dtype, x0.device)
+
+
 def _fake(x0, *arguments):
-    made = arguments[0] is None and arguments[-1]
-    return torch.empty_like(x0), x0.new_empty(x0.shape if made else (0,), dtype=arguments[PARTS].dtype)
+    made = arguments[0] is None and arguments[-3]
+    x_t, alpha = _x_t(x0, *arguments[-2:]), arguments[PARTS]
+    return x_t, x0.new_empty(x0.shape if made else (0,), dtype=alpha.dtype)
 
 
 @declare(
     "noise",
     f"(Tensor x0, {noise_arguments('n')}, Tensor alpha, Tensor sigma, float perturbation, {noise_arguments('xi')}, "
-    "bool keep) -> (Tensor, Tensor)",
+    "bool keep, ScalarType? dtype, int[]? order) -> (Tensor, Tensor)",
     _fake,
 )
 def _noise(x0, *arguments):
     n, (alpha, sigma, perturbation, *others) = source(arguments)
-    xi, (keep,) = source(others)
-    x_t, kept = runs(NoiseCall(x0, n, alpha, sigma, perturbation, xi, keep), x0)
+    xi, (keep, dtype, order) = source(others)
+    x_t, kept = runs(NoiseCall(x0, n, alpha, sigma, perturbation, xi, keep, dtype, order), x0)
     # A result must not be an argument.
-    return strided(x_t, x0), kept if kept is not n else x0.new_empty(0, dtype=alpha.dtype)
+    return x_t if order else strided(x_t, x0), kept if kept is not n else x0.new_empty(0, dtype=alpha.dtype)
 
 
 def _context(ctx, inputs, output):
@@ -55,7 +63,7 @@ def declines(call: NoiseCall) -> str:
 
 
 def run(call: NoiseCall, backend: Backend) -> tuple[Tensor, Any]:
-    x0, n, alpha, sigma, perturbation, xi, keep = call
+    x0, n, alpha, sigma, perturbation, xi, keep, dtype, order = call
     made, other = parts(n, x0.device), parts(xi, x0.device)
-    x_t, kept = torch.ops.fastdiff.noise(x0, *made, alpha, sigma, float(perturbation), *other, keep)
+    x_t, kept = torch.ops.fastdiff.noise(x0, *made, alpha, sigma, float(perturbation), *other, keep, dtype, order)
     return x_t, n if isinstance(n, Tensor) or not keep else kept
