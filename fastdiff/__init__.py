@@ -3,10 +3,11 @@
 import importlib
 from types import ModuleType
 
-from . import losses, ops, pairing, samplers, timesteps, uncertainty, weighting
+from . import autoencoder, losses, ops, pairing, samplers, timesteps, uncertainty, weighting
 from .backends import use_backend
 from .functional import diffusion_loss, q_sample
 from .likelihood import log_likelihood, to_bits_per_dim
+from .losses.autoencoder import AutoencoderLoss
 from .losses.bits_per_dim import BitsPerDim, bits_per_dim
 from .losses.resampling import LossSecondMoment
 from .losses.vlb import VariationalBound
@@ -44,6 +45,7 @@ __all__ = [
     "SNR",
     "VESDE",
     "VPSDE",
+    "AutoencoderLoss",
     "Bell",
     "BitsPerDim",
     "CosMap",
@@ -70,6 +72,7 @@ __all__ = [
     "Uniform",
     "VariancePreserving",
     "VariationalBound",
+    "autoencoder",
     "bits_per_dim",
     "diffusion_loss",
     "integrations",
@@ -94,7 +97,7 @@ def __getattr__(name: str) -> ModuleType:
     if name == "integrations":
         return importlib.import_module(f"{__name__}.integrations")
     where = ""
-    for module in (losses, ops, pairing, samplers, timesteps, uncertainty):
+    for module in (autoencoder, losses, ops, pairing, samplers, timesteps, uncertainty):
         if name in getattr(module, "__all__", ()) or str(getattr(vars(module).get(name), "__module__", "")).startswith(
             module.__name__
         ):

@@ -19,6 +19,8 @@ TABLE = {
     "fastdiff/uncertainty": "uncertainty",
     "fastdiff/element_weights": "element_weights",
     "fastdiff/pairing": "pairing",
+    "fastdiff/autoencoder": "autoencoder",
+    "fastdiff/losses/autoencoder": "autoencoder latents",
     "fastdiff/pyramid": "pyramid_noise wrong_input",
     "fastdiff/functional": "objective wrong_input mistakes pitfalls_of_objectives",
     "fastdiff/losses": "vlb loss objective pitfalls_of_objectives wrong_input",
