@@ -307,6 +307,7 @@ def test_every_name_is_asked():
     assert set(KINDS) == set(prediction._KINDS)
     asked = {name.split()[0] for name in PROCESSES} | {exported for exported, *_ in WEIGHTINGS.values()}
     rest = {
+        "AutoencoderLoss",
         "BitsPerDim",
         "LossSecondMoment",
         "Interpolated",
@@ -317,6 +318,7 @@ def test_every_name_is_asked():
         "Process",
         "Tokens",
         "VariationalBound",
+        "autoencoder",
         "bits_per_dim",
         "diffusion_loss",
         "drop_condition",

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 GROUPS = {
     "mathematics": "process sdes prediction weighting losses/ timesteps tabulated coefficients program constancy "
-    "samplers/ sampling/ guidance noised objective functional converting tokens dropout uncertainty "
+    "samplers/ sampling/ guidance noised objective functional converting autoencoder tokens dropout uncertainty "
     "element_weights pyramid pairing ops/",
     "faces": "integrations/ demo/ bench/ cli doctor files __main__",
 }
