@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends.layout import TOKENS
 from .numeric import check_numbers
 from .ops.checks import check_tensor
-
-# Of the data as [B, C, h, p, w, q]: the order of its dimensions in memory, as tokens have it.
-_ORDERS = {"c p q": (0, 2, 4, 1, 3, 5), "p q c": (0, 2, 4, 3, 5, 1)}
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Tokens:
             if not (isinstance(size, int) and size >= 1):
                 raise ValueError(f"patch must be whole sizes of at least 1; got {self.patch!r}.")
         object.__setattr__(self, "patch", self.patch if isinstance(self.patch, int) else tuple(sizes))
-        if self.order not in _ORDERS:
-            raise ValueError(f"order must be one of {', '.join(map(repr, _ORDERS))}; got {self.order!r}.")
+        if self.order not in TOKENS:
+            raise ValueError(f"order must be one of {', '.join(map(repr, TOKENS))}; got {self.order!r}.")
 
     def pack(self, x: Tensor) -> Tensor:
         """The tokens of ``x`` [B, C, H, W], contiguous: [B, (H / p) (W / q), C p q]. Raises ValueError for others."""
@@ -68,7 +66,7 @@ class Tokens:
     @property
     def in_memory(self) -> tuple[int, ...]:
         """The order in memory of the dimensions [B, C, h, p, w, q], where they are tokens."""
-        return _ORDERS[self.order]
+        return TOKENS[self.order]
 
     def check(self, shape: torch.Size, name: str = "x0") -> None:
         """Raise ValueError unless data of ``shape`` can be cut into patches."""
