@@ -49,6 +49,7 @@ EVERYWHERE = {
     *("loss v, fast, bf16", "loss v, exact, bf16", "loss v, given, bf16", "loss v, given, fp32"),
     *("hybrid loss, fast, bf16", "hybrid loss with bins, exact, bf16", "hybrid loss with bins, given, fp32"),
     *("moments, bf16", "loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
+    *("noising images, exact, bf16", "noising into tokens, exact, bf16", "loss flow of tokens, exact, bf16"),
     *("coefficients of SD3, drawn", "coefficients of EDM, drawn", "coefficients of VPSDE, drawn"),
     *("operations of angles", "all other operations"),
 }
@@ -158,6 +159,13 @@ def cases() -> dict[str, Any]:
     found["noising, exact, 1 x 28 x 28, bf16"] = noise((64, 1, 28, 28), bf16, made)
     found["noising, exact, 3 x 31 x 31, bf16"] = noise((64, 3, 31, 31), bf16, made)
     found["noising, channel offsets, bf16"] = noise(SHAPE, bf16, ops.Philox(seed, offset=0.1))
+    patches, order = (64, 16, 64, 2, 64, 2), (0, 2, 4, 1, 3, 5)
+    for rng in ("fast", "exact", "given"):
+        source = meta(*patches, dtype=bf16) if rng == "given" else ops.Philox(seed, rng=rng)
+        found[f"noising into tokens, {rng}, bf16"] = of_tokens(patches, order, source, noising=True)
+        for x0 in (False, True):
+            name = f"loss {'flow' if x0 else 'epsilon'} of tokens, {rng}, bf16"
+            found[name] = of_tokens(patches, order, source, x0)
     for function in ("l1", "smooth_l1", "pseudo_huber", "log_cosh"):
         found[f"loss {function}, given, bf16"] = loss(bf16, given, False, function)
     mask = meta(SHAPE[0], 1, *SHAPE[2:], dtype=torch.bool)
@@ -252,6 +260,20 @@ def program_of(*names: str) -> Program:
         one = places.index(name) < places.index("add")
         code.append((name, 0) if one else (name, 0, 1, 0) if name == "where" else (name, 0, 1))
     return Program(tuple(code), (0.5,), names, tuple(range(2, len(code))))
+
+
+def of_tokens(shape: tuple[int, ...], order: tuple[int, ...], source: Any, x0=True, noising=False) -> Any:
+    """Noising, or the loss and its gradient, where x_t and the prediction lie in another order than x0."""
+    row, data = meta(shape[0], *(1,) * (len(shape) - 1)), meta(*shape, dtype=torch.bfloat16)
+    if noising:
+        return lambda: operations.noise(data, source, row, row, 0.0, None, False, None, order)
+
+    def call():
+        prediction = data.permute(order).contiguous().permute([order.index(d) for d in range(6)]).requires_grad_()
+        how = row if x0 else None, row, None, row, None, None, "mse", "none", "mean"
+        operations.loss(prediction, data if x0 else None, source, *how).backward()
+
+    return call
 
 
 def noise_by_rows(x0: torch.Tensor, rows: tuple[int, ...], source: Any) -> Any:

@@ -218,45 +218,69 @@ Noise parse_noise(const char* name, py::handle value, const Layout& layout) {
   return noise;
 }
 
-Mask parse_mask(py::handle value, const Layout& layout) {
-  Mask mask{};
-  const Memory memory = parse_memory("mask", value, 5);
-  if (memory.code == kInt64) refuse("mask", "the dtype must be floating point, uint8 or bool");
-  const py::handle sizes = item(value, 3), strides = item(value, 4);
+namespace {
+
+// Of all elements of the layout, in memory of so many. Neighbouring dimensions that one stride goes through become one;
+// of one element there is one dimension.
+Strides parse_strides(const char* name, py::handle sizes, py::handle strides, const Layout& layout, int64_t memory) {
+  Strides at{};
   const int64_t dims = length(sizes);
-  if (dims < 1 || dims > 64 || length(strides) != dims) refuse("mask", "needs as many sizes as strides, from 1 to 64");
+  if (dims < 1 || dims > 64 || length(strides) != dims) refuse(name, "needs as many sizes as strides, from 1 to 64");
   int64_t elements = 1, last = 0;
   int kept = 0;
   for (int d = 0; d < dims; ++d) {
     int64_t size, stride, reach, span, merged;
     if (!as_int64(item(sizes, d), size) || !as_int64(item(strides, d), stride) || size < 0 || stride < 0)
-      refuse("mask", "sizes and strides must be integers of at least 0");
-    if (__builtin_mul_overflow(elements, size, &elements)) refuse("mask", "its sizes are not those of the elements");
+      refuse(name, "sizes and strides must be integers of at least 0");
+    if (__builtin_mul_overflow(elements, size, &elements)) refuse(name, "its sizes are not those of the elements");
     if (size == 0) continue;
     if (__builtin_mul_overflow(size - 1, stride, &reach) || __builtin_add_overflow(last, reach, &last))
-      refuse("mask", "its strides reach beyond its memory");
+      refuse(name, "its strides reach beyond its memory");
     if (size == 1) continue;
-    // Two dimensions that one stride goes through are one.
-    if (kept && !__builtin_mul_overflow(size, stride, &span) && mask.strides[kept - 1] == span &&
-        !__builtin_mul_overflow(mask.sizes[kept - 1], size, &merged)) {
-      mask.sizes[kept - 1] = merged;
-      mask.strides[kept - 1] = stride;
+    if (kept && !__builtin_mul_overflow(size, stride, &span) && at.strides[kept - 1] == span &&
+        !__builtin_mul_overflow(at.sizes[kept - 1], size, &merged)) {
+      at.sizes[kept - 1] = merged;
+      at.strides[kept - 1] = stride;
       continue;
     }
-    if (kept == kMaxMaskDims) refuse("mask", "has too many dimensions");
-    mask.sizes[kept] = size;
-    mask.strides[kept++] = stride;
+    if (kept == kMaxDims) refuse(name, "has too many dimensions");
+    at.sizes[kept] = size;
+    at.strides[kept++] = stride;
   }
-  if (elements != layout.elements) refuse("mask", "its sizes are not those of the elements");
-  if (elements && last >= memory.elements) refuse("mask", "its strides reach beyond its memory");
+  if (elements != layout.elements) refuse(name, "its sizes are not those of the elements");
+  if (elements && last >= memory) refuse(name, "its strides reach beyond its memory");
   if (!kept) {
-    mask.sizes[0] = 1;
-    mask.strides[0] = 1;
+    at.sizes[0] = 1;
+    at.strides[0] = 1;
     kept = 1;
   }
-  mask.dims = kept;
-  mask.tensor = {present(memory.data), DType(memory.code)};
-  return mask;
+  at.dims = kept;
+  return at;
+}
+
+}  // namespace
+
+Mask parse_mask(py::handle value, const Layout& layout) {
+  const Memory memory = parse_memory("mask", value, 5);
+  if (memory.code == kInt64) refuse("mask", "the dtype must be floating point, uint8 or bool");
+  return {{present(memory.data), DType(memory.code)},
+          parse_strides("mask", item(value, 3), item(value, 4), layout, memory.elements)};
+}
+
+Order parse_order(py::handle value, const Layout& layout) {
+  if (length(value) != 2) refuse("order", "expected (sizes, strides)");
+  Order order{parse_strides("order", item(value, 0), item(value, 1), layout, layout.elements), 1};
+  Strides& at = order.at;
+  const int last = at.dims - 1;
+  // Blocks, and the runs of a row that they cut up, must be whole words.
+  bool pairs = at.strides[last] == 1 && at.sizes[last] % 2 == 0 && layout.inner % 2 == 0;
+  for (int d = 0; d < last; ++d) pairs = pairs && at.strides[d] % 2 == 0;
+  if (!pairs) return order;
+  order.word = 2;
+  for (int d = 0; d < last; ++d) at.strides[d] /= 2;
+  at.sizes[last] /= 2;
+  if (at.sizes[last] == 1 && last > 0) --at.dims;
+  return order;
 }
 
 Indices parse_indices(py::handle value) {

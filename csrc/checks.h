@@ -6,6 +6,7 @@
 //   rows     a tensor in the compute dtype with one element, or one a row
 //   noise    a tensor, or (seed, stream, sample_offset, offset) to make it from
 //   mask     (pointer, dtype code, number of elements, sizes, strides): sizes of all elements, strides in elements
+//   order    (sizes, strides) of full-size data that lies in memory without gaps, in another order; None: contiguous
 //   layout   (outer, shared, frames, inner, samples, channels), see Layout
 //
 // Anything unfit raises ValueError and names the argument.
@@ -46,6 +47,7 @@ Input parse_input(const char* name, py::handle value, int64_t elements, bool ima
 Output parse_output(const char* name, py::handle value, int64_t elements);
 Noise parse_noise(const char* name, py::handle value, const Layout& layout);
 Mask parse_mask(py::handle value, const Layout& layout);
+Order parse_order(py::handle value, const Layout& layout);
 
 // Whether there is an object: neither null nor None.
 inline bool given(py::handle value) { return value && !value.is_none(); }

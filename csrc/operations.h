@@ -10,14 +10,14 @@ namespace fastdiff {
 // Python's objects, in the order of fastdiff._C's functions; see checks.h for what they are there. A caller sets those
 // that it has. Coefficients that are prepared, and results that a call makes itself, it puts into the arguments.
 struct NoiseOperands {
-  PyObject *x0, *alpha, *sigma, *n, *perturbation, *xi, *x_t, *keep;
+  PyObject *x0, *alpha, *sigma, *n, *perturbation, *xi, *x_t, *keep, *order;
 };
 struct ConvertOperands {
   PyObject *m, *x_t, *k_x, *k_m, *out;
 };
 struct LossOperands {
   PyObject *prediction, *x0, *n, *p, *q, *scale, *weight, *c, *mask, *y, *r, *function, *normalization, *reduction,
-      *upstream, *result, *means, *gradient;
+      *upstream, *result, *means, *gradient, *order;
 };
 struct GaussianOperands {
   PyObject *output, *x0, *n, *p, *q, *scale, *l_0, *l_v, *l_q, *half_width, *weight, *simple_weight, *freeze_mean,
@@ -46,6 +46,7 @@ void fill(Reader& read, const NoiseOperands& from, NoiseArguments& to) {
   read.rows("sigma", from.sigma, to.sigma);
   optional_output("x_t", from.x_t, elements, to.x_t);
   optional_output("keep", from.keep, elements, to.keep, read.compute());
+  if (given(from.order)) to.order = parse_order(from.order, read.layout);
   to.layout = read.layout;
 }
 
@@ -90,6 +91,7 @@ void fill(Reader& read, const LossOperands& from, LossCall& call) {
   optional_output("means", from.means, layout.rows, means, DType::f64);
   call.means = (double*)means.data;
   optional_output("gradient", from.gradient, layout.elements, to.gradient);
+  if (given(from.order)) to.order = parse_order(from.order, layout);
   to.layout = layout;
 }
 

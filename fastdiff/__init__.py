@@ -17,6 +17,7 @@ from .process import EDM, Cosine, Process, RectifiedFlow, TrigFlow, VariancePres
 from .pyramid import pyramid_noise
 from .sampling import sample
 from .sdes import VESDE, VPSDE, SubVPSDE
+from .tokens import Tokens
 from .weighting import (
     P2,
     SNR,
@@ -65,6 +66,7 @@ __all__ = [
     "SigmaSqrt",
     "SoftMinSNR",
     "SubVPSDE",
+    "Tokens",
     "TrigFlow",
     "TruncatedSNR",
     "Uniform",

@@ -61,6 +61,7 @@ class NoiseCall(NamedTuple):
     xi: Noise = None  # [batch, ...]
     keep_noise: bool = True
     dtype: torch.dtype | None = None  # of x_t; None: that of x0, which then is no image
+    order: tuple[int, ...] | None = None  # in which the dimensions of x_t lie in memory; None: as x0
 
     operation = "noise"
 
@@ -75,7 +76,8 @@ class LossCall(NamedTuple):
 
     The shape of ``weight`` says what a row is. The result has the compute dtype: that shape for reduction "none", a
     scalar for "mean" and "sum". An element under a mask of 0, and a row of weight 0, add 0, whatever they hold. An
-    error in another error space is the same operation with another ``scale``."""
+    error in another error space is the same operation with another ``scale``. The prediction may lie in memory in
+    another order than x0; its gradient lies as it does."""
 
     prediction: Tensor  # [batch, ...]
     x0: Tensor | None  # [batch, ...]; uint8: images, as in NoiseCall

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from . import ops
 from . import prediction as kinds
+from .calls import NoiseCall
 from .coefficients import CHANGED, Rows
 from .modes import version_of
 from .ops.checks import compute_dtype, place_rows
 from .showing import brief
 from .tensors import as_tensor
+from .tokens import Tokens, joined, split
 
 
 @dataclass(eq=False, repr=False)
@@ -22,10 +24,11 @@ class Noised:
     """A noised batch, as ``Objective.noise`` returns it.
 
     Attributes:
-        x_t: noised data, shaped as x0, in the dtype of x0 or the one that was asked for.
+        x_t: noised data, in the dtype of x0 or the one that was asked for; shaped as x0, or packed in ``tokens``.
         t: the times, one a row: integers for discrete processes, float64 for continuous ones.
         alpha, sigma, snr, weight: rows of the shape of t, float32 (float64 if x0 is float64).
         x0: the data x_t was made of, as it was given.
+        tokens: the ``fastdiff.Tokens`` that x_t is packed in, or None.
         noise_source: the noise, or the ``fastdiff.ops.Philox`` that makes it.
         noise, target, model_input, model_time: made when asked for (the target by ``noise`` with ``with_target``).
     """
@@ -37,6 +40,7 @@ class Noised:
     noise_source: Tensor | ops.Philox
     rows: Rows
     written_target: Tensor | None = None
+    tokens: Tokens | None = None
 
     def __post_init__(self):
         self._versions = self.rows.version, self._seed_version()
@@ -52,7 +56,8 @@ class Noised:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self.rows = self.objective._rows(self.t, self.x0, compute_dtype(self.x0, tensor_of(self.noise_source)))
+        x0, n, _ = split(self.tokens, self.x0, self.t, self.noise_source)
+        self.rows = self.objective._rows(self.t, x0, compute_dtype(x0, tensor_of(n)))
         self.__post_init__()
 
     def _seed_version(self) -> int | None:
@@ -96,9 +101,10 @@ class Noised:
         """The target of the network: p x0 + q n, shaped and typed as x_t."""
         if self.written_target is not None:
             return self.written_target
-        p, q = (as_tensor(row) for row in (self.rows.p, self.rows.q))
-        dtype = None if self.x_t.dtype == self.x0.dtype else self.x_t.dtype
-        return ops.noise(self.x0, p, q, self.noise_source, dtype=dtype)[0]
+        x0, n, order = split(self.tokens, self.x0, self.t, self.noise_source)
+        p, q = as_tensor(self.rows.p), as_tensor(self.rows.q)
+        call = NoiseCall(x0, n, p, q, keep_noise=False, dtype=self.x_t.dtype, order=order)
+        return joined(self.tokens, x0, ops.dispatch.run(call, x0.device)[0], None, None)[0]
 
     @property
     def model_input(self) -> Tensor:

@@ -47,6 +47,7 @@ from .samplers import Sampler
 from .showing import brief, warn
 from .tensors import as_tensor, value_checks_are_free
 from .timesteps import Timesteps
+from .tokens import Tokens, joined, split
 from .weighting import WeightingLike
 
 # The attributes of an objective that its coefficients are made of: they cannot be changed.
@@ -211,6 +212,7 @@ class Objective:
         rng: str = "exact",
         with_target: bool = False,
         dtype: torch.dtype | None = None,
+        tokens: Tokens | None = None,
     ) -> Noised:
         """Noise a batch.
 
@@ -223,7 +225,7 @@ class Objective:
                 noise for RectifiedFlow, in [0, 1]; sigma / alpha for the others. A sigma passed as t would be shifted
                 again.
             noise: shaped as x0, used as it is (no offset is added); None makes it from the seed. It is drawn in the
-                order of x0's elements: packed and unpacked latents of one seed get other noise.
+                order of x0's elements: latents that were packed before get other noise than with ``tokens``.
             generator: the seed is drawn from it (None: PyTorch's default one), on its device.
             seed: use this 64-bit seed (int or int64 tensor) instead of drawing one. With the same seed, t and noise of
                 a sample depend on its index alone: noising a batch of 8 is noising its halves, the second with
@@ -236,6 +238,8 @@ class Objective:
             with_target: write ``noised.target`` now, for a loss of one's own: in the same launch with Triton, in a
                 second pass elsewhere. ``loss`` does not need it: it makes the target as it goes.
             dtype: of x_t: float32, bfloat16 or float16; None: the dtype of x0.
+            tokens: x_t, its target and the network's output are packed tokens of x0 [B, C, H, W]: see
+                ``fastdiff.Tokens``. Data, noise, masks and element weights stay as they are, with one time a sample.
 
         Returns a ``Noised``. Differentiable in a floating x0. Raises TypeError or ValueError for unfit inputs.
         """
@@ -263,7 +267,7 @@ class Objective:
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
         fast = backend.fast
-        if fast is not None and not with_target and not self.input_perturbation:
+        if fast is not None and tokens is None and not with_target and not self.input_perturbation:
             done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng, dtype)
             if done is not None:
                 return done
@@ -287,16 +291,18 @@ class Objective:
                 )
         if t is None:
             t = self._draw(backend, seed, len(x0), sample_offset, x0.device)
-        rows, t = self._rows_at(t, x0, compute_dtype(x0, noise))
+        data, source, order = split(tokens, x0, t, source)
+        rows, t = self._rows_at(t, data, compute_dtype(x0, noise))
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
-        call = NoiseCall(x0, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise, dtype)
+        call = NoiseCall(data, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise, dtype, order)
         target = None
         if with_target:
             p, q = rows.p if self.prediction.uses_x0 else None, rows.q if self.prediction.uses_noise else None
             x_t, n, target = backend.noise_and_target(call, p, q)
         else:
             x_t, n = run(backend, call)
-        return Noised(self, x0, x_t, t, n, rows, target)
+        x_t, n, target = joined(tokens, x0, x_t, n if noise is None else noise, target)
+        return Noised(self, x0, x_t, t, n, rows, target, tokens)
 
     def _no_times(self, t: Tensor) -> bool:
         """Whether numbers like noise, where looking at them is free, cannot be times."""
@@ -383,7 +389,7 @@ class Objective:
         """The loss of the network's output.
 
         Args:
-            prediction: the output for ``noised``, shaped as x_t, any floating-point dtype.
+            prediction: the output for ``noised``, shaped as x_t (tokens, if x_t is), any floating-point dtype.
             noised: from ``noise``, of this or of another objective with the same process: weights, error and target are
                 this one's.
             mask: bool or float, broadcastable to prediction, with fewer dimensions aligned at the left, as t is:
@@ -409,6 +415,8 @@ class Objective:
         check_noised(prediction, noised)
         x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
         noised.check_unchanged()
+        if (tokens := noised.tokens) is not None:
+            x0, n, prediction, mask, weight, target, y = tokens.of_loss(x0, n, prediction, mask, weight, target, y)
         if noised.objective is not self:
             process = noised.objective.process
             if not torch.compiler.is_compiling() and not self.process.has_levels_of(process):

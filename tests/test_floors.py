@@ -20,7 +20,7 @@ FLOORS = [
     "ops.",
     "constancy coefficients",
     "samplers. sampling.",
-    "noised uncertainty explaining element_weights objective functional pyramid pairing likelihood losses.",
+    "tokens noised uncertainty explaining element_weights objective functional pyramid pairing likelihood losses.",
     "integrations.",
     "trace doctor demo. bench. cli __main__",
 ]

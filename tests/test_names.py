@@ -315,6 +315,7 @@ def test_every_name_is_asked():
         "PerTimestep",
         "Prediction",
         "Process",
+        "Tokens",
         "VariationalBound",
         "bits_per_dim",
         "diffusion_loss",

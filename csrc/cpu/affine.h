@@ -22,13 +22,14 @@ void noise_blocks(const NoiseArguments& a, int64_t begin, int64_t end, int most)
   alignas(64) D x0_buffer[kBlock], out_buffer[kBlock];
   NoiseBuffer<N> n_buffer;
   NoiseBuffer<C> xi_buffer;
+  Packed packed;
   const C perturbation = C(a.perturbation);
   for_blocks(a.layout, begin, end, most, [&](int64_t row, int64_t start, int count) {
     const N* n = view(a.n, a.layout, start, count, n_buffer);
     if (a.keep.data) commit(a.keep, start, count, n);
     if (!a.x_t.data) return;
     const D* x0 = view(a.x0, start, count, x0_buffer);
-    D* out = place(a.x_t, start, count, out_buffer);
+    D* out = place(a.x_t, a.order, start, count, out_buffer);
     const C alpha = at<C>(a.alpha, row), sigma = at<C>(a.sigma, row);
     if (a.xi.kind == Noise::none) {
       for_twos<C>(count, [&](int k) {
@@ -43,7 +44,7 @@ void noise_blocks(const NoiseArguments& a, int64_t begin, int64_t end, int most)
                             alpha * x.b + sigma * (z.b + perturbation * w.b)});
       });
     }
-    commit(a.x_t, start, count, out);
+    commit(a.x_t, a.order, start, count, out, packed);
   });
 }
 
@@ -54,7 +55,7 @@ void noise_units(const NoiseArguments& a, int64_t begin, int64_t end) {
   for_storage<C>(data, noise, [&](auto d, auto n) {
     typedef decltype(d) D;
     typedef decltype(n) N;
-    const bool buffered = a.n.kind == Noise::made || a.xi.kind != Noise::none || a.x_t.streamed;
+    const bool buffered = a.n.kind == Noise::made || a.xi.kind != Noise::none || a.x_t.streamed || a.order.at.dims;
     const bool direct = data == kCode<D> && noise == kCode<N> && !buffered;
     noise_blocks<D, N>(a, begin, end, direct ? kUnit : kBlock);
   });

@@ -59,13 +59,25 @@ struct Noise {
   void* sequence;  // of the thread
 };
 
-constexpr int kMaxMaskDims = 8;
+constexpr int kMaxDims = 8;
 
-// Any strides, in elements: 0 where the mask is broadcast. Neighbouring dimensions that can be one are one.
+// Where each element lies in memory, in elements. Neighbouring dimensions that can be one are one.
+struct Strides {
+  int dims;  // 0: contiguous
+  int64_t sizes[kMaxDims], strides[kMaxDims];
+};
+
+// Any strides: 0 where the mask is broadcast.
 struct Mask {
   Input tensor;
-  int dims;
-  int64_t sizes[kMaxMaskDims], strides[kMaxMaskDims];
+  Strides at;
+};
+
+// The order in which full-size data lies in memory, where it is another than that of the elements (tokens of an image's
+// patches, channels_last). Counted in words of one or two elements that are neighbours in both orders.
+struct Order {
+  Strides at;
+  int word;  // elements
 };
 
 struct NormalArguments {
@@ -81,6 +93,7 @@ struct NoiseArguments {
   Noise n, xi;
   double perturbation;
   Output x_t, keep;
+  Order order;  // of x_t
 };
 
 struct ConvertArguments {
@@ -102,6 +115,7 @@ struct LossArguments {
   double* sums;    // one a unit of work, or null where no value is wanted
   bool every_sum;  // also those of rows of weight 0
   Output gradient;
+  Order order;  // of prediction and gradient
 };
 
 struct GaussianArguments {

@@ -116,16 +116,17 @@ FASTDIFF_INLINE void read_mask(const Input& from, int64_t start, int count, C* t
 // Elements [start, start + count) of the mask, broadcast; zeros behind them up to a multiple of kStep.
 template <class C>
 FASTDIFF_APART const C* view(const Mask& mask, int64_t start, int count, C* buffer) {
-  const int last = mask.dims - 1;
-  const int64_t run = mask.sizes[last], stride = mask.strides[last];
-  if (mask.dims == 1 && stride == 1 && mask.tensor.dtype != DType::u8) return view<C>(mask.tensor, start, count, buffer);
+  const Strides& at = mask.at;
+  const int last = at.dims - 1;
+  const int64_t run = at.sizes[last], stride = at.strides[last];
+  if (at.dims == 1 && stride == 1 && mask.tensor.dtype != DType::u8) return view<C>(mask.tensor, start, count, buffer);
   for (int done = 0; done < count;) {
     int64_t rest = (start + done) / run;
     const int64_t within = (start + done) % run;
     int64_t place = within * stride;
     for (int d = last - 1; d >= 0; --d) {
-      place += rest % mask.sizes[d] * mask.strides[d];
-      rest /= mask.sizes[d];
+      place += rest % at.sizes[d] * at.strides[d];
+      rest /= at.sizes[d];
     }
     const int part = run - within < count - done ? int(run - within) : count - done;
     if (stride == 1) {

@@ -178,6 +178,7 @@ void loss_blocks(const LossArguments& a, int64_t begin, int64_t end, int most) {
   alignas(64) D prediction_buffer[kBlock], x0_buffer[kBlock], gradient_buffer[kBlock];
   alignas(64) C mask_buffer[kBlock], y_buffer[kBlock], known[kBlock];
   NoiseBuffer<N> n_buffer;
+  Packed packed;
   const ErrorKernel<D, N> kernel = error_kernel<D, N>(a);
   alignas(64) const D no_x0[kBlock] = {};
   alignas(64) const N no_noise[kBlock] = {};
@@ -196,9 +197,9 @@ void loss_blocks(const LossArguments& a, int64_t begin, int64_t end, int most) {
     const bool left_out = at<C>(a.weight, unit.row) == C(0), read = !left_out || a.every_sum;
     for_blocks(unit, most, [&](int64_t start, int count) {
       b.count = count;
-      if (a.gradient.data) b.gradient = place(a.gradient, start, count, gradient_buffer);
+      if (a.gradient.data) b.gradient = place(a.gradient, a.order, start, count, gradient_buffer);
       if (read) {
-        b.prediction = view(a.prediction, start, count, prediction_buffer);
+        b.prediction = view(a.prediction, a.order, start, count, prediction_buffer, packed);
         if (a.x0.data) b.x0 = view(a.x0, start, count, x0_buffer);
         if constexpr (__is_same(D, C)) {
           if (a.y.data) {
@@ -213,7 +214,7 @@ void loss_blocks(const LossArguments& a, int64_t begin, int64_t end, int most) {
       }
       if (!a.gradient.data) return;
       if (left_out) memset(b.gradient, 0, size_t(count) * sizeof(D));
-      commit(a.gradient, start, count, b.gradient);
+      commit(a.gradient, a.order, start, count, b.gradient, packed);
     });
     if (a.sums) a.sums[unit.slot] = sums.total();
   });
@@ -228,7 +229,7 @@ void loss_units(const LossArguments& a, int64_t begin, int64_t end) {
   for_storage<C>(data, noise, [&](auto d, auto n) {
     typedef decltype(d) D;
     typedef decltype(n) N;
-    const bool buffered = made || a.mask.tensor.data || a.gradient.streamed || !(has_x0 || has_n);
+    const bool buffered = made || a.mask.tensor.data || a.gradient.streamed || !(has_x0 || has_n) || a.order.at.dims;
     const bool direct = data == kCode<D> && noise == kCode<N> && !buffered;
     loss_blocks<D, N>(a, begin, end, direct ? kUnit : kBlock);
   });

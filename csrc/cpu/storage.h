@@ -351,6 +351,88 @@ FASTDIFF_INLINE void commit(const Output& to, int64_t start, int count, const S*
     memcpy(memory, values, sizeof(S) * size_t(count));
 }
 
+// Copies words [start, start + count) of data that lies in another order between its memory and `packed`, where they are
+// side by side.
+template <size_t size, bool gather>
+FASTDIFF_APART void move_words(const Strides& at, int64_t start, int64_t count, char* memory, char* packed) {
+  const auto move = [](char* one, char* other) __attribute__((always_inline)) {
+    memcpy(gather ? other : one, gather ? one : other, size);
+  };
+  const int last = at.dims - 1;
+  const int64_t run = at.sizes[last], step = at.strides[last] * int64_t(size);
+  int64_t index[kMaxDims], place = 0;
+  for (int d = last; d >= 0; --d) {
+    index[d] = start % at.sizes[d];
+    start /= at.sizes[d];
+    place += index[d] * at.strides[d];
+  }
+  while (count > 0) {
+    char* const from = memory + place * int64_t(size);
+    int d = last;
+    int64_t moved;
+    if (run == 2 && last > 0 && index[last] == 0 && count >= 2) {  // pairs, as many as lie behind each other
+      --d;
+      const int64_t pairs = at.sizes[d] - index[d], next = at.strides[d] * int64_t(size);
+      moved = pairs < count / 2 ? pairs : count / 2;
+      for (int64_t k = 0; k < moved; ++k) {
+        move(from + k * next, packed + 2 * k * int64_t(size));
+        move(from + k * next + step, packed + (2 * k + 1) * int64_t(size));
+      }
+      packed += 2 * moved * int64_t(size);
+      count -= 2 * moved;
+    } else {
+      moved = run - index[last] < count ? run - index[last] : count;
+      for (int64_t k = 0; k < moved; ++k) move(from + k * step, packed + k * int64_t(size));
+      packed += moved * int64_t(size);
+      count -= moved;
+    }
+    index[d] += moved;
+    place += moved * at.strides[d];
+    for (; d > 0 && index[d] == at.sizes[d]; --d) {
+      place += at.strides[d - 1] - at.sizes[d] * at.strides[d];
+      index[d] = 0;
+      ++index[d - 1];
+    }
+  }
+}
+
+// Elements [start, start + count), which are whole words.
+template <bool gather>
+inline void move_elements(const Order& order, DType dtype, int64_t start, int count, void* memory, void* packed) {
+  const int64_t first = start / order.word, words = count / order.word;
+  const int size = (dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2) * order.word;
+  char *const one = (char*)memory, *const other = (char*)packed;
+  if (size == 2) return move_words<2, gather>(order.at, first, words, one, other);
+  if (size == 4) return move_words<4, gather>(order.at, first, words, one, other);
+  if (size == 8) return move_words<8, gather>(order.at, first, words, one, other);
+  move_words<16, gather>(order.at, first, words, one, other);
+}
+
+// A block as it is stored, its elements in order.
+struct Packed {
+  alignas(64) char bytes[kBlock * sizeof(double)];
+};
+
+// view(), place() and commit() of data that may lie in another order.
+template <class S>
+FASTDIFF_INLINE const S* view(const Input& from, const Order& order, int64_t start, int count, S* buffer, Packed& packed) {
+  if (!order.at.dims) return view(from, start, count, buffer);
+  move_elements<true>(order, from.dtype, start, count, (void*)from.data, packed.bytes);
+  return view(Input{packed.bytes, from.dtype}, 0, count, buffer);
+}
+
+template <class S>
+FASTDIFF_INLINE S* place(const Output& to, const Order& order, int64_t start, int count, S* buffer) {
+  return order.at.dims ? buffer : place(to, start, count, buffer);
+}
+
+template <class S>
+FASTDIFF_INLINE void commit(const Output& to, const Order& order, int64_t start, int count, const S* values, Packed& packed) {
+  if (!order.at.dims) return commit(to, start, count, values);
+  commit(Output{packed.bytes, to.dtype, false}, 0, count, values);
+  move_elements<false>(order, to.dtype, start, count, to.data, packed.bytes);
+}
+
 // Calls kernel(D{}, N{}) for data in `data` and noise in `noise`: the types stored, where there are kernels of them,
 // otherwise the compute type C twice.
 template <class C, class Kernel>

@@ -133,7 +133,7 @@ class Backend:
         x_t, n = run(self, call)
         zero = torch.zeros((1,) * call.x0.ndim, dtype=call.alpha.dtype, device=call.x0.device)
         p, q = zero if p is None else p, zero if q is None else q
-        target = NoiseCall(call.x0, n, p, q, keep_noise=False, dtype=call.dtype)
+        target = NoiseCall(call.x0, n, p, q, keep_noise=False, dtype=call.dtype, order=call.order)
         return x_t, n, run(self, target)[0]
 
     # ---- coefficients at times

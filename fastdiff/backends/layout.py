@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -22,6 +24,27 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
         return None
     order = tuple(sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d)))
     return order if tensor.permute(order).is_contiguous() else None
+
+
+# The orders of the dimensions of [B, C, h, p, w, q] in memory, where they are packed tokens, by that within a token.
+TOKENS = {"c p q": (0, 2, 4, 1, 3, 5), "p q c": (0, 2, 4, 3, 5, 1)}
+
+
+def order_of_tokens(tensor: Tensor) -> str:
+    """Which of ``TOKENS`` a tensor lies in; "none" for any other, and for one that is contiguous."""
+    if tensor.ndim == 6 and not tensor.is_contiguous():
+        for name, order in TOKENS.items():
+            if tensor.permute(order).is_contiguous():
+                return name
+    return "none"
+
+
+def empty_in_order(shape: tuple[int, ...], order: tuple[int, ...] | None, dtype: torch.dtype, device: Any) -> Tensor:
+    """A new tensor of ``shape`` whose dimensions lie in memory in ``order``; None: as they are."""
+    if order is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return torch.empty([shape[d] for d in order], dtype=dtype, device=device).permute(back)
 
 
 @lru_cache(maxsize=256)

@@ -28,8 +28,10 @@ from asked import triton as operations
 from triton.backends.compiler import GPUTarget
 
 from fastdiff import ops
+from fastdiff.backends.layout import TOKENS, empty_in_order
 from fastdiff.backends.triton import arguments as taken
 from fastdiff.backends.triton import launch
+from fastdiff.calls import NoiseCall
 
 THREADS = 128
 TARGET = GPUTarget("cuda", 90, 32)
@@ -228,8 +230,9 @@ class Threads:
         if name[0] in ("ld", "st", "atom"):
             return self.access(name, operands, active)
         if name[0] in ("ldmatrix", "stmatrix"):
-            assert active.all() and "x4" in name and "trans" not in name
-            return self.matrices(*(operands if name[0] == "ldmatrix" else operands[::-1]), name[0] == "ldmatrix")
+            assert active.all()
+            loads = name[0] == "ldmatrix"
+            return self.matrices(*(operands if loads else operands[::-1]), loads, "trans" in name)
         to, sources = operands[0], operands[1:]
         if name[0] == "mov" and "{" in to + sources[0]:
             return self.pair(kind, to, sources[0], active)
@@ -278,19 +281,21 @@ class Threads:
         self.put(low, whole.astype(half), active)
         self.put(high, (whole >> kind(size)).astype(half), active)
 
-    def matrices(self, registers: str, place: str, loads: bool) -> None:
-        """Four matrices of 8 rows of 16 bytes for each warp: a thread gives the address of a row, and a register has
-        two elements of the row that is its thread's number over 4."""
-        names, addresses = re.findall(r"[%\w]+", registers), self.addresses(place)
-        found = np.zeros((4, THREADS), np.uint32) if loads else np.stack([self.registers[r] for r in names])
-        for k in range(4):
-            for row in range(0, THREADS, 4):  # the first of the four threads that have one
-                giver = row // 32 * 32 + 8 * k + row % 32 // 4
-                at = self.memory.at(int(addresses[giver]), 16).view(np.uint32)
-                if loads:
-                    found[k, row : row + 4] = at
-                else:
-                    at[:] = found[k, row : row + 4]
+    def matrices(self, registers: str, place: str, loads: bool, transposed: bool) -> None:
+        """Matrices of 8 rows of 16 bytes for each warp, one a register: a thread gives the address of a row, and has in
+        the register two elements of the row (transposed: of the column) that is its thread's number over 4."""
+        names, addresses = re.findall(r"%\w+", registers), self.addresses(place)
+        found = np.zeros((len(names), THREADS), np.uint32) if loads else np.stack([self.registers[r] for r in names])
+        pairs = found.view(np.uint16).reshape(len(names), THREADS // 32, 8, 8)  # of a warp: a row has four threads
+        for k in range(len(names)):
+            for warp in range(THREADS // 32):
+                for row in range(8):
+                    at = self.memory.at(int(addresses[32 * warp + 8 * k + row]), 16).view(np.uint16)
+                    own = pairs[k, warp, :, row] if transposed else pairs[k, warp, row]
+                    if loads:
+                        own[:] = at
+                    else:
+                        at[:] = own
         if loads:
             self.registers |= dict(zip(names, found))
 
@@ -386,6 +391,8 @@ def findings() -> Iterator[dict[str, Any]]:
                     for name, got, want in zip(("loss", "gradient", "gradient of half"), results, wanted):
                         yield found(case + (", v" if data is not None else ", epsilon"), name, got, want)
 
+    yield from _of_images_and_tokens(found)
+
     # The noise that a loss makes again: half the gradient of a sum of squares, for a prediction of 0.
     for shape, rows in layouts:
         zero, one, n = torch.zeros(shape), torch.ones(rows), ops.Philox(99, 3)
@@ -433,6 +440,50 @@ def findings() -> Iterator[dict[str, Any]]:
                 results = operations.step(*step)
             for got, want in zip(results, reference.step(*step)):
                 yield found(f"exact noise, {str(dtype)[6:]}, {'x'.join(map(str, shape))}", "step", got, want)
+
+
+def _of_images_and_tokens(found: Callable) -> Iterator[dict[str, Any]]:
+    """Bytes that are decoded; and x_t and predictions that lie in memory as packed tokens."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for kind, n in {"given": None, "exact": ops.Philox(99, 3)}.items():
+            for shape in ((2, 4, 32, 32), (2, 3, 7, 5)):
+                images, m, given = torch.randint(0, 256, shape, dtype=torch.uint8), *torch.randn(2, *shape).to(dtype)
+                p, q, weight = (torch.rand(shape[0], 1, 1, 1) + 0.1 for _ in range(3))
+                source, case = given if n is None else n, f"{kind} noise, {str(dtype)[6:]}, {'x'.join(map(str, shape))}"
+                noised = images, source, p, q, 0.0, None, False, dtype
+                how = source, p, q, None, weight, None, None, "mse", "none", "mean"
+                with compiled():
+                    x_t, results = operations.noise(*noised)[0], _gradients(operations.loss, m, images, how)
+                yield found(case, "x_t of images", x_t, reference.noise(*noised)[0])
+                wanted = _gradients(reference.loss, m, images, how)
+                for name, got, want in zip(("loss", "gradient", "gradient of half"), results, wanted):
+                    yield found(case, f"{name} of images", got, want)
+            # Several tiles of whole units; rows of the image that are no whole units; odd patches.
+            for shape in ((2, 4, 8, 2, 16, 2), (2, 3, 2, 2, 3, 2), (1, 2, 3, 3, 5, 1)):
+                for order in TOKENS.values():
+                    x0, m, given = torch.randn(3, *shape).to(dtype)
+                    m = empty_in_order(shape, order, dtype, m.device).copy_(m)
+                    p, q, weight = (torch.rand(shape[0], *(1,) * 5) + 0.1 for _ in range(3))
+                    case = f"{kind} noise, {str(dtype)[6:]}, {'x'.join(map(str, shape))}, {order}"
+                    source = given if n is None else n
+                    noised = x0, source, p, q, 0.0, None
+                    with compiled():
+                        x_t, _ = operations.noise(*noised, False, None, order)
+                        call = NoiseCall(*noised, True, None, order)
+                        again, _, target = operations.backend.noise_and_target(call, q, p)
+                    want = reference.noise(*noised, False)[0]
+                    yield found(case, "x_t as tokens", x_t, want)
+                    yield found(case, "x_t as tokens, with its target", again, want)
+                    want = reference.noise(x0, source, q, p, 0.0, None, False)[0]
+                    yield found(case, "target as tokens", target, want)
+                    for data in (x0, None):
+                        row = None if data is None else p
+                        how = source, row, q, None, weight, None, None, "mse", "none", "mean"
+                        with compiled():
+                            results = _gradients(operations.loss, m, data, how)
+                        wanted = _gradients(reference.loss, m, data, how)
+                        for name, got, want in zip(("loss", "gradient", "gradient of half"), results, wanted):
+                            yield found(case, f"{name} of tokens", got, want)
 
 
 def _gaussian(rows: tuple[int, ...], bins: bool) -> tuple:

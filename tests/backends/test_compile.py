@@ -56,26 +56,61 @@ def gaussian_arguments(n, *, learned=True, grad=True, how=(False, "mean"), dtype
     return (output, rows(), data(3, 2, 4, 5), *n, *coefficients, *how)
 
 
+PATCHES, TOKENS = (3, 2, 2, 2, 3, 2), [0, 2, 4, 1, 3, 5]
+
+
+def as_tokens(x):
+    """In the memory order of tokens."""
+    return x.permute(TOKENS).contiguous().permute([TOKENS.index(d) for d in range(6)])
+
+
+def patch_rows():
+    return torch.rand(3, 1, 1, 1, 1, 1) + 0.5
+
+
+def of_tokens():
+    return patch_rows(), patch_rows(), *(None,) * 5, "mse", "none", "mean"
+
+
 CASES = {
     "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0)),
     "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, torch.float32, "exact")),
-    "noise given": (OPS.noise, lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True, None)),
+    "noise given": (OPS.noise, lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True, None, None)),
     "noise with gradients": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, grad=True), *given(grad=True), rows(), rows(), 0.0, *NONE, True, None),
+        lambda: (data(3, 2, 4, 5, grad=True), *given(grad=True), rows(), rows(), 0.0, *NONE, True, None, None),
     ),
-    "noise made": (OPS.noise, lambda: (data(3, 2, 4, 5, grad=True), *MADE, rows(), rows(), 0.1, *XI, True, None)),
+    "noise made": (OPS.noise, lambda: (data(3, 2, 4, 5, grad=True), *MADE, rows(), rows(), 0.1, *XI, True, None, None)),
     "noise made, not kept": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, dtype=torch.bfloat16), *MADE, rows(), rows(), 0.0, *NONE, False, None),
+        lambda: (data(3, 2, 4, 5, dtype=torch.bfloat16), *MADE, rows(), rows(), 0.0, *NONE, False, None, None),
     ),
     "noise of channels_last": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, channels_last=True), *given(), rows(), rows(), 0.0, *NONE, True, None),
+        lambda: (data(3, 2, 4, 5, channels_last=True), *given(), rows(), rows(), 0.0, *NONE, True, None, None),
     ),
     "noise of images": (
         OPS.noise,
-        lambda: (images(), *given(grad=True), rows(), rows(), 0.0, *NONE, True, torch.bfloat16),
+        lambda: (images(), *given(grad=True), rows(), rows(), 0.0, *NONE, True, torch.bfloat16, None),
+    ),
+    "noise of tokens": (
+        OPS.noise,
+        lambda: (data(*PATCHES, grad=True), *MADE, patch_rows(), patch_rows(), 0.0, *NONE, True, None, TOKENS),
+    ),
+    "loss of tokens": (
+        OPS.loss,
+        lambda: (as_tokens(data(*PATCHES)).requires_grad_(), patch_rows(), data(*PATCHES), *MADE, *of_tokens()),
+    ),
+    "gradient of tokens": (
+        OPS.loss_gradient,
+        lambda: (
+            torch.tensor(2.0),
+            as_tokens(data(*PATCHES)),
+            patch_rows(),
+            data(*PATCHES),
+            *MADE,
+            *of_tokens(),
+        ),
     ),
     "loss of images": (OPS.loss, lambda: loss_arguments(MADE, x0=images())),
     "loss": (OPS.loss, lambda: loss_arguments(given())),

@@ -463,6 +463,7 @@ class TestBinding:
            None, None, (1, 0, 0, 0.0), (X.data_ptr(), 0, 128), 1]  # fmt: skip
     R = torch.ones(4)  # held: the pointer must stay good
     ROWS = (R.data_ptr(), 0, 4)
+    ORDER = ((4, 2, 8), (2, 1, 8))
 
     @settings(max_examples=examples(10_000), deadline=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
@@ -474,15 +475,17 @@ class TestBinding:
         memory = st.tuples(pointer, st.integers(-2, 9), st.sampled_from([0, 1, 4, 16, 64, -1, 65, 2**60]))
         junk = (
             st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.binary(max_size=3) | integers | memory
-            | st.tuples(integers, integers) | st.tuples(*[st.integers(-1, 5)] * 6) | st.lists(integers, max_size=3)
+            | st.tuples(integers, integers) | st.tuples(*[st.tuples(integers, integers)] * 2)
+            | st.tuples(*[st.integers(-1, 5)] * 6) | st.lists(integers, max_size=3)
         )  # fmt: skip
         good = {
             "normal": [self.LAYOUT, (1, 0, 0, 0.0), self.GOOD, 1],
             "uniform": [1, 0, 0, (self.X.data_ptr(), 1, 32), 32],
-            "noise": [self.LAYOUT, self.GOOD, self.ROWS, self.ROWS, (1, 0, 0, 0.0), 0.0, None, self.GOOD, None, 1],
+            "noise": [self.LAYOUT, self.GOOD, self.ROWS, self.ROWS, (1, 0, 0, 0.0), 0.0, None, self.GOOD, None,
+                      self.ORDER, 1],
             "convert": [self.LAYOUT, self.GOOD, self.GOOD, self.ROWS, self.ROWS, self.GOOD, 1],
             "loss": [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, *(None,) * 4, 0, 0, 0,
-                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, 1],
+                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, self.ORDER, 1],
             "gaussian_kl": [self.LAYOUT, (self.X.data_ptr(), 0, 128), self.GOOD, (1, 0, 0, 0.0), self.ROWS, self.ROWS,
                             self.ROWS, self.ROWS, self.ROWS, self.ROWS, self.ROWS, self.ROWS, None, 1, 0, None,
                             (self.X.data_ptr(), 0, 1), (self.X.data_ptr(), 0, 128), 1],
@@ -531,11 +534,30 @@ class TestBinding:
             ({2: None}, "alpha"),
             ({4: (1, 2**32, 0, 0.0)}, "stream"),
             ({7: (GOOD[0], 4, 64)}, "x_t"),
-            ({9: -1}, "threads"),
+            ({9: ((4, 16),)}, "order: expected"),
+            ({9: ((4, 16), (16,))}, "order: needs as many"),
+            ({9: ((4, 15), (16, 1))}, "order: its sizes"),
+            ({9: ((4, 16), (17, 1))}, "order: its strides reach"),
+            ({9: ((4, 16), (-1, 1))}, "order: sizes and strides"),
+            ({9: ((2**40, 2**40), (1, 1))}, "order: its sizes"),
+            ({9: ((2,) * 6, (1, 32, 2, 16, 4, 2**62))}, "order: its strides reach"),
+            ({10: -1}, "threads"),
         ],
     )
     def test_messages_name_the_argument(self, change, message):
-        arguments = [self.LAYOUT, self.GOOD, self.ROWS, self.ROWS, (1, 0, 0, 0.0), 0.0, None, self.GOOD, None, 1]
+        arguments = [
+            self.LAYOUT,
+            self.GOOD,
+            self.ROWS,
+            self.ROWS,
+            (1, 0, 0, 0.0),
+            0.0,
+            None,
+            self.GOOD,
+            None,
+            self.ORDER,
+            1,
+        ]
         for k, value in change.items():
             arguments[k] = value
         with pytest.raises(ValueError, match=message):
@@ -594,10 +616,16 @@ class TestBinding:
     def test_masks_of_sizes_beyond_64_bits(self, sizes, strides):
         """Refused by their products, none of which overflows on the way (``make sanitize`` sees that)."""
         arguments = [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, *(None,) * 4, 0, 0, 0,
-                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, 1]  # fmt: skip
+                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, self.ORDER, 1]  # fmt: skip
         arguments[9] = (self.X.data_ptr(), 0, 64, sizes, strides)
         with pytest.raises(ValueError, match="mask"):
             _C.loss(*arguments)
+
+    def test_more_dimensions_than_there_is_room_for(self):
+        layout, memory = (512, 1, 1, 1, 512, 1), (self.X.data_ptr(), 0, 512)
+        rows, order = (self.R.data_ptr(), 0, 1), ((2,) * 9, tuple(2**d for d in range(9)))
+        with pytest.raises(ValueError, match="order: has too many dimensions"):
+            _C.noise(layout, memory, rows, rows, (1, 0, 0, 0.0), 0.0, None, memory, None, order, 1)
 
     def test_a_run_of_good_arguments(self):
         launch, aim = _C.trajectory(*self.RUN)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import ops
+from fastdiff.backends.layout import TOKENS, empty_in_order
 from fastdiff.backends.reference import philox
 from fastdiff.calls import NoiseCall
 from fastdiff.tensors import Gathered, as_tensor, decoded
@@ -349,6 +350,115 @@ def test_images_in_the_loss(layout, dtype, kind):
         results.append((value, *torch.autograd.grad(value, leaf)))
     for got, want in zip(*results):
         assert_same(got, want)
+
+
+# [B, C, h, p, w, q]: whole patches in a unit; units shorter than a row of the image is long; odd sizes.
+PATCHES = [(2, 4, 2, 2, 8, 2), (3, 4, 2, 2, 3, 2), (2, 3, 3, 4, 5, 4), (2, 5, 3, 1, 7, 3), (1, 1, 5, 3, 1, 5)]
+ORDERS = list(TOKENS)
+
+
+def in_order(x, name):
+    """The same elements in the memory order of tokens."""
+    return empty_in_order(tuple(x.shape), TOKENS[name], x.dtype, x.device).copy_(x)
+
+
+@pytest.fixture
+def wide_offsets(monkeypatch):
+    """Offsets of 64 bits, as of 2^31 elements."""
+    for module in (affine, loss):
+
+        def plan_of(*how):
+            found = plan.plan(*how)
+            return found._replace(constants=(*found.constants[:-1], True))
+
+        monkeypatch.setattr(module, "plan", plan_of)
+
+
+def check_noising_into_tokens(shape, name, dtype, kind, keep, with_target):
+    x0, n, rows = random(shape, dtype), noise_of(kind, shape, dtype), (shape[0],) + (1,) * 5
+    alpha, sigma, p, q = (random(rows) for _ in range(4))
+    arguments, order = (n, alpha, sigma, 0.0, None, keep), TOKENS[name]
+    with launches() as launched:
+        if with_target:
+            got, kept, target = triton.backend.noise_and_target(NoiseCall(x0, *arguments, None, order), p, q)
+            assert_same(target, reference.noise(x0, n, p, q, 0.0, None, False)[0])
+            assert target.permute(order).is_contiguous()
+        else:
+            got, kept = triton.noise(x0, *arguments, None, order)
+    assert launched == ["affine"] and got.permute(order).is_contiguous()
+    want, wanted = reference.noise(x0, *arguments)
+    assert_same(got, want)
+    assert kept is n if not isinstance(wanted, torch.Tensor) else torch.equal(kept, wanted)
+
+
+@diagonal(
+    shape=PATCHES, name=ORDERS, dtype=DTYPES, kind=["made", "made with offsets", "given"], keep=[True, False],
+    with_target=[False, True],
+)  # fmt: skip
+def test_noising_into_tokens(shape, name, dtype, kind, keep, with_target):
+    check_noising_into_tokens(shape, name, dtype, kind, keep, with_target)
+
+
+@gpu_variants
+@pytest.mark.parametrize("name", ORDERS)
+def test_tokens_in_several_tiles_and_with_offsets_of_64_bits(name, small_tiles, wide_offsets):
+    for shape in PATCHES[:3]:
+        check_noising_into_tokens(shape, name, torch.bfloat16, "made", True, True)
+        check_loss_of_tokens(shape, name, torch.bfloat16, "made", "mse", "mask")
+
+
+def check_loss_of_tokens(shape, name, dtype, kind, function, how):
+    """The bits of the loss of the same prediction in the order of the data, and of its gradient, which lies as the
+    prediction does. One launch, and one backward."""
+    prediction, x0, rows = random(shape, dtype), random(shape, dtype), (shape[0],) + (1,) * 5
+    n = noise_of(kind, shape, dtype)
+    p, q, w, c = (random(rows).abs() + 0.1 for _ in range(4))
+    mask = torch.rand(shape[0], 1, *shape[2:], device=DEVICE) < 0.6 if how == "mask" else None
+    if how == "left out":
+        w[0] = 0
+    operands = (None, None) if how == "no x0" else (x0, p)
+    reduction = "none" if how == "none" else "mean"
+    results = []
+    for m in (in_order(prediction, name), prediction):
+        leaf = m.clone(memory_format=torch.preserve_format).requires_grad_()
+        with launches() as launched:
+            value = triton.loss(leaf, operands[0], n, operands[1], q, None, w, c, mask, function, "none", reduction)
+            upstream = torch.linspace(0.5, 1, value.numel(), device=DEVICE).view(value.shape)
+            (gradient,) = torch.autograd.grad(value, leaf, upstream)
+        assert launched == ["loss"] * 2
+        assert m is prediction or gradient.permute(TOKENS[name]).is_contiguous()
+        results.append((value, gradient))
+    for got, want in zip(*results):
+        assert_same(got, want)
+
+
+@diagonal(
+    shape=PATCHES, name=ORDERS, dtype=DTYPES, kind=["made", "made with offsets", "given in float32"],
+    function=["mse", "pseudo_huber"], how=["mean", "mask", "none", "no x0", "left out"],
+)  # fmt: skip
+def test_the_loss_of_tokens(shape, name, dtype, kind, function, how):
+    check_loss_of_tokens(shape, name, dtype, kind, function, how)
+
+
+def test_tokens_that_lie_otherwise_are_left_to_others():
+    x0, row = random((2, 3, 2, 2, 2, 2)), torch.ones(2, 1, 1, 1, 1, 1, device=DEVICE)
+    call = NoiseCall(x0, ops.Philox(1), row, row, order=(0, 1, 2, 4, 3, 5))
+    assert "order of x_t" in triton.backend.supports(call)[1]
+    got, _ = triton.noise(*call)
+    assert_same(got, reference.noise(*call)[0])
+    m = random((2, 3, 2, 2, 2, 2)).transpose(3, 4)  # the loss copies
+    value = triton.loss(m, None, ops.Philox(1), None, row, None, row, None, None, "mse", "none", "mean")
+    want = reference.loss(m, None, ops.Philox(1), None, row, None, row, None, None, "mse", "none", "mean")
+    torch.testing.assert_close(value, want)
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 2**31 - 1), n=st.integers(0, 2**31 - 1), k=st.integers(0, 2**31))
+def test_division_by_a_product(size, n, k):
+    own, factor, shift = plan.divisor(size)
+    assert own == size and -(2**31) <= factor < 2**31
+    for number in {n, max(0, min(k // size * size - 1, 2**31 - 1)), min(k // size * size, 2**31 - 1), 2**31 - 1}:
+        assert (2 * number * (factor % 2**32) >> 32) >> shift == number // size
 
 
 GATHERED = [(3, 1, 1), (3, 5, 1), (1, 1, 1)]

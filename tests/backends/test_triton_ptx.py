@@ -38,6 +38,18 @@ def test_noise_noising_target_and_step_have_the_bits_of_the_reference(findings):
         assert f["same"], f
 
 
+def test_images_and_tokens(findings):
+    """Noising has the bits of the reference, the loss and its gradient are near it."""
+    for what, cases in (("of images", 8), ("tokens", 24)):
+        found = [f for f in findings if what in f["name"]]
+        exact = [f for f in found if "x_t" in f["name"] or "target" in f["name"]]
+        assert len(exact) == cases * (3 if what == "tokens" else 1)
+        assert len(found) - len(exact) == cases * (6 if what == "tokens" else 3)
+        for f in found:
+            near = 8 * 2**-23 + (torch.finfo(torch.bfloat16).eps if f["dtype"] == "torch.bfloat16" else 0)
+            assert f["same"] if f in exact else f["relative"] <= near, f
+
+
 def test_fast_noise_is_near_the_exact(findings):
     """With instructions that err as much as NVIDIA says they may. x_t is a sum with factors up to 1.1."""
     found = [f for f in findings if f["case"].startswith("fast") and f["name"] in ("x_t", "target", "noise")]

@@ -41,9 +41,11 @@ def branches(variant):
     found = {(kernel, name, value) for name, value in variant.items()}
     if kernel == "affine":
         found.add((kernel, "V, XI", variant["V"], variant["XI"]))
+        found.add((kernel, "ORDER, V", variant["ORDER"], variant["V"]))
     if kernel == "loss":
         found.add((kernel, "FUNCTION, mask", variant["FUNCTION"], variant["MASK_DIMS"] >= 0))
         found.add((kernel, "N, P_KIND", variant["N"], variant["P_KIND"]))
+        found.add((kernel, "ORDER, N", variant["ORDER"], variant["N"]))
         if variant["result"] != "None":
             sums = [variant[name] for name in ("NORMALIZATION", "REDUCTION", "SPLIT")]
             found.add((kernel, "NORMALIZATION, REDUCTION, SPLIT", *sums))

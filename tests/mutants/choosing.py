@@ -28,6 +28,8 @@ TABLE = {
     "fastdiff/tabulated": "process changed_in_place diffusers objects",
     "fastdiff/torch_randn": "torch_randn",
     "fastdiff/tensors": "images coefficients",
+    "fastdiff/tokens": "tokens",
+    "fastdiff/noised": "tokens objective images",
     "fastdiff/coefficients": "coefficients fast_calls objective compile",
     "fastdiff/constancy": "coefficients",
     "fastdiff/program": "coefficients fast_calls objective triton_operations",

@@ -543,6 +543,7 @@ ANYTHING = st.one_of(
         [
             torch.randn(2, 3),
             torch.randn(2, 3).double(),
+            torch.ones(2, 3, dtype=torch.uint8),
             torch.randn(3, 2).T,
             torch.randn(6),
             torch.zeros(0, 3),
@@ -569,7 +570,7 @@ def test_no_arguments_reach_a_kernel_unchecked(data):
     name = data.draw(st.sampled_from(["noise", "loss", "convert", "step", "times"]))
     x, t = torch.randn(2, 3), torch.tensor([0, 2])
     fit = {
-        "noise": [table, x, t, x, x.clone(), 1],
+        "noise": [table, x, t, x, x.clone(), None, 1],
         "loss": [wide, 3, 0, x, x, x, t, torch.tensor(0.0), True, 1],
         "convert": [table, x, x, t, 1],
         "step": [x, x, torch.randn(len(ops.COLUMNS)), None, None, True, 1],

@@ -16,10 +16,12 @@ from ... import modes
 from ...calls import LossCall, seed_of
 from ...torch_access import _C
 from ..interface import COEFFICIENTS, Backend, differentiable
+from ..layout import memory_order
 from ..reference import rows_of_mean
 from ..saving import save, saved
 from .launch import (
     FUNCTIONS,
+    MOST_DIMS,
     NORMALIZATIONS,
     REDUCTIONS,
     arrange,
@@ -139,9 +141,14 @@ def launch(
     rows = weight.shape
     result = weight.new_empty(rows if reduction == "none" else ()) if value else None
     row_means = weight.new_empty(rows, dtype=torch.float64) if means else None
-    d = empty(shape, prediction.dtype, prediction) if gradient else None
+    # A prediction in another order is read, and its gradient written, where it lies.
+    elsewhere = prediction.ndim <= MOST_DIMS and memory_order(prediction) is not None
+    order = (tuple(shape), prediction.stride()) if elsewhere else None
+    m, d = prediction if elsewhere else contiguous(prediction), None
+    if gradient:
+        d = torch.empty_strided(shape, m.stride(), dtype=m.dtype) if elsewhere else empty(shape, m.dtype, m)
     # What is pointed at must be held until the call returns.
-    m, x0, n, y = contiguous(prediction), contiguous(x0), contiguous(n), contiguous(y)
+    x0, n, y = contiguous(x0), contiguous(n), contiguous(y)
     if mask is not None and mask.dtype == torch.int64:
         mask = mask.double()
     _C.loss(
@@ -164,6 +171,7 @@ def launch(
         memory(result),
         memory(row_means),
         memory(d),
+        order,
         torch.get_num_threads(),
     )
     return Made(result, row_means, d)

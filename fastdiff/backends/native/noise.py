@@ -10,6 +10,7 @@ from torch import Tensor
 from ...calls import NoiseCall, seed_of
 from ...torch_access import _C
 from ..interface import COEFFICIENTS, Backend, differentiable
+from ..layout import empty_in_order
 from ..saving import save, saved
 from .launch import arrange, contiguous, empty, in_format_of, memory, source, unsuited
 
@@ -53,7 +54,8 @@ def _launch(call: NoiseCall) -> tuple[Tensor, Any]:
     x0, n, alpha, sigma, perturbation, xi, keep_noise = call[:7]
     shape = x0.shape
     layout, (a, s) = arrange(shape, alpha, sigma)
-    x_t, kept = empty(shape, call.stored, x0), n
+    order, kept = call.order, n
+    x_t = empty(shape, call.stored, x0) if order is None else empty_in_order(shape, order, call.stored, x0.device)
     if keep_noise and not isinstance(n, Tensor):
         kept = empty(shape, alpha.dtype, x0)
     # What is pointed at must be held until the call returns.
@@ -68,6 +70,7 @@ def _launch(call: NoiseCall) -> tuple[Tensor, Any]:
         source(xi),
         memory(x_t),
         None if kept is n else memory(kept),
+        None if order is None else (tuple(shape), x_t.stride()),
         torch.get_num_threads(),
     )
-    return in_format_of(x0, x_t), kept
+    return x_t if order is not None else in_format_of(x0, x_t), kept

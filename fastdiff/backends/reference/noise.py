@@ -9,6 +9,7 @@ from torch import Tensor
 from ...calls import NoiseCall
 from ...tensors import decoded
 from ..interface import Backend
+from ..layout import empty_in_order
 from .coefficients import rows
 
 
@@ -26,4 +27,6 @@ def run(call: NoiseCall, backend: Backend) -> tuple[Tensor, Any]:
     if xi is not None:
         seen = seen + call.perturbation * xi.to(dtype)
     x_t = (alpha * decoded(call.x0).to(dtype) + sigma * seen).to(call.stored)
+    if call.order is not None:
+        x_t = empty_in_order(tuple(shape), call.order, x_t.dtype, device).copy_(x_t)
     return x_t, n.to(dtype) if n is not call.n and call.keep_noise else call.n

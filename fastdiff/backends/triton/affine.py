@@ -15,8 +15,8 @@ from . import launch
 from .arguments import fits, source_of, untouched
 from .coefficients import arrange
 from .launch import Kernel
-from .plan import plan, tile_of
-from .tiles import coefficient, entry_of, laid_out, load, made_noise, place_of, prefetch, row_of, store
+from .plan import order_of, plan, tile_of
+from .tiles import coefficient, entry_of, laid_out, load, made_noise, place_of, prefetch, row_of, spot_of, store
 
 
 @Kernel
@@ -24,14 +24,16 @@ def affine(
     out, kept, target, u, v, xi, a, b, p, q, index, seed, xi_seed,
     stream, sample_offset, strength, xi_stream, xi_sample_offset, xi_strength, gamma,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
+    c_size, c_factor, c_shift, h_size, h_factor, h_shift, w_size, w_factor, w_shift,
     A_KIND: tl.constexpr, B_KIND: tl.constexpr, P_KIND: tl.constexpr, Q_KIND: tl.constexpr, INDEX: tl.constexpr,
     V: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr,
     XI: tl.constexpr, XI_SEED: tl.constexpr, XI_OFFSET: tl.constexpr,
+    ORDER: tl.constexpr, PATCH_P: tl.constexpr, PATCH_Q: tl.constexpr, IN_ROW: tl.constexpr,
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """out = a u + b (v + gamma xi), kept = v, target = p u + q v. v and xi are tensors ("tensor"), or made ("exact",
-    "fast") or "none".
+    "fast") or "none". out and target may lie in another ORDER.
 
     Products and sums are rounded one by one, as in the reference: the kernel is compiled without contraction, but for
     noise of the fast transform, which has not the reference's bits in any case.
@@ -48,7 +50,8 @@ def affine(
     made = place
     if A_KIND != "none" or P_KIND != "none":
         data = load(u, start, place, inside, EVEN, UNIT, ASM, EMULATE)
-        if out is not None and (kept is not None or target is not None):  # the noise is used twice
+        # The noise is used twice, or where the data is not.
+        if out is not None and (kept is not None or target is not None or ORDER != "none"):
             made = laid_out(place, data, EMULATE)
     if V == "tensor":
         n = load(v, start, place, inside, EVEN, UNIT, ASM, EMULATE)
@@ -56,6 +59,8 @@ def affine(
         n = made_noise(seed, stream, sample_offset, strength, scale if SCALED else 1.0, run, block, made, units,
                        sample_runs, channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, V == "fast", ASM,
                        EMULATE)  # fmt: skip
+    out_start, out_place = spot_of(start, place, (c_size, c_factor, c_shift), (h_size, h_factor, h_shift),
+        (w_size, w_factor, w_shift), ORDER, PATCH_P, PATCH_Q, IN_ROW)  # fmt: skip
     if kept is not None:
         store(kept, start, place, n, inside, EVEN, EMULATE)
     if target is not None:
@@ -64,7 +69,7 @@ def affine(
         if Q_KIND != "none":
             term = coefficient(q, row, entry, found, stride, Q_KIND) * n
             second = term if P_KIND == "none" else second + term
-        store(target, start, place, second, inside, EVEN, EMULATE)
+        store(target, out_start, out_place, second, inside, EVEN, EMULATE)
     if out is not None:
         if V != "none":
             if XI == "tensor":
@@ -78,16 +83,16 @@ def affine(
         if A_KIND != "none":
             first = coefficient(a, row, entry, found, stride, A_KIND) * data
             value = first if V == "none" else first + value
-        store(out, start, place, value, inside, EVEN, EMULATE)
+        store(out, out_start, out_place, value, inside, EVEN, EMULATE)
 
 
 def affine_launch(
     shape: tuple[int, ...], device: torch.device, u: Tensor | None, a: Any, v: Any, b: Any,
     out: Tensor | None, kept: Tensor | None = None, gamma: float = 0.0, xi: Any = None,
-    target: Tensor | None = None, p: Any = None, q: Any = None,
+    target: Tensor | None = None, p: Any = None, q: Any = None, order: str = "none",
 ) -> tuple[tuple[int, int], tuple, tuple]:  # fmt: skip
     """The launch of out = a u + b (v + gamma xi), kept = v, target = p u + q v: (grid, arguments, constants). Tensors
-    are contiguous; v and xi may be a ``Philox``."""
+    are contiguous, but out and target lie in ``order`` (``layout.TOKENS``); v and xi may be a ``Philox``."""
     rows = arrange(shape, a, b, p, q)
     (seed, stream, sample_offset, strength), (kind, seed_kind, offset) = source_of(v, device)
     (xi_seed, xi_stream, xi_offset, xi_strength), (xi_kind, xi_seed_kind, xi_has_offset) = source_of(xi, device)
@@ -95,17 +100,18 @@ def affine_launch(
     written = out if out is not None else kept
     tile = tile_of(written.numel(), written.element_size())
     how = plan(shape, rows.shape, tile, made, offset or xi_has_offset)
+    numbers, ordered = order_of(order, shape, how)
     return (
         how.grid,
         (
             *(out, kept, target, u, v if kind == "tensor" else None, xi if xi_kind == "tensor" else None),
             *(*rows.pointers, rows.index, seed, xi_seed),
             *(stream, sample_offset, strength, xi_stream, xi_offset, xi_strength, gamma),
-            *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs),
+            *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs, *numbers),
         ),
         (
             *(*rows.kinds, rows.index_kind, kind, seed_kind, offset, xi_kind, xi_seed_kind, xi_has_offset),
-            *(*how.constants, launch.has_approximate_instructions(device), launch.INTERPRETED),
+            *(*ordered, *how.constants, launch.has_approximate_instructions(device), launch.INTERPRETED),
         ),
     )
 

@@ -27,7 +27,7 @@ from ... import modes
 from ...calls import LossCall
 from ...tensors import Gathered
 from ..interface import COEFFICIENTS, Backend, differentiable
-from ..layout import layout_of
+from ..layout import TOKENS, empty_in_order, layout_of, order_of_tokens
 from ..reference import rows_of_mean
 from ..saving import save, saved
 from . import launch
@@ -35,9 +35,9 @@ from .arguments import TYPES, permuted, source_of, unsuited
 from .coefficients import arrange, is_one, shape_of
 from .functions import derivative, error, reciprocal
 from .launch import Kernel
-from .plan import mask_of, plan, strided, tile_of
+from .plan import mask_of, order_of, plan, strided, tile_of
 from .reduction import finish, is_last, store_pair, tile_sum, total_of
-from .tiles import coefficient, entry_of, load, made_noise, place_of, prefetch, row_of, store
+from .tiles import coefficient, entry_of, laid_out, load, made_noise, place_of, prefetch, row_of, spot_of, store
 from .workspace import Cell, cell, of_this_stream, workspace
 
 _NO_STRIDES = (1,) * 3 + (0,) * 4
@@ -80,10 +80,11 @@ def loss(
     stream, sample_offset, strength, size, size_low, mean, both,
     m1, m2, m3, s0, s1, s2, s3, s4, rows, parts, number,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
+    c_size, c_factor, c_shift, h_size, h_factor, h_shift, w_size, w_factor, w_shift,
     P_KIND: tl.constexpr, Q_KIND: tl.constexpr, SCALE_KIND: tl.constexpr, WEIGHT_KIND: tl.constexpr,
     C_KIND: tl.constexpr, R_KIND: tl.constexpr, UPSTREAM: tl.constexpr, INDEX: tl.constexpr,
     N: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr, MASK_DIMS: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    TOGETHER: tl.constexpr, ORDER: tl.constexpr, PATCH_P: tl.constexpr, PATCH_Q: tl.constexpr, IN_ROW: tl.constexpr,
     FUNCTION: tl.constexpr, NORMALIZATION: tl.constexpr, REDUCTION: tl.constexpr, LANES: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
@@ -94,7 +95,7 @@ def loss(
 
     In a forward pass the upstream gradient is not known yet: the gradient is made for ``assumed``, which is noted in
     ``used``. In a backward pass it is made for ``upstream``. If a forward pass wrote a gradient and ``upstream`` equals
-    ``used``, that gradient is right, and nothing is done.
+    ``used``, that gradient is right, and nothing is done. Prediction and gradient may lie in another ORDER.
 
     Args:
         number: how many sums the last stage adds up.
@@ -117,20 +118,28 @@ def loss(
 
     run, block, start, place, inside = place_of(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
     if N != "none" and N != "tensor":
-        prefetch(prediction, start, block, units, R, C, UNIT, EVEN, ASM)
+        if ORDER == "none":
+            prefetch(prediction, start, block, units, R, C, UNIT, EVEN, ASM)
         if P_KIND != "none":
             prefetch(x0, start, block, units, R, C, UNIT, EVEN, ASM)
         if R_KIND != "none":
             prefetch(third, start, block, units, R, C, UNIT, EVEN, ASM)
     row = row_of(run, per, frames, shared, ROWS)
     entry, found = entry_of(index, row, steps, INDEX)
-    e = load(prediction, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+    own_start, own_place = spot_of(start, place, (c_size, c_factor, c_shift), (h_size, h_factor, h_shift),
+        (w_size, w_factor, w_shift), ORDER, PATCH_P, PATCH_Q, IN_ROW)  # fmt: skip
+    e = load(prediction, own_start, own_place, inside, EVEN, UNIT, ASM, EMULATE)
     if N != "none":
         q_row = coefficient(q, row, entry, found, stride, Q_KIND)
+    made_at = place
+    if ORDER != "none" and N != "none" and N != "tensor":
+        # Where a tile of the prediction would lie is read only so that each thread makes four normals of a counter.
+        tile = load(prediction, start, place, inside, EVEN, UNIT, ASM, EMULATE)
+        made_at = laid_out(place, tile, EMULATE)
     if N == "tensor":
         made = load(n, start, place, inside, EVEN, UNIT, ASM, EMULATE)
     elif N != "none":
-        made = made_noise(seed, stream, sample_offset, strength, q_row, run, block, place, units, sample_runs,
+        made = made_noise(seed, stream, sample_offset, strength, q_row, run, block, made_at, units, sample_runs,
                           channel_runs, SEED, OFFSET, C, UNIT, SAMPLES, N == "fast", ASM, EMULATE)  # fmt: skip
     if N == "fast":  # the product is in it, and is taken into the difference
         e = e - made
@@ -197,8 +206,8 @@ def loss(
         learns, left_out = weights != 0, weights == 0
         if not EVEN:
             learns, left_out = inside & learns, inside & left_out
-        store(gradient, start, place, slope, learns, False, EMULATE)
-        store(gradient, start, place, tl.zeros_like(slope), left_out, False, EMULATE)
+        store(gradient, own_start, own_place, slope, learns, False, EMULATE)
+        store(gradient, own_start, own_place, tl.zeros_like(slope), left_out, False, EMULATE)
 
     if result is not None:
         value = error(e, constant, inverse, FUNCTION, ASM)
@@ -388,6 +397,7 @@ class Laid(NamedTuple):
     coefficients: list
     mask: Tensor | None
     mask_strides: tuple[int, tuple[int, ...]]  # see ``plan.strided``; -1 dimensions where there is no mask
+    order: str = "none"  # of the prediction in memory: see ``layout.order_of_tokens``
 
 
 def lay(call: LossCall) -> Laid:
@@ -395,7 +405,12 @@ def lay(call: LossCall) -> Laid:
     prediction, x0, n, p, q, scale, weight, c, mask, y, r = call[:11]
     operands, coefficients = (prediction, x0, n, y), (weight, p, q, scale, c, r)
     own, shape = shape_of(weight), tuple(prediction.shape)
-    back, data, placed = permuted(operands, coefficients)
+    order = order_of_tokens(prediction)
+    if order == "none":
+        back, data, placed = permuted(operands, coefficients)
+    else:
+        others = (t.contiguous() if isinstance(t, Tensor) else t for t in (x0, n, y))
+        back, data, placed = None, [prediction, *others], list(coefficients)
     if back is not None and not own_rows(tuple(data[0].shape), shape_of(placed[0])):
         data, placed, back = [t if t is None else t.contiguous() for t in operands], list(coefficients), None
     if back is not None:
@@ -412,7 +427,7 @@ def lay(call: LossCall) -> Laid:
         strides = strided(shape, mask.stride())
         if strides is None:
             mask, strides = mask.contiguous(), (0, _NO_STRIDES)
-    return Laid(back, shape, own, data, placed, mask, strides)
+    return Laid(back, shape, own, data, placed, mask, strides, order)
 
 
 def _pass(call: LossCall, *, means: bool = False, gradient: bool = False) -> Made:
@@ -428,7 +443,7 @@ def _pass(call: LossCall, *, means: bool = False, gradient: bool = False) -> Mad
     divisor = None if normalization == "none" else new(math.prod(rows) + 1 if normalization == "row" else 1)
     d = used = last = assumed = None
     if gradient:
-        d, used = new(laid.shape, call.prediction.dtype), new(1)
+        d, used = _like_prediction(laid), new(1)
         last = cell(device, _kind(laid, function, reduction))
         assumed = last.value
     launched = loss_launch(
@@ -440,6 +455,12 @@ def _pass(call: LossCall, *, means: bool = False, gradient: bool = False) -> Mad
         row_means = row_means if row_means is None else row_means.permute(0, *(1 + k for k in laid.back))
         d = d if d is None else d.permute(laid.back)
     return Made(result, row_means, divisor, None if d is None else (d, used, last))
+
+
+def _like_prediction(laid: Laid) -> Tensor:
+    """New memory for its gradient, in the same order."""
+    prediction = laid.data[0]
+    return empty_in_order(laid.shape, TOKENS.get(laid.order), prediction.dtype, prediction.device)
 
 
 def _kind(laid: Laid, function: str, reduction: str) -> tuple:
@@ -457,7 +478,7 @@ def _gradient(
     order = None if laid.back is None else sorted(range(len(laid.back)), key=laid.back.__getitem__)
     used = assumed = None
     if written is None:
-        d = torch.empty(laid.shape, dtype=prediction.dtype, device=prediction.device)
+        d = _like_prediction(laid)
     else:
         d, used, last = written
         d = d if order is None else d.permute(order)
@@ -486,6 +507,7 @@ def loss_launch(
     tile = tile_of(elements, prediction.element_size())
     how = plan(shape, laid.rows_shape, tile, kind in ("exact", "fast"), offset, True)
     columns, unit = how.constants[2:4]
+    numbers, ordered = order_of(laid.order, shape, how)
     mask = mask_of(*laid.mask_strides, unit if columns % unit == 0 else 1)
     number = how.rows if how.parts > 1 else how.grid[0]
     counters = partials = None
@@ -502,10 +524,10 @@ def loss_launch(
             *(up, used, assumed, result, means, divisor, counters, partials),
             *(*source[1:], high := float32(size), size - high, mean, mean / size),
             *(*mask.numbers, how.rows, how.parts, number),
-            *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs),
+            *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs, *numbers),
         ),
         (
-            *(*rows.kinds, rows.index_kind, kind, seed_kind, offset, mask.dims, mask.together),
+            *(*rows.kinds, rows.index_kind, kind, seed_kind, offset, mask.dims, mask.together, *ordered),
             *(function, normalization, reduction, 8 if launch.INTERPRETED else 128, how.parts > 1),
             *(*how.constants, launch.has_approximate_instructions(device), launch.INTERPRETED),
         ),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...calls import NoiseCall
 from ..interface import COEFFICIENTS, Backend, differentiable
+from ..layout import TOKENS, empty_in_order, order_of_tokens
 from ..saving import save, saved
 from . import affine
 from .affine import scaled
@@ -19,6 +20,8 @@ def declines(call: NoiseCall) -> str:
     """Why this backend does not support the call; empty if it does."""
     x0, n, alpha, sigma, _, xi = call[:6]
     because = unsuited(x0.device, (x0, n, xi), (alpha, sigma), images=True)
+    if not because and call.order is not None and (x0.ndim != 6 or call.order not in TOKENS.values()):
+        because = "another order of x_t in memory than that of packed tokens"
     return because or (COEFFICIENTS if differentiable(alpha, sigma, xi) else "")
 
 
@@ -56,13 +59,22 @@ class _Noise(torch.autograd.Function):
 def _launch(call: NoiseCall, with_target: bool = False, p: Any = None, q: Any = None):
     x0, n, alpha, sigma, perturbation, xi, keep_noise = call[:7]
     shape, device = tuple(x0.shape), x0.device
-    order, (data, given, other), (alpha, sigma, p, q) = permuted((x0, n, xi), (alpha, sigma, p, q))
-    x_t = torch.empty_like(data, dtype=call.stored)
+    name = "none"
+    if call.order is None:
+        order, (data, given, other), (alpha, sigma, p, q) = permuted((x0, n, xi), (alpha, sigma, p, q))
+        x_t = torch.empty_like(data, dtype=call.stored)
+    else:
+        order, (data, given, other) = None, (t.contiguous() if isinstance(t, Tensor) else t for t in (x0, n, xi))
+        x_t = empty_in_order(shape, call.order, call.stored, device)
+        name = order_of_tokens(x_t)
     target = torch.empty_like(x_t) if with_target else None
     kept, z = n, None
     if keep_noise and not isinstance(n, Tensor):
         kept = z = torch.empty(shape, dtype=torch.float32, device=device)
-    affine.run(tuple(data.shape), device, data, alpha, given, sigma, x_t, z, float(perturbation), other, target, p, q)
+    how = float(perturbation), other, target, p, q, name
+    affine.run(tuple(data.shape), device, data, alpha, given, sigma, x_t, z, *how)
+    if call.order is not None:
+        return x_t, kept, target
     if order is not None:
         return x_t.permute(order), kept, target if target is None else target.permute(order)
     return in_format_of(x0, x_t), kept, None if target is None else in_format_of(x0, target)

@@ -136,5 +136,24 @@ def mask_of(dims: int, numbers: tuple[int, ...], unit: int) -> Mask:
     return Mask(dims, "apart", (first, second, last // unit, *strides, step * unit, step))
 
 
+def divisor(size: int) -> tuple[int, int, int]:
+    """(size, factor, shift) of a division of numbers below 2^31: n // size = (2 n factor >> 32) >> shift. The factor
+    has 32 bits, in those of a signed number (Granlund and Montgomery 1994)."""
+    shift = (size - 1).bit_length()
+    factor = -(-(1 << (31 + shift)) // size)
+    return size, factor - (1 << 32 if factor >= 1 << 31 else 0), shift
+
+
+def order_of(name: str, shape: tuple[int, ...], how: Plan) -> tuple[tuple, tuple[str, int, int, int]]:
+    """Where data of ``shape`` lies in memory, for ``tiles.spot_of``: the divisors of C, h and w, one behind the other,
+    and the constants ORDER, PATCH_P, PATCH_Q and IN_ROW. ``name``: see ``layout.order_of_tokens``."""
+    if name == "none":
+        return (None,) * 9, ("none", 1, 1, 1)
+    _, channels, high, p, wide, q = shape
+    tile, unit = how.constants[2:4]
+    in_row = math.gcd(unit, wide * q, tile)
+    return (*divisor(channels), *divisor(high), *divisor(wide * q // in_row)), (name, p, q, in_row)
+
+
 def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()

@@ -15,6 +15,10 @@ The parameters that all kernels share:
     GRID                    "runs": a tile has whole runs; else "blocks, runs", or "all" in one dimension
     SAMPLES                 a run is a sample ("run"), or part of one
     EVEN                    the tiles cover the runs exactly, so nothing is masked
+    ORDER                   data [B, C, h, p, w, q] that lies in memory as packed tokens, [B, h, w, c p q] ("c p q") or
+                            [B, h, w, p q c] ("p q c"); "none": in the order of its elements. See ``spot_of``
+    PATCH_P, PATCH_Q        p and q; IN_ROW: neighbouring elements that surely are in one row of the image
+    c_size, h_size, w_size  C, h, and the row w q over IN_ROW; *_factor, *_shift: to divide by them, see ``divided``
     WIDE                    offsets need 64 bits
     EMULATE, ASM            in the interpreter; on an NVIDIA GPU
 
@@ -70,6 +74,49 @@ def place_of(units, runs, blocks, R: tl.constexpr, C: tl.constexpr, UNIT: tl.con
         place = place[None, :]
         inside = (block * C + place < width) & (run < runs)
     return safe, block, run * units * UNIT + block * C, place, inside
+
+
+@triton.jit
+def divided(n, divisor):
+    """n / size, rounded down: by a product with ``factor``, where n has 32 bits (see ``plan.divisor``)."""
+    size, factor, shift = divisor
+    if n.dtype == tl.uint32:
+        return tl.umulhi(n * 2, n * 0 + factor.to(tl.uint32)) >> shift.to(tl.uint32)
+    else:
+        return n // size
+
+
+@triton.jit
+def spot_of(start, place, c_divisor, h_divisor, w_divisor, ORDER: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+            IN_ROW: tl.constexpr):  # fmt: skip
+    """(start, place) in memory of the elements ``start`` + ``place`` of data [B, C, h, P, w, Q] that lies there as
+    tokens. IN_ROW elements of a row of the image share the divisions by sizes that change."""
+    if ORDER == "none":
+        return start, place
+    else:
+        offset = start + place
+        # Below 2^31 but where offsets have 64 bits; the division of unsigned numbers is the shorter one.
+        n = offset if offset.dtype == tl.int64 else offset.to(tl.uint32)
+        channels, high, wide = c_divisor[0].to(n.dtype), h_divisor[0].to(n.dtype), w_divisor[0].to(n.dtype)
+        n = n // IN_ROW
+        rows = divided(n, w_divisor)  # of elements
+        x = (n - rows * wide) * IN_ROW + (place % IN_ROW).to(n.dtype)
+        patches = rows // P  # rows of patches
+        planes = divided(patches, h_divisor)  # channels of samples
+        samples = divided(planes, c_divisor)
+        token = (samples * high + (patches - planes * high)) * (wide * IN_ROW // Q) + x // Q
+        c, p = planes - samples * channels, rows % P
+        # Where those are whole patches, the compiler is to see which elements are neighbours.
+        if IN_ROW % Q == 0:
+            q = (place % Q).to(n.dtype)
+        else:
+            q = x % Q
+        if ORDER == "c p q":
+            at = ((token * channels + c) * P + p) * Q + q
+        else:
+            tl.static_assert(ORDER == "p q c")
+            at = ((token * P + p) * Q + q) * channels + c
+        return start * 0, at.to(offset.dtype)
 
 
 @triton.jit

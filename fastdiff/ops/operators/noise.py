@@ -8,27 +8,34 @@ import torch
 from torch import Tensor
 
 from ...backends.interface import COEFFICIENTS, Backend, differentiable
+from ...backends.layout import empty_in_order
 from ...calls import NoiseCall
 from .declaring import affine_gradient, declare, noise_arguments, parts, source, strided
 from .declaring import run as runs
 
 
+def _x_t(x0: Tensor, dtype: torch.dtype | None, order: list[int] | None) -> Tensor:
+    if order is None:
+        return torch.empty_like(x0, dtype=dtype)
+    return empty_in_order(x0.shape, tuple(order), dtype or x0.dtype, x0.device)
+
+
 def _fake(x0, *arguments):
     made = arguments[0] is None and arguments[15]
-    return torch.empty_like(x0, dtype=arguments[16]), x0.new_empty(x0.shape if made else (0,), dtype=arguments[6].dtype)
+    return _x_t(x0, *arguments[16:]), x0.new_empty(x0.shape if made else (0,), dtype=arguments[6].dtype)
 
 
 @declare(
     "noise",
     f"(Tensor x0, {noise_arguments('n')}, Tensor alpha, Tensor sigma, float perturbation, {noise_arguments('xi')}, "
-    "bool keep, ScalarType? dtype) -> (Tensor, Tensor)",
+    "bool keep, ScalarType? dtype, int[]? order) -> (Tensor, Tensor)",
     _fake,
 )
 def _noise(x0, *arguments):
     n, (alpha, sigma, perturbation), xi = source(*arguments[:6]), arguments[6:9], source(*arguments[9:15])
     x_t, kept = runs(NoiseCall(x0, n, alpha, sigma, perturbation, xi, *arguments[15:]), x0)
     # A result must not be an argument.
-    return strided(x_t, x0), kept if kept is not n else x0.new_empty(0, dtype=alpha.dtype)
+    return x_t if arguments[17] else strided(x_t, x0), kept if kept is not n else x0.new_empty(0, dtype=alpha.dtype)
 
 
 def _context(ctx, inputs, output):
@@ -42,7 +49,7 @@ def _backward(ctx, upstream, _):
     alpha, sigma = ctx.saved_tensors
     d_x0 = affine_gradient(upstream, alpha, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
     d_n = affine_gradient(upstream, sigma, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
-    return d_x0, d_n, *(None,) * 16
+    return d_x0, d_n, *(None,) * 17
 
 
 torch.library.register_autograd("fastdiff::noise", _backward, setup_context=_context)
@@ -53,7 +60,7 @@ def declines(call: NoiseCall) -> str:
 
 
 def run(call: NoiseCall, backend: Backend) -> tuple[Tensor, Any]:
-    x0, n, alpha, sigma, perturbation, xi, keep, dtype = call
+    x0, n, alpha, sigma, perturbation, xi, keep, dtype, order = call
     made, other = parts(n, x0.device), parts(xi, x0.device)
-    x_t, kept = torch.ops.fastdiff.noise(x0, *made, alpha, sigma, float(perturbation), *other, keep, dtype)
+    x_t, kept = torch.ops.fastdiff.noise(x0, *made, alpha, sigma, float(perturbation), *other, keep, dtype, order)
     return x_t, n if isinstance(n, Tensor) or not keep else kept
