@@ -177,6 +177,24 @@ def test_moments():
         np.testing.assert_allclose(got, value.astype(float), rtol=2e-6, atol=2e-6 * size, err_msg=name)
 
 
+def test_data():
+    images, x0 = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), latents()
+    network, transformer = Network(), Network()
+    given = {
+        "Images of uint8": {"images": images, "network": network},
+        "Packed tokens": {"x0": x0, "transformer": transformer},
+    }
+    of_images, of_tokens = (dict(names) for names in run_blocks("docs/data.md", given))
+    assert of_images["noised"].x_t.dtype == torch.bfloat16 and network.weight.grad.isfinite()
+    noised = of_tokens["noised"]
+    assert noised.x_t.shape == of_tokens["prediction"].shape == (4, 16, 16) and transformer.weight.grad.isfinite()
+    plain = of_tokens["objective"].noise(x0, noised.t, noised.noise)
+    torch.testing.assert_close(of_tokens["latents"].unpack(noised.x_t, 8, 8), plain.x_t, rtol=0, atol=0)
+    prediction = of_tokens["latents"].unpack(of_tokens["prediction"].detach(), 8, 8)
+    torch.testing.assert_close(of_tokens["loss"], of_tokens["objective"].loss(prediction, plain))
+    torch.testing.assert_close(of_tokens["clean"], of_tokens["objective"].predict_x0(prediction, plain))
+
+
 def test_migrating(schedulers, monkeypatch):
     # Stands in for the package: the block needs its base class.
     monkeypatch.setitem(sys.modules, "lightning", SimpleNamespace(LightningModule=nn.Module))
@@ -384,6 +402,7 @@ def test_every_block_is_one_that_runs():
     assert {name: number for name, number in found.items() if number} == {
         "README.md": 2,
         "docs/autoencoder.md": 2,
+        "docs/data.md": 2,
         "docs/diffusers.md": 1,
         "docs/features.md": 3,
         "docs/guidance.md": 6,

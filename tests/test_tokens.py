@@ -237,6 +237,39 @@ def test_no_pass_but_those_of_the_kernels(backend, order, how, monkeypatch):
     assert ran.found
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:triton", "ignore::RuntimeWarning:triton")
+@pytest.mark.parametrize("process, kind, times", [(VP, "v_prediction", 1), (FLOW, "flow", 2)], ids=["VP", "flow"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_launches_of_a_training_step(process, kind, times, order):
+    """Times (with their coefficients apart, where those are no table), noising, the loss, and its backward, which
+    compares; PyTorch makes nothing of full size."""
+    pytest.importorskip("triton")
+    from fastdiff.backends.triton import interpreted
+    from fastdiff.backends.triton.launch import launches
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not interpreted():
+        pytest.skip("neither a GPU nor TRITON_INTERPRET=1")
+    x0, tokens, objective = torch.randn(2, 4, 8, 8, device=device), Tokens(2, order), fastdiff.Objective(process, kind)
+    m = torch.randn(2, 16, 16, device=device, requires_grad=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    with fastdiff.use_backend("triton"):  # once before, for what is kept
+        objective.loss(m, objective.noise(x0, tokens=tokens))
+    with fastdiff.use_backend("triton"), launches() as launched, FullSize(x0.numel()) as ran:
+        noised = objective.noise(x0, seed=3, tokens=tokens)
+        loss = objective.loss(m, noised)
+        loss.backward()
+    assert launched == ["coefficients"] * times + ["affine", "loss", "loss"] and not ran.found
+    full = x0.numel() * 4
+    assert launched[-3].written == full and full < launched[-3].read < 1.1 * full
+    assert full < launched[-2].written < 1.1 * full and launched[-1].read == 8
+    with fastdiff.use_backend("triton"):
+        plain = objective.noise(x0, seed=3)
+        right = objective.loss(tokens.unpack(m, 8, 8), plain)
+    assert torch.equal(noised.x_t, tokens.pack(plain.x_t)) and torch.equal(loss, right)
+    assert torch.equal(m.grad, torch.autograd.grad(right, m)[0])
+
+
 @pytest.mark.usefixtures("backend")
 def test_what_is_left_out_is_left_out():
     x0, _, m = batch()

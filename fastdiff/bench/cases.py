@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..tokens import Tokens
 from . import BenchError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,7 +26,8 @@ _OF_EACH_KIND = (
 )
 # Those of a network's output of twice the channels: ``Operands.output``.
 OF_HALVES = ("hybrid loss", "latents", "divergence+gradient")
-OPERATIONS = (*_OF_EACH_KIND, *OF_HALVES)
+OPERATIONS = (*_OF_EACH_KIND, *OF_HALVES, "noising images", "noising+loss of tokens")
+PATCH = 2  # of tokens, which are packed as Flux packs them
 
 LATENT = (1, 4, 32, 32)
 LATENTS = (64, 4, 64, 64)
@@ -43,7 +45,9 @@ class Case:
             step (t, noise, loss, gradient of the prediction) and "sampler step+noise" make it. The hybrid loss is that
             of a network that predicts epsilon and learns the variance, with its gradient. Latents are drawn from an
             autoencoder's moments and noised, both noises made; the divergence is that of these moments from N(0, 1),
-            with its gradient. The moments of rows are those of x0 and the prediction.
+            with its gradient. The moments of rows are those of x0 and the prediction. The images are of uint8. The
+            tokens are those that the network sees and predicts: x_t is packed, and the loss, with its gradient, takes
+            the prediction as it is; the noise is given.
         kind: what the network predicts. The sampler is DDPM with a clamp; Euler for "flow".
         dtype: a key of ``DTYPES``.
         shape: [batch, ...].
@@ -100,6 +104,11 @@ _LARGE = tuple(
     Case(operation, "v_prediction", dtype, LARGE) for operation in _OF_EACH_KIND for dtype in ("fp32", "bf16")
 )
 _HALVES = tuple(Case(operation, "epsilon", dtype, LATENTS) for operation in OF_HALVES for dtype in ("fp32", "bf16"))
+_OTHER_DATA = tuple(
+    Case(operation, "flow", dtype, shape)
+    for operation, shape in (("noising images", PIXELS), ("noising+loss of tokens", (4, 16, 128, 128)))
+    for dtype in ("fp32", "bf16")
+)
 
 PRESETS = {
     "quick": Preset(
@@ -111,7 +120,10 @@ PRESETS = {
         compile_seconds=16.0,
     ),
     "full": Preset(
-        (LATENT, LATENTS, VIDEO, PIXELS), extra=_LADDER + _LARGE + _HALVES, seconds=60.0, compile_seconds=60.0
+        (LATENT, LATENTS, VIDEO, PIXELS),
+        extra=_LADDER + _LARGE + _HALVES + _OTHER_DATA,
+        seconds=60.0,
+        compile_seconds=60.0,
     ),
     "sdxl": Preset(((1, 4, 128, 128), (4, 4, 128, 128), (16, 4, 128, 128)), ("epsilon", "v_prediction")),
     "flux": Preset(((1, 4096, 64), (8, 4096, 64)), ("flow",)),
@@ -180,6 +192,16 @@ class Operands:
         says of the variance; or an autoencoder's moments. A leaf that requires grad, made at its first use."""
         return torch.cat([self.prediction.detach(), 0.1 * self.prediction.detach()], 1).requires_grad_()
 
+    @cached_property
+    def images(self) -> Tensor:
+        """uint8 images, made of x0 at their first use."""
+        return ((self.x0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """The prediction as packed tokens. A leaf that requires grad, made at its first use."""
+        return Tokens(PATCH).pack(self.prediction.detach()).requires_grad_()
+
 
 def operands(shape: tuple[int, ...], dtype: str, device: torch.device, seed: int = 0) -> Operands:
     """Fresh operands."""
@@ -191,4 +213,5 @@ def operands(shape: tuple[int, ...], dtype: str, device: torch.device, seed: int
 
 def operand_bytes(case: Case) -> int:
     """Bytes of one set of operands, gradients among them."""
-    return (8 if case.operation in OF_HALVES else 4) * case.tensor_bytes
+    more = dict.fromkeys(OF_HALVES, 4) | {"noising images": 1, "noising+loss of tokens": 2}
+    return (4 + more.get(case.operation, 0)) * case.tensor_bytes

@@ -37,6 +37,8 @@ class Count:
 def floor_bytes(case: Case) -> int:
     """What must be moved at the least: every input read once, every result written once, no noise stored."""
     reads_x0 = case.kind != "epsilon"
+    if case.operation == "noising images":
+        return case.elements + 2 * case.tensor_bytes  # bytes, noise; x_t
     tensors = {
         "noising": 3,  # x0, noise; x_t
         "loss": 2 + reads_x0,  # prediction, noise, and x0 where the target needs it
@@ -48,6 +50,7 @@ def floor_bytes(case: Case) -> int:
         "sampler step": 3 if case.kind == "flow" else 4,  # x, model output, noise; x
         "sampler step+noise": 3,
         "row moments": 2,
+        "noising+loss of tokens": 6 + reads_x0,  # x0, noise; x_t; prediction, noise and x0; its gradient
     }[case.operation]
     return tensors * case.tensor_bytes
 
@@ -263,6 +266,10 @@ def known_operands(case: Case, operands: Operands, result: Any) -> Count:
         moved = o.output.nbytes + result.x0.nbytes + result.x_t.nbytes + kept
     elif case.operation == "divergence+gradient":
         moved = o.output.nbytes + o.output.grad.nbytes
+    elif case.operation == "noising images":
+        moved = o.images.nbytes + o.noise.nbytes + result.nbytes
+    elif case.operation == "noising+loss of tokens":
+        moved = o.x0.nbytes + x0 + 2 * o.noise.nbytes + result[0].nbytes + o.tokens.nbytes + o.tokens.grad.nbytes
     elif case.operation == "row moments":
         moved = o.x0.nbytes + o.prediction.nbytes
     elif case.operation == "training step":

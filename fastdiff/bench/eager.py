@@ -40,6 +40,39 @@ def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (loss.mean(dim=list(range(1, loss.ndim))) * weight).mean()
 
 
+def decoded(images: Tensor, dtype: torch.dtype) -> Tensor:
+    return (images.float() / 127.5 - 1.0).to(dtype)
+
+
+def images_ddpm(images: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+    return noising_ddpm(decoded(images, noise.dtype), noise, t, alpha_bar)
+
+
+def images_flow(images: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    return noising_flow(decoded(images, noise.dtype), noise, sigma)
+
+
+def pack(x: Tensor) -> Tensor:
+    """As ``FluxPipeline._pack_latents`` of diffusers."""
+    batch, channels, height, width = x.shape
+    patches = x.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, like: Tensor) -> Tensor:
+    batch, channels, height, width = like.shape
+    patches = tokens.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, channels, height, width)
+
+
+def tokens_ddpm(x0: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+    return pack(noising_ddpm(x0, noise, t, alpha_bar))
+
+
+def tokens_flow(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    return pack(noising_flow(x0, noise, sigma))
+
+
 def snr(t: Tensor, alpha_bar: Tensor) -> Tensor:
     a = alpha_bar[t]
     return a / (1 - a)
@@ -61,6 +94,18 @@ def loss_flow(prediction: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor) -> T
     weighting = torch.ones_like(spread(sigma, x0))
     loss = weighting.float() * (prediction.float() - target.float()) ** 2
     return loss.reshape(target.shape[0], -1).mean(1).mean()
+
+
+def token_loss_epsilon(tokens: Tensor, x0: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+    return loss_epsilon(unpack(tokens, x0), x0, noise, t, alpha_bar)
+
+
+def token_loss_v(tokens: Tensor, x0: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+    return loss_v(unpack(tokens, x0), x0, noise, t, alpha_bar)
+
+
+def token_loss_flow(tokens: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    return loss_flow(unpack(tokens, x0), x0, noise, sigma)
 
 
 def hybrid_loss(output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, table: Tensor) -> Tensor:

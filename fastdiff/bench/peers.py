@@ -15,7 +15,7 @@ import fastdiff
 from fastdiff import ops
 
 from . import eager
-from .cases import Case, Operands
+from .cases import PATCH, Case, Operands
 
 Call = Callable[[Operands], Any]
 
@@ -93,6 +93,16 @@ def _ours(case: Case, device: torch.device) -> Call:
 
     if case.operation == "noising":
         return lambda o: noised(o).x_t
+    if case.operation == "noising images":
+        return lambda o: objective.noise(o.images, o.time if flow else o.t, o.noise, dtype=o.noise.dtype).x_t
+    if case.operation == "noising+loss of tokens":
+        tokens = fastdiff.Tokens(PATCH)
+
+        def of_tokens(o: Operands) -> Any:
+            noised = objective.noise(o.x0, o.time if flow else o.t, o.noise, tokens=tokens)
+            return noised.x_t, objective.loss(o.tokens, noised)
+
+        return _step_on_tokens(of_tokens)
     if case.operation == "row moments":
         return _no_grad(lambda o: ops.row_moments(o.x0, o.prediction)[:-1])
     if case.operation in ("loss", "loss+gradient"):
@@ -156,7 +166,8 @@ def _plain(case: Case, device: torch.device, prepare: Callable[[Callable], Calla
         return _with_gradient(lambda o: divergence(o.output), "output")
     flow = case.kind == "flow"
     alpha_bar = fastdiff.VariancePreserving().alpha_bar.to(device, torch.float32)
-    noising_function = prepare(eager.noising_flow if flow else eager.noising_ddpm)
+    of_data = {"noising images": "images", "noising+loss of tokens": "tokens"}.get(case.operation, "noising")
+    noising_function = prepare(getattr(eager, f"{of_data}_{'flow' if flow else 'ddpm'}"))
     loss_function = {"epsilon": eager.loss_epsilon, "v_prediction": eager.loss_v, "flow": eager.loss_flow}[case.kind]
 
     def noising(x0, noise, t):
@@ -168,6 +179,17 @@ def _plain(case: Case, device: torch.device, prepare: Callable[[Callable], Calla
     if case.operation == "latents":
         latents = prepare(eager.latents)
         return _no_grad(lambda o: latents(o.output, draw(o.x0), draw(o.x0), o.t, alpha_bar))
+    if case.operation == "noising images":
+        return lambda o: noising(o.images, o.noise, o.time if flow else o.t)
+    if case.operation == "noising+loss of tokens":
+        name = {"v_prediction": "v"}.get(case.kind, case.kind)
+        token_loss = prepare(getattr(eager, f"token_loss_{name}"))
+
+        def of_tokens(o: Operands) -> Any:
+            how = (o.time,) if flow else (o.t, alpha_bar)
+            return noising(o.x0, o.noise, how[0]), token_loss(o.tokens, o.x0, o.noise, *how)
+
+        return _step_on_tokens(of_tokens)
     if case.operation in ("loss", "loss+gradient", "training step"):
         loss_function = prepare(loss_function)
 
@@ -240,6 +262,8 @@ def graphs(case: Case) -> list[tuple[str, str, tuple[int, ...], bool]]:
         "hybrid loss": [("hybrid_loss", True)],
         "latents": [("latents", False)],
         "divergence+gradient": [("divergence", True)],
+        "noising images": [(noising.replace("noising", "images"), False)],
+        "noising+loss of tokens": [(noising.replace("noising", "tokens"), False), (f"token_loss_{case.kind}", True)],
     }.get(case.operation, [(f"step_{case.kind}", False)])
     return [(name, case.dtype, case.shape, gradient) for name, gradient in names]
 
@@ -250,7 +274,7 @@ def _diffusers(case: Case, device: torch.device) -> Call:
     schedulers = diffusers_schedulers()
     if case.operation in ("latents", "divergence+gradient"):
         raise Missing("its autoencoder runs the lines of eager")
-    if case.operation == "row moments":
+    if case.operation in ("row moments", "noising images", "noising+loss of tokens"):
         raise Missing("it has no such operation")
     flow = case.kind == "flow"
     if case.operation == "sampler step":
@@ -334,6 +358,18 @@ def _with_gradient(loss: Call, leaf: str = "prediction") -> Call:
         result = loss(o)
         result.backward()
         return result
+
+    return run
+
+
+def _step_on_tokens(call: Call) -> Call:
+    """``call`` gives x_t and the loss."""
+
+    def run(o: Operands) -> Any:
+        o.tokens.grad = None
+        x_t, loss = call(o)
+        loss.backward()
+        return x_t, loss
 
     return run
 

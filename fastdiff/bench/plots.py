@@ -32,6 +32,8 @@ MARKERS = {
     "sampler step": "^",
     "sampler step+noise": "v",
     "row moments": "P",
+    "noising images": "X",
+    "noising+loss of tokens": "d",
 }
 TYPICAL = 2**20  # elements: about what the bars show
 

@@ -1,7 +1,7 @@
 """The Triton backend against the reference, on a GPU or, without one, in Triton's interpreter.
 
 A GPU compiles each variant of a kernel, and all tests together ask for over a thousand. There those marked
-``gpu_variants`` are run, the others skipped: they reach every branch of the kernels in at most 275 variants
+``gpu_variants`` are run, the others skipped: they reach every branch of the kernels in at most 295 variants
 (test_triton_variants.py counts them).
 
     python -m pytest tests/backends/test_triton_operations.py -m gpu_variants -n 16
@@ -10,7 +10,9 @@ A GPU compiles each variant of a kernel, and all tests together ask for over a t
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accuracy import assert_same
@@ -44,6 +46,7 @@ from fastdiff.backends.triton import (
 )
 from fastdiff.backends.triton.launch import launches
 from fastdiff.backends.triton.philox import fma
+from fastdiff.backends.triton.tiles import spot_of
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 if DEVICE.type == "cpu" and not interpreted():
@@ -343,7 +346,6 @@ def test_target_in_the_memory_format_of_x0_and_with_gradients():
     torch.testing.assert_close(torch.autograd.grad((x_t + target).sum(), leaf)[0], (3 * row).expand_as(x0))
 
 
-@gpu_variants
 def test_all_bytes_of_images():
     images = torch.arange(256, device=DEVICE).to(torch.uint8).view(1, 256)
     one, zero = torch.ones(1, 1, device=DEVICE), torch.zeros(1, 1, device=DEVICE)
@@ -352,7 +354,7 @@ def test_all_bytes_of_images():
     assert torch.equal(got.cpu(), images.cpu().float() / 127.5 - 1)
 
 
-@diagonal(layout=LAYOUTS, dtype=DTYPES, kind=["given in float32", "made"], keep=[True, False])
+@diagonal(1, layout=LAYOUTS, dtype=DTYPES, kind=["given in float32", "made"], keep=[True, False])
 def test_images_in_noising(layout, dtype, kind, keep):
     """Decoded in registers: one launch, and the bits of decoding them first."""
     shape, rows = layout
@@ -374,12 +376,12 @@ def test_images_in_noising(layout, dtype, kind, keep):
     assert_same(target, reference.noise(decoded(images), n, p, q, 0.0, None, False, dtype)[0])
 
 
-@diagonal(layout=LAYOUTS, dtype=DTYPES, kind=["given in float32", "made", "none"])
+@diagonal(1, layout=LAYOUTS, dtype=DTYPES, kind=["given in float32", "made"])
 def test_images_in_the_loss(layout, dtype, kind):
     shape, rows = layout
     images, prediction = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE), random(shape, dtype)
-    n, (p, q, w) = noise_of(kind, shape, dtype) if kind != "none" else None, (random(rows) for _ in range(3))
-    how = n, p, q if n is not None else None, None, w, None, None, "mse", "none", "mean"
+    n, (p, q, w) = noise_of(kind, shape, dtype), (random(rows) for _ in range(3))
+    how = n, p, q, None, w, None, None, "mse", "none", "mean"
     results = []
     for x0 in (images, decoded(images)):
         leaf = prediction.clone().requires_grad_()
@@ -392,25 +394,13 @@ def test_images_in_the_loss(layout, dtype, kind):
 
 
 # [B, C, h, p, w, q]: whole patches in a unit; units shorter than a row of the image is long; odd sizes.
-PATCHES = [(2, 4, 2, 2, 8, 2), (3, 4, 2, 2, 3, 2), (2, 3, 3, 4, 5, 4), (2, 5, 3, 1, 7, 3), (1, 1, 5, 3, 1, 5)]
+PATCHES = [(2, 4, 2, 2, 8, 2), (3, 4, 2, 3, 3, 2), (2, 3, 3, 4, 5, 4), (2, 5, 3, 1, 7, 3)]
 ORDERS = list(TOKENS)
 
 
 def in_order(x, name):
     """The same elements in the memory order of tokens."""
     return empty_in_order(tuple(x.shape), TOKENS[name], x.dtype, x.device).copy_(x)
-
-
-@pytest.fixture
-def wide_offsets(monkeypatch):
-    """Offsets of 64 bits, as of 2^31 elements."""
-    for module in (affine, loss):
-
-        def plan_of(*how):
-            found = plan.plan(*how)
-            return found._replace(constants=(*found.constants[:-1], True))
-
-        monkeypatch.setattr(module, "plan", plan_of)
 
 
 def check_noising_into_tokens(shape, name, dtype, kind, keep, with_target):
@@ -431,19 +421,46 @@ def check_noising_into_tokens(shape, name, dtype, kind, keep, with_target):
 
 
 @diagonal(
-    shape=PATCHES, name=ORDERS, dtype=DTYPES, kind=["made", "made with offsets", "given"], keep=[True, False],
+    shape=PATCHES, name=ORDERS, dtype=DTYPES, kind=["given", "made", "made with offsets"], keep=[True, False],
     with_target=[False, True],
 )  # fmt: skip
 def test_noising_into_tokens(shape, name, dtype, kind, keep, with_target):
     check_noising_into_tokens(shape, name, dtype, kind, keep, with_target)
 
 
-@gpu_variants
 @pytest.mark.parametrize("name", ORDERS)
-def test_tokens_in_several_tiles_and_with_offsets_of_64_bits(name, small_tiles, wide_offsets):
-    for shape in PATCHES[:3]:
+def test_tokens_in_several_tiles(name, small_tiles):
+    for shape in [*PATCHES[:2], (1, 1, 5, 3, 1, 4)]:
         check_noising_into_tokens(shape, name, torch.bfloat16, "made", True, True)
         check_loss_of_tokens(shape, name, torch.bfloat16, "made", "mse", "mask")
+
+
+@jit.jit
+def spots(first, out, c_size, c_factor, c_shift, h_size, h_factor, h_shift, w_size, w_factor, w_shift,
+          ORDER: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, IN_ROW: tl.constexpr):  # fmt: skip
+    place = tl.arange(0, 64)
+    start, spot = spot_of(tl.load(first), place, (c_size, c_factor, c_shift), (h_size, h_factor, h_shift),
+                          (w_size, w_factor, w_shift), ORDER, P, Q, IN_ROW)  # fmt: skip
+    tl.store(out + place, start + spot)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("shape", [(1000, 7, 31, 2, 64, 2), (1000, 16, 9, 4, 30, 4), (9000, 3, 11, 1, 7, 3)])
+def test_where_elements_of_tokens_lie(name, shape):
+    """In offsets of 32 and of 64 bits, against NumPy."""
+    order, row = TOKENS[name], shape[4] * shape[5]
+    in_row = math.gcd(8, row)
+    how = plan.order_of(name, shape, SimpleNamespace(constants=("one", 1, 64, in_row)))
+    sizes = [shape[d] for d in order]
+    strides = {d: math.prod(sizes[k + 1 :]) for k, d in enumerate(order)}
+    elements = math.prod(shape)
+    for dtype, most in ((torch.int32, 2**31), (torch.int64, 2**40)):
+        batches = -(-most // elements) if dtype == torch.int64 else 1
+        for start in (0, 64, elements // 128 * 64, min(most, elements * batches) // 64 * 64 - 64):
+            out = torch.empty(64, dtype=dtype, device=DEVICE)
+            spots[(1,)](torch.tensor([start], dtype=dtype, device=DEVICE), out, *how[0], *how[1])
+            index = np.unravel_index(np.arange(start, start + 64), (shape[0] * batches, *shape[1:]))
+            assert out.tolist() == sum(index[d] * strides[d] for d in range(6)).tolist(), start
 
 
 def check_loss_of_tokens(shape, name, dtype, kind, function, how):
@@ -472,7 +489,7 @@ def check_loss_of_tokens(shape, name, dtype, kind, function, how):
 
 
 @diagonal(
-    shape=PATCHES, name=ORDERS, dtype=DTYPES, kind=["made", "made with offsets", "given in float32"],
+    4, shape=PATCHES, name=ORDERS, dtype=DTYPES, kind=["given in float32", "made", "made with offsets"],
     function=["mse", "pseudo_huber"], how=["mean", "mask", "none", "no x0", "left out"],
 )  # fmt: skip
 def test_the_loss_of_tokens(shape, name, dtype, kind, function, how):

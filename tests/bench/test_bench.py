@@ -156,6 +156,24 @@ class TestPeers:
         torch.testing.assert_close(x_t, noised.x_t, rtol=1e-5, atol=2e-6)
         assert abs(float(xi.mean())) < 0.1 and abs(float(xi.std()) - 1) < 0.1
 
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("peer", ["eager", "reference"])
+    def test_same_images_and_tokens(self, peer, kind, dtype):
+        """Scripts compute in the network's dtype, so some units of it."""
+        unit = 2**-6 if dtype == "bf16" else 2e-6
+        ours, o, case = call("fastdiff", "noising images", kind, dtype)
+        theirs = peers.build(peer, case, CPU)(o)
+        torch.testing.assert_close(theirs, ours(o), rtol=unit, atol=unit)
+        ours, o, case = call("fastdiff", "noising+loss of tokens", kind, dtype)
+        x_t, loss = ours(o)
+        gradient = o.tokens.grad
+        their_x_t, their_loss = peers.build(peer, case, CPU)(o)
+        assert x_t.shape == gradient.shape == (3, 16, 16) and gradient is not o.tokens.grad
+        torch.testing.assert_close(their_x_t, x_t, rtol=unit, atol=unit)
+        torch.testing.assert_close(their_loss, loss, rtol=10 * unit, atol=0)
+        torch.testing.assert_close(o.tokens.grad, gradient, rtol=unit, atol=10 * unit * float(gradient.abs().max()))
+
     @pytest.mark.parametrize("at_0", [False, True])
     @pytest.mark.parametrize("peer", ["eager", "reference"])
     def test_same_hybrid_loss_and_gradient(self, peer, at_0):
@@ -332,6 +350,9 @@ class TestCounting:
             ("sampler step", "flow", 3),
             ("sampler step+noise", "v_prediction", 3),
             ("row moments", "epsilon", 2),
+            ("noising images", "flow", 2.25),
+            ("noising+loss of tokens", "epsilon", 6),
+            ("noising+loss of tokens", "flow", 7),
         ],
     )
     def test_floor_and_known_operands(self, operation, kind, tensors):

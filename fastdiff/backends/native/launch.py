@@ -2,7 +2,7 @@
 ``fastdiff.ops`` has made.
 
 Coefficients come placed: as many dimensions as the data, 1 where shared. Tensors are contiguous; a mask may have any
-strides.
+strides, x_t and the prediction of a loss may lie in another order.
 """
 
 from __future__ import annotations
