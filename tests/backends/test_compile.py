@@ -377,6 +377,36 @@ def test_a_training_step_compiles_whole_and_once(kind, compiler, backend):
     assert counter.frame_count == 1
 
 
+@both_backends
+@in_turn(kind=["v_prediction", "flow"], compiler=["aot_eager", "inductor"], data=["images", "tokens", "both"])
+def test_images_and_tokens_compile_whole_and_once(kind, compiler, data, backend):
+    process = fastdiff.RectifiedFlow() if kind == "flow" else fastdiff.VariancePreserving()
+    objective, layer = fastdiff.Objective(process, kind), torch.nn.Linear(8, 8)
+    how = {"tokens": fastdiff.Tokens(2)} if data != "images" else {}
+    how |= {"dtype": torch.float32} if data != "tokens" else {}
+
+    def step(x0, t, seed):
+        noised = objective.noise(x0, t, seed=seed, **how)
+        return noised.x_t, objective.loss(layer(noised.x_t), noised)
+
+    def run(call, *arguments):
+        layer.weight.grad = None
+        x_t, loss = call(*arguments)
+        loss.backward()
+        return x_t, loss.detach(), layer.weight.grad
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(compiler)
+    whole, shape = torch.compile(step, fullgraph=True, backend=counter), (4, 2, 8, 8)
+    for k in range(3):
+        t = torch.rand(4, dtype=torch.float64) if kind == "flow" else torch.randint(0, 1000, (4,))
+        x0 = torch.randn(shape) if data == "tokens" else torch.randint(0, 256, shape, dtype=torch.uint8)
+        arguments = x0, t, torch.tensor([k])
+        for found, expected in zip(run(whole, *arguments), run(step, *arguments)):
+            assert torch.equal(found, expected)
+    assert counter.frame_count == 1
+
+
 def test_the_graph_holds_operators(backend):
     """What a compiler sees of a step: one operator for the noise and one for the loss."""
     objective, seen = fastdiff.Objective(fastdiff.VariancePreserving()), []
