@@ -417,6 +417,34 @@ def test_terms_see_the_dtype_of_the_data():
     assert seen[-1] == (torch.bfloat16, torch.bfloat16)
 
 
+def test_terms_see_packed_tokens_as_images():
+    """The numbers are those of the batch that is not packed; the gradient comes back as tokens."""
+    objective, _, _ = batch()
+    tokens, x0 = fastdiff.Tokens(2), torch.randn(BATCH, 2, 4, 4)
+    output = torch.randn(BATCH, 2, 4, 4, requires_grad=True)
+    packed = tokens.pack(output.detach()).requires_grad_()
+    total = Sum(objective, error=Term(error, 0.3, share=0.5), noise=Term(error, 0.2, of="noise"))
+    expected = total(output, objective.noise(x0, T, seed=1))
+    found = total(packed, objective.noise(x0, T, seed=1, tokens=tokens))
+    assert_close(found.detach(), expected.detach().double(), 1e-6)
+    (wanted,) = torch.autograd.grad(expected, output)
+    torch.testing.assert_close(torch.autograd.grad(found, packed)[0], tokens.pack(wanted), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_terms_see_images_of_bytes_decoded(dtype):
+    objective, _, _ = batch()
+    images = torch.randint(0, 256, (BATCH, 2, 4, 4), dtype=torch.uint8)
+    output = torch.randn(BATCH, 2, 4, 4, dtype=dtype)
+    counted = Counted(error)
+    total = Sum(objective, error=Term(counted, 0.3))
+    found = total(output, objective.noise(images, T, seed=1, dtype=dtype))
+    x0 = images.float() / 127.5 - 1
+    assert torch.equal(counted.given[0][1], x0.to(dtype))
+    if dtype == torch.float32:
+        assert_close(found, total(output, objective.noise(x0, T, seed=1)).double(), 1e-6)
+
+
 def test_under_autocast():
     objective, noised, output = batch(dtype=torch.float32)
     total = Sum(objective, decoder=decoder().float(), p=Term(Perceptual(extractor().float()), share=0.5))

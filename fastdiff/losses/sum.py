@@ -19,6 +19,7 @@ from ..numeric import check_numbers
 from ..ops.checks import check_alike, check_floating, check_tensor, compute_dtype, place_rows
 from ..process import Levels, Process
 from ..showing import brief
+from ..tensors import decoded
 from .features import frozen
 
 __all__ = ["Sum", "Term"]
@@ -105,8 +106,9 @@ class Sum:
 
     Each term adds weight(step) times the mean over the batch of weighting x loss to
     ``objective.loss(prediction, noised)``. What it looks at is ``objective.predict_x0(prediction, noised)``, in the
-    dtype of x0, made and decoded once for all terms, for the largest share among them. Terms of weight 0 cost nothing.
-    Nothing waits for the device; the terms are ordinary PyTorch, so autocast and ``torch.compile`` work.
+    dtype of x_t and shaped as x0 (tokens are unpacked), made and decoded once for all terms, for the largest share
+    among them. Terms of weight 0 cost nothing. Nothing waits for the device; the terms are ordinary PyTorch, so
+    autocast and ``torch.compile`` work.
 
     Args:
         objective: the ``fastdiff.Objective``.
@@ -290,10 +292,12 @@ class _Batch:
         return self._once("images", lambda: self._decoded(self._converted(kinds.SAMPLE), self.owner.checkpoint))
 
     def _true_noise(self) -> Tensor:
-        return self._masked(self._taken("noise", self.noised.noise.to(self.noised.x0.dtype)))
+        return self._masked(self._taken("noise", self.noised.noise.to(self.noised.x_t.dtype)))
 
     def _true_latents(self) -> Tensor:
-        return self._once("true latents", lambda: self._masked(self._taken("x0", self.noised.x0)))
+        return self._once(
+            "true latents", lambda: self._masked(decoded(self._taken("x0", self.noised.x0)).to(self.noised.x_t.dtype))
+        )
 
     def _true_images(self) -> Tensor:
         if self.images is None:
@@ -317,12 +321,16 @@ class _Batch:
         return images
 
     def _converted(self, kind: Any) -> Tensor:
-        """The estimate of x0 or of the noise, of the rows in order."""
-        return self._once(kind.name, lambda: self._convert(kind))
+        """The estimate of x0 or of the noise, of the rows in order, shaped as x0."""
+        return self._once(kind.name, lambda: self._unpacked(self._convert(kind)))
+
+    def _unpacked(self, data: Tensor) -> Tensor:
+        tokens = self.noised.tokens
+        return data if tokens is None else tokens.unpack(data, *self.noised.x0.shape[2:])
 
     def _convert(self, kind: Any) -> Tensor:
         objective, noised = self.owner.objective, self.noised
-        prediction = self.prediction.to(noised.x0.dtype)
+        prediction = self.prediction.to(noised.x_t.dtype)
         if self.order is None and self.kept is None:
             return objective.convert(prediction, noised, kind)
         prediction = self._masked(self._taken("prediction", prediction))
