@@ -54,6 +54,31 @@ def with_gradient(call: Callable[[Tensor], tuple[Tensor, Tensor] | Tensor]) -> C
     return run
 
 
+def vae_loss(divergence: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The squared error and the divergence, as trainers write them: sums over a sample, averaged over the batch."""
+    elements = SHAPE[1] * SHAPE[2] * SHAPE[3]
+
+    def loss(decoded: Tensor, images: Tensor, moments: Tensor) -> Tensor:
+        error = torch.nn.functional.mse_loss(decoded.float(), images.float(), reduction="sum") / len(decoded)
+        return error + elements * divergence(moments)
+
+    return loss
+
+
+def of_loss(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor], object]:
+    """The loss of as many pixels as latents, and its gradient by what was decoded and by the moments."""
+    pixels: dict[torch.dtype, list[Tensor]] = {}
+
+    def run(moments: Tensor) -> object:
+        if moments.dtype not in pixels:
+            pixels[moments.dtype] = [torch.randn(SHAPE).to(moments.dtype) for _ in range(2)]
+            pixels[moments.dtype][0].requires_grad_()
+        decoded, images = pixels[moments.dtype]
+        return torch.autograd.grad(loss(decoded, images, moments), (decoded, moments))
+
+    return run
+
+
 def without(call: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
     def run(moments: Tensor) -> object:
         with torch.no_grad():
@@ -65,8 +90,11 @@ def without(call: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
 def calls() -> dict[str, tuple[Callable, Callable, Callable]]:
     """By name: ours, eager, compiled."""
     latents, divergence = (torch.compile(f, dynamic=False, fullgraph=True) for f in (eager.latents, eager.divergence))
+    whole = vae_loss(eager.divergence)
+    losses = fastdiff.AutoencoderLoss(), whole, torch.compile(whole, dynamic=False, fullgraph=True)
     noised = ours_noised, theirs_noised(eager.latents), theirs_noised(latents)
     return {
+        "loss of an autoencoder with its gradient": tuple(map(of_loss, losses)),
         "latents and x_t, noise made": tuple(map(without, noised)),
         "the same with the gradient": tuple(map(with_gradient, noised)),
         "KL divergence": tuple(map(without, (ops.kl_normal, eager.divergence, divergence))),
