@@ -3,11 +3,12 @@
 import importlib
 from types import ModuleType
 
-from . import guidance, losses, ops, pairing, samplers, timesteps, uncertainty, weighting
+from . import autoencoder, guidance, losses, ops, pairing, samplers, timesteps, uncertainty, weighting
 from .backends import use_backend
 from .dropout import drop_condition
 from .functional import diffusion_loss, q_sample
 from .likelihood import log_likelihood, to_bits_per_dim
+from .losses.autoencoder import AutoencoderLoss
 from .losses.bits_per_dim import BitsPerDim, bits_per_dim
 from .losses.resampling import LossSecondMoment
 from .losses.vlb import VariationalBound
@@ -45,6 +46,7 @@ __all__ = [
     "SNR",
     "VESDE",
     "VPSDE",
+    "AutoencoderLoss",
     "Bell",
     "BitsPerDim",
     "CosMap",
@@ -71,6 +73,7 @@ __all__ = [
     "Uniform",
     "VariancePreserving",
     "VariationalBound",
+    "autoencoder",
     "bits_per_dim",
     "diffusion_loss",
     "drop_condition",
@@ -97,7 +100,7 @@ def __getattr__(name: str) -> ModuleType:
     if name == "integrations":
         return importlib.import_module(f"{__name__}.integrations")
     where = ""
-    for module in (guidance, losses, ops, pairing, samplers, timesteps, uncertainty):
+    for module in (autoencoder, guidance, losses, ops, pairing, samplers, timesteps, uncertainty):
         if name in getattr(module, "__all__", ()) or str(getattr(vars(module).get(name), "__module__", "")).startswith(
             module.__name__
         ):

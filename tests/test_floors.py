@@ -20,7 +20,8 @@ FLOORS = [
     "ops.",
     "constancy coefficients",
     "guidance samplers. sampling.",
-    "noised uncertainty explaining element_weights objective functional dropout pyramid pairing likelihood losses.",
+    "noised uncertainty explaining element_weights objective functional dropout pyramid pairing likelihood autoencoder "
+    "losses.",
     "integrations.",
     "trace doctor demo. bench. cli __main__",
 ]

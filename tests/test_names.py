@@ -307,6 +307,7 @@ def test_every_name_is_asked():
     assert set(KINDS) == set(prediction._KINDS)
     asked = {name.split()[0] for name in PROCESSES} | {exported for exported, *_ in WEIGHTINGS.values()}
     rest = {
+        "AutoencoderLoss",
         "BitsPerDim",
         "LossSecondMoment",
         "Interpolated",
@@ -316,6 +317,7 @@ def test_every_name_is_asked():
         "Prediction",
         "Process",
         "VariationalBound",
+        "autoencoder",
         "bits_per_dim",
         "diffusion_loss",
         "drop_condition",

@@ -23,7 +23,9 @@ _OF_EACH_KIND = (
     "sampler step+noise",
     "row moments",
 )
-OPERATIONS = (*_OF_EACH_KIND, "hybrid loss")
+# Those of a network's output of twice the channels: ``Operands.output``.
+OF_HALVES = ("hybrid loss", "latents", "divergence+gradient")
+OPERATIONS = (*_OF_EACH_KIND, *OF_HALVES)
 
 LATENT = (1, 4, 32, 32)
 LATENTS = (64, 4, 64, 64)
@@ -39,8 +41,9 @@ class Case:
     Attributes:
         operation: one of ``OPERATIONS``. Noising, the losses and the sampler step are given their noise; a training
             step (t, noise, loss, gradient of the prediction) and "sampler step+noise" make it. The hybrid loss is that
-            of a network that predicts epsilon and learns the variance, with its gradient. The moments are
-            those of x0 and the prediction.
+            of a network that predicts epsilon and learns the variance, with its gradient. Latents are drawn from an
+            autoencoder's moments and noised, both noises made; the divergence is that of these moments from N(0, 1),
+            with its gradient. The moments of rows are those of x0 and the prediction.
         kind: what the network predicts. The sampler is DDPM with a clamp; Euler for "flow".
         dtype: a key of ``DTYPES``.
         shape: [batch, ...].
@@ -96,7 +99,7 @@ _SHORT_LADDER = _LADDER[1:2]
 _LARGE = tuple(
     Case(operation, "v_prediction", dtype, LARGE) for operation in _OF_EACH_KIND for dtype in ("fp32", "bf16")
 )
-_HYBRID = tuple(Case("hybrid loss", "epsilon", dtype, LATENTS) for dtype in ("fp32", "bf16"))
+_HALVES = tuple(Case(operation, "epsilon", dtype, LATENTS) for operation in OF_HALVES for dtype in ("fp32", "bf16"))
 
 PRESETS = {
     "quick": Preset(
@@ -108,7 +111,7 @@ PRESETS = {
         compile_seconds=16.0,
     ),
     "full": Preset(
-        (LATENT, LATENTS, VIDEO, PIXELS), extra=_LADDER + _LARGE + _HYBRID, seconds=60.0, compile_seconds=60.0
+        (LATENT, LATENTS, VIDEO, PIXELS), extra=_LADDER + _LARGE + _HALVES, seconds=60.0, compile_seconds=60.0
     ),
     "sdxl": Preset(((1, 4, 128, 128), (4, 4, 128, 128), (16, 4, 128, 128)), ("epsilon", "v_prediction")),
     "flux": Preset(((1, 4096, 64), (8, 4096, 64)), ("flow",)),
@@ -174,7 +177,7 @@ class Operands:
     @cached_property
     def output(self) -> Tensor:
         """The output of a network that learns the variance too, [batch, 2 channels, ...]: the prediction, and what it
-        says of the variance. A leaf that requires grad, made at its first use."""
+        says of the variance; or an autoencoder's moments. A leaf that requires grad, made at its first use."""
         return torch.cat([self.prediction.detach(), 0.1 * self.prediction.detach()], 1).requires_grad_()
 
 
@@ -188,4 +191,4 @@ def operands(shape: tuple[int, ...], dtype: str, device: torch.device, seed: int
 
 def operand_bytes(case: Case) -> int:
     """Bytes of one set of operands, gradients among them."""
-    return (8 if case.operation == "hybrid loss" else 4) * case.tensor_bytes
+    return (8 if case.operation in OF_HALVES else 4) * case.tensor_bytes

@@ -42,6 +42,8 @@ def floor_bytes(case: Case) -> int:
         "loss": 2 + reads_x0,  # prediction, noise, and x0 where the target needs it
         "loss+gradient": 3 + reads_x0,
         "hybrid loss": 5,  # both halves of the output, noise; the gradient's halves (x0 only where t is 0)
+        "latents": 4,  # both halves of the moments; z, x_t
+        "divergence+gradient": 4,  # both halves of the moments, and of their gradient
         "training step": 4 + reads_x0,  # x0; x_t, and with the network between, prediction, x0; its gradient
         "sampler step": 3 if case.kind == "flow" else 4,  # x, model output, noise; x
         "sampler step+noise": 3,
@@ -256,6 +258,11 @@ def known_operands(case: Case, operands: Operands, result: Any) -> Count:
         moved = o.prediction.nbytes + o.noise.nbytes + x0 + gradient
     elif case.operation == "hybrid loss":
         moved = o.output.nbytes + o.noise.nbytes + o.output.grad.nbytes
+    elif case.operation == "latents":
+        kept = result.noise_source.nbytes if isinstance(result.noise_source, Tensor) else 0
+        moved = o.output.nbytes + result.x0.nbytes + result.x_t.nbytes + kept
+    elif case.operation == "divergence+gradient":
+        moved = o.output.nbytes + o.output.grad.nbytes
     elif case.operation == "row moments":
         moved = o.x0.nbytes + o.prediction.nbytes
     elif case.operation == "training step":

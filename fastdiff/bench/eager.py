@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SNR_GAMMA = 5.0
+LATENT_SHIFT, LATENT_SCALE = 0.1159, 0.3611
 
 
 def spread(rows: Tensor, like: Tensor) -> Tensor:
@@ -82,6 +83,20 @@ def hybrid_loss(output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, table: Ten
 
 def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1.0 + torch.tanh((2.0 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def latents(moments: Tensor, xi: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """As diffusers' ``DiagonalGaussianDistribution`` and training scripts have it, with Flux's shift and scale."""
+    mean, log_variance = moments.chunk(2, 1)
+    z = mean + torch.exp(0.5 * torch.clamp(log_variance, -30.0, 20.0)) * xi
+    z = (z - LATENT_SHIFT) * LATENT_SCALE
+    return z, noising_ddpm(z, noise, t, alpha_bar)
+
+
+def divergence(moments: Tensor) -> Tensor:
+    mean, log_variance = moments.float().chunk(2, 1)
+    log_variance = torch.clamp(log_variance, -30.0, 20.0)
+    return 0.5 * (mean**2 + torch.exp(log_variance) - 1.0 - log_variance).mean()
 
 
 def row_moments(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:

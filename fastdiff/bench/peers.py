@@ -122,6 +122,11 @@ def _ours(case: Case, device: torch.device) -> Call:
             return ops.gaussian_kl(o.output, o.x0, o.noise, q=1.0, **how, simple_weight=1.0, freeze_mean=True)
 
         return _with_gradient(hybrid, "output")
+    if case.operation == "latents":
+        how = {"shift": eager.LATENT_SHIFT, "scale": eager.LATENT_SCALE}
+        return _no_grad(lambda o: fastdiff.autoencoder.noise_latents(objective, o.output, o.t, **how))
+    if case.operation == "divergence+gradient":
+        return _with_gradient(lambda o: ops.kl_normal(o.output), "output")
     row = sampling_plan(case.kind).table[STEP].float().to(device)
     clip = None if flow else CLIP
     made_here = ops.Philox(0, stream=STEP_STREAM)
@@ -146,6 +151,9 @@ def _plain(case: Case, device: torch.device, prepare: Callable[[Callable], Calla
     if case.operation == "row moments":
         moments = prepare(eager.row_moments)
         return _no_grad(lambda o: moments(o.x0, o.prediction))
+    if case.operation == "divergence+gradient":
+        divergence = prepare(eager.divergence)
+        return _with_gradient(lambda o: divergence(o.output), "output")
     flow = case.kind == "flow"
     alpha_bar = fastdiff.VariancePreserving().alpha_bar.to(device, torch.float32)
     noising_function = prepare(eager.noising_flow if flow else eager.noising_ddpm)
@@ -156,6 +164,10 @@ def _plain(case: Case, device: torch.device, prepare: Callable[[Callable], Calla
 
     if case.operation == "noising":
         return lambda o: noising(o.x0, o.noise, o.time if flow else o.t)
+    draw = prepare(torch.randn_like) if device.type != "cpu" else torch.randn_like
+    if case.operation == "latents":
+        latents = prepare(eager.latents)
+        return _no_grad(lambda o: latents(o.output, draw(o.x0), draw(o.x0), o.t, alpha_bar))
     if case.operation in ("loss", "loss+gradient", "training step"):
         loss_function = prepare(loss_function)
 
@@ -165,7 +177,6 @@ def _plain(case: Case, device: torch.device, prepare: Callable[[Callable], Calla
             )
 
         if case.operation == "training step":
-            draw = prepare(torch.randn_like) if device.type != "cpu" else torch.randn_like
 
             def step(o: Operands) -> Any:
                 noise = draw(o.x0)
@@ -227,6 +238,8 @@ def graphs(case: Case) -> list[tuple[str, str, tuple[int, ...], bool]]:
         "row moments": [("row_moments", False)],
         "training step": [(noising, False), (f"loss_{case.kind}", True)],
         "hybrid loss": [("hybrid_loss", True)],
+        "latents": [("latents", False)],
+        "divergence+gradient": [("divergence", True)],
     }.get(case.operation, [(f"step_{case.kind}", False)])
     return [(name, case.dtype, case.shape, gradient) for name, gradient in names]
 
@@ -235,6 +248,8 @@ def _diffusers(case: Case, device: torch.device) -> Call:
     if case.operation == "hybrid loss":
         raise Missing("its training scripts learn no variance")
     schedulers = diffusers_schedulers()
+    if case.operation in ("latents", "divergence+gradient"):
+        raise Missing("its autoencoder runs the lines of eager")
     if case.operation == "row moments":
         raise Missing("it has no such operation")
     flow = case.kind == "flow"

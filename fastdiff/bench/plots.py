@@ -26,6 +26,8 @@ MARKERS = {
     "loss": "s",
     "loss+gradient": "D",
     "hybrid loss": "P",
+    "latents": "X",
+    "divergence+gradient": "d",
     "training step": "*",
     "sampler step": "^",
     "sampler step+noise": "v",

@@ -30,6 +30,8 @@ def check_tensor(what: str, value: Any, name: str) -> None:
     given, found = type(value).__name__, ""
     if isinstance(getattr(value, "sample", None), Tensor):  # the outputs of diffusers' networks
         found = f": its tensor is {name}.sample"
+    elif isinstance(getattr(getattr(value, "latent_dist", value), "parameters", None), Tensor):  # their autoencoders'
+        found = f": its moments are {name}{'.latent_dist' * hasattr(value, 'latent_dist')}.parameters"
     elif isinstance(value, Mapping):
         data = [key for key, v in value.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1]
         if len(data) == 1:

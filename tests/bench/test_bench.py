@@ -135,6 +135,27 @@ class TestPeers:
         # float32 arithmetic in another order: some ulp of values of about 1 (of 1 / alpha, 3.4, in the sampler step).
         torch.testing.assert_close(theirs(o), expected, rtol=1e-5, atol=2e-6)
 
+    @pytest.mark.parametrize("peer", ["eager", "reference"])
+    def test_same_divergence_and_gradient(self, peer):
+        ours, o, case = call("fastdiff", "divergence+gradient", "epsilon")
+        loss, gradient = ours(o).detach(), o.output.grad
+        theirs = peers.build(peer, case, CPU)(o).detach()
+        torch.testing.assert_close(theirs, loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(o.output.grad, gradient, rtol=1e-5, atol=1e-9)
+
+    def test_same_latents(self, monkeypatch):
+        """For the noise that ours made."""
+        ours, o, case = call("fastdiff", "latents", "epsilon")
+        noised = ours(o)
+        mean, log_variance = o.output.detach().chunk(2, 1)
+        xi = ((noised.x0 / 0.3611 + 0.1159) - mean) / torch.exp(log_variance / 2)
+        drawn = iter([xi, noised.noise])
+        monkeypatch.setattr(torch, "randn_like", lambda x: next(drawn))
+        z, x_t = peers.build("eager", case, CPU)(o)
+        torch.testing.assert_close(z, noised.x0, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(x_t, noised.x_t, rtol=1e-5, atol=2e-6)
+        assert abs(float(xi.mean())) < 0.1 and abs(float(xi.std()) - 1) < 0.1
+
     @pytest.mark.parametrize("at_0", [False, True])
     @pytest.mark.parametrize("peer", ["eager", "reference"])
     def test_same_hybrid_loss_and_gradient(self, peer, at_0):
@@ -303,6 +324,8 @@ class TestCounting:
             ("loss+gradient", "epsilon", 3),
             ("loss+gradient", "v_prediction", 4),
             ("hybrid loss", "epsilon", 5),
+            ("latents", "epsilon", 4),
+            ("divergence+gradient", "epsilon", 4),
             ("training step", "epsilon", 4),
             ("training step", "v_prediction", 5),
             ("sampler step", "epsilon", 4),
@@ -318,6 +341,8 @@ class TestCounting:
         kept = 0
         if operation == "training step" and isinstance(result[0].noise_source, torch.Tensor):
             kept = 2 * result[0].noise_source.nbytes  # written by noising, read by the loss
+        if operation == "latents" and isinstance(result.noise_source, torch.Tensor):
+            kept = result.noise_source.nbytes
         count = counting.known_operands(case, o, result)
         assert count.bytes == tensors * BYTES + kept and count.launches is None
 

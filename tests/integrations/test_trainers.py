@@ -93,6 +93,17 @@ def test_a_classifier_leads_to_the_digit_that_is_wanted():
     assert 0.046 < found["without"] < 0.154 and found["with"] > 0.7
 
 
+# ----------------------------------------------------------------------------------------------------------------- VAE
+
+
+def test_an_autoencoder_of_digits_and_a_flow_in_its_latents():
+    """A mean digit has an error of 0.30, the variance starts at 1, and digits are 0.11 from their nearest ones."""
+    pytest.importorskip("sklearn")
+    found = example("vae").main(["--quick"])
+    assert found["error"] < 0.18 and 0.3 < found["variance"] < 0.8
+    assert 2 < found["divergence"] < 10 and found["nearest"] < 0.15
+
+
 # ---------------------------------------------------------------------------------------------------------- MeanFlow
 
 

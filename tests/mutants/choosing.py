@@ -21,6 +21,8 @@ TABLE = {
     "fastdiff/pairing": "pairing",
     "fastdiff/dropout": "dropout",
     "fastdiff/guidance": "guidance_rules guidance",
+    "fastdiff/autoencoder": "autoencoder",
+    "fastdiff/losses/autoencoder": "autoencoder latents",
     "fastdiff/pyramid": "pyramid_noise wrong_input",
     "fastdiff/functional": "objective wrong_input mistakes pitfalls_of_objectives",
     "fastdiff/losses/features": "features sum",
