@@ -288,6 +288,13 @@ class TestTraining:
         for k, a in enumerate(weights):
             assert a.isfinite().all() and not any(torch.equal(a, b) for b in weights[k + 1 :])
 
+    @pytest.mark.parametrize("process", settings.PROCESSES)
+    def test_every_process_has_them(self, process):
+        trainer = make_trainer(*NAMES, process=process, steps=4)
+        losses = [trainer.train_step() for _ in range(4)]
+        assert all(math.isfinite(loss) for loss in losses) and trainer.term_values[:, 1:].isfinite().all()
+        assert all(math.isfinite(value) for value in trainer.terms.measure(trainer.ema).values())
+
     def test_a_term_lowers_its_value(self):
         values = [{}, {}]
         for weight, found in zip((0.0, 2.0), values):
