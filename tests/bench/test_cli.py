@@ -58,14 +58,15 @@ def asked(monkeypatch):
     found = SimpleNamespace(saved=[], plots={}, trainer=None)
     threads = torch.get_num_threads()
 
-    def draw(network, recipe, labels, steps, guidance, seed, **_):
+    def draw(network, recipe, labels, steps, guidance, seed, autoencoder=None):
         channels, size = network.settings["channels"], network.settings["size"]
         vars(found).update(recipe=recipe, labels=labels.tolist(), steps=steps, guidance=guidance, seed=seed)
         found.threads = torch.get_num_threads()
-        return torch.zeros(len(labels), channels, size, size)
+        x = torch.zeros(len(labels), channels, size, size)
+        return x if autoencoder is None else autoencoder.decode(x)
 
-    def trajectory(network, recipe, labels, *how, **_):
-        image = draw(network, recipe, labels, *how)[None]
+    def trajectory(network, recipe, labels, *how, autoencoder=None):
+        image = draw(network, recipe, labels, *how, autoencoder=autoencoder)[None]
         return ["only"], image, image
 
     def trainer(*arguments):
