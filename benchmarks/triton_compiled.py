@@ -81,9 +81,12 @@ def captured(call: Any, approximate: bool) -> list[tuple[launch.Kernel, tuple, f
 
 
 def element_bytes(kernel: launch.Kernel, arguments: tuple, constants: tuple) -> float:
-    """Bytes that a launch moves for an element of its data."""
+    """Bytes that a launch moves for an element of its data. (A network's output, or moments, may hold two of each.)"""
     values = dict(zip((*kernel.runtime, *kernel.constants), (*arguments, *constants)))
-    return Launch.of(kernel.name, values).bytes / max(t.numel() for t in arguments if isinstance(t, torch.Tensor))
+    elements = max(t.numel() for t in arguments if isinstance(t, torch.Tensor))
+    if "units" in values:
+        elements = values["units"] * values["UNIT"] * values["runs"]
+    return Launch.of(kernel.name, values).bytes / elements
 
 
 def cases() -> dict[str, Any]:

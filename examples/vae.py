@@ -79,7 +79,7 @@ def train_autoencoder(images: Tensor, options) -> tuple[nn.Module, nn.Module, fa
     optimizer = torch.optim.Adam(learned, lr=2e-3)
     for step, x in batches(images, options.steps, options.batch, options.seed):
         moments = encoder(x)
-        z = fastdiff.ops.posterior(moments, fastdiff.ops.Philox(options.seed, step * options.batch, stream=7)).z
+        z = fastdiff.autoencoder.latents(moments, seed=options.seed, sample_offset=step * options.batch)
         loss = loss_of(decoder(z), x, moments)
         optimizer.zero_grad()
         loss.backward()

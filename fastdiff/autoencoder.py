@@ -1,10 +1,12 @@
-"""Latent diffusion: from an autoencoder's moments to a noised batch in one pass.
+"""Latent diffusion: from an autoencoder's moments to a noised batch in one pass::
 
-moments = vae.encode(images).latent_dist.parameters     # of diffusers' AutoencoderKL: no sample() of its own
-noised = fastdiff.autoencoder.noise_latents(
-    objective, moments, shift=vae.config.shift_factor or 0.0, scale=vae.config.scaling_factor
-)
-loss = objective.loss(network(noised.model_input, noised.model_time), noised)
+    moments = vae.encode(images).latent_dist.parameters  # of diffusers' AutoencoderKL
+    noised = fastdiff.autoencoder.noise_latents(
+        objective, moments, shift=vae.config.shift_factor or 0.0, scale=vae.config.scaling_factor
+    )
+    loss = objective.loss(network(noised.model_input, noised.model_time), noised)
+
+Moments that are kept on disk in place of images give other latents at every epoch.
 """
 
 from __future__ import annotations
@@ -22,10 +24,35 @@ from .objective import Objective
 from .ops.checks import compute_dtype
 from .ops.dispatch import get as backend_of
 from .ops.posterior import CLAMP, means_of
-from .philox import Stream, check_rng, check_seed, draw_seed, whole
+from .philox import Stream, check_seed, draw_seed, whole
 from .showing import brief
 
-__all__ = ["noise_latents"]
+__all__ = ["latents", "noise_latents"]
+
+
+def latents(
+    moments: Tensor,
+    *,
+    shift: Tensor | float = 0.0,
+    scale: Tensor | float = 1.0,
+    sample: bool = True,
+    clamp: Sequence[float] = CLAMP,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    sample_offset: int = 0,
+    rng: str = "exact",
+) -> Tensor:
+    """Draw the latents of a batch of moments, z = (mean + exp(log-variance / 2) xi - shift) scale, in one pass: as
+    ``noise_latents`` draws them, which has the arguments' meaning.
+
+    Returns [batch, channels, ...] in ``dtype``, differentiable in the moments. Raises TypeError or ValueError for unfit
+    inputs.
+    """
+    means_of(moments)
+    seed, sample_offset = _seed(moments, generator, seed, sample_offset, sample)
+    xi = ops.Philox(seed, sample_offset, Stream.POSTERIOR, rng=rng) if sample else None
+    return ops.posterior(moments, xi, shift=shift, scale=scale, clamp=clamp, dtype=dtype).z
 
 
 def noise_latents(
@@ -66,27 +93,33 @@ def noise_latents(
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a fastdiff.Objective; got {brief(objective)}.")
     mean = means_of(moments)
-    if generator is not None and seed is not None:
-        raise ValueError("pass a generator or a seed, not both.")
-    if seed is None:
-        seed = draw_seed(generator, moments.device)
-    check_seed(seed)
-    check_rng(rng)
-    if not torch.compiler.is_compiling():  # traced, it may be symbolic
-        sample_offset = whole("sample_offset", sample_offset)
+    seed, sample_offset = _seed(moments, generator, seed, sample_offset, True)
     dtype = moments.dtype if dtype is None else dtype
-    xi = ops.Philox(seed, sample_offset, Stream.POSTERIOR, rng=rng) if sample else None
     how = {"shift": shift, "scale": scale, "clamp": clamp, "dtype": dtype}
+    where = {"seed": seed, "sample_offset": sample_offset, "rng": rng}
     of_two = objective.noise_offset and objective.noise_offset_dim != 1
     if objective.input_perturbation or of_two or (moments.dtype == torch.float64 != dtype):
         # More noises than one pass makes; or latents of another precision than what they are made of.
-        z = ops.posterior(moments, xi, **how).z
-        made = {"seed": seed, "sample_offset": sample_offset, "keep_noise": keep_noise, "rng": rng}
-        return objective.noise(z, t, **made)
+        return objective.noise(latents(moments, sample=sample, **how, **where), t, keep_noise=keep_noise, **where)
     if t is None:
         t = objective._draw(backend_of(moments.device), seed, len(moments), sample_offset, moments.device)
     rows, t = objective._rows_at(t, mean, compute_dtype(mean.new_empty(0, dtype=dtype)))
     n = ops.Philox(seed, sample_offset, offset=objective.noise_offset, rng=rng)
+    xi = ops.Philox(seed, sample_offset, Stream.POSTERIOR, rng=rng) if sample else None
     kept = not remakes_noise(moments.device) if keep_noise is None else keep_noise
     made = ops.posterior(moments, xi, n=n, alpha=rows.alpha, sigma=rows.sigma, keep_noise=kept, **how)
     return Noised(objective, made.z, made.x_t, t, made.n, rows)
+
+
+def _seed(
+    moments: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, sample_offset: int, needed: bool
+) -> tuple[Any, Any]:
+    """(the seed, drawn if it is needed; the offset of the samples). Raises TypeError or ValueError for unfit ones."""
+    if generator is not None and seed is not None:
+        raise ValueError("pass a generator or a seed, not both.")
+    if seed is not None:
+        check_seed(seed)
+    elif needed:
+        seed = draw_seed(generator, moments.device)
+    # Traced, an offset may be symbolic.
+    return seed, sample_offset if torch.compiler.is_compiling() else whole("sample_offset", sample_offset)

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastdiff
 from fastdiff import AutoencoderLoss, ops
-from fastdiff.autoencoder import noise_latents
+from fastdiff.autoencoder import latents, noise_latents
 from fastdiff.ops.posterior import CLAMP
 from fastdiff.philox import Stream
 
@@ -93,6 +93,27 @@ def test_times_and_means_that_are_given():
     assert_same(noised.x_t, objective.noise(noised.x0, t, seed=1).x_t)
     clamped = noise_latents(objective, moments, t, seed=1, clamp=(-1.0, 1.0))
     assert_same(clamped.x0, sampled(moments, 1, clamp=(-1.0, 1.0), shift=0.0, scale=1.0))
+
+
+def test_latents_alone_are_those_that_are_noised():
+    objective, moments = OBJECTIVES["SD3"](), moments_of(3, 2, 7)
+    where = {"seed": torch.tensor([4]), "sample_offset": 9, "dtype": torch.bfloat16, **HOW}
+    z = latents(moments, **where)
+    assert_same(z, noise_latents(objective, moments, **where).x0)
+    assert_same(z, sampled(moments, 4, 9, dtype=torch.bfloat16))
+    assert_same(
+        latents(moments, clamp=(-1.0, 1.0), seed=4), latents(moments, clamp=(-1.0, 1.0), seed=torch.tensor([4]))
+    )
+    g, state = torch.Generator().manual_seed(3), torch.get_rng_state()
+    assert_same(latents(moments, sample=False, generator=g, **HOW), (moments[:, :2] - 0.1159) * 0.3611)
+    assert torch.equal(g.get_state(), torch.Generator().manual_seed(3).get_state())  # nothing is drawn
+    drawn = latents(moments, generator=g)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same(drawn, latents(moments, generator=torch.Generator().manual_seed(3)))
+    with pytest.raises(ValueError, match="a generator or a seed, not both"):
+        latents(moments, generator=g, seed=1)
+    with pytest.raises(ValueError, match="as many channels of log-variances"):
+        latents(moments[:, :3])
 
 
 def test_a_generator_is_drawn_from_once():

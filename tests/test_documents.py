@@ -364,11 +364,26 @@ def test_the_terms_of_the_document():
     assert not torch.equal(weight, discriminator[1].weight)
 
 
+def test_the_autoencoders_of_the_document():
+    encoder, decoder = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1)
+    given = {"network": Network(), "moments": torch.randn(2, 8, 4, 4)}
+    training = {"images": torch.rand(2, 1, 8, 8) * 2 - 1, "encoder": encoder, "decoder": decoder}
+    runs = run_blocks(
+        "docs/autoencoder.md", {"From moments to a noised batch": given, "Training an autoencoder": training}
+    )
+    assert next(runs)["noised"].x0.shape == (2, 4, 4, 4) and given["network"].weight.grad.isfinite()
+    (names,) = runs
+    assert encoder.weight.grad[2:].any() and decoder.weight.grad.any()
+    parts = names["loss_of"].parts(decoder(names["moments"].chunk(2, 1)[0]), names["images"], names["moments"])
+    assert parts.divergence >= 2 * 0.5 and names["loss_of"].log_variance.grad.isfinite()
+
+
 def test_every_block_is_one_that_runs():
     """In a document that has a test above, or test_recipes.py, or none."""
     found = {document: sum(1 for _ in blocks(document)) for document in DOCUMENTS}
     assert {name: number for name, number in found.items() if number} == {
         "README.md": 2,
+        "docs/autoencoder.md": 2,
         "docs/diffusers.md": 1,
         "docs/features.md": 3,
         "docs/guidance.md": 6,

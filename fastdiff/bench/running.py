@@ -419,10 +419,11 @@ def _compile_priority(case: Case) -> tuple:
 
 
 def _with_drawn_noise(case: Case, device: torch.device, count: counting.Count | None) -> counting.Count | None:
-    """On a CPU the noise is drawn outside of the graphs, by one operation that writes it."""
-    if count is None or device.type != "cpu" or case.operation not in ("training step", "sampler step+noise"):
+    """On a CPU noise is drawn outside of the graphs, each by one operation that writes it."""
+    draws = {"training step": 1, "sampler step+noise": 1, "latents": 2}.get(case.operation, 0)
+    if count is None or device.type != "cpu" or not draws:
         return count
-    return counting.Count(count.bytes + case.tensor_bytes, (count.launches or 0) + 1, count.by)
+    return counting.Count(count.bytes + draws * case.tensor_bytes, (count.launches or 0) + draws, count.by)
 
 
 def _failure(error: BaseException) -> str:

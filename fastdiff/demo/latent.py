@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff.philox import Stream
+from fastdiff.autoencoder import latents
 
 from . import DemoError
 from .seeds import derived_seed, generator, with_weights_of
@@ -56,7 +56,7 @@ class Autoencoder(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """[B, channels, H, W] -> latents, the means of their distributions."""
-        return fastdiff.ops.posterior(self.encoder(images), None, shift=self.shift, scale=self.scale).z
+        return latents(self.encoder(images), shift=self.shift, scale=self.scale, sample=False)
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, CHANNELS, H / 2, W / 2] -> images [B, channels, H, W]."""
@@ -99,8 +99,8 @@ def train_autoencoder(settings: Settings, images: Tensor, deviation: float) -> A
     for step in range(settings.steps):
         x = images[torch.randint(len(images), (settings.batch,), generator=order).to(images.device)]
         moments = made.encoder(x)
-        xi = fastdiff.ops.Philox(seed, step * settings.batch, Stream.POSTERIOR)
-        loss = loss_of(made.decoder(fastdiff.ops.posterior(moments, xi).z), x, moments)
+        z = latents(moments, seed=seed, sample_offset=step * settings.batch)
+        loss = loss_of(made.decoder(z), x, moments)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

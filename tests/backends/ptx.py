@@ -347,6 +347,14 @@ def compiled() -> Iterator[None]:
         launch.Kernel.__call__, taken.runs_on, launch.has_approximate_instructions = before
 
 
+def found(case: str, name: str, got: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
+    largest = float((got.double() - want.double()).abs().max())
+    return {
+        "case": f"{case}: {name}", "name": name, "dtype": str(got.dtype), "largest": largest,
+        "same": torch.equal(got, want), "relative": largest / float(want.double().abs().max()),
+    }  # fmt: skip
+
+
 def findings() -> Iterator[dict[str, Any]]:
     """For every kind of noise, dtype and layout: how far compiled kernels are from the reference, or that the bits are
     the same."""
@@ -355,13 +363,6 @@ def findings() -> Iterator[dict[str, Any]]:
         *(((2, 4, 32, 32), (2, 1, 1, 1)), ((2, 8), (2, 1)), ((1, 2, 3, 8, 13), (1, 1, 3, 1, 1))),
         *(((2, 3, 7, 5), (2, 1, 1, 1)), ((3, 5, 24), (3, 5, 1))),
     ]
-
-    def found(case: str, name: str, got: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
-        largest = float((got.double() - want.double()).abs().max())
-        return {
-            "case": f"{case}: {name}", "name": name, "dtype": str(got.dtype), "largest": largest,
-            "same": torch.equal(got, want), "relative": largest / float(want.double().abs().max()),
-        }  # fmt: skip
 
     for dtype in (torch.bfloat16, torch.float32):
         for shape, rows in layouts:
@@ -436,6 +437,41 @@ def findings() -> Iterator[dict[str, Any]]:
                 yield found(f"exact noise, {str(dtype)[6:]}, {'x'.join(map(str, shape))}", "step", got, want)
 
 
+def of_moments() -> Iterator[dict[str, Any]]:
+    """The kernels of an autoencoder's moments: latents whose factors are numbers a sample and a channel, divergences
+    of rows of each kind."""
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in ((2, 4, 8, 16), (2, 3, 7, 5), (3, 5, 24)):
+            ones = (1,) * (len(shape) - 2)
+            moments, given = torch.randn(shape[0], 2 * shape[1], *shape[2:]).to(dtype), torch.randn(shape).to(dtype)
+            shift, scale = (torch.rand(1, shape[1], *ones) for _ in range(2))
+            alpha, sigma, weight = (torch.rand(shape[0], 1, *ones) + 0.1 for _ in range(3))
+            d_z, d_x_t = (torch.randn(shape).to(dtype) for _ in range(2))
+            for kind, xi, n in (
+                ("given", given, given.float()),
+                ("exact", ops.Philox(99, 3, 7), ops.Philox(99, 3)),
+                ("fast", ops.Philox(99, 3, 7, rng="fast"), ops.Philox(99, 3, rng="fast")),
+                ("no", None, ops.Philox(99, 3)),
+            ):
+                case = f"{kind} noise, {str(dtype)[6:]}, {'x'.join(map(str, shape))}"
+                arguments = moments, xi, shift, scale, n, alpha, sigma, -1.0, 1.5, dtype, True
+                with compiled():
+                    results = *operations.posterior(*arguments), operations.posterior_gradient(d_z, d_x_t, *arguments)
+                wanted = *reference.posterior(*arguments), reference.posterior_gradient(d_z, d_x_t, *arguments)
+                for name, got, want in zip(("z", "noised z", "its noise", "gradient of moments"), results, wanted):
+                    yield found(case, name, got, want)
+            for rows, reduction in ((weight, "mean"), (scale, "none"), (torch.rand(shape[:2] + ones), "sum")):
+                case = f"{str(dtype)[6:]}, {'x'.join(map(str, shape))}, {reduction}"
+                arguments = moments, rows, -1.0, 1.5, reduction
+                upstream = torch.rand(rows.shape if reduction == "none" else ())
+                with compiled():
+                    results = operations.kl_normal(*arguments), operations.kl_normal_gradient(upstream, *arguments)
+                wanted = reference.kl_normal(*arguments), reference.kl_normal_gradient(upstream, *arguments)
+                for name, got, want in zip(("kl_normal", "gradient of kl_normal"), results, wanted):
+                    yield found(case, name, got, want)
+
+
 def _gaussian(rows: tuple[int, ...], bins: bool) -> tuple:
     """The other arguments of a hybrid loss. ``bins``: rows are of each kind."""
     p, q, scale, l_v, weight, simple_weight = (0.4 * torch.rand(rows) + 0.1 for _ in range(6))
@@ -453,4 +489,4 @@ def _gradients(loss_of: Any, prediction: torch.Tensor, x0: torch.Tensor | None, 
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(list(findings())))
+    Path(sys.argv[1]).write_text(json.dumps([*findings(), *of_moments()]))

@@ -1,7 +1,7 @@
 """The Triton backend against the reference, on a GPU or, without one, in Triton's interpreter.
 
 A GPU compiles each variant of a kernel, and all tests together ask for over a thousand. There those marked
-``gpu_variants`` are run, the others skipped: they reach every branch of the kernels in at most 225 variants
+``gpu_variants`` are run, the others skipped: they reach every branch of the kernels in at most 275 variants
 (test_triton_variants.py counts them).
 
     python -m pytest tests/backends/test_triton_operations.py -m gpu_variants -n 16
@@ -752,26 +752,34 @@ def posterior_arguments(shape, rows, dtype, how):
     return [moments, xi, shift if shifted else None, scale, n, *factors, -1.0, 1.5, out or dtype, kept]
 
 
-def run_posterior(backend, arguments, convert=lambda t: t.detach().clone()):
-    """z, x_t, n, and the gradients for upstream gradients of what is there, of the first and of the last alone."""
+def run_posterior(backend, arguments, convert=lambda t: t.detach().clone(), of=(True, True)):
+    """z, x_t, n, and the gradient for upstream gradients of those of z and x_t that ``of`` says and that are there."""
     values = [convert(a) if isinstance(a, torch.Tensor) else a for a in arguments]
     if values[0].dtype == torch.float64:
         values[9] = torch.float64
     z, x_t, n = backend.posterior(*values)
-    upstream = [(torch.arange(z.numel(), device=DEVICE) % 7 - 3).view(z.shape).to(z.dtype) for _ in range(2)]
-    d_z, d_x_t = upstream[0], None if x_t is None else 0.5 * upstream[1]
-    pairs = [(d_z, d_x_t), (d_z, None), (None, d_x_t)] if x_t is not None else [(d_z, None)]
-    return z, x_t, n, *(backend.posterior_gradient(*pair, *values) for pair in pairs)
+    upstream = (torch.arange(z.numel(), device=DEVICE) % 7 - 3).view(z.shape).to(z.dtype)
+    d_z, d_x_t = (
+        u if out is not None and wanted else None for u, out, wanted in zip((upstream, -upstream), (z, x_t), of)
+    )
+    return z, x_t, n, backend.posterior_gradient(d_z, d_x_t, *values)
 
 
-@diagonal(15, layout=OF_MOMENTS, dtype=DTYPES, how=POSTERIORS)
+@diagonal(12, layout=OF_MOMENTS, dtype=DTYPES, how=POSTERIORS)
 def test_posterior_and_gradient(layout, dtype, how):
     compare_posteriors(posterior_arguments(*layout, dtype, how), RNG_TOLERANCE if how[0] == "fast" else 0.0)
 
 
-def compare_posteriors(arguments, near=0.0):
-    results = [run_posterior(backend, arguments) for backend in (triton, reference)]
-    for got, want, exact in zip(*results, run_posterior(reference, arguments, lambda t: t.detach().double())):
+@gpu_variants
+def test_the_gradient_of_one_of_both_results():
+    arguments = posterior_arguments(*LAYOUTS[0], torch.bfloat16, POSTERIORS[0])
+    for of in ((True, False), (False, True)):
+        compare_posteriors(arguments, of=of)
+
+
+def compare_posteriors(arguments, near=0.0, of=(True, True)):
+    results = [run_posterior(backend, arguments, of=of) for backend in (triton, reference)]
+    for got, want, exact in zip(*results, run_posterior(reference, arguments, lambda t: t.detach().double(), of)):
         if not isinstance(want, torch.Tensor):
             assert got is want
             continue
@@ -813,7 +821,7 @@ def test_latents_are_one_launch_that_reads_and_writes_4_bytes_an_element():
     assert 0 < launched[0].read - 8 * elements < 200 and launched[0].written == 4 * elements
 
 
-@diagonal(7, layout=OF_MOMENTS, dtype=DTYPES, reduction=["mean", "sum", "none"])
+@diagonal(layout=OF_MOMENTS, dtype=DTYPES, reduction=["mean", "sum", "none"])
 def test_kl_normal_and_gradient(layout, dtype, reduction):
     compare_divergences(layout, dtype, reduction)
 

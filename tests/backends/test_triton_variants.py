@@ -12,7 +12,7 @@ from devices import nightly, why_skipped
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-MOST = 225  # of 0.7 seconds each, on as many cores as there are
+MOST = 275  # of 0.7 seconds each, on as many cores as there are
 
 
 @pytest.fixture(scope="module")
