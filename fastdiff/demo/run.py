@@ -77,6 +77,8 @@ def demo(options: DemoOptions) -> dict[str, Any]:
             raise DemoError(f"another run writes into {out}: wait for it, or choose another --out.") from error
         for name in OUTPUTS:  # of killed runs: nobody else writes there now
             remove_leftovers(out / name)
+        if resumed is None and settings.latent:
+            print(f"training the autoencoder first: {settings.steps} steps", flush=True)
         trainer = Trainer(settings, recipe, data, device, machine, resumed)
         return _train(trainer, options, out, started)
 

@@ -240,6 +240,14 @@ class TestDrawing:
             assert torch.equal(autoencoder.shift, checkpoint.find(finished).autoencoder["shift"])
         assert (tmp_path / "a.png").exists()
 
+    def test_the_training_of_the_autoencoder_is_announced(self, tmp_path, capsys):
+        """Once: a run that goes on has it in its checkpoint."""
+        for more, times in (((), 1), (("--resume",), 0)):
+            assert main(["demo", *COMMAND, "--latent", "--out", str(tmp_path), *more]) == 0
+            said = capsys.readouterr().out
+            assert said.count("training the autoencoder first: 6 steps") == times
+            assert "squared error" in said and "vp-linear" in said
+
     def test_bits_are_refused(self, finished, tmp_path, capsys):
         assert main(["bits", "--checkpoint", str(finished), "--out", str(tmp_path / "b.png")]) == 2
         assert "is of a diffusion in latents" in capsys.readouterr().err
