@@ -61,7 +61,7 @@ TABLE = {
     "fastdiff/integrations/losses": "trainers",
     "fastdiff/integrations/training": "training_scripts",
     "fastdiff/integrations/": "objects training_scripts k_diffusion diffusers",
-    "fastdiff/demo/terms": "demo_terms demo cli",
+    "fastdiff/demo/terms": "demo_terms demo_latent demo cli",
     "fastdiff/demo/extractors": "demo_terms",
     "fastdiff/demo/latent": "demo_latent",
     "fastdiff/demo/": "demo demo_terms demo_latent cli",
