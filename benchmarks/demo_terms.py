@@ -15,6 +15,7 @@ import datetime
 import runpy
 import statistics
 import tempfile
+import textwrap
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         lower = sum(b[name] < a[name] for a, b in zip(found[None], found[name]))
         lines.append(f"- `--{name}`: {'; '.join(pairs)} (lower in {lower} of {len(seeds)})")
     lines += ["", *in_latents(options.latent_steps), "", *guided(options.guidance_steps)]
-    options.out.write_text("\n".join(lines) + "\n")
+    options.out.write_text("\n".join(line if line[:1] in "|-#" else textwrap.fill(line, 120) for line in lines) + "\n")
     print(f"\n{options.out}:\n" + options.out.read_text())
 
 
