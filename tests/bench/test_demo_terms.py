@@ -201,6 +201,19 @@ class TestTerms:
         }
         assert changed == ({"discriminator"} if "adversarial" in counted else set())
 
+    def test_what_is_logged_stays_on_the_device(self, monkeypatch):
+        """No number is made of a value until it is read. (Of Adam's step counter one is made, on a CPU.)"""
+        names = ("perceptual", "align", "classifier")
+        made = make_terms(*names)
+        learned = terms.split(data.digits())[0]
+        noised = made.objective.noise(learned.images[:8], seed=1)
+        loss = made.loss(torch.randn(8, 1, 8, 8), noised, learned.images[:8], learned.labels[:8], 5)
+        for name in ("item", "tolist", "cpu", "__bool__", "__float__", "__int__"):
+            monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} waits"))
+        values = made.after(learned.images[:8])
+        monkeypatch.undo()
+        assert loss.item() == pytest.approx(sum(w * v for w, v in zip((1, 0.3, 0.1, 0.05), values.tolist())), rel=1e-5)
+
     def test_the_penalty_of_the_discriminator_is_in_every_eighth_step(self):
         made = make_terms("adversarial")
         images = terms.split(data.digits())[0].images[:8]
