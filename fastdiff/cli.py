@@ -72,6 +72,16 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     setting("--sample-steps", type=int, help="sampling steps (default 50)")
     setting("--width", type=int, help="channels of the U-Net, a multiple of 8 (default 32)")
     setting("--seed", type=int, help="of everything random (default 0)")
+    added = parser.add_argument_group("what is added to the loss, at low noise (together too)").add_argument
+    for name, text in (
+        ("perceptual", "the LPIPS distance of the x0 estimate, in features of a small classifier"),
+        ("adversarial", "a small discriminator of x0 estimates, trained along"),
+        ("align", "1 - the cosine of the embeddings of the x0 estimate and of its label"),
+        ("classifier", "the cross-entropy of a small classifier of the x0 estimate"),
+    ):
+        added(f"--{name}", action="store_true", default=None, help=text)
+    added = parser.add_argument_group("where the diffusion works").add_argument
+    added("--latent", action="store_true", default=None, help="in the latents of a small autoencoder, trained first")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: a fresh runs/demo-TIME)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument(

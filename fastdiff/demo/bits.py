@@ -48,6 +48,11 @@ def show_bits(
             raise DemoError(f"{name} must be at least 1; got {value}.")
     saved = checkpoint.find(path)
     settings = saved.settings
+    if settings.latent:
+        raise DemoError(
+            f"{path} is of a diffusion in latents: its bound is one of latents, not of images, so there are no bits a "
+            f"dimension to compare with those of others. Use a run without --latent."
+        )
     source = data or (None if settings.data is None else Path(settings.data))
     images = digits() if source is None else folder(source, settings.size, settings.gray)
     if images.images.shape[1] != saved.data["channels"] or len(images.class_names) != len(saved.data["class_names"]):

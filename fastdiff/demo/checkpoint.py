@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import write_atomically
 from ..showing import printable
-from . import DemoError
+from . import DemoError, terms
+from .latent import Autoencoder
 from .settings import Settings, build
 from .unet import UNet
 
-FORMAT = "fastdiff-demo-1"
+FORMAT = "fastdiff-demo-2"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Checkpoint:
         model, ema, optimizer: state dicts.
         losses: float64 [step], the loss of every step.
         time_loss: float64 [2, quarters, bins], sum and number of the losses by quarter of training and by time.
+        autoencoder: state dict of the ``Autoencoder``, of a run with latents; else empty.
+        terms: of a run with terms, what ``Terms.state`` returns, and "values": by name, float32 [step], those of every
+            step, NaN where none was computed; else empty.
         machine: "device", "backend", "threads" and "torch" of the run so far: with others the bits may differ.
         seconds: spent in training.
     """
@@ -46,6 +50,8 @@ class Checkpoint:
     optimizer: dict[str, Any]
     losses: Tensor
     time_loss: Tensor
+    autoencoder: dict[str, Tensor]
+    terms: dict[str, Any]
     machine: dict[str, Any]
     seconds: float
 
@@ -54,6 +60,14 @@ class Checkpoint:
         network = UNet(**self.network)
         network.load_state_dict(self.ema)
         return network.to(device).eval().requires_grad_(False)
+
+    def autoencoder_network(self, device: torch.device) -> Autoencoder | None:
+        """What the latents of the network are decoded by; None where it works on images."""
+        if not self.settings.latent:
+            return None
+        made = Autoencoder(self.data["channels"])
+        made.load_state_dict(self.autoencoder)
+        return made.to(device).eval().requires_grad_(False)
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -115,8 +129,21 @@ def _check(found: Checkpoint) -> None:
     if not isinstance(found.data["fingerprint"], str) or not isinstance(found.seconds, (int, float)):
         raise TypeError("fingerprint and seconds are no text and no number")
     build(found.settings)
+    settings, channels = found.settings, found.data["channels"]
     with torch.device("meta"):
-        wanted = {name: weight.shape for name, weight in UNet(**found.network).state_dict().items()}
-    for weights in (found.model, found.ema):
-        if {name: weight.shape for name, weight in weights.items()} != wanted:
-            raise ValueError("the weights are not those of the network")
+        weights = [(UNet(**found.network), found.model), (UNet(**found.network), found.ema)]
+        if settings.latent:
+            weights.append((Autoencoder(channels), found.autoencoder))
+        if chosen := terms.chosen(settings):
+            weights.append((terms.networks(channels, settings.size, len(names)), found.terms["networks"]))
+    for network, state in weights:
+        if {name: weight.shape for name, weight in state.items()} != _shapes(network):
+            raise ValueError("the weights are not those of the networks")
+    if chosen and {name: len(values) for name, values in found.terms["values"].items()} != dict.fromkeys(
+        terms.logged(chosen), found.step
+    ):
+        raise ValueError(f"the values of the terms are not those of {found.step} steps")
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in network.state_dict().items()}

@@ -25,6 +25,10 @@ class ImageData:
     labels: Tensor
     class_names: list[str]
 
+    def to(self, device: torch.device) -> ImageData:
+        """The same on the device."""
+        return ImageData(self.images.to(device), self.labels.to(device), self.class_names)
+
     def fingerprint(self) -> str:
         """Equal for equal images, labels and names."""
         digest = hashlib.sha256(repr((tuple(self.images.shape), self.class_names)).encode())

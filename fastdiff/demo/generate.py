@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import DemoError
+from .latent import Autoencoder
 from .settings import Recipe
 from .unet import UNet
 
@@ -21,12 +22,14 @@ def draw(
     steps: int,
     guidance: float,
     seed: int,
+    autoencoder: Autoencoder | None = None,
     progress: bool = True,
     callback: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """One image for each of the labels [N]: float32 [N, C, H, W] on the CPU, in [-1, 1].
 
-    Image i depends on the seed, i and its label alone. ``callback`` is ``fastdiff.sample``'s.
+    Image i depends on the seed, i and its label alone. A network of latents has an autoencoder, which decodes what was
+    drawn. ``callback`` is ``fastdiff.sample``'s.
     """
     device = next(network.parameters()).device
     channels, size = network.settings["channels"], network.settings["size"]
@@ -50,14 +53,22 @@ def draw(
             )
         except ValueError as error:
             raise DemoError(str(error)) from error
-        images.append(part.clamp(-1, 1).cpu())
+        images.append(_decoded(part, autoencoder).clamp(-1, 1).cpu())
     return torch.cat(images)
 
 
 def trajectory(
-    network: UNet, recipe: Recipe, labels: Tensor, steps: int, guidance: float, seed: int, columns: int = 7
+    network: UNet,
+    recipe: Recipe,
+    labels: Tensor,
+    steps: int,
+    guidance: float,
+    seed: int,
+    autoencoder: Autoencoder | None = None,
+    columns: int = 7,
 ) -> tuple[list[str], Tensor, Tensor]:
-    """How images come about: titles of the columns, and x and the estimate of x0, each [columns, N, C, H, W]."""
+    """How images come about: titles of the columns, and x and the estimate of x0, each [columns, N, C, H, W]; of
+    latents, what they are decoded to."""
     shown = sorted({round(k) for k in torch.linspace(0, steps - 1, columns).tolist()})
     titles, seen, estimates = [], [], []
 
@@ -65,8 +76,12 @@ def trajectory(
         if step in shown:
             time = f"{int(t)}" if recipe.process.discrete else f"{float(t):.2g}"
             titles.append(f"step {step + 1}\nt = {time}")
-            seen.append(x.cpu())
-            estimates.append(x0.cpu())
+            seen.append(_decoded(x, autoencoder).cpu())
+            estimates.append(_decoded(x0, autoencoder).cpu())
 
-    draw(network, recipe, labels, steps, guidance, seed, progress=False, callback=record)
+    draw(network, recipe, labels, steps, guidance, seed, autoencoder, progress=False, callback=record)
     return titles, torch.stack(seen), torch.stack(estimates)
+
+
+def _decoded(x: Tensor, autoencoder: Autoencoder | None) -> Tensor:
+    return x if autoencoder is None else autoencoder.decode(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,26 @@ MIN_WIDTH = 8.5  # inches: room for the longest title
 COLOURS = ("#b9c6d6", "#84a3c4", "#3f74a8", "#0b3c68")  # the quarters of training, early to late
 
 
-def loss_plot(path: Path, losses: Tensor, time_loss: Tensor, process: Process, title: str) -> None:
-    """The loss of every step, smoothed too, and the mean loss by time in each quarter of the training."""
-    figure = _figure(10, 4.7)
+def loss_plot(
+    path: Path,
+    losses: Tensor,
+    time_loss: Tensor,
+    process: Process,
+    title: str,
+    terms: Mapping[str, Tensor] | None = None,
+) -> None:
+    """The loss of every step, smoothed too; the mean loss by time in each quarter of the training; and, if there are
+    terms, the smoothed values of each, [steps], by name. A value that is NaN was not computed."""
+    figure = _figure(15 if terms else 10, 4.7)
     figure.suptitle(_plain(title), fontsize=11)
-    curve, by_time = figure.subplots(1, 2)
-    steps = torch.arange(1, len(losses) + 1)
+    curve, by_time, *more = figure.subplots(1, 3 if terms else 2)
+    steps = torch.arange(1.0, len(losses) + 1, dtype=torch.float64)
     point = "." if len(losses) == 1 else None  # a line of one point cannot be seen
     curve.plot(steps, losses, color=COLOURS[0], linewidth=0.6, label="each step", marker=point)
     window = max(2, len(losses) // 40)
     if len(losses) >= window:
-        centres = steps[: len(losses) - window + 1] + (window - 1) / 2
         label = f"mean of the {window} steps around"
-        curve.plot(centres, _running_mean(losses, window), color=COLOURS[-1], label=label)
+        curve.plot(_running_mean(steps, window), _running_mean(losses, window), color=COLOURS[-1], label=label)
     curve.set(xlabel="training step", ylabel="loss", title="Loss during training")
     by_time.set(ylabel="mean loss", title="Loss against time", xlabel=_time_label(process))
     times = _bin_centres(process, time_loss.shape[-1])
@@ -43,7 +50,12 @@ def loss_plot(path: Path, losses: Tensor, time_loss: Tensor, process: Process, t
         if bool(seen.any()):
             label = f"{('first', 'second', 'third', 'last')[quarter]} quarter of training"
             by_time.plot(times[seen], (total / number)[seen], color=COLOURS[quarter], label=label, marker=".")
-    for axes in (curve, by_time):
+    for axes, (name, values) in ((axes, entry) for axes in more for entry in terms.items()):
+        computed = ~values.isnan()
+        if smooth := min(window, int(computed.sum())):
+            axes.plot(*(_running_mean(part[computed], smooth) for part in (steps, values)), label=name, marker=point)
+        axes.set(xlabel="training step", ylabel="value, without its weight", title="Terms of the loss")
+    for axes in (curve, by_time, *more):
         if min(line.get_ydata().min() for line in axes.lines) > 0:
             axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both", linewidth=0.5)

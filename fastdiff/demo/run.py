@@ -21,7 +21,7 @@ from torch import Tensor
 import fastdiff
 
 from ..files import held, remove_leftovers, write_atomically
-from . import DemoError, checkpoint, extras, generate, plots
+from . import DemoError, checkpoint, extras, generate, latent, plots, terms
 from .classifier import train_classifier
 from .data import ImageData, digits, folder
 from .settings import Recipe, Settings, build, differing, make_sampler, resolve
@@ -66,6 +66,8 @@ def demo(options: DemoOptions) -> dict[str, Any]:
         raise DemoError(
             f"the images of {settings.data or 'scikit-learn'} are not those that the checkpoint was made with."
         )
+    latent.check(settings)
+    terms.check(settings, data)
     machine = _prepare_machine(device, options.threads or _default_threads(settings, resumed), resumed)
     out = _prepare_folder(options.out)
     with contextlib.ExitStack() as stack:
@@ -75,6 +77,8 @@ def demo(options: DemoOptions) -> dict[str, Any]:
             raise DemoError(f"another run writes into {out}: wait for it, or choose another --out.") from error
         for name in OUTPUTS:  # of killed runs: nobody else writes there now
             remove_leftovers(out / name)
+        if resumed is None and settings.latent:
+            print(f"training the autoencoder first: {settings.steps} steps", flush=True)
         trainer = Trainer(settings, recipe, data, device, machine, resumed)
         return _train(trainer, options, out, started)
 
@@ -93,7 +97,10 @@ def _train(trainer: Trainer, options: DemoOptions, out: Path, started: float) ->
             print(f"\ninterrupted; continue with  fastdiff demo --out {out} --resume")
             raise
     training_done = time.perf_counter()
-    report = _write_outputs(trainer.checkpoint(), recipe, data, device, out)
+    state = trainer.checkpoint()
+    report = _write_outputs(state, recipe, data, device, out)
+    if trainer.terms is not None:
+        report["terms"] = terms.report(state.terms["values"], trainer.terms.measure(state.ema_network(device)))
     report["seconds"] = round(trainer.seconds + time.perf_counter() - training_done, 2)
     report["seconds_of_this_call"] = round(time.perf_counter() - started, 2)
     text = json.dumps(report, indent=2) + "\n"
@@ -142,14 +149,15 @@ def draw_samples(
     recipe = build(saved.settings)
     if sampler is not None:
         try:
-            recipe = dataclasses.replace(recipe, sampler=make_sampler(sampler))
+            recipe = dataclasses.replace(recipe, sampler=make_sampler(sampler, saved.settings.latent))
         except ValueError as error:
             raise DemoError(str(error)) from error
     steps = saved.settings.sample_steps if steps is None else steps
     guidance = saved.settings.guidance if guidance is None else guidance
-    network = saved.ema_network(pick_device(device))
+    device = pick_device(device)
+    network, autoencoder = saved.ema_network(device), saved.autoencoder_network(device)
     torch.set_num_threads(saved.machine["threads"])
-    images = generate.draw(network, recipe, torch.tensor(labels), steps, guidance, seed)
+    images = generate.draw(network, recipe, torch.tensor(labels), steps, guidance, seed, autoencoder=autoencoder)
     if saved.step < saved.settings.steps:
         print(f"note: this checkpoint has done {saved.step} of {saved.settings.steps} training steps.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -247,17 +255,20 @@ def _write_outputs(
     """Draw from the averaged weights, judge, plot; returns the report."""
     settings = state.settings
     is_digits = settings.data is None
-    network = state.ema_network(device)
+    network, autoencoder = state.ema_network(device), state.autoencoder_network(device)
     names = data.class_names
     classes = range(len(names) if is_digits else min(len(names), SHOWN_CLASSES))
     labels = torch.tensor(classes).repeat_interleave(DIGITS_A_CLASS if is_digits else SHOWN_A_CLASS)
     started = time.perf_counter()
-    images = generate.draw(network, recipe, labels, settings.sample_steps, settings.guidance, settings.seed)
+    drawing = settings.sample_steps, settings.guidance, settings.seed
+    images = generate.draw(network, recipe, labels, *drawing, autoencoder=autoencoder)
     sampling_seconds = time.perf_counter() - started
     shown_names = [names[index] for index in classes]
-    subject = f"{settings.process}, predicting {settings.prediction}, {state.step} steps of {settings.batch} images"
+    process = f"{settings.process} in latents" if settings.latent else settings.process
+    subject = f"{process}, predicting {settings.prediction}, {state.step} steps of {settings.batch} images"
     how = f"{settings.sampler}, {settings.sample_steps} steps, guidance {settings.guidance:g}"
-    plots.loss_plot(out / "loss.png", state.losses, state.time_loss, recipe.process, f"Training: {subject}")
+    values = state.terms.get("values", {})
+    plots.loss_plot(out / "loss.png", state.losses, state.time_loss, recipe.process, f"Training: {subject}", values)
     plots.samples_plot(
         out / "samples.png",
         [data.images[data.labels == index][:SHOWN_A_CLASS] for index in classes],
@@ -266,16 +277,14 @@ def _write_outputs(
         f"Real and generated images\n{subject}; {how}",
     )
     chosen = torch.tensor(classes[:TRAJECTORIES])
-    columns, seen, estimates = generate.trajectory(
-        network, recipe, chosen, settings.sample_steps, settings.guidance, settings.seed
-    )
+    columns, seen, estimates = generate.trajectory(network, recipe, chosen, *drawing, autoencoder=autoencoder)
     plots.trajectory_plot(
         out / "trajectory.png",
         columns,
         seen,
         estimates,
         shown_names[:TRAJECTORIES],
-        f"From noise to image: {settings.process}, predicting {settings.prediction}; {how}",
+        f"From noise to image: {process}, predicting {settings.prediction}; {how}",
     )
     report: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
@@ -298,10 +307,14 @@ def _write_outputs(
         "digit_accuracy": None,
         "digits_recognised": None,
         "classifier_accuracy": None,
+        "autoencoder": None,
+        "terms": None,
         "losses_sha256": _sha256(state.losses),
         "samples_sha256": _sha256(images),
         "versions": _versions(),
     }
+    if autoencoder is not None:
+        report["autoencoder"] = autoencoder.report(data.images.to(device))
     if is_digits:
         classifier = train_classifier(data.images, data.labels)
         recognised = classifier.recognise(images) == labels
@@ -345,6 +358,11 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
             ),
             ("by class", "  ".join(f"{name}: {number}" for name, number in recognised.items())),
         ]
+    if report["autoencoder"] is not None:
+        error, divergence = report["autoencoder"]["squared_error"], report["autoencoder"]["divergence"]
+        rows.append(("autoencoder", f"squared error {error:.4f} a pixel, divergence {divergence:.1f} nats an image"))
+    for name, term in (report["terms"] or {}).items():
+        rows.append((f"loss: {name}", terms.said(name, term)))
     width = max(len(name) for name, _ in rows)
     print()
     for name, value in rows:

@@ -65,6 +65,11 @@ class Settings:
     sample_steps: int
     width: int
     seed: int
+    perceptual: bool
+    adversarial: bool
+    align: bool
+    classifier: bool
+    latent: bool
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,11 @@ def resolve(given: dict[str, Any]) -> Settings:
         sample_steps=50,
         width=32,
         seed=0,
+        perceptual=False,
+        adversarial=False,
+        align=False,
+        classifier=False,
+        latent=False,
     )
     settings = dataclasses.replace(defaults, **given)
     for name, low, high in (
@@ -135,7 +145,7 @@ def build(settings: Settings) -> Recipe:
     try:
         process = choice.make()
         objective = fastdiff.Objective(process, settings.prediction, settings.weighting, settings.loss)
-        sampler = make_sampler(settings.sampler)
+        sampler = make_sampler(settings.sampler, settings.latent)
         # Now, not after the training that it would make useless.
         sampler.plan(process, settings.sample_steps, settings.prediction)
     except (ValueError, TypeError) as error:
@@ -143,9 +153,11 @@ def build(settings: Settings) -> Recipe:
     return Recipe(process, objective, sampler, EDM_TIME_SCALE if settings.prediction == "edm" else choice.time_scale)
 
 
-def make_sampler(name: str) -> fastdiff.samplers.Sampler:
-    """The sampler of that name, for images in [-1, 1]. Raises ValueError for an unknown one."""
+def make_sampler(name: str, latent: bool = False) -> fastdiff.samplers.Sampler:
+    """The sampler of that name, for images in [-1, 1] or for latents. Raises ValueError for an unknown one."""
     found = find("sampler", name, SAMPLERS, {"euler_a": "euler_ancestral"})
+    if latent:
+        return found()
     how = {"rederive_epsilon": True} if found is fastdiff.samplers.DDIM else {}
     return found(clip=1.0, **how)
 

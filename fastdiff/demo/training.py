@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -13,9 +12,12 @@ import torch
 from torch import Tensor
 
 from fastdiff import Noised, drop_condition
+from fastdiff.autoencoder import noise_latents
 
+from . import latent, terms
 from .checkpoint import Checkpoint
 from .data import ImageData
+from .seeds import generator, with_weights_of
 from .settings import Recipe, Settings
 from .unet import UNet
 
@@ -52,11 +54,27 @@ class Trainer:
             "fingerprint": data.fingerprint(),
         }
         # Small enough for any device; indexing there saves a copy a step.
-        self.images, self.labels = data.images.to(device), data.labels.to(device)
-        channels, size = data.images.shape[1:3]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(settings.seed, "weights"))
-            network = UNet(channels, size, len(data.class_names), recipe.time_scale, settings.width)
+        learned, held_out = data.to(device), None
+        names = terms.chosen(settings)
+        if names:
+            learned, held_out = terms.split(learned)
+        self.images, self.labels = learned.images, learned.labels
+        self.autoencoder = self.moments = None
+        if settings.latent:
+            self.autoencoder = self._autoencoder(resume)
+            self.moments = self.autoencoder.moments(self.images)
+        self.terms = None
+        if names:
+            objective, state = recipe.objective, resume.terms if resume else None
+            self.terms = terms.Terms(settings, objective, learned, held_out, names, self.autoencoder, state)
+            self.term_values = torch.full((len(self.terms.logged), settings.steps), math.nan, device=device)
+        channels, size = self.images.shape[1:3]
+        if settings.latent:
+            channels, size = latent.CHANNELS, size // latent.FACTOR
+        classes = len(data.class_names)
+        network = with_weights_of(
+            settings.seed, "weights", lambda: UNet(channels, size, classes, recipe.time_scale, settings.width)
+        )
         self.model = network.to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
@@ -71,6 +89,15 @@ class Trainer:
             self.optimizer.load_state_dict(resume.optimizer)
             self.step, self.seconds = resume.step, resume.seconds
             self.losses, self.time_loss = resume.losses.tolist(), resume.time_loss.clone()
+            if names:
+                for row, name in enumerate(self.terms.logged):
+                    self.term_values[row, : self.step] = resume.terms["values"][name]
+
+    def _autoencoder(self, resume: Checkpoint | None) -> latent.Autoencoder:
+        if resume is not None:
+            return resume.autoencoder_network(self.device)
+        deviation = self.recipe.process.sigma_data if self.settings.prediction == "edm" else 1.0
+        return latent.train_autoencoder(self.settings, self.images, deviation)
 
     def checkpoint(self) -> Checkpoint:
         """The state as it is now; it shares memory with the trainer."""
@@ -84,9 +111,16 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             losses=torch.tensor(self.losses, dtype=torch.float64),
             time_loss=self.time_loss,
+            autoencoder={} if self.autoencoder is None else self.autoencoder.state_dict(),
+            terms={} if self.terms is None else self.terms.state() | {"values": self._values_of_terms()},
             machine=self.machine,
             seconds=self.seconds,
         )
+
+    def _values_of_terms(self) -> dict[str, Tensor]:
+        """Of every step so far, by name: here they leave the device."""
+        done = self.term_values[:, : self.step].cpu()
+        return dict(zip(self.terms.logged, done, strict=True))
 
     def train(self, save: Callable[[Checkpoint], None], save_every: int) -> None:
         """Run to the last step under a progress bar; ``save`` every so many steps and after the last."""
@@ -111,17 +145,20 @@ class Trainer:
         index = batch_indices(len(self.images), settings.batch, self.step, settings.seed).to(self.device)
         # The seed gives t, noise and what is dropped by sample index: no sample of the run has those of another.
         source = {"seed": settings.seed, "sample_offset": self.step * settings.batch}
-        labels, _ = drop_condition(self.labels[index], LABEL_DROPOUT, self.model.null_class, **source)
-        noised = objective.noise(self.images[index], **source)
-        output = self.model(noised.model_input, noised.model_time, labels)
+        images, labels = self.images[index], self.labels[index]
+        given, _ = drop_condition(labels, LABEL_DROPOUT, self.model.null_class, **source)
+        noised = self._noised(index, source)
+        output = self.model(noised.model_input, noised.model_time, given)
         row_losses = objective.loss(output, noised, reduction="none")
-        loss = row_losses.mean()
+        loss = row_losses.mean() if self.terms is None else self.terms.loss(output, noised, images, labels, self.step)
 
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, settings.steps)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        if self.terms is not None:
+            self.term_values[:, self.step] = self.terms.after(images)
         self._update_ema()
 
         quarter = QUARTERS * self.step // settings.steps
@@ -133,6 +170,12 @@ class Trainer:
         self.step += 1
         return self.losses[-1]
 
+    def _noised(self, index: Tensor, source: dict[str, int]) -> Noised:
+        if self.autoencoder is None:
+            return self.recipe.objective.noise(self.images[index], **source)
+        shift, scale = self.autoencoder.shift, self.autoencoder.scale
+        return noise_latents(self.recipe.objective, self.moments[index], shift=shift, scale=scale, **source)
+
     @torch.no_grad()
     def _update_ema(self) -> None:
         # The ramp lets the average forget the random start, as in TensorFlow's ExponentialMovingAverage.
@@ -140,17 +183,11 @@ class Trainer:
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
 
-def derived_seed(seed: int, purpose: str, index: int = 0) -> int:
-    """A 63-bit seed for one purpose and step: unrelated to those of every other."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def batch_indices(count: int, batch: int, step: int, seed: int) -> Tensor:
     """int64 [batch]: the batch of a step from the endless row of shuffled epochs."""
     first = step * batch
     epochs = range(first // count, (first + batch - 1) // count + 1)
-    order = torch.cat([torch.randperm(count, generator=_generator(seed, "order", epoch)) for epoch in epochs])
+    order = torch.cat([torch.randperm(count, generator=generator(seed, "order", epoch)) for epoch in epochs])
     return order[first % count :][:batch]
 
 
@@ -167,7 +204,3 @@ def time_fraction(noised: Noised) -> Tensor:
         low, high = LN_SIGMA_RANGE
         return (noised.t.log() - low) / (high - low)
     return process.fraction(noised.t)
-
-
-def _generator(seed: int, purpose: str, index: int) -> torch.Generator:
-    return torch.Generator().manual_seed(derived_seed(seed, purpose, index))

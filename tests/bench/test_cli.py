@@ -16,7 +16,7 @@ import torch
 import fastdiff
 from fastdiff import doctor
 from fastdiff.cli import _parser, main
-from fastdiff.demo import run, settings, training
+from fastdiff.demo import latent, run, settings, training
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("sklearn")
@@ -58,14 +58,15 @@ def asked(monkeypatch):
     found = SimpleNamespace(saved=[], plots={}, trainer=None)
     threads = torch.get_num_threads()
 
-    def draw(network, recipe, labels, steps, guidance, seed, **_):
+    def draw(network, recipe, labels, steps, guidance, seed, autoencoder=None):
         channels, size = network.settings["channels"], network.settings["size"]
         vars(found).update(recipe=recipe, labels=labels.tolist(), steps=steps, guidance=guidance, seed=seed)
         found.threads = torch.get_num_threads()
-        return torch.zeros(len(labels), channels, size, size)
+        x = torch.zeros(len(labels), channels, size, size)
+        return x if autoencoder is None else autoencoder.decode(x)
 
-    def trajectory(network, recipe, labels, *how):
-        image = draw(network, recipe, labels, *how)[None]
+    def trajectory(network, recipe, labels, *how, autoencoder=None):
+        image = draw(network, recipe, labels, *how, autoencoder=autoencoder)[None]
         return ["only"], image, image
 
     def trainer(*arguments):
@@ -105,6 +106,16 @@ DEMO_OPTIONS = {
     "--threads 2 --steps 1 --batch 1": (lambda a: a.threads, 1, 2),
     "--save-every 2": (lambda a: a.saved, [0, 6], [0, 2, 4, 6]),
     "--device cpu:0": (lambda a: a.device, "cpu", "cpu:0"),
+    "--latent": (lambda a: a.trainer.model.stem.in_channels, 1, latent.CHANNELS),
+    # One image of eight is held out: 1797 - 225 are learned.
+    **{
+        f"--{name}": (
+            lambda a: (a.trainer.terms and a.trainer.terms.names, len(a.trainer.images)),
+            (None, 1797),
+            ((name,), 1572),
+        )
+        for name in ("perceptual", "adversarial", "align", "classifier")
+    },
 }
 # The same of ``fastdiff sample``, on a run of TINY; then of ``fastdiff bench`` in test_bench.py.
 SAMPLE_OPTIONS = {

@@ -409,6 +409,7 @@ class TestSettings:
         digits, images = settings.resolve({}), settings.resolve({"data": str(tmp_path)})
         common = dict(process="vp-linear", weighting="uniform", loss="mse", guidance=1.5, steps=1000, sample_steps=50)
         common |= dict(prediction="epsilon", sampler="ddpm", width=32, seed=0)
+        common |= dict.fromkeys(("perceptual", "adversarial", "align", "classifier", "latent"), False)
         assert dataclasses.asdict(digits) == common | dict(data=None, size=8, gray=True, batch=256)
         assert dataclasses.asdict(images) == common | dict(data=str(tmp_path), size=32, gray=False, batch=64)
 
@@ -814,7 +815,9 @@ class TestReport:
         monkeypatch.setattr(training.Trainer, "train_step", step)
         monkeypatch.setattr(run.generate, "draw", draw)
         columns = torch.zeros(3, 5, 1, 8, 8), torch.ones(3, 5, 1, 8, 8)
-        monkeypatch.setattr(run.generate, "trajectory", lambda *a: (drawn.append(a), (["a", "b", "c"], *columns))[1])
+        monkeypatch.setattr(
+            run.generate, "trajectory", lambda *a, **_: (drawn.append(a), (["a", "b", "c"], *columns))[1]
+        )
         monkeypatch.setattr(run, "train_classifier", lambda *_: Classifier())
         for name in ("loss_plot", "samples_plot", "trajectory_plot"):
             monkeypatch.setattr(plots, name, lambda path, *rest, name=name: plotted.update({name: (path, *rest)}))
@@ -868,8 +871,8 @@ class TestReport:
 
     def test_plots_are_of_it(self, made):
         _, _, plotted, _, images = made
-        path, losses, time_loss, process, title = plotted["loss_plot"]
-        assert path.name == "loss.png" and losses.tolist() == [1 / k for k in range(1, 13)]
+        path, losses, time_loss, process, title, terms = plotted["loss_plot"]
+        assert path.name == "loss.png" and losses.tolist() == [1 / k for k in range(1, 13)] and terms == {}
         assert time_loss.shape == (2, 4, 25) and "vp-linear, predicting epsilon, 12 steps of 8 images" in title
         path, real, generated, names, title = plotted["samples_plot"]
         digits = data.digits()
