@@ -82,7 +82,7 @@ def train(total: losses.Sum, images: Tensor, options: argparse.Namespace, critic
         optimizer.step()
         of_step = dict(total.values)
         if critic is not None and "adversarial" in of_step:
-            of_step |= critic.step(x0, critic.seen)
+            of_step |= critic.step(x0)
         values.append(of_step)
     tenth = max(1, options.steps // 10)
     return network.eval(), {"first": averages(values[:tenth]), "last": averages(values[-tenth:])}

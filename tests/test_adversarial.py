@@ -255,7 +255,7 @@ WRONG = {
         lambda: r1_penalty(lambda x: x[:1], X), ValueError, r"output must be .* batch of 4; got .*\[1, 3, 2, 2\]"),
     "a penalty that is no number": (lambda: r1_penalty(D, X, "1"), TypeError, "gamma must be a number"),
     "real data that is none": (lambda: r1_penalty(D, None), TypeError, "real must be a tensor"),
-    "nothing seen yet": (lambda: critic().step(X, critic().seen), TypeError, "fake must be a tensor; got NoneType"),
+    "nothing seen yet": (lambda: critic().step(X), ValueError, "has seen no estimates yet"),
     "an estimate that is none": (lambda: critic()(None), TypeError, "estimate must be a tensor"),
 }  # fmt: skip
 

@@ -393,8 +393,38 @@ def test_a_discriminator_gets_its_condition_and_takes_its_step_with_what_it_saw(
     Sum(objective, decoder=decode, critic=Term(critic, 0.1, share=0.5))(output, noised).backward()
     torch.testing.assert_close(critic.seen, decode(objective.predict_x0(output, noised))[ORDER[:3]].detach())
     before = d[1].weight.detach().clone()
-    critic.step(decode(noised.x0), critic.seen)
+    critic.step(decode(noised.x0))
     assert not torch.equal(before, d[1].weight)
+
+
+@pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
+def test_a_discriminator_does_not_learn_from_what_its_term_leaves_out(kind):
+    objective, noised, output = batch()
+    d = nn.Sequential(nn.Flatten(), nn.Linear(32, 1)).double()
+    critic = Discriminator(d, torch.optim.SGD(d.parameters(), 0.0), kind)
+    snr = noised.snr
+    Sum(objective, critic=Term(critic, 0.1, min_snr=float(snr[3])))(output, noised).backward()
+    assert critic.kept.tolist() == (snr >= snr[3]).tolist() and 0 < critic.kept.sum() < BATCH
+    found = critic.step(noised.x0)["discriminator"]
+    real, fake = d(noised.x0), d(objective.predict_x0(output, noised)[snr >= snr[3]])
+    if kind == "hinge":
+        expected = (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()
+    else:
+        expected = torch.log1p(torch.exp(-real)).mean() + torch.log1p(torch.exp(fake)).mean()
+    assert_close(found, expected.detach(), 1e-12)
+    Sum(objective, critic=Term(critic, 0.1, min_snr=1e9))(output, noised)
+    assert_close(critic.step(noised.x0)["discriminator"], critic_of_real(real, kind), 1e-12)
+
+
+def critic_of_real(real, kind):
+    return ((1 - real).clamp(min=0) if kind == "hinge" else torch.log1p(torch.exp(-real))).mean().detach()
+
+
+def test_a_discriminator_that_saw_nothing_has_no_step():
+    d = nn.Linear(4, 1)
+    critic = Discriminator(d, torch.optim.SGD(d.parameters(), 0.1))
+    with pytest.raises(ValueError, match="has seen no estimates yet"):
+        critic.step(torch.zeros(2, 4))
 
 
 # ------------------------------------------------------------------------------------------ dtypes and modes of PyTorch

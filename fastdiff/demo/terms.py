@@ -159,7 +159,7 @@ class Terms:
         ``logged``, without a weight: float32, on the device, NaN where the step did not compute it."""
         values = dict(self.sum.values)
         if "adversarial" in values:
-            values |= self.critic.step(images, self.critic.seen)
+            values |= self.critic.step(images)
         missing = images.new_full((), math.nan)
         return torch.stack([values.get(name, missing).float() for name in self.logged])
 

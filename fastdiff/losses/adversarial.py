@@ -45,20 +45,26 @@ def generator_loss(fake: Tensor, kind: str = "non_saturating") -> Tensor:
     return (F.softplus(-logits) if kind == "non_saturating" else -F.softplus(logits)).mean(1)
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "non_saturating") -> Tensor:
+def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "non_saturating", kept: Tensor | None = None) -> Tensor:
     """The loss of a discriminator, a mean over each of its two batches, which may differ in size: a scalar.
 
     Args:
         real, fake: its logits of real and of generated data, [batch, ...], floating point.
         kind: "non_saturating", "hinge" or "minmax" (of which the first and the last are alike here).
+        kept: bool, [batch] of ``fake``: the samples that count. None: all. Where none does, that mean is 0.
 
     Returns float32 (float64 of float64). Raises TypeError or ValueError for unfit inputs.
     """
     _check_kind(kind)
     real, fake = _logits("real", real), _logits("fake", fake)
     if kind == "hinge":
-        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-    return F.softplus(-real).mean() + F.softplus(fake).mean()
+        real, fake = F.relu(1 - real), F.relu(1 + fake)
+    else:
+        real, fake = F.softplus(-real), F.softplus(fake)
+    if kept is None:
+        return real.mean() + fake.mean()
+    fake = torch.where(kept, fake.mean(1), 0.0)
+    return real.mean() + fake.sum() / kept.sum().clamp(min=1)
 
 
 def r1_penalty(discriminator: Callable[..., Tensor], real: Tensor, gamma: float = 10.0, *condition: Any) -> Tensor:
@@ -89,7 +95,7 @@ class Discriminator:
         loss = objective.loss(prediction, noised) + 0.1 * critic(objective.predict_x0(prediction, noised)).mean()
         loss.backward()                    # leaves no gradient in d
         optimizer.step()
-        values = critic.step(x0, critic.seen)
+        values = critic.step(x0)
 
     In ``fastdiff.losses.Sum`` it is the loss of a term: ``Term(critic, 0.1)``.
 
@@ -104,6 +110,7 @@ class Discriminator:
 
     Attributes:
         seen: the estimates that the last call was given, without their gradient; None before the first.
+        kept: bool, [batch], which of them a term did not leave out; None: all.
 
     Raises TypeError or ValueError for unfit settings, such as a network none of whose parameters requires a gradient.
     """
@@ -136,10 +143,12 @@ class Discriminator:
         self.r1_gamma, self.r1_every, self.conditional = float(r1_gamma), r1_every, conditional
         self.steps = 0
         self.seen: Tensor | None = None
+        self.kept: Tensor | None = None
 
-    def __call__(self, estimate: Tensor, condition: Any = None) -> Tensor:
+    def __call__(self, estimate: Tensor, condition: Any = None, kept: Tensor | None = None) -> Tensor:
         """The generator's loss of each sample, [batch]. It is differentiable in ``estimate`` [batch, ...]; the
-        discriminator's parameters get no gradient.
+        discriminator's parameters get no gradient. Those of which ``kept`` [batch] is False are not learned from in
+        ``step``: a ``Sum`` says which its term leaves out.
 
         Raises TypeError or ValueError for unfit inputs, and for a discriminator through which no gradient flows.
         """
@@ -148,19 +157,25 @@ class Discriminator:
         logits = _logits("the discriminator's output", frozen(self.network, *inputs), len(estimate))
         if estimate.requires_grad and torch.is_grad_enabled():
             _check_gradient(logits)
-        self.seen = estimate.detach()
+        self.seen, self.kept = estimate.detach(), kept
         return generator_loss(logits, self.kind)
 
-    def step(self, real: Tensor, fake: Tensor, condition: Any = None) -> dict[str, Tensor]:
+    def step(self, real: Tensor, fake: Tensor | None = None, condition: Any = None) -> dict[str, Tensor]:
         """One step of the discriminator's optimizer on real and generated data, [batch, ...] each, which are detached.
 
         Args:
+            fake: None: those that the last call was given, and did not leave out.
             condition: of both batches, for a conditional discriminator.
 
         Returns ``{"discriminator": its loss}`` and, in steps with a penalty, ``"r1"``, as tensors without a gradient on
         the device. Raises TypeError or ValueError for unfit inputs, and for a discriminator whose output has no
         gradient.
         """
+        kept = None
+        if fake is None:
+            if self.seen is None:
+                raise ValueError("the discriminator has seen no estimates yet: pass fake=, or call it first.")
+            fake, kept = self.seen, self.kept
         check_floating(real=real, fake=fake)
         with torch.enable_grad():
             logits = []
@@ -168,7 +183,7 @@ class Discriminator:
                 output = self.network(*self._inputs(data.detach(), condition))
                 logits.append(_logits(f"the discriminator's output of {name}", output, len(data)))
                 _check_gradient(logits[-1])
-            loss = discriminator_loss(*logits, self.kind)
+            loss = discriminator_loss(*logits, self.kind, kept)
             values = {"discriminator": loss.detach()}
             if self.r1_gamma and self.steps % self.r1_every == 0:
                 penalty = r1_penalty(self.network, *self._with_gamma(real, condition))

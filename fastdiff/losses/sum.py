@@ -27,6 +27,7 @@ __all__ = ["Sum", "Term"]
 _OF = ("x0", "latents", "noise")
 # Keywords of a call that go to Objective.loss, and those that no term may have as a name of its own.
 _OPTIONS = ("mask", "weight", "mask_normalization", "target", "y", "r")
+_TOLD = {"truth", "t", "kept"}  # what a sum itself tells a term
 _OWN = ("step", "images", "prediction", "noised", "reduction", *_OPTIONS)
 
 
@@ -36,9 +37,10 @@ class Term:
 
     Args:
         loss: a callable that gives one loss a sample, [rows]. Its first parameter is the estimate; it gets the others
-            by their names: ``truth`` is what is estimated, ``t`` the times, and any other, such as ``condition`` or
-            ``labels``, is a keyword of the sum's call, which may be left out if the parameter has a default. The losses
-            of ``fastdiff.losses.features`` and ``adversarial.Discriminator`` are such callables.
+            by their names: ``truth`` is what is estimated, ``t`` the times, ``kept`` which samples are not left out
+            (bool [rows], or None for all), and any other, such as ``condition`` or ``labels``, is a keyword of the
+            sum's call, which may be left out if the parameter has a default. The losses of ``fastdiff.losses.features``
+            and ``adversarial.Discriminator`` are such callables.
         weight: a number of at least 0, or a callable of the training step that gives one. In a step in which it is 0
             the loss is not called.
         weighting: a callable of the noise levels (``fastdiff.process.Levels``) that gives a weight a sample; None: 1.
@@ -186,14 +188,14 @@ class Sum:
         return loss
 
     def _check_given(self, given: Mapping[str, Any], batch: int, images: Tensor | None) -> None:
-        takes = {name for term in self.terms.values() for name in term.takes} - {"truth", "t"}
+        takes = {name for term in self.terms.values() for name in term.takes} - _TOLD
         for name in given:
             if name not in takes:
                 accepted = ", ".join([*sorted(takes), "step", "images", *_OPTIONS])
                 raise TypeError(f"{name!r} is a keyword that no term asks for, and no option; there are {accepted}.")
         for name, term in self.terms.items():
             for needed in term.needs:
-                if needed not in ("truth", "t") and given.get(needed) is None:
+                if needed not in _TOLD and given.get(needed) is None:
                     raise TypeError(f"the term {name!r} needs {needed}=, which was not given.")
         if images is None:
             return
@@ -248,6 +250,8 @@ class _Batch:
                 asked[key] = self._truth(term)[:rows]
             elif key == "t":
                 asked[key] = self._taken("t", self._times(), rows)
+            elif key == "kept":
+                asked[key] = None if weight is None else weight[:rows] != 0
             elif given.get(key) is not None:
                 asked[key] = self._taken(key, given[key], rows)
         found = term.loss(self._estimate(term)[:rows], **asked)
