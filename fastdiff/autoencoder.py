@@ -24,7 +24,7 @@ from .objective import Objective
 from .ops.checks import compute_dtype
 from .ops.dispatch import get as backend_of
 from .ops.posterior import CLAMP, means_of
-from .philox import Stream, check_seed, draw_seed, whole
+from .philox import Stream, check_seed, draw_seed, samples_of
 from .showing import brief
 
 __all__ = ["latents", "noise_latents"]
@@ -41,6 +41,7 @@ def latents(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     sample_offset: int = 0,
+    ids: Tensor | None = None,
     rng: str = "exact",
 ) -> Tensor:
     """Draw the latents of a batch of moments, z = (mean + exp(log-variance / 2) xi - shift) scale, in one pass: as
@@ -50,8 +51,8 @@ def latents(
     inputs.
     """
     means_of(moments)
-    seed, sample_offset = _seed(moments, generator, seed, sample_offset, sample)
-    xi = ops.Philox(seed, sample_offset, Stream.POSTERIOR, rng=rng) if sample else None
+    seed, samples = _seed(moments, generator, seed, sample_offset, ids, sample)
+    xi = ops.Philox(seed, samples, Stream.POSTERIOR, rng=rng) if sample else None
     return ops.posterior(moments, xi, shift=shift, scale=scale, clamp=clamp, dtype=dtype).z
 
 
@@ -68,6 +69,7 @@ def noise_latents(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     sample_offset: int = 0,
+    ids: Tensor | None = None,
     keep_noise: bool | None = None,
     rng: str = "exact",
 ) -> Noised:
@@ -75,7 +77,7 @@ def noise_latents(
 
     z = (mean + exp(log-variance / 2) xi - shift) scale is the x0 of the result, x_t = alpha z + sigma n. With the same
     seed, t and n are those of ``objective.noise(z, seed=seed)``, bit for bit; xi is a third stream of the seed, so
-    latents too depend on the seed and the index of the sample alone.
+    latents too depend on the seed and the index or id of the sample alone.
 
     Args:
         objective: a ``fastdiff.Objective``; its offset noise and input perturbation are made too.
@@ -85,7 +87,7 @@ def noise_latents(
         sample: False takes the means in place of samples.
         clamp: (least, most) of the log-variance.
         dtype: of the latents; None: that of the moments.
-        generator, seed, sample_offset, keep_noise, rng: as ``objective.noise`` takes them.
+        generator, seed, sample_offset, ids, keep_noise, rng: as ``objective.noise`` takes them.
 
     Returns a ``Noised``, whose x0 are the latents [batch, channels, ...]. Differentiable in the moments. Raises
     TypeError or ValueError for unfit inputs.
@@ -93,33 +95,33 @@ def noise_latents(
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a fastdiff.Objective; got {brief(objective)}.")
     mean = means_of(moments)
-    seed, sample_offset = _seed(moments, generator, seed, sample_offset, True)
+    seed, samples = _seed(moments, generator, seed, sample_offset, ids, True)
     dtype = moments.dtype if dtype is None else dtype
     how = {"shift": shift, "scale": scale, "clamp": clamp, "dtype": dtype}
-    where = {"seed": seed, "sample_offset": sample_offset, "rng": rng}
+    where = {"seed": seed, "sample_offset": sample_offset, "ids": ids, "rng": rng}
     of_two = objective.noise_offset and objective.noise_offset_dim != 1
     if objective.input_perturbation or of_two or (moments.dtype == torch.float64 != dtype):
         # More noises than one pass makes; or latents of another precision than what they are made of.
         return objective.noise(latents(moments, sample=sample, **how, **where), t, keep_noise=keep_noise, **where)
     if t is None:
-        t = objective._draw(backend_of(moments.device), seed, len(moments), sample_offset, moments.device)
+        t = objective._draw(backend_of(moments.device), seed, len(moments), samples, moments.device)
     rows, t = objective._rows_at(t, mean, compute_dtype(mean.new_empty(0, dtype=dtype)))
-    n = ops.Philox(seed, sample_offset, offset=objective.noise_offset, rng=rng)
-    xi = ops.Philox(seed, sample_offset, Stream.POSTERIOR, rng=rng) if sample else None
+    n = ops.Philox(seed, samples, offset=objective.noise_offset, rng=rng)
+    xi = ops.Philox(seed, samples, Stream.POSTERIOR, rng=rng) if sample else None
     kept = not remakes_noise(moments.device) if keep_noise is None else keep_noise
     made = ops.posterior(moments, xi, n=n, alpha=rows.alpha, sigma=rows.sigma, keep_noise=kept, **how)
     return Noised(objective, made.z, made.x_t, t, made.n, rows)
 
 
 def _seed(
-    moments: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, sample_offset: int, needed: bool
-) -> tuple[Any, Any]:
-    """(the seed, drawn if it is needed; the offset of the samples). Raises TypeError or ValueError for unfit ones."""
+    moments: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, sample_offset: int, ids: Any,
+    needed: bool,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(the seed, drawn if it is needed; which samples these are). Raises TypeError or ValueError for unfit ones."""
     if generator is not None and seed is not None:
         raise ValueError("pass a generator or a seed, not both.")
     if seed is not None:
         check_seed(seed)
     elif needed:
         seed = draw_seed(generator, moments.device)
-    # Traced, an offset may be symbolic.
-    return seed, sample_offset if torch.compiler.is_compiling() else whole("sample_offset", sample_offset)
+    return seed, samples_of(ids, sample_offset, len(moments), moments.device)

@@ -116,6 +116,20 @@ def test_latents_alone_are_those_that_are_noised():
         latents(moments[:, :3])
 
 
+@pytest.mark.parametrize("name", ["SD3", "offset noise", "input perturbation"])
+def test_latents_go_with_the_id(any_backend, name):
+    """In any batch; samples of one id share all three noises."""
+    objective, moments = OBJECTIVES[name](), moments_of(8, 2, 3, 5)
+    whole, order = noise_latents(objective, moments, seed=3, **HOW), torch.tensor([6, 0, 7, 0])
+    part = noise_latents(objective, moments[order], seed=3, ids=order, **HOW)
+    for attribute in ("x0", "x_t", "t", "noise"):
+        assert_same(getattr(part, attribute), getattr(whole, attribute)[order])
+    assert_same(latents(moments[order], seed=3, ids=order, **HOW), whole.x0[order])
+    remade = noise_latents(objective, moments[order], seed=3, ids=order, keep_noise=False, **HOW)
+    prediction = torch.randn_like(part.x0)
+    assert_same(objective.loss(prediction, remade), objective.loss(prediction, part))
+
+
 def test_a_generator_is_drawn_from_once():
     objective, moments = OBJECTIVES["EDM"](), moments_of(3, 2, 4)
     g, same = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
