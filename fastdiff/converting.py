@@ -18,13 +18,17 @@ from .tensors import as_tensor, value_checks_are_free
 
 def convert(objective: Any, prediction: Tensor, x_t: Tensor, t: Tensor, kind: Prediction) -> Tensor:
     """See ``Objective.convert``."""
-    fast = backend_of(x_t.device).fast
-    program = None if fast is None else objective._coefficients.conversion(kind)
-    if program is not None and program.finite and wrapping() is None:
-        done = fast.convert(program, prediction, x_t, t)
-        if done is not None:
-            return done
-    return of_rows(objective, prediction, x_t, t, kind)
+    done = fast(objective, prediction, x_t, t, kind)
+    return of_rows(objective, prediction, x_t, t, kind) if done is None else done
+
+
+def fast(objective: Any, prediction: Tensor, x_t: Tensor, t: Tensor, kind: Prediction) -> Tensor | None:
+    """``convert`` if a fast call of a backend can do it, else None."""
+    calls = backend_of(x_t.device).fast
+    program = None if calls is None else objective._coefficients.conversion(kind)
+    if program is None or not program.finite or wrapping() is not None:
+        return None
+    return calls.convert(program, prediction, x_t, t)
 
 
 def of_rows(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastdiff
 
-from . import backends, functional, sampling
+from . import backends, converting, functional, sampling
 from .backends import registry
 from .backends.reference import Reference
 from .calls import Call
@@ -27,7 +27,8 @@ from .objective import Objective
 
 _METHODS = ("noise", "loss", "convert")
 _FUNCTIONS = {"q_sample": functional, "diffusion_loss": functional, "sample": sampling}  # and where they are defined
-_FAST_CALLS = tuple(f"_fast_{name}" for name in _METHODS)  # they give None where they do not do it
+# They give None where they do not do it.
+_FAST_CALLS = ((Objective, "_fast_noise"), (Objective, "_fast_loss"), (converting, "fast"))
 FAST, GENERAL, REFERENCE = "in one call", "by the operations of a backend", "by the reference"
 STEPS = "each step in one call"
 
@@ -49,7 +50,7 @@ class Trace:
         for name, module in _FUNCTIONS.items():
             counted = self._counted(name, getattr(module, name))
             replaced += [(module, name, counted), (fastdiff, name, counted)]
-        replaced += [(Objective, name, self._fast(getattr(Objective, name))) for name in _FAST_CALLS]
+        replaced += [(owner, name, self._fast(getattr(owner, name))) for owner, name in _FAST_CALLS]
         replaced.append((Reference, "run", self._reference(Reference.run)))
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
         for owner, name, function in replaced:

@@ -79,7 +79,7 @@ class Guidance:
             is_rule or bool(rescale) or quantile is not None or cond_fn is not None or plan.langevin is not None
         )
         self.rows = plan.rows
-        self._rule: Rule = guidance if is_rule else Plain(guidance)
+        self._rule = guidance if is_rule else Plain(guidance) if self.looks else None
         self._plan, self._rescale, self._quantile, self._most, self._cond_fn = plan, rescale, quantile, most, cond_fn
         self._first_step, self._state = first_step, {}
         needed = ("p_x", "p_m", "l_0", "l_v") if self.looks else ()
@@ -88,7 +88,7 @@ class Guidance:
             table = plan.table.clone()
             table[:, _AT["c_h1"]] = 1.0
             self.rows = PreparedSteps(table)
-        if self._rule.renoises_unconditionally:
+        if is_rule and guidance.renoises_unconditionally:
             clamped = plan.clip is not None or quantile is not None
             if plan.langevin is not None or bool(plan.table[:, _PAST].any()) or clamped or cond_fn is not None:
                 raise ValueError(
