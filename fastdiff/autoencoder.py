@@ -33,8 +33,8 @@ __all__ = ["latents", "noise_latents"]
 def latents(
     moments: Tensor,
     *,
-    shift: Tensor | float = 0.0,
-    scale: Tensor | float = 1.0,
+    shift: Tensor | Sequence[float] | float = 0.0,
+    scale: Tensor | Sequence[float] | float = 1.0,
     sample: bool = True,
     clamp: Sequence[float] = CLAMP,
     dtype: torch.dtype | None = None,
@@ -61,8 +61,8 @@ def noise_latents(
     moments: Tensor,
     t: Any = None,
     *,
-    shift: Tensor | float = 0.0,
-    scale: Tensor | float = 1.0,
+    shift: Tensor | Sequence[float] | float = 0.0,
+    scale: Tensor | Sequence[float] | float = 1.0,
     sample: bool = True,
     clamp: Sequence[float] = CLAMP,
     dtype: torch.dtype | None = None,
@@ -83,7 +83,8 @@ def noise_latents(
         objective: a ``fastdiff.Objective``; its offset noise and input perturbation are made too.
         moments: [batch, 2 channels, ...], the means and the log-variances behind them, floating point.
         t: times of the process, as ``objective.noise`` takes them; None draws one a sample.
-        shift, scale: the autoencoder's ``shift_factor`` and ``scaling_factor``: numbers, or one a channel [channels].
+        shift, scale: the autoencoder's ``shift_factor`` and ``scaling_factor``: numbers, or one a channel, a list or a
+            tensor [channels].
         sample: False takes the means in place of samples.
         clamp: (least, most) of the log-variance.
         dtype: of the latents; None: that of the moments.

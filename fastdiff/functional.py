@@ -22,12 +22,17 @@ def q_sample(
     process: Process,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x_t = alpha x0 + sigma n of ``process`` at ``t``: shape and dtype of x0, differentiable.
+    """x_t = alpha x0 + sigma n of ``process`` at ``t``, shaped as x0, in ``dtype`` or that of x0, differentiable.
 
     Args as in ``Objective.noise``. Ho et al. 2020, equation 4, for any process.
     """
-    return _objective(process, "epsilon", None, "mse", "x0, t, process, noise").noise(x0, t, noise, generator).x_t
+    return (
+        _objective(process, "epsilon", None, "mse", "x0, t, process, noise")
+        .noise(x0, t, noise, generator, dtype=dtype)
+        .x_t
+    )
 
 
 def diffusion_loss(

@@ -57,7 +57,7 @@ class Noised:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        x0, n, _ = split(self.tokens, self.x0, self.t, self.noise_source)
+        x0, n, _ = split(self.tokens, self.x0, self.noise_source)
         self.rows = self.objective._rows(self.t, x0, compute_dtype(x0, tensor_of(n)))
         self.__post_init__()
 
@@ -108,7 +108,7 @@ class Noised:
         """The target of the network: p x0 + q n, shaped and typed as x_t."""
         if self.written_target is not None:
             return self.written_target
-        x0, n, order = split(self.tokens, self.x0, self.t, self.noise_source)
+        x0, n, order = split(self.tokens, self.x0, self.noise_source)
         p, q = as_tensor(self.rows.p), as_tensor(self.rows.q)
         call = NoiseCall(x0, n, p, q, keep_noise=False, dtype=self.x_t.dtype, order=order)
         return joined(self.tokens, x0, ops.dispatch.run(call, x0.device)[0], None, None)[0]

@@ -45,7 +45,7 @@ from .samplers import Sampler
 from .showing import brief, warn
 from .tensors import as_tensor, value_checks_are_free
 from .timesteps import Timesteps
-from .tokens import Tokens, joined, split
+from .tokens import Tokens, joined, split, times_of
 from .weighting import WeightingLike
 
 # The attributes of an objective that its coefficients are made of: they cannot be changed.
@@ -256,6 +256,8 @@ class Objective:
             if t is not None:
                 raise ValueError("t and sigma both say which noise level: pass one of them.")
             t = self.process.time_of(sigma.to(x0.device) if isinstance(sigma, Tensor) else sigma)
+        if tokens is not None:
+            t = times_of(tokens, x0, t)
         check_rng(rng)
         if ids is not None or type(sample_offset) is not int:
             sample_offset = samples_of(ids, sample_offset, len(x0), x0.device)
@@ -293,7 +295,7 @@ class Objective:
                 )
         if t is None:
             t = self._draw(backend, seed, len(x0), sample_offset, x0.device)
-        data, source, order = split(tokens, x0, t, source)
+        data, source, order = split(tokens, x0, source)
         rows, t = self._rows_at(t, data, compute_dtype(x0, noise))
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
         call = NoiseCall(data, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise, dtype, order)

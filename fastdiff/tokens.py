@@ -15,6 +15,7 @@ from torch import Tensor
 from .backends.layout import TOKENS
 from .numeric import check_numbers
 from .ops.checks import check_tensor
+from .showing import brief
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Tokens:
             raise ValueError(f"patch must be a size, or (height, width); got {self.patch!r}.")
         for size in sizes:
             check_numbers(patch=size)
-            if not (isinstance(size, int) and size >= 1):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"patch must be whole sizes of at least 1; got {self.patch!r}.")
         object.__setattr__(self, "patch", self.patch if isinstance(self.patch, int) else tuple(sizes))
         if self.order not in TOKENS:
@@ -113,7 +114,7 @@ class Tokens:
         names = {"prediction": prediction, "target": target, "y": y}
         prediction, target, y = (None if x is None else self.patches(x, x0.shape, name) for name, x in names.items())
         mask, weight = self._spread(mask, "mask", x0.shape), self._spread(weight, "weight", x0.shape)
-        return *split(self, x0, None, n)[:2], prediction, mask, weight, target, y
+        return *split(self, x0, n)[:2], prediction, mask, weight, target, y
 
     def _spread(self, x: Any, name: str, shape: torch.Size) -> Any:
         if not isinstance(x, Tensor) or x.ndim < 3:
@@ -133,15 +134,25 @@ def _split(x: Tensor, p: int, q: int) -> Tensor:
     return rows.unflatten(4, (x.shape[3] // q, q)) if x.ndim > 3 else rows
 
 
-def split(tokens: Tokens | None, x0: Tensor, t: Any, n: Any) -> tuple[Tensor, Any, tuple[int, ...] | None]:
+def times_of(tokens: Tokens, x0: Tensor, t: Any) -> Any:
+    """``t`` as times of the samples of ``x0``, [batch] where it is a tensor of one a sample. Raises TypeError or
+    ValueError for other tokens, data or times."""
+    if not isinstance(tokens, Tokens):
+        raise TypeError(f"tokens must be a fastdiff.Tokens, such as Tokens(patch=2); got {brief(tokens)}.")
+    tokens.check(x0.shape)
+    if not isinstance(t, Tensor) or t.ndim < 2:
+        return t
+    if t.shape != (len(x0), *(1,) * (t.ndim - 1)):
+        raise ValueError(f"with tokens= there is one time a sample, {tuple(x0.shape[:1])}; got t {tuple(t.shape)}.")
+    return t.reshape(-1)
+
+
+def split(tokens: Tokens | None, x0: Tensor, n: Any) -> tuple[Tensor, Any, tuple[int, ...] | None]:
     """(x0, noise, the order of x_t in memory) as kernels take them: with tokens, as patches [B, C, h, p, w, q]. Noise
-    that is no tensor stays as it is. Raises ValueError unless there is one time ``t`` a sample."""
+    that is no tensor stays as it is."""
     if tokens is None:
         return x0, n, None
-    data = tokens.split(x0)
-    if isinstance(t, Tensor) and t.ndim > 1:
-        raise ValueError(f"with tokens= there is one time a sample, {tuple(x0.shape[:1])}; got t {tuple(t.shape)}.")
-    return data, _split(n, *tokens.sizes) if isinstance(n, Tensor) else n, tokens.in_memory
+    return tokens.split(x0), _split(n, *tokens.sizes) if isinstance(n, Tensor) else n, tokens.in_memory
 
 
 def joined(tokens: Tokens | None, x0: Tensor, x_t: Tensor, n: Any, target: Tensor | None) -> tuple[Tensor, Any, Any]:

@@ -116,6 +116,17 @@ def test_latents_alone_are_those_that_are_noised():
         latents(moments[:, :3])
 
 
+def test_shift_and_scale_may_be_lists():
+    """As the configurations of some autoencoders have them."""
+    moments, shift, scale = moments_of(2, 3, 4, 4), [0.1, -0.2, 0.3], [1.5, 0.5, 2.0]
+    found = latents(moments, shift=shift, scale=scale, seed=1)
+    assert_same(found, latents(moments, shift=torch.tensor(shift), scale=torch.tensor(scale), seed=1))
+    with pytest.raises(TypeError, match=r"scale\[1\] must be a number"):
+        latents(moments, scale=[1.0, "2", 3.0], seed=1)
+    with pytest.raises(ValueError, match="the latents 3 channels"):
+        latents(moments, shift=[1.0, 2.0], seed=1)
+
+
 @pytest.mark.parametrize("name", ["SD3", "offset noise", "input perturbation"])
 def test_latents_go_with_the_id(any_backend, name):
     """In any batch; samples of one id share all three noises."""

@@ -122,6 +122,30 @@ def assert_close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-6 if a.dtype == torch.float32 else 1e-14, atol=0)
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dims", [1, 2, 4])
+def test_times_may_have_all_dimensions(dims):
+    x0, n = batch()[:2]
+    t, tokens, objective = torch.rand(len(x0)), Tokens(2), fastdiff.Objective(FLOW, "flow")
+    expected = objective.noise(x0, t, n, tokens=tokens)
+    found = objective.noise(x0, t.view(len(x0), *(1,) * (dims - 1)), n, tokens=tokens)
+    assert torch.equal(found.x_t, expected.x_t) and torch.equal(found.t, t)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("shape", [(3, 1, 1, 1), (3, 1, 1, 12), (3, 1, 8, 1), (3, 4, 1, 12), (3, 1, 8)])
+def test_masks_that_are_broadcast(shape):
+    """A mask [B, 1, 1, W], say, is that of [B, C, H, W] that it stands for."""
+    x0, n = batch()[:2]
+    mask = torch.rand(shape) < 0.6
+    whole = mask.view(*shape, *(1,) * (4 - len(shape))).expand(x0.shape)
+    t, tokens, objective = torch.rand(len(x0)), Tokens(2), fastdiff.Objective(FLOW, "flow")
+    m = torch.randn_like(x0)
+    expected = objective.loss(m, objective.noise(x0, t, n), mask=whole)
+    noised = objective.noise(x0, t, n, tokens=tokens)
+    assert_close(objective.loss(tokens.pack(m), noised, mask=mask), expected)
+
+
 # ------------------------------------------------------------------------------------------------------------ the loss
 
 
@@ -382,6 +406,8 @@ WRONG = {
         ValueError, r"mask has shape \(2, 12, 1\).*laid out as x0"),
     "predict_x0": (
         lambda: OBJECTIVE.predict_x0(X, OBJECTIVE.noise(X, tokens=Tokens())), ValueError, "must be equal"),
+    "a number": (lambda: OBJECTIVE.noise(X, tokens=2), TypeError, r"tokens must be a fastdiff.Tokens.*; got 2"),
+    "a truth": (lambda: Tokens(True), ValueError, "at least 1; got True"),
     "patch": (lambda: Tokens(0), ValueError, "at least 1; got 0"),
     "patch of three": (lambda: Tokens((1, 2, 2)), ValueError, r"a size, or \(height, width\)"),
     "patch a text": (lambda: Tokens("2"), TypeError, "patch must be a number"),

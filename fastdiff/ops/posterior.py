@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ def posterior(
     moments: Tensor,  # [B, 2 C, ...]
     xi: Tensor | Philox | None,  # [B, C, ...]
     *,
-    shift: Tensor | float = 0.0,  # [C], or another shape that place_rows takes
-    scale: Tensor | float = 1.0,  # as shift
+    shift: Tensor | Sequence[float] | float = 0.0,  # [C], or another shape that place_rows takes
+    scale: Tensor | Sequence[float] | float = 1.0,  # as shift
     n: Tensor | Philox | None = None,  # [B, C, ...]
     alpha: Tensor | float | None = None,  # [B], or another shape that place_rows takes
     sigma: Tensor | float | None = None,  # as alpha
@@ -47,7 +47,7 @@ def posterior(
             in the two halves of dimension 1 (``vae.encode(x).latent_dist.parameters`` of diffusers).
         xi: standard normal noise shaped as the means, or a ``Philox`` to make it from. None: z is made of the mean (the
             mode of the posterior).
-        shift, scale: the autoencoder's ``shift_factor`` and ``scaling_factor``: numbers, or one a channel.
+        shift, scale: the autoencoder's ``shift_factor`` and ``scaling_factor``: numbers, or one a channel (a list too).
         n, alpha, sigma: the noise and the rows of ``fastdiff.ops.noise``, all three or none: none makes z alone.
         clamp: (least, most) of the log-variance. Where it is clamped its gradient is 0.
         dtype: of z and x_t; None: that of the moments.
@@ -68,7 +68,7 @@ def posterior(
         dtype = moments.dtype
     elif dtype not in DATA:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype!r}.")
-    if not isinstance(shift, Tensor) and shift == 0:
+    if isinstance(shift, (int, float)) and shift == 0:
         shift = None
     shift, scale = (_by_channel(name, value, shape) for name, value in (("shift", shift), ("scale", scale)))
     wide = torch.float64 if dtype == torch.float64 else compute_dtype(moments, *given)
@@ -100,8 +100,11 @@ def check_clamp(clamp: Sequence[float]) -> tuple[float, float]:
     return float(least), float(most)
 
 
-def _by_channel(name: str, rows: Tensor | float | None, shape: torch.Size) -> Tensor | float | None:
+def _by_channel(name: str, rows: Any, shape: torch.Size) -> Tensor | float | None:
     """One number a channel as rows."""
+    if isinstance(rows, (list, tuple)):
+        check_numbers(**{f"{name}[{k}]": number for k, number in enumerate(rows)})
+        rows = torch.tensor(rows, dtype=torch.float64, device="cpu")
     if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.numel() == 1:
         return rows
     if len(rows) != shape[1]:

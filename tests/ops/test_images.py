@@ -194,6 +194,14 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("backend")
+def test_q_sample_of_images():
+    u, t, process = bytes_of(2, 3, 4, 4), torch.tensor([3, 900]), fastdiff.VariancePreserving()
+    n = torch.randn(2, 3, 4, 4)
+    found = fastdiff.q_sample(u, t, process, n, dtype=torch.float32)
+    assert torch.equal(found, fastdiff.q_sample(u.float() / 127.5 - 1, t, process, n))
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input(case):
     call, error, words = WRONG[case]
