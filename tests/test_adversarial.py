@@ -179,6 +179,38 @@ def test_a_conditional_discriminator():
     assert torch.equal(Discriminator(d, sgd(d))(fake, y), Discriminator(d, sgd(d))(fake))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
+@pytest.mark.parametrize("kind", adversarial.KINDS)
+def test_what_a_sample_that_is_left_out_holds_reaches_nothing(kind, bad):
+    real, x = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    kept = torch.tensor([True, False, True])
+    fake = torch.where(kept[:, None], x, bad).requires_grad_()
+    made = []
+    for given in ((fake, kept), (x[kept], None)):
+        d = nn.Linear(3, 2).double()
+        nn.init.constant_(d.weight, 0.3)
+        nn.init.constant_(d.bias, -0.1)
+        critic = Discriminator(d, sgd(d), kind)
+        each = critic(given[0], kept=given[1])
+        if given[1] is not None:
+            assert each[kept].isfinite().all()
+            (slope,) = torch.autograd.grad(each[kept].sum(), fake)
+            assert slope.isfinite().all() and slope[kept].any() and not slope[1].any()
+        made.append((critic.step(real), d.weight.detach(), d.bias.detach()))
+    torch.testing.assert_close(*made, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
+@pytest.mark.parametrize("kind", adversarial.KINDS)
+def test_the_loss_of_logits_that_are_left_out_has_no_gradient(kind, bad):
+    real, x, kept = torch.randn(2, 5).double(), torch.randn(3, 5).double(), torch.tensor([True, False, True])
+    fake = torch.where(kept[:, None], x, bad).requires_grad_()
+    found = discriminator_loss(real, fake, kind, kept)
+    assert_close(to_numpy(found), DISCRIMINATOR[kind](to_numpy(real), to_numpy(x[kept])), rel=1e-12)
+    (slope,) = torch.autograd.grad(found, fake)
+    assert slope.isfinite().all() and slope[kept].any() and not slope[1].any()
+
+
 def test_two_networks_learn_a_distribution():
     """A generator that shifts normal noise finds the mean 3 of the data; without the critic's steps it does not."""
     shifts = {}
@@ -255,7 +287,13 @@ WRONG = {
         lambda: r1_penalty(lambda x: x[:1], X), ValueError, r"output must be .* batch of 4; got .*\[1, 3, 2, 2\]"),
     "a penalty that is no number": (lambda: r1_penalty(D, X, "1"), TypeError, "gamma must be a number"),
     "real data that is none": (lambda: r1_penalty(D, None), TypeError, "real must be a tensor"),
-    "nothing seen yet": (lambda: critic().step(X), ValueError, "has seen no estimates yet"),
+    "the kept of another batch": (
+        lambda: discriminator_loss(X, X, kept=torch.ones(3) > 0), ValueError, r"kept must be bool \[4\].*got .*\[3\]"),
+    "the kept of each logit": (
+        lambda: discriminator_loss(X, X, kept=torch.ones(4, 1) > 0), ValueError, r"kept must be bool \[4\].*\[4, 1\]"),
+    "kept as weights": (lambda: critic()(X, kept=torch.ones(4)), ValueError, "kept must be bool .*got .*float32"),
+    "kept as a list": (lambda: critic()(X, kept=[True] * 4), TypeError, "kept must be a tensor"),
+    "nothing seen yet": (lambda: critic().step(X), ValueError, "has no estimates to learn from"),
     "an estimate that is none": (lambda: critic()(None), TypeError, "estimate must be a tensor"),
 }  # fmt: skip
 

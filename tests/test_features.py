@@ -88,6 +88,32 @@ def test_the_last_module_of_a_sequential_is_its_output():
     assert torch.equal(Perceptual(extractor)(a, b), Perceptual(extractor, layers=[3])(a, b))
 
 
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1], [0, 2], [4, 3, 0, 1, 2]], ids=str)
+def test_modules_that_work_in_place_do_not_change_the_features_before_them(layers):
+    """As in torchvision's VGG, whose ReLUs are in-place: right behind a layer, in a block, behind a module that returns
+    what it is given, or in a function."""
+
+    class Clipped(nn.Module):
+        def forward(self, x):
+            return x.clamp_(max=0.3)
+
+    def made(inplace):
+        torch.manual_seed(5)
+        relu = nn.ReLU(inplace)
+        block = nn.Sequential(nn.LeakyReLU(0.1, inplace), nn.Conv2d(4, 4, 1))
+        clipped = Clipped() if inplace else nn.Hardtanh(-1e9, 0.3)
+        return nn.Sequential(nn.Conv2d(CHANNELS, 4, 1), nn.Identity(), relu, block, clipped).double()
+
+    (a, b), plain = images(), made(False)
+    a.requires_grad_()
+    expected = oracle.lpips(*(features_of(plain, x, layers) for x in (a, b)))
+    of_plain = Perceptual(plain, layers=layers)(a, b)
+    found = Perceptual(made(True), layers=layers)(a, b)
+    assert_close(to_numpy(found), expected, rel=1e-13)
+    slopes = [torch.autograd.grad(loss.sum(), a)[0] for loss in (of_plain, found)]
+    torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-14)
+
+
 def test_no_module_behind_the_last_layer_is_run():
     calls = []
     extractor = network()

@@ -320,6 +320,35 @@ def test_a_batch_that_is_left_out_as_a_whole_adds_nothing():
         Sum(objective, p=Term(error))(output, noised)
 
 
+@pytest.mark.parametrize("other", [{"share": 0.5}, {"share": 0.5, "min_snr": 1e-9}, {"of": "noise"}], ids=str)
+def test_a_sample_may_be_left_out_by_each_term_in_its_own_way(other):
+    """One leaves out the pure noise, of which epsilon does not say x0, by its SNR, the other by its share, or it looks
+    at what is known of it: the noise."""
+    process = fastdiff.VariancePreserving(zero_terminal_snr=True)
+    objective = fastdiff.Objective(process, "epsilon", fastdiff.SNR())
+    t = torch.tensor([700 if "min_snr" in other else 999, 0, 10, 20])
+    x0, noise = (torch.randn(4, 2, 4, 4, dtype=torch.float64) for _ in range(2))
+    output = torch.randn_like(x0)
+    if "of" not in other:
+        output[0] = x0[0] = noise[0] = math.nan
+    output.requires_grad_()
+    noised = objective.noise(x0, t, noise)
+    decode = nn.Conv2d(2, 3, 1).double()
+    mask = torch.tensor([0.0, 1.0, 1.0, 1.0]).double()[:, None, None, None]
+    terms = {"a": Term(error, **other), "b": Term(error, 0.3, min_snr=1.0)}
+    total = Sum(objective, decoder=decode, **terms)
+    found = total(output, noised, mask=mask)
+    alone = [Sum(objective, decoder=decode, **{name: term}) for name, term in terms.items()]
+    each = [one(output, noised, mask=mask) for one in alone]
+    for one, name in zip(alone, terms):
+        torch.testing.assert_close(total.values[name], one.values[name], rtol=1e-12, atol=0)
+    expected = each[0] + each[1] - objective.loss(output, noised, mask)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    slope = gradient(found, output)
+    assert slope.isfinite().all() and slope[1:].any()
+    torch.testing.assert_close(slope, gradient(expected, output), rtol=1e-10, atol=1e-13)
+
+
 def test_of_many_times_the_noisiest_counts():
     t = torch.tensor([[100, 100], [900, 0], [0, 300]])
     objective = fastdiff.Objective(VP, "v_prediction")
@@ -420,10 +449,60 @@ def critic_of_real(real, kind):
     return ((1 - real).clamp(min=0) if kind == "hinge" else torch.log1p(torch.exp(-real))).mean().detach()
 
 
+class Conditional(nn.Module):
+    """A discriminator that notes the pairs of data and condition that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.given = nn.Linear(1, 1).double(), []
+
+    def forward(self, x, y):
+        index, text = y["index"], y["text"][0]
+        self.given.append((x.detach(), index, text))
+        return self.layer(x.flatten(1).mean(1, keepdim=True) * index[:, None]) + text.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_conditional_discriminator_learns_each_estimate_with_its_own_condition(share):
+    """In a sum the estimates come in the order of their noise levels, if any term has a share; the real data do not."""
+    objective, noised, output = batch()
+    d = Conditional()
+    critic = Discriminator(d, torch.optim.SGD(d.parameters(), 0.1), conditional=True, r1_gamma=0.1)
+    text = torch.randn(BATCH, 3).double().requires_grad_()  # from an encoder that is trained
+    condition = {"index": torch.arange(BATCH), "text": [2 * text]}
+    total = Sum(objective, a=Term(critic, 0.1, share=share), b=Term(error, share=0.5))
+    total(output, noised, condition=condition).backward()
+    slope = text.grad.clone()
+    d.given.clear()
+    critic.step(noised.x0, condition=condition)
+    (real, index, _), (fake, order, words) = d.given[:2]
+    rows = ORDER if share == 1 else ORDER[:3]
+    assert index.tolist() == list(range(BATCH)) and order.tolist() == rows
+    assert torch.equal(real, noised.x0) and torch.equal(words, 2 * text[rows])
+    torch.testing.assert_close(fake, objective.predict_x0(output, noised)[rows].detach(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(text.grad, slope)  # the discriminator's step is its own
+
+
+def test_what_a_discriminator_saw_is_not_learned_in_a_step_without_its_term():
+    objective, noised, output = batch()
+    d = nn.Sequential(nn.Flatten(), nn.Linear(32, 1)).double()
+    critic = Discriminator(d, torch.optim.SGD(d.parameters(), 0.1))
+    total = Sum(objective, critic=Term(critic, lambda step: 0.1 * (step % 2)))
+    total(output, noised, step=1)
+    assert "critic" in total.values and len(critic.step(noised.x0)) == 1
+    total(output, noised, step=1)
+    total(output, noised, step=2)
+    assert "critic" not in total.values and critic.seen is None
+    before = d[1].weight.detach().clone()
+    with pytest.raises(ValueError, match="no estimates.*in steps in which its term has weight 0"):
+        critic.step(noised.x0)
+    assert torch.equal(before, d[1].weight)
+
+
 def test_a_discriminator_that_saw_nothing_has_no_step():
     d = nn.Linear(4, 1)
     critic = Discriminator(d, torch.optim.SGD(d.parameters(), 0.1))
-    with pytest.raises(ValueError, match="has seen no estimates yet"):
+    with pytest.raises(ValueError, match="has no estimates to learn from"):
         critic.step(torch.zeros(2, 4))
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..numeric import check_numbers
-from ..ops.checks import check_floating, check_tensor, compute_dtype
+from ..ops.checks import check_floating, check_tensor, compute_dtype, place_rows
 from ..showing import brief
 from .features import frozen
 
@@ -51,12 +51,16 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "non_saturating",
     Args:
         real, fake: its logits of real and of generated data, [batch, ...], floating point.
         kind: "non_saturating", "hinge" or "minmax" (of which the first and the last are alike here).
-        kept: bool, [batch] of ``fake``: the samples that count. None: all. Where none does, that mean is 0.
+        kept: bool, [batch] of ``fake``: the samples that count, whatever the others hold. None: all. Where none does,
+            that mean is 0.
 
     Returns float32 (float64 of float64). Raises TypeError or ValueError for unfit inputs.
     """
     _check_kind(kind)
     real, fake = _logits("real", real), _logits("fake", fake)
+    _check_kept(kept, len(fake))
+    if kept is not None:
+        fake = torch.where(kept[:, None], fake, 0.0)
     if kind == "hinge":
         real, fake = F.relu(1 - real), F.relu(1 + fake)
     else:
@@ -109,8 +113,10 @@ class Discriminator:
         conditional: the network is called as ``network(data, condition)``.
 
     Attributes:
-        seen: the estimates that the last call was given, without their gradient; None before the first.
+        seen: the estimates that the last call was given, [batch, ...], without their gradient, zeros where they are
+            left out; None: there are none, as before the first call, or after ``forget``.
         kept: bool, [batch], which of them a term did not leave out; None: all.
+        condition: of them, if the network is conditional, without a gradient.
 
     Raises TypeError or ValueError for unfit settings, such as a network none of whose parameters requires a gradient.
     """
@@ -144,43 +150,60 @@ class Discriminator:
         self.steps = 0
         self.seen: Tensor | None = None
         self.kept: Tensor | None = None
+        self.condition: Any = None
 
     def __call__(self, estimate: Tensor, condition: Any = None, kept: Tensor | None = None) -> Tensor:
         """The generator's loss of each sample, [batch]. It is differentiable in ``estimate`` [batch, ...]; the
-        discriminator's parameters get no gradient. Those of which ``kept`` [batch] is False are not learned from in
-        ``step``: a ``Sum`` says which its term leaves out.
+        discriminator's parameters get no gradient. Samples of which ``kept`` (bool [batch]) is False are not looked
+        at: they are judged as zeros, get no gradient, and are not learned from in ``step``. A ``Sum`` says which its
+        term leaves out.
 
         Raises TypeError or ValueError for unfit inputs, and for a discriminator through which no gradient flows.
         """
         check_floating(estimate=estimate)
+        _check_kept(kept, len(estimate))
+        if kept is not None:
+            estimate = torch.where(place_rows("kept", kept, estimate.shape), estimate, 0.0)
         inputs = self._inputs(estimate, condition)
         logits = _logits("the discriminator's output", frozen(self.network, *inputs), len(estimate))
         if estimate.requires_grad and torch.is_grad_enabled():
             _check_gradient(logits)
         self.seen, self.kept = estimate.detach(), kept
+        self.condition = _detached(condition) if self.conditional else None
         return generator_loss(logits, self.kind)
+
+    def forget(self) -> None:
+        """Forgets the estimates that it has seen. A ``Sum`` says so in steps in which its term has weight 0, so that
+        no step learns from estimates of an earlier batch."""
+        self.seen = self.kept = self.condition = None
 
     def step(self, real: Tensor, fake: Tensor | None = None, condition: Any = None) -> dict[str, Tensor]:
         """One step of the discriminator's optimizer on real and generated data, [batch, ...] each, which are detached.
 
         Args:
-            fake: None: those that the last call was given, and did not leave out.
-            condition: of both batches, for a conditional discriminator.
+            fake: None: those that the last call was given, and did not leave out, with their own condition.
+            condition: of the real data, and of ``fake`` if that is given, for a conditional discriminator; detached
+                too. A tensor, or a list or dict of such, or whatever else the network takes.
 
         Returns ``{"discriminator": its loss}`` and, in steps with a penalty, ``"r1"``, as tensors without a gradient on
-        the device. Raises TypeError or ValueError for unfit inputs, and for a discriminator whose output has no
-        gradient.
+        the device. Raises TypeError or ValueError for unfit inputs, for a discriminator whose output has no gradient,
+        and where ``fake`` is None and there is nothing that it has seen.
         """
-        kept = None
+        condition = _detached(condition)
+        kept, of_fake = None, condition
         if fake is None:
             if self.seen is None:
-                raise ValueError("the discriminator has seen no estimates yet: pass fake=, or call it first.")
-            fake, kept = self.seen, self.kept
+                raise ValueError(
+                    "the discriminator has no estimates to learn from: call it first, or pass fake=. In a losses.Sum "
+                    "it sees none in steps in which its term has weight 0: take its step only where the sum's values "
+                    "have the term's name."
+                )
+            fake, kept, of_fake = self.seen, self.kept, self.condition
         check_floating(real=real, fake=fake)
         with torch.enable_grad():
             logits = []
-            for name, data in (("real", real), ("fake", fake)):
-                output = self.network(*self._inputs(data.detach(), condition))
+            for name, data, given in (("real", real, condition), ("fake", fake, of_fake)):
+                output = self.network(*self._inputs(data.detach(), given))
                 logits.append(_logits(f"the discriminator's output of {name}", output, len(data)))
                 _check_gradient(logits[-1])
             loss = discriminator_loss(*logits, self.kind, kept)
@@ -205,6 +228,23 @@ class Discriminator:
         if condition is None:
             raise TypeError("a conditional discriminator needs condition=.")
         return data, condition
+
+
+def _detached(condition: Any) -> Any:
+    """A condition without its gradient: a tensor, or the tensors in a list, tuple or dict."""
+    if isinstance(condition, Tensor):
+        return condition.detach()
+    if type(condition) is dict:
+        return {key: _detached(part) for key, part in condition.items()}
+    return type(condition)([_detached(part) for part in condition]) if type(condition) in (list, tuple) else condition
+
+
+def _check_kept(kept: Tensor | None, batch: int) -> None:
+    if kept is None:
+        return
+    check_tensor("kept", kept, "kept")
+    if kept.dtype != torch.bool or kept.shape != (batch,):
+        raise ValueError(f"kept must be bool [{batch}], one for each sample; got {brief(kept)}.")
 
 
 def _check_kind(kind: str) -> None:

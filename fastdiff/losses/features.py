@@ -80,10 +80,13 @@ class _Layers(nn.Module):
         self.modules_, self.layers = modules, layers
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        outputs = []
-        for module, _ in zip(self.modules_, range(max(self.layers) + 1)):
+        outputs, last = {}, max(self.layers)
+        for number, module in zip(range(last + 1), self.modules_):
             x = module(x)
-            outputs.append(x)
+            if number in self.layers:
+                outputs[number] = x
+                if number < last and isinstance(x, Tensor):
+                    x = x.clone()  # a later module may work in place
         return [outputs[layer] for layer in self.layers]
 
 
@@ -101,7 +104,7 @@ class Perceptual:
         extractor: ``extractor(images)`` gives a tensor of features [batch, channels, ...], or a list or dict of them.
             It contains whatever its network needs: scaling, resizing.
         layers: which entries of the list or dict; None: all. Of an ``nn.Sequential``, the numbers of the modules whose
-            outputs are the features; None: the last.
+            outputs are the features, as they are before later modules that work in place; None: the last.
         weights: one for each layer: a number, or a tensor of one weight a channel [channels], on the device of the
             features. None: 1.
         distance: "lpips", "mse" or "l1".

@@ -42,7 +42,7 @@ class Term:
             sum's call, which may be left out if the parameter has a default. The losses of ``fastdiff.losses.features``
             and ``adversarial.Discriminator`` are such callables.
         weight: a number of at least 0, or a callable of the training step that gives one. In a step in which it is 0
-            the loss is not called.
+            the loss is not called; if it has a method ``forget``, that is called.
         weighting: a callable of the noise levels (``fastdiff.process.Levels``) that gives a weight a sample; None: 1.
         min_snr: samples with a signal-to-noise ratio below it are left out.
         share: the share of the batch that the loss looks at, in (0, 1]: so many of its samples (rounded, at least
@@ -177,6 +177,9 @@ class Sum:
         self._check_given(given, len(prediction), images)
         weights = {name: self._weight(name, step) for name in self.terms}
         active = {name: self.terms[name] for name, weight in weights.items() if weight != 0}
+        for name, term in self.terms.items():
+            if name not in active and hasattr(term.loss, "forget"):
+                term.loss.forget()
         loss = self.objective.loss(prediction, noised, **options)
         values = {"objective": loss.detach()}
         batch = _Batch(self, active, prediction, noised, images)
@@ -228,14 +231,17 @@ class _Batch:
         if any(term.share < 1 or term.min_snr > 0 or term.weighting is not None for term in terms.values()):
             self.levels = owner.objective.process.levels(noised.t)
             self.snr = self._of_samples(self.levels.snr).amin(1)
+        self.taken = self.size
         if any(term.share < 1 for term in terms.values()):
-            rows = max(self.rows(term) for term in terms.values())
-            self.order = self.snr.argsort(descending=True, stable=True)[:rows]
+            self.taken = max(self.rows(term) for term in terms.values())
+            self.order = self.snr.argsort(descending=True, stable=True)[: self.taken]
         self.weights = {name: self._weight(name, term) for name, term in terms.items()}
-        # Which rows some term does not leave out; None: all.
-        self.kept = None
-        if None not in self.weights.values() and self.weights:
-            self.kept = torch.stack([weight != 0 for weight in self.weights.values()]).any(0)
+        # Of each kind of estimate: which rows some term that looks at it does not leave out; None: all.
+        self.kept: dict[str, Tensor | None] = {}
+        for kind in (kinds.EPSILON, kinds.SAMPLE):
+            kept = [self._kept(name, term) for name, term in terms.items() if self._kind(term) is kind]
+            whole = not kept or any(rows is None for rows in kept)
+            self.kept[kind.name] = None if whole else torch.stack(kept).any(0)
 
     def rows(self, term: Term) -> int:
         """How many rows a term looks at."""
@@ -280,10 +286,24 @@ class _Batch:
             weight = self._of_samples(weight.to(self.snr.dtype)).mean(1)
         return self._taken("weight", torch.where(self.snr >= term.min_snr, weight, 0.0))
 
+    def _kept(self, name: str, term: Term) -> Tensor | None:
+        """Which of the rows in order a term does not leave out, bool [rows]; None: all."""
+        weight, rows = self.weights[name], self.rows(term)
+        kept = None if weight is None else weight != 0
+        if rows < self.taken:
+            within = torch.arange(self.taken, device=self.order.device) < rows
+            kept = within if kept is None else kept & within
+        return kept
+
+    @staticmethod
+    def _kind(term: Term) -> Any:
+        """What the prediction is converted to for a term."""
+        return kinds.EPSILON if term.of == "noise" else kinds.SAMPLE
+
     def _estimate(self, term: Term) -> Tensor:
         if term.of == "x0" and self.owner.decoder is not None:
             return self._images()
-        return self._converted(kinds.EPSILON if term.of == "noise" else kinds.SAMPLE)
+        return self._converted(self._kind(term))
 
     def _truth(self, term: Term) -> Tensor:
         if term.of == "noise":
@@ -296,18 +316,19 @@ class _Batch:
         return self._once("images", lambda: self._decoded(self._converted(kinds.SAMPLE), self.owner.checkpoint))
 
     def _true_noise(self) -> Tensor:
-        return self._masked(self._taken("noise", self.noised.noise.to(self.noised.x_t.dtype)))
+        return self._masked(self._taken("noise", self.noised.noise.to(self.noised.x_t.dtype)), kinds.EPSILON)
 
     def _true_latents(self) -> Tensor:
-        return self._once(
-            "true latents", lambda: self._masked(decoded(self._taken("x0", self.noised.x0)).to(self.noised.x_t.dtype))
-        )
+        def make() -> Tensor:
+            return self._masked(decoded(self._taken("x0", self.noised.x0)).to(self.noised.x_t.dtype), kinds.SAMPLE)
+
+        return self._once("true latents", make)
 
     def _true_images(self) -> Tensor:
         if self.images is None:
             with torch.no_grad():
                 return self._decoded(self._true_latents(), False)
-        images = self._masked(self._taken("images", self.images))
+        images = self._masked(self._taken("images", self.images), kinds.SAMPLE)
         check_alike(**{"images": images, "the decoded estimate": self._images()})
         return images
 
@@ -333,17 +354,18 @@ class _Batch:
         return data if tokens is None else tokens.unpack(data, *self.noised.x0.shape[2:])
 
     def _convert(self, kind: Any) -> Tensor:
-        objective, noised = self.owner.objective, self.noised
+        objective, noised, kept = self.owner.objective, self.noised, self.kept[kind.name]
         prediction = self.prediction.to(noised.x_t.dtype)
-        if self.order is None and self.kept is None:
+        if self.order is None and kept is None:
             return objective.convert(prediction, noised, kind)
-        prediction = self._masked(self._taken("prediction", prediction))
-        x_t, t = self._masked(self._taken("x_t", noised.x_t)), self._taken("t", self._times())
-        return converting.of_rows(objective, prediction, x_t, t, kind, self.kept)
+        prediction = self._masked(self._taken("prediction", prediction), kind)
+        x_t, t = self._masked(self._taken("x_t", noised.x_t), kind), self._taken("t", self._times())
+        return converting.of_rows(objective, prediction, x_t, t, kind, kept)
 
-    def _masked(self, data: Tensor) -> Tensor:
-        """``data`` with zeros in rows that all terms leave out: what they hold reaches nothing."""
-        return data if self.kept is None else torch.where(place_rows("kept", self.kept, data.shape), data, 0.0)
+    def _masked(self, data: Tensor, kind: Any) -> Tensor:
+        """``data`` with zeros in rows that all terms of this kind leave out: what they hold reaches nothing."""
+        kept = self.kept[kind.name]
+        return data if kept is None else torch.where(place_rows("kept", kept, data.shape), data, 0.0)
 
     def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         if name not in self.made:
