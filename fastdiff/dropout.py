@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from .numeric import check_numbers
 from .ops import dispatch
 from .philox import Stream, check_seed, draw_seed, samples_of
 from .showing import brief
+from .tensors import value_checks_are_free, with_entries
 
 
 def drop_condition(
@@ -41,8 +43,9 @@ def drop_condition(
         seed, generator, sample_offset: as in ``Objective.noise``. Without a seed one is drawn from the generator.
         ids: integers [batch], a number for each sample, in place of ``sample_offset``.
 
-    Returns (the condition, of the form and dtypes of ``cond``; dropped, bool [batch]). Nothing waits for the device.
-    Raises TypeError or ValueError for unfit arguments.
+    Returns (the condition, of the form, types and dtypes of ``cond``; dropped, bool [batch]). Nothing waits for the
+    device. Raises TypeError or ValueError for unfit arguments; among them is a null beyond the numbers of the dtype of
+    ``cond``, if it is a number or a tensor on the CPU.
     """
     check_numbers(probability=probability)
     if not 0 <= probability <= 1:
@@ -103,6 +106,7 @@ def _check_null(name: str, tensor: Tensor, null: Any) -> None:
         raise TypeError(f"the null of {name} must be a number or a tensor; got {brief(null)}.")
     if _kind(null) > _kind(tensor):
         raise TypeError(f"the null of {name} must be {kind}, as {name} is; got {brief(null)}.")
+    _check_fits(name, tensor, null)
     if isinstance(null, Tensor):
         if null.ndim and null.device != tensor.device:
             raise ValueError(f"the null of {name} is on {null.device}, but {name} on {tensor.device}.")
@@ -114,6 +118,28 @@ def _check_null(name: str, tensor: Tensor, null: Any) -> None:
             raise ValueError(
                 f"the null of {name} has shape {tuple(null.shape)}, which does not broadcast to {tuple(tensor.shape)}."
             )
+
+
+def _check_fits(name: str, tensor: Tensor, null: bool | int | float | Tensor) -> None:
+    """Raise ValueError where a finite ``null`` is beyond the numbers of ``tensor``: it would wrap around, or become
+    infinite. A tensor is looked at where that is free."""
+    if tensor.dtype == torch.bool:
+        return
+    numbers = [null]
+    if isinstance(null, Tensor):
+        if null.dtype == tensor.dtype or not value_checks_are_free(null):
+            return
+        if null.is_floating_point():
+            finite = null.detach()[null.isfinite()]
+            numbers = [end.item() for end in finite.aminmax()] if finite.numel() else []
+        else:  # as Python's, which have no end
+            numbers = null.flatten().tolist()
+    limits = torch.finfo(tensor.dtype) if _kind(tensor) == 2 else torch.iinfo(tensor.dtype)
+    for number in numbers:
+        if not limits.min <= number <= limits.max and abs(number) != math.inf and number == number:
+            low, high = (f"{end:g}" if _kind(tensor) == 2 else end for end in (limits.min, limits.max))
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"the null of {name} must fit into {kind}, {low} to {high}; got {number!r}.")
 
 
 def _kind(value: bool | int | float | Tensor) -> int:
@@ -129,8 +155,5 @@ def _replaced(cond: Any, null: Any, dropped: Tensor) -> Any:
         if not isinstance(null, Tensor):
             return cond.masked_fill(rows, 0 if null is None else null)
         return torch.where(rows, null.to(cond.dtype), cond)
-    if isinstance(cond, dict):
-        return {key: _replaced(value, None if null is None else null[key], dropped) for key, value in cond.items()}
-    nulls = (None,) * len(cond) if null is None else null
-    values = [_replaced(value, empty, dropped) for value, empty in zip(cond, nulls)]
-    return type(cond)(*values) if hasattr(cond, "_fields") else type(cond)(values)
+    keys = cond if isinstance(cond, dict) else range(len(cond))
+    return with_entries(cond, [_replaced(cond[key], None if null is None else null[key], dropped) for key in keys])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import modes, ops
 from .numeric import check_fields, check_numbers
 from .ops.checks import check_tensor, place_rows
 from .philox import whole
@@ -33,7 +33,8 @@ class Step:
     Attributes:
         x: x_t, [batch, ...].
         p_x, p_m: the x0 estimate of an output m is p_x x + p_m m.
-        index: the number of the step, ``step_offset`` included.
+        index: the number of the step, ``step_offset`` included, as a callback counts: both calls of the network in a
+            step of Heun's method have one number; each call has its own with ``PredictorCorrector``.
         state: what the rule keeps from step to step. It is empty when a run begins.
     """
 
@@ -105,7 +106,9 @@ class CFGZero(Rule):
     Args:
         scale: a number, or one a sample, [batch].
         zero_steps: in how many steps the output is 0 ("zero-init"); the paper advises 4% of them. It must be 0 unless
-            the network predicts the velocity of a ``RectifiedFlow``, for which 0 leaves x as it is.
+            the network predicts the velocity of a ``RectifiedFlow``, for which 0 leaves x as it is. In these steps
+            nothing else may change x: ``sample`` refuses samplers that add noise in them, a ``clip``,
+            ``dynamic_thresholding``, ``cond_fn``, and a ``guidance_interval`` without them.
     """
 
     zero_steps: int = 1
@@ -196,6 +199,8 @@ class NormPreserving(Rule):
         for dim in self.dims or ():
             if dim not in range(-len(shape), len(shape)) or dim % len(shape) == 0:
                 raise ValueError(f"dims must be dimensions of {tuple(shape)}, but not the first; got {self.dims}.")
+        if len({dim % len(shape) for dim in self.dims or ()}) < len(self.dims or ()):
+            raise ValueError(f"dims must differ; got {self.dims}, of which two are one dimension of {tuple(shape)}.")
 
     def combine(self, cond: Tensor, uncond: Tensor, step: Step) -> Tensor:
         guided = self._between(cond, uncond)
@@ -234,8 +239,9 @@ def classifier_gradient(
         labels: int64 [batch], the class that each sample is to have.
         scale: factor of the gradient; above 1 it favours samples that are typical of their class.
 
-    Returns a function (x_t, t) -> scale times the gradient of log p(label | x_t) by x_t. It raises ValueError where the
-    logits do not fit the labels. Raises TypeError or ValueError for unfit arguments.
+    Returns a function (x_t, t) -> scale times the gradient of log p(label | x_t) by x_t. It works under
+    ``torch.inference_mode`` too, and raises ValueError where the logits do not fit the labels. Raises TypeError or
+    ValueError for unfit arguments.
     """
     if not callable(classifier):
         raise TypeError(f"classifier must be callable as classifier(x_t, t); got {brief(classifier)}.")
@@ -245,15 +251,16 @@ def classifier_gradient(
     check_numbers(scale=scale)
 
     def gradient(x: Tensor, t: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            logits = classifier(x, t)
+        with modes.gradients():
+            x = modes.plain(x.detach()).requires_grad_()
+            logits = classifier(x, modes.plain(t))
             if logits.ndim != 2 or len(logits) != len(labels):
                 raise ValueError(
                     f"the classifier must return logits [{len(labels)}, classes], one row a label; got "
                     f"{tuple(logits.shape)}."
                 )
-            loss = F.cross_entropy(logits, labels.to(logits.device, non_blocking=True), reduction="sum")
+            wanted = modes.plain(labels).to(logits.device, non_blocking=True)
+            loss = F.cross_entropy(logits, wanted, reduction="sum")
             return torch.autograd.grad(loss, x)[0] * -scale
 
     return gradient

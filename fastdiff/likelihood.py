@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import modes, ops
 from . import prediction as kinds
 from .ops.checks import check_floating, check_tensor
 from .philox import Philox, Stream, check_seed, draw_seed, samples_of, whole
@@ -69,7 +69,7 @@ def log_likelihood(
         trace: of the network's Jacobian: "exact" (a backward pass for each number of a sample); or Hutchinson's
             estimate with "rademacher" or "gaussian" probes, whose log-likelihood is unbiased.
         probes: how many of these; a backward pass each.
-        cond: as in ``fastdiff.sample``.
+        cond: as in ``fastdiff.sample``. A run under ``torch.inference_mode`` needs one that was made outside of it.
         seed: of the probes; None: PyTorch's default generator. The probes of a sample depend on its index.
         sample_offset: the index of the first sample.
         ids: in its place a number for each sample, integers [batch].
@@ -170,8 +170,8 @@ class _Field:
 
     def _jacobian(self, seen: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The network's output, and the trace of its Jacobian, float64 [batch]."""
-        with torch.enable_grad():
-            seen = seen.detach().requires_grad_()
+        with modes.gradients():
+            seen, time = modes.plain(seen.detach()).requires_grad_(), modes.plain(time)
             try:
                 m = self._model(seen, time) if self._cond is None else self._model(seen, time, self._cond)
             except TypeError as error:
@@ -190,7 +190,7 @@ class _Field:
                 else:
                     count = self._probes.shape[1]
                     for j in range(count):
-                        e = self._probes[:, j]
+                        e = modes.plain(self._probes[:, j])
                         gradient = self._gradient((m * e).sum(), seen, j + 1 < count)
                         trace += (gradient * e.double()).flatten(1).sum(1) / count
         return m.detach().double(), trace

@@ -72,6 +72,19 @@ def is_many(gradient: Tensor) -> bool:
 
 
 @contextmanager
+def gradients() -> Iterator[None]:
+    """A block in which gradients are computed, whatever mode it is called in. Tensors from outside of it go through
+    ``plain``: those made under ``torch.inference_mode`` have no gradients, and cannot be kept for one."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """``tensor``, or in a block of ``gradients`` a copy of one that was made under ``torch.inference_mode``."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+@contextmanager
 def lasting() -> Iterator[None]:
     """A block that makes tensors which are kept: they are plain, outside of every transform, mode and graph."""
     with (

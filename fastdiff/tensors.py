@@ -1,8 +1,9 @@
-"""Helpers for coefficients, one a row: a lookup in a table by the times t, and whether looking at values is free; and
-the decoding of images."""
+"""Helpers for coefficients, one a row: a lookup in a table by the times t, and whether looking at values is free; the
+decoding of images; and conditions that are nested."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -75,3 +76,16 @@ def as_tensor(row: Tensor | Gathered) -> Tensor:
     column, index = row
     inside = (index >= 0) & (index < column.shape[0])
     return torch.where(inside, column[torch.where(inside, index, 0)], math.nan)
+
+
+def with_entries(nested: Any, entries: list[Any]) -> Any:
+    """A dict, tuple or list of the type of ``nested``, an ``OrderedDict`` or a named tuple too, that holds ``entries``
+    in place of its own, in their order."""
+    if type(nested) is dict:
+        return dict(zip(nested, entries))
+    if isinstance(nested, dict):
+        made = copy.copy(nested)
+        for key, entry in zip(nested, entries):
+            made[key] = entry
+        return made
+    return type(nested)(*entries) if hasattr(nested, "_fields") else type(nested)(entries)

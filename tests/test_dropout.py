@@ -14,6 +14,7 @@ from fastdiff.philox import Stream
 B, SEED = 64, 7
 LABELS = torch.arange(B) % 10
 TOKENS = torch.arange(B * 3 * 2, dtype=torch.float32).view(B, 3, 2) + 1
+BYTES = LABELS.to(torch.uint8)
 MASK = torch.ones(B, 3, dtype=torch.bool)
 WHICH = torch.from_numpy(oracle.uniform(SEED, B, stream=8) < 0.3)  # of the seed, at a probability of 0.3
 pytestmark = pytest.mark.usefixtures("backend")
@@ -55,6 +56,10 @@ def test_one_decision_for_all_of_a_condition():
     assert isinstance(pair, Pair) and torch.equal(pair.tokens, expected(TOKENS, 7.0))
     assert torch.equal(pair.labels, expected(LABELS, 11))
     assert isinstance(got["more"], list) and type(got["more"][0]) is tuple
+    for given in (collections.OrderedDict(a=TOKENS), collections.defaultdict(list, a=TOKENS)):
+        got, _ = drop_condition(given, 0.3, seed=SEED)
+        assert type(got) is type(given) and torch.equal(got["a"], expected(TOKENS, 0.0)) and given["a"] is TOKENS
+    assert got["b"] == [], "what is missing is made as before"
     alone, _ = drop_condition([TOKENS, TOKENS], 0.3, seed=SEED)
     assert all(torch.equal(entry, expected(TOKENS, 0.0)) for entry in alone)
 
@@ -141,6 +146,30 @@ def test_under_compile():
     assert torch.equal(dropped, WHICH) and torch.equal(got, expected(LABELS, 10))
 
 
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict, lambda **entries: Pair(*entries.values())])
+def test_nested_under_compile(kind):
+    step = torch.compile(
+        lambda cond, null, seed: drop_condition(cond, 0.3, null, seed=seed), fullgraph=True, backend="eager"
+    )
+    cond = kind(tokens=TOKENS, labels=LABELS)
+    got, _ = step(cond, kind(tokens=None, labels=torch.tensor(10)), torch.tensor([SEED]))
+    tokens, labels = got.values() if isinstance(got, dict) else got
+    assert type(got) is type(cond)
+    assert torch.equal(tokens, expected(TOKENS, 0.0)) and torch.equal(labels, expected(LABELS, 10))
+
+
+@pytest.mark.parametrize("null", [float("-inf"), float("nan"), torch.tensor(float("-inf")), 65504.0, torch.tensor(7)])
+def test_a_null_that_fits(null):
+    """Also what is not finite: the -inf of a mask that is added."""
+    got, _ = drop_condition(TOKENS.half(), 0.3, null, seed=SEED)
+    torch.testing.assert_close(got, expected(TOKENS.half(), null), rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_ends_of_integers():
+    for null in (0, 255, torch.tensor(255), torch.tensor(255, dtype=torch.uint16), True):
+        assert torch.equal(drop_condition(BYTES, 0.3, null, seed=SEED)[0], expected(BYTES, null))
+
+
 WRONG = {
     "a text": ((["cat"], 0.1), {}, TypeError, r"cond\[0\] must be a tensor, or a dict, tuple or list .*; got 'cat'"),
     "nothing": (({}, 0.1), {}, ValueError, "cond must hold a tensor"),
@@ -153,6 +182,19 @@ WRONG = {
     "fractions for labels": ((LABELS, 0.1, torch.ones(())), {}, TypeError, "null of cond must be int64"),
     "a null of another shape": ((TOKENS, 0.1, torch.ones(3)), {}, ValueError, r"\(3,\), which does not broadcast to"),
     "a null that is larger": ((TOKENS, 0.1, torch.ones(2, B, 3, 2)), {}, ValueError, "does not broadcast"),
+    "a class that wraps": ((BYTES, 0.1, torch.tensor(256)), {}, ValueError, "fit into uint8, 0 to 255; got 256"),
+    "a class below 0": ((BYTES, 0.1, torch.tensor(-1)), {}, ValueError, "fit into uint8, 0 to 255; got -1"),
+    "a class too far of many": (
+        (BYTES.char(), 0.1, torch.tensor([1000] + [5] * (B - 1))), {}, ValueError, "int8, -128 to 127; got 1000"),
+    "a class of 16 bits": (
+        (BYTES, 0.1, torch.tensor(65535, dtype=torch.uint16)), {}, ValueError, "uint8, 0 to 255; got 65535"),
+    "a number that wraps": ((BYTES, 0.1, 256), {}, ValueError, "null of cond must fit into uint8, 0 to 255; got 256"),
+    "a number of 71 bits": ((LABELS, 0.1, 2**70), {}, ValueError, f"fit into int64, .*; got {2**70}"),
+    "a number that becomes infinite": ((TOKENS.half(), 0.1, 1e6), {}, ValueError, "-65504 to 65504; got 1000000.0"),
+    "a number that becomes infinite below": ((TOKENS.half(), 0.1, -(10**6)), {}, ValueError, "float16.*; got -1000000"),
+    "a tensor that becomes infinite": (
+        (TOKENS.half(), 0.1, torch.tensor([float("nan"), -1e6])), {}, ValueError, "float16.*; got -1000000.0"),
+    "integers that become infinite": ((TOKENS.half(), 0.1, torch.tensor(10**6)), {}, ValueError, "float16.*1000000"),
     "a null of another form": (({"a": TOKENS}, 0.1, 0.0), {}, TypeError, "null must be of the form of cond, a dict"),
     "a null of other entries": (({"a": TOKENS}, 0.1, {"b": 0.0}), {}, ValueError, r"got \['a'\] and \['b'\]"),
     "a null of fewer entries": (([TOKENS, TOKENS], 0.1, [0.0]), {}, ValueError, r"entries; got \[0, 1\] and \[0\]"),

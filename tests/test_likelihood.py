@@ -114,6 +114,20 @@ def test_discrete_steps(solver):
     assert whole == (solver == "heun") and min(seen) == 0 and max(seen) == 999
 
 
+@pytest.mark.parametrize("trace", ["exact", "rademacher"])
+def test_inference_mode_changes_nothing(trace):
+    """The trace of the Jacobian would be 0 without gradients."""
+    process = fastdiff.RectifiedFlow()
+    model = exact_network(process, "flow")
+
+    def found(x):
+        return fastdiff.likelihood.log_likelihood(model, x, process, prediction="flow", steps=5, trace=trace, seed=1)
+
+    expected = found(points(3))
+    with torch.inference_mode():
+        assert torch.equal(found(points(3)), expected)
+
+
 @pytest.mark.parametrize("trace", ["rademacher", "gaussian"])
 def test_hutchinson_is_unbiased(trace):
     """The mean over 3,000 probes of one point is the exact trace's log-likelihood of the same steps, to five standard

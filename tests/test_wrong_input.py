@@ -146,6 +146,27 @@ CASES = {
     "offset noise of a step without channels": (
         lambda: ops.step(X[0], X[0], torch.ones(len(ops.COLUMNS)), noise=ops.Philox(1, offset=0.1)),
         ValueError, "channels"),
+    "a start of images": (
+        lambda: sample(x=torch.zeros(2, 3, dtype=torch.uint8)), TypeError,
+        r"x must be floating point .*; got torch.uint8. Scale images .* x.float\(\) / 127.5 - 1"),
+    "a start of integers": (
+        lambda: sample(x=torch.zeros(2, 3, dtype=torch.int64)), TypeError, "x must be floating point .*torch.int64"),
+    "known data of images": (
+        lambda: sample(mask=torch.ones(2, 3), known=torch.zeros(2, 3, dtype=torch.uint8)), TypeError,
+        r"known must be floating point .*; got torch.uint8. Scale images .* known.float\(\) / 127.5 - 1"),
+    "known data of complex numbers": (
+        lambda: sample(mask=torch.ones(2, 3), known=torch.zeros(2, 3) * 1j), TypeError, "known must be floating point"),
+    "integers as the noise of churn": (
+        lambda: sample(lambda x, t: x, sampler=samplers.Euler(s_churn=1.0, timesteps=[500]), steps=None, x=X[:, :, 0],
+                       noise=lambda k, shape: torch.ones(shape, dtype=torch.int64)),
+        TypeError, "noise must be floating point .*torch.int64"),
+    "noise of churn of another shape": (
+        lambda: sample(lambda x, t: x, sampler=samplers.Euler(s_churn=1.0, timesteps=[500]), steps=None, x=X[:, :, 0],
+                       noise=lambda k, shape: torch.ones(shape[1:])),
+        ValueError, r"noise has shape \(3,\), but x \(2, 3\)"),
+    "integers of a network under a rule": (
+        lambda: sample(lambda x, t, c: x.long(), cond=T, uncond=T, guidance=fastdiff.guidance.Plain(2.0)), TypeError,
+        "model_output must be floating point .*torch.int64"),
     "seed and generator of samples": (lambda: sample(seed=1, generator=torch.Generator()), ValueError, "not both"),
     "a generator too many": (
         lambda: sample(generator=[torch.Generator() for _ in range(3)]), ValueError, "3 generators for 2 samples"),

@@ -53,7 +53,9 @@ def check_floating(**tensors: Tensor) -> None:
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             continue
         check_tensor(name, tensor, name)
-        scale = f" Scale images to about [-1, 1] first, for example {name}.float() / 127.5 - 1." if name == "x0" else ""
+        scale = ""
+        if name in ("x0", "x", "known"):
+            scale = f" Scale images to about [-1, 1] first, for example {name}.float() / 127.5 - 1."
         raise TypeError(
             f"{name} must be floating point (float16, bfloat16, float32 or float64); got {tensor.dtype}.{scale}"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import prediction as kinds
 from .. import samplers
 from ..guidance import Rule
-from ..ops.checks import check_tensor
+from ..ops.checks import check_floating, check_tensor
 from ..philox import samples_of, whole
 from ..prediction import Prediction
 from ..process import Process, check_process
@@ -37,9 +37,11 @@ def check(request: Request) -> tuple[Request, Plan, Guidance]:
     if step_offset < 0:
         raise ValueError(f"step_offset must be at least 0; got {step_offset}.")
     x, noise, dtype = request.x, request.noise, request.dtype
-    for name, tensor in (("x", x), ("mask", request.mask), ("known", request.known)):
+    for name, tensor in (("x", x), ("known", request.known)):
         if tensor is not None:
-            check_tensor(name, tensor, name)
+            check_floating(**{name: tensor})
+    if request.mask is not None:
+        check_tensor("mask", request.mask, "mask")
     if noise is not None and not callable(noise):
         raise TypeError(
             f"noise must be a function (step, shape) -> tensor; got {brief(noise)}. A start is passed as x=."
@@ -53,12 +55,18 @@ def check(request: Request) -> tuple[Request, Plan, Guidance]:
     device = _device(request.model, x, request.device)
     samples = samples_of(request.ids, request.sample_offset, shape[0], device)
     generator = check_seeds(request.seed, request.generator, shape[0])
+    if request.ids is not None and (noise is not None or isinstance(generator, list)):
+        given, equal = ("a list of generators", "generators of one seed") if noise is None else ("noise=", "noise")
+        raise ValueError(
+            f"ids choose the noise of samples from that of a seed, but {given} gives it: leave ids out, and give equal "
+            f"{equal} to samples that are to have the same noise."
+        )
+    if isinstance(request.guidance, Rule):
+        request.guidance.check(process, prediction, shape)
     guidance = Guidance(
         plan, sampler, request.guidance, uncond is not None, request.guidance_interval, request.guidance_rescale,
         request.dynamic_thresholding, request.sample_max_value, request.cond_fn, step_offset,
     )  # fmt: skip
-    if isinstance(request.guidance, Rule):
-        request.guidance.check(process, prediction, shape)
     if request.cuda_graph:
         check_capture(device, plan, guidance)
     checked = request._replace(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..showing import brief
+from ..tensors import with_entries
 
 
 def conditions(cond: Any, uncond: Any, batch: int) -> tuple[Any, Any]:
@@ -34,9 +35,7 @@ def _both(uncond: Any, cond: Any, batch: int, at: str) -> Any:
             keys, others = ([*c] if kind is dict else [*range(len(c))] for c in (cond, uncond))
             if set(keys) != set(others):
                 raise ValueError(f"cond{at} and uncond{at} must have the same entries; got {keys} and {others}.")
-            if kind is dict:
-                return {key: _both(uncond[key], value, batch, f"{at}[{key!r}]") for key, value in cond.items()}
-            return type(cond)(_both(uncond[k], value, batch, f"{at}[{k}]") for k, value in enumerate(cond))
+            return with_entries(cond, [_both(uncond[key], cond[key], batch, f"{at}[{key!r}]") for key in keys])
     if type(cond) is type(uncond):
         raise TypeError(f"cond{at} must be a tensor, or a tuple, list or dict of tensors; got {type(cond).__name__}.")
     raise TypeError(

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guidance import Plain, Rule, Step
+from .. import modes
+from ..guidance import CFGZero, Plain, Rule, Step
 from ..numeric import check_numbers
 from ..ops.checks import check_tensor
-from ..ops.step import COLUMNS
+from ..ops.step import COLUMNS, KEPT_STEPS
 from ..ops.step_table import PreparedSteps
 from ..samplers import Plan, Sampler
 from ..showing import brief
@@ -88,6 +89,8 @@ class Guidance:
             table = plan.table.clone()
             table[:, _AT["c_h1"]] = 1.0
             self.rows = PreparedSteps(table)
+        if isinstance(guidance, CFGZero):
+            self._check_zero_steps(guidance.zero_steps, sampler)
         if is_rule and guidance.renoises_unconditionally:
             clamped = plan.clip is not None or quantile is not None
             if plan.langevin is not None or bool(plan.table[:, _PAST].any()) or clamped or cond_fn is not None:
@@ -100,6 +103,36 @@ class Guidance:
             table[:, _AT["c_h1"]] = (c_m + (c_x0 - end) * p_m) * torch.tensor(self.guided, device="cpu")
             self.rows = PreparedSteps(table)
 
+    def _index(self, k: int) -> int:
+        """The number of the step that row k belongs to."""
+        return self._first_step + (k if self._plan.steps is None else self._plan.steps[k])
+
+    def _check_zero_steps(self, zero_steps: int, sampler: Sampler) -> None:
+        """Raise ValueError unless x stays as it is in the first steps, in which the network's output is 0."""
+        plan = self._plan
+        rows = [k for k in range(len(plan.times)) if self._index(k) < zero_steps]
+        options = {"clip": plan.clip, "dynamic_thresholding": self._quantile, "cond_fn": self._cond_fn}
+        found = [name for name, value in options.items() if value is not None]
+        if not all(self.guided[k] for k in rows):
+            found.append("guidance_interval")
+        factor, history = 1.0, [0.0] * KEPT_STEPS  # what x and the history are multiples of x at the start by
+        for k in rows:
+            row = dict(zip(COLUMNS, plan.table[k].tolist()))
+            x0, past = row["p_x"] * factor, plan.table[k, _PAST].tolist()
+            entry = row["h_x"] * factor + row["h_x0"] * x0
+            factor = row["c_x"] * factor + row["c_x0"] * x0 + sum(c * kept for c, kept in zip(past, history))
+            if row["h_x"] or row["h_m"] or row["h_x0"]:
+                history = [entry, *history[:-1]]
+            if (plan.draws[k] and row["c_noise"]) or abs(factor - 1) > 1e-9:
+                found.append(repr(sampler))
+                break
+        if rows and found:
+            raise ValueError(
+                f"zero_steps={zero_steps} needs first steps in which an output of 0 leaves x as it is, which is not so "
+                f"with {', '.join(found)}: use a sampler without new noise, such as 'flow_euler', without these "
+                f"options; or CFGZero(..., zero_steps=0)."
+            )
+
     def prepare(
         self, k: int, run: Any, m: Tensor, guided: bool, variance: Tensor | None, time: Tensor, noise: Any
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -110,8 +143,7 @@ class Guidance:
         if guided:
             uncond, cond = (half.to(wide) for half in m.chunk(2))
             p_x, p_m = (self._columns[name][k] for name in ("p_x", "p_m"))
-            index = self._first_step + (k if self._plan.steps is None else self._plan.steps[k])
-            m = self._rule.combine(cond, uncond, Step(x, p_x, p_m, index, self._state))
+            m = self._rule.combine(cond, uncond, Step(x, p_x, p_m, self._index(k), self._state))
             if self._rescale:
                 spread = _deviation(m)
                 ratio = torch.where(spread > 0, _deviation(cond) / spread, 1.0)
@@ -131,8 +163,8 @@ class Guidance:
         return m, extras
 
     def _classified(self, k, x, m, variance, time, wide) -> tuple[Tensor, dict[str, Any]]:
-        with torch.enable_grad():
-            gradient = self._cond_fn(x.detach(), time)
+        with modes.gradients():
+            gradient = self._cond_fn(modes.plain(x.detach()), modes.plain(time))
         check_tensor("the gradient of cond_fn", gradient, "gradient")
         gradient = gradient.detach().to(wide)
         if gradient.shape != x.shape:

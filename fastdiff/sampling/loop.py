@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops, samplers
 from ..guidance import Rule
 from ..names import answers_keywords
-from ..ops.checks import check_tensor
+from ..ops.checks import check_floating, check_tensor
 from ..prediction import Prediction
 from ..process import Process
 from ..samplers import Plan
@@ -117,17 +117,17 @@ def sample(
         cond_fn: classifier guidance (Dhariwal and Nichol 2021): ``cond_fn(x, t)`` returns the gradient of
             log p(y | x_t), scaled as wished, t as the model's; ``fastdiff.guidance.classifier_gradient`` makes one. It
             changes the posterior mean of DDPM (their algorithm 1) and the noise estimate of the others (algorithm 2).
-            Gradients are enabled in it.
+            Gradients are enabled in it, also under ``torch.inference_mode``.
         known, mask: inpainting: where the mask is 1 (or True; it is broadcast), the samples are ``known``, noised to
-            the level of each step with one noise (the initial one) for all steps.
+            the level of each step with one noise (the initial one) for all steps. ``known`` is floating point.
         seed, generator: what the noise is made from, by sample index; without either, PyTorch's default generator. A
             list of generators, one a sample, is drawn from with torch.randn: x first, then step by step. Samples do not
             depend on the batch they are in, with a seed or with a list.
         noise: ``noise(step, shape)`` gives the noise of a step instead.
-        x: where to start; None: noise from the seed.
+        x: where to start, floating point; None: noise from the seed.
         sample_offset: the index of the first sample. With one seed, 8 samples are 4 and another 4 with offset 4.
         ids: in its place a number for each sample, integers [batch]: samples of one id get the same noise, such as the
-            pairs of a comparison.
+            pairs of a comparison. Not with ``noise`` or a list of generators, which say that themselves.
         step_offset: the index of the first step. The noise of a step is made from the seed and this index: a run that
             goes on from another's x, with the same seed, has to be given the number of steps that were made, or it adds
             the noise that was added before.
@@ -256,6 +256,7 @@ def _general_step(
     elif guidance.looks and m.shape != steps.seen.shape:
         raise ValueError(f"the model returned shape {tuple(m.shape)} for an input of {tuple(steps.seen.shape)}.")
     if guidance.looks:
+        check_floating(model_output=m)
         m, options = guidance.prepare(k, steps, m, guided, variance, time, noise)
         guided = False  # it is one now
     steps.step(k, m, guided, noise, copies, want_x0, variance, **options)

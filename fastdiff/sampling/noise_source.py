@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, torch_randn
+from ..ops.checks import check_floating
 from ..philox import Philox, Stream, draw_seed
 from ..samplers import Plan
 from .request import Request
@@ -72,7 +73,13 @@ class NoiseSource:
     def _of(self, step: int) -> Tensor:
         """The noise of a step: by the function, by the generators, or from the seed."""
         if self._request.noise is not None:
-            return self._request.noise(step, self._request.shape).to(self._request.device)
+            noise = self._request.noise(step, self._request.shape)
+            check_floating(noise=noise)
+            if noise.shape != self._request.shape:
+                raise ValueError(
+                    f"noise has shape {tuple(noise.shape)}, but x {tuple(self._request.shape)}; they must be equal."
+                )
+            return noise.to(self._request.device)
         if self._generators is not None:
             return self._drawn(self._generators)
         philox = dataclasses.replace(self.philox, stream=Stream.STEP + step)

@@ -197,3 +197,20 @@ def test_wrong_ids_of_noise():
         ops.noise(X0, 1.0, 1.0, ops.Philox(1, IDS[:5]))
     with pytest.raises(ValueError, match="5 sample ids for the 6 samples"):
         ops.materialize(ops.Philox(1, IDS[:5]), X0.shape, "cpu")
+
+
+@pytest.mark.parametrize(
+    "how, match",
+    [
+        (
+            {"generator": [torch.Generator() for _ in range(6)]},
+            "generators .*: leave ids out, .* generators of one seed",
+        ),
+        ({"noise": lambda step, shape: torch.zeros(shape)}, "noise= .*: leave ids out, and give equal noise"),
+    ],
+    ids=["generators", "noise"],
+)
+def test_ids_where_the_noise_is_not_made_from_the_seed(how, match):
+    """They would be ignored."""
+    with pytest.raises(ValueError, match=match):
+        fastdiff.sample(lambda x, t: x, X0.shape, objective(), ids=IDS, progress=False, **how)

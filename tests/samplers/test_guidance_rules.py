@@ -93,6 +93,36 @@ def test_the_first_steps_of_cfg_zero(which):
     assert not torch.allclose(path[3], path[2], atol=1e-3)
 
 
+@pytest.mark.parametrize("how", [
+    {"sampler": samplers.PredictorCorrector(predictor=samplers.DDIM())}, {"guidance_interval": (0.5, 1)},
+    {"sampler": samplers.DPMSolverPP(order=3)}, {"sampler": samplers.EulerAncestral(eta=0.0)},
+    {"sampler": "flow_lcm", "step_offset": 1}, {"guidance_rescale": 0.7},
+], ids=str)  # fmt: skip
+def test_other_runs_whose_first_step_leaves_x_as_it_is(how):
+    """It is for the rows of the first steps alone to leave x as it is; the correctors come after the first step."""
+    options = {"sampler": "flow_euler", "process": FLOW, "prediction": "flow", "guidance": CFGZero(3.0)} | how
+    _, path = run(return_trajectory=True, **options, **BOTH)
+    assert ("step_offset" in how) == (not torch.allclose(path[1], path[0], rtol=1e-12, atol=1e-12))
+    assert not torch.allclose(path[2], path[1], atol=1e-3)
+
+
+def test_the_index_is_that_of_a_callback():
+    """The two calls of a step of Heun's method are one; a corrector is a step of its own."""
+
+    class Told(Plain):
+        def combine(self, cond, uncond, step):
+            told.append(step.index)
+            return super().combine(cond, uncond, step)
+
+    for sampler, expected in (("flow_heun", [5, 5, 6, 6, 7]), ("predictor_corrector", [5, 6, 7, 8, 9])):
+        told, shown = [], []
+        run(
+            network, sampler, FLOW, "flow", 3, guidance=Told(2.0), step_offset=5,
+            callback=lambda k, t, x, x0: shown.append(k + 5), **BOTH,  # noqa: B023
+        )  # fmt: skip
+        assert told == expected and shown == sorted(set(told))
+
+
 def test_steps_of_another_leg_are_not_the_first():
     which = ("flow_euler", FLOW, "flow")
     x = torch.randn(SHAPE, dtype=torch.float64)
@@ -356,6 +386,7 @@ def never(x, t, c=None):
     raise AssertionError("the model was called")
 
 
+FLOWING = {"sampler": "flow_euler", "process": FLOW, "prediction": "flow"}
 WRONG = {
     "no uncond": ({"guidance": CFGZero(3.0, 0), "uncond": None}, ValueError, "needs uncond"),
     "a class": ({"guidance": Projected}, TypeError, "guidance must be a number; got the class Projected"),
@@ -363,6 +394,29 @@ WRONG = {
     "zero steps of another process": (
         {"guidance": CFGZero(3.0), "prediction": "flow"}, ValueError, "RectifiedFlow alone; got 'flow' of Variance",
     ),
+    **{
+        f"zero steps and {name}": ({"guidance": CFGZero(3.0), **FLOWING, **how}, ValueError, f"zero_steps=1 .*{words}")
+        for name, how, words in [
+            ("new noise", {"sampler": "flow_lcm"}, "FlowLCM"),
+            ("DDPM", {"sampler": "ddpm"}, "DDPM"),
+            ("ancestral noise", {"sampler": "euler_ancestral"}, "EulerAncestral"),
+            ("noise of 2M", {"sampler": "dpmpp_2m_sde"}, "DPMSolverPP"),
+            ("noise of 3M", {"sampler": "dpmpp_3m_sde"}, "DPMSolverPP"),
+            ("a predictor that draws", {"sampler": "predictor_corrector"}, "PredictorCorrector"),
+            ("thresholds", {"dynamic_thresholding": 0.9}, "dynamic_thresholding"),
+            ("a clip", {"sampler": samplers.FlowEuler(clip=1.0)}, "clip"),
+            ("a classifier", {"cond_fn": lambda x, t: x}, "cond_fn"),
+            ("an interval", {"guidance_interval": (0, 0.8)}, "guidance_interval"),
+        ]
+    },
+    "zero steps and a corrector": (
+        {"guidance": CFGZero(3.0, 2), **FLOWING, "sampler": samplers.PredictorCorrector(predictor=samplers.DDIM())},
+        ValueError, "zero_steps=2 .*PredictorCorrector",
+    ),
+    "the last zero step outside of an interval": (
+        {"guidance": CFGZero(3.0, 2), **FLOWING, "guidance_interval": (0.9, 1)}, ValueError, "guidance_interval",
+    ),
+    "a dimension twice": ({"guidance": NormPreserving(3.0, (-1, 2))}, ValueError, r"dims must differ; got \(-1, 2\)"),
     "the batch": ({"guidance": NormPreserving(3.0, (0,))}, ValueError, r"dims .* of \(2, 3, 4\), but not the first"),
     "the batch from behind": ({"guidance": NormPreserving(3.0, (-3,))}, ValueError, "not the first; got"),
     "a dimension too many": ({"guidance": NormPreserving(3.0, (3,))}, ValueError, "not the first; got"),
@@ -467,6 +521,26 @@ def test_a_run_with_the_gradient_of_a_classifier():
 
     same(run(cond_fn=cond_fn, cond=COND), run(moved, cond=COND))
     assert times == [[t, t] for t in TIMES]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_the_gradient_of_a_classifier_in_inference_mode(sampler):
+    """Everything but the weights is made in it. Gradients are enabled in a ``cond_fn`` of one's own, too."""
+    classifier, t = Classifier(), torch.tensor([0.3, -0.2])
+
+    def own(x, t):
+        x = x.requires_grad_()
+        return torch.autograd.grad(classifier(x, t)[:, 0].sum(), x)[0]
+
+    def found():
+        made = guidance.classifier_gradient(classifier, torch.tensor([0, 1]), 0.2)
+        return *(run(sampler=sampler, cond_fn=f, cond=COND) for f in (made, own)), made(torch.ones(SHAPE), t * 1)
+
+    expected = found()
+    with torch.inference_mode():
+        got = found()
+    for one, other in zip(got, expected):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

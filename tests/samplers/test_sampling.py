@@ -1,5 +1,6 @@
 """fastdiff.sample: closed forms, the pitfalls of samplers, guidance, seeds, callbacks."""
 
+import collections
 import math
 import sys
 from types import SimpleNamespace
@@ -258,6 +259,20 @@ def test_guidance():
 
     nest = {"label": (cond,)}, {"label": (uncond,)}
     assert torch.equal(run(nested, (2, 5), cond=nest[0], uncond=nest[1], guidance=3.0, x=x), guided)
+
+
+def test_a_guided_condition_keeps_its_types():
+    """Named tuples and dicts of another class come to the network as what they were."""
+    Pair = collections.namedtuple("Pair", "text pooled")
+
+    def model(x, t, c):
+        assert type(c) is Pair and type(c.pooled) is collections.OrderedDict
+        return c.pooled["a"].view(-1, 1) * x
+
+    cond, uncond = (Pair(torch.ones(2), collections.OrderedDict(a=torch.tensor(a))) for a in ([1.0, 2.0], [0.5, 0.25]))
+    got = run(model, (2, 5), cond=cond, uncond=uncond, guidance=3.0)
+    plain = run(lambda x, t, c: c.view(-1, 1) * x, (2, 5), cond=cond[1]["a"], uncond=uncond[1]["a"], guidance=3.0)
+    assert torch.equal(got, plain)
 
 
 def test_guidance_of_float64_samples_is_not_rounded():
