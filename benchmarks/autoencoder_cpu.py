@@ -48,7 +48,9 @@ def with_gradient(call: Callable[[Tensor], tuple[Tensor, Tensor] | Tensor]) -> C
         results = call(moments)
         if isinstance(results, Tensor):
             return torch.autograd.grad(results, moments)[0]
-        d = upstream.setdefault(moments.dtype, torch.randn(SHAPE).to(moments.dtype))
+        if moments.dtype not in upstream:
+            upstream[moments.dtype] = torch.randn(SHAPE).to(moments.dtype)
+        d = upstream[moments.dtype]
         return torch.autograd.grad(results, moments, (d, d))[0]
 
     return run
