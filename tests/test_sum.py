@@ -499,6 +499,23 @@ def test_what_a_discriminator_saw_is_not_learned_in_a_step_without_its_term():
     assert torch.equal(before, d[1].weight)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_loss_that_writes_into_what_others_see_is_refused(place):
+    """The first module of an extractor may work in place."""
+    objective, noised, output = batch()
+
+    def loss(*given):
+        given[place].mul_(2.0)
+        return error(*given)
+
+    def named(estimate, truth):
+        return loss(estimate, truth)
+
+    for share in (1.0, 0.5):
+        with pytest.raises(ValueError, match="the loss of 'a' wrote into the estimate or the truth"):
+            Sum(objective, a=Term(named, share=share), b=Term(error))(output, noised)
+
+
 def test_a_discriminator_that_saw_nothing_has_no_step():
     d = nn.Linear(4, 1)
     critic = Discriminator(d, torch.optim.SGD(d.parameters(), 0.1))

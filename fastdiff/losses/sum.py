@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from .. import converting
 from .. import prediction as kinds
+from ..modes import version_of
 from ..noised import Noised, check_noised
 from ..numeric import check_numbers
 from ..ops.checks import check_alike, check_floating, check_tensor, compute_dtype, place_rows
@@ -260,7 +261,14 @@ class _Batch:
                 asked[key] = None if weight is None else weight[:rows] != 0
             elif given.get(key) is not None:
                 asked[key] = self._taken(key, given[key], rows)
-        found = term.loss(self._estimate(term)[:rows], **asked)
+        shared = [tensor for tensor in (self._estimate(term)[:rows], asked.get("truth")) if tensor is not None]
+        before = [version_of(tensor) for tensor in shared]
+        found = term.loss(shared[0], **asked)
+        if before != [version_of(tensor) for tensor in shared]:
+            raise ValueError(
+                f"the loss of {name!r} wrote into the estimate or the truth, which other terms look at too: let it "
+                f"work on a copy, .clone(), or without inplace=True in its first module."
+            )
         check_tensor(f"the loss of {name!r}", found, name)
         if not found.is_floating_point() or found.shape != (rows,):
             raise ValueError(f"the loss of {name!r} must be one a sample, floating point [{rows}]; got {brief(found)}.")

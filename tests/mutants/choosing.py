@@ -44,7 +44,8 @@ TABLE = {
     "fastdiff/samplers/": "samplers wrong_input guidance pitfalls_of_samplers sampling samplers_diffusers k_diffusion",
     "fastdiff/sampling/cuda_graph": "cuda_step wrong_input devices",
     "fastdiff/sampling/guidance": "guidance guidance_rules sampling wrong_input corrector",
-    "fastdiff/sampling": "sampling guidance_rules wrong_input trajectory guidance k_diffusion pitfalls_of_samplers samplers cuda_step",
+    "fastdiff/sampling": "sampling guidance_rules wrong_input trajectory guidance k_diffusion pitfalls_of_samplers "
+    "samplers cuda_step",
     "fastdiff/objective": "objective wrong_input noise pitfalls_of_objectives fast_calls compile diffusers loss",
     "fastdiff/ops/gaussian": "gaussian_kl wrong_input native",
     "fastdiff/ops/kl_normal": "latents wrong_input native",
