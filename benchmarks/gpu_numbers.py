@@ -639,7 +639,7 @@ def parsed(said: str) -> list[dict[str, Any]]:
 
 
 def machine() -> bool:
-    doctor.show()
+    doctor.show(as_json=False)
     print(f"fastdiff is {fastdiff.__file__}")
     available = torch.cuda.is_available()
     values: dict[str, Any] = {"doctor": doctor.report(), "fastdiff": fastdiff.__file__}

@@ -257,7 +257,7 @@ def test_fast_noise_in_the_loss(layout, dtype, x0):
 )
 def test_a_third_operand_of_the_target(layout, dtype, other, made, how):
     shape, rows = layout
-    mask = torch.rand(shape) < 0.7 if how[1] == "row" else None
+    mask = torch.rand(shape, device=DEVICE) < 0.7 if how[1] == "row" else None
     third = {"y": random(shape, other), "r": random(rows)}
     arguments = loss_arguments(shape, rows, dtype, mask, made)
     if made and mask is not None:  # the target of epsilon
@@ -381,7 +381,7 @@ def test_images_in_the_loss(layout, dtype, kind):
     shape, rows = layout
     images, prediction = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE), random(shape, dtype)
     n, (p, q, w) = noise_of(kind, shape, dtype), (random(rows) for _ in range(3))
-    how = n, p, q, None, w, None, None, "mse", "none", "mean"
+    how = n, p, q, None, w.abs(), None, None, "mse", "none", "mean"
     results = []
     for x0 in (images, decoded(images)):
         leaf = prediction.clone().requires_grad_()
@@ -389,8 +389,10 @@ def test_images_in_the_loss(layout, dtype, kind):
             value = triton.loss(leaf, x0, *how)
         assert launched == ["loss"]
         results.append((value, *torch.autograd.grad(value, leaf)))
-    for got, want in zip(*results):
-        assert_same(got, want)
+    (got, gradient), (want, wanted) = results
+    # On a GPU the layout of a tile, and with it the order of a sum in it, follows the size of what is read.
+    torch.testing.assert_close(got, want, rtol=0 if interpreted() else 1e-6, atol=0)
+    assert_same(gradient, wanted)
 
 
 # [B, C, h, p, w, q]: whole patches in a unit; units shorter than a row of the image is long; odd sizes.

@@ -21,6 +21,11 @@ def bytes_of(*shape, device="cpu"):
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
 
+def assert_same_sum(found, right, device):
+    """On a GPU the layout of a tile, and with it the order of a sum in it, follows the size of what is read."""
+    torch.testing.assert_close(found, right, rtol=1e-6 if device == "cuda" else 0, atol=0)
+
+
 def first(images):
     """Decoded in two rounded operations of float32, by NumPy."""
     return torch.from_numpy(images.cpu().numpy().astype(np.float32) / np.float32(127.5) - np.float32(1)).to(
@@ -74,7 +79,7 @@ def test_a_training_step_has_the_numbers_of_decoding_first(backend, device, dtyp
     prediction = torch.randn(4, 3, 6, 6, device=device).to(dtype).requires_grad_()
     for how in ({}, {"mask": torch.rand(4, 1, 6, 6, device=device) < 0.5}, {"weight": 2.0}, {"reduction": "none"}):
         found, right = (objective.loss(prediction, n, **how) for n in (noised, want))
-        assert torch.equal(found, right), how
+        assert_same_sum(found, right, device)
         gradients = [torch.autograd.grad(loss.sum() * 1.5, prediction)[0] for loss in (found, right)]
         assert_same(*gradients)
     if kind != "previous_sample":
@@ -141,7 +146,7 @@ def test_any_strides(backend, device, layout):
     for noise in (None, n):
         found, want = (objective.noise(x, noise=noise, seed=1, dtype=torch.bfloat16) for x in (strided, images))
         assert torch.equal(found.x_t, want.x_t) and torch.equal(found.target, want.target)
-        assert torch.equal(objective.loss(found.x_t, found), objective.loss(want.x_t, want))
+        assert_same_sum(objective.loss(found.x_t, found), objective.loss(want.x_t, want), device)
         if layout == "channels_last":
             assert found.x_t.is_contiguous(memory_format=torch.channels_last)
 
