@@ -46,6 +46,7 @@ from triton_kernels import KERNELS
 
 import fastdiff
 from fastdiff import doctor, ops
+from fastdiff.backends.layout import TOKENS, empty_in_order
 from fastdiff.backends.triton import launch
 from fastdiff.backends.triton.programs import coefficients
 from fastdiff.bench import peers
@@ -68,13 +69,27 @@ Call = Callable[[], Any]
 # ---- kernels: what is measured
 
 
+# Tensors of the data's dtype and size that each reads and writes at the least. Moments, and a network's output with a
+# learned variance, are two; gradients are written in the same pass.
+FURTHER = {
+    "noising images": 1,
+    "noising into tokens": 2,
+    "loss of tokens": 3,
+    "masked loss": 3,
+    "hybrid loss": 4,
+    "latents and noising": 4,
+    "divergence": 4,
+    "moments": 2,
+}
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One kernel at one size of 2^``exponent`` elements.
 
     Attributes:
-        operation: "copy", "noising", "loss" (with its gradient, written in the same pass), "convert", "step" or
-            "step in CUDA".
+        operation: "copy", "noising", "loss" (with its gradient, written in the same pass), "convert", "step",
+            "step in CUDA", or one of ``FURTHER``.
         kind: "epsilon", "v", "flow" of noising and loss. A flow has a row a sample, the others rows of a table.
         noise: "exact", "fast" or "given"; "" where there is none.
     """
@@ -103,10 +118,9 @@ class Measurement:
     @property
     def element_bytes(self) -> int:
         """Bytes that must move for an element: every input read once, every result written once."""
-        tensors = {"copy": 2, "noising": 2, "loss": 2 + (self.kind in ("v", "flow")), "convert": 3}.get(
-            self.operation, 3
-        )
-        return (tensors + (self.noise == "given")) * DTYPES[self.dtype].itemsize
+        tensors = {"copy": 2, "noising": 2, "loss": 2 + (self.kind in ("v", "flow")), "convert": 3} | FURTHER
+        images = self.operation == "noising images"  # a byte each
+        return (tensors.get(self.operation, 3) + (self.noise == "given")) * DTYPES[self.dtype].itemsize + images
 
 
 def measurements(exponents: Sequence[int]) -> list[Measurement]:
@@ -126,6 +140,12 @@ def measurements(exponents: Sequence[int]) -> list[Measurement]:
     found = [Measurement("copy", "", "", dtype, exponent) for exponent in exponents for dtype in ("fp32", "bf16")]
     rest = [
         Measurement(*kind, dtype, exponent) for exponent in exponents for dtype in ("bf16", "fp32") for kind in kinds
+    ]
+    noised = [name for name in FURTHER if name not in ("divergence", "moments")]
+    rest += [
+        Measurement(name, "", "exact" if name in noised else "", "bf16", exponent)
+        for exponent in sorted(exponents)[-2:]
+        for name in FURTHER
     ]
 
     def tier(m: Measurement) -> int:
@@ -164,6 +184,8 @@ def _call(m: Measurement, seed: int, filled: bool) -> Call:
         n = ops.Philox(torch.tensor([seed], device=DEVICE), rng=m.noise)
     if m.operation == "noising":
         return lambda: operations.noise(x, n, *rows[:2], 0.0, None, False)[0]
+    if m.operation in FURTHER:
+        return _further(m.operation, x, n, rows)
     y = data()
     if m.operation == "convert":
         return lambda: operations.convert(y, x, *rows[:2])
@@ -175,6 +197,43 @@ def _call(m: Measurement, seed: int, filled: bool) -> Call:
     y.requires_grad_()
     x0, p = (None, None) if m.kind == "epsilon" else (x, p)
     return lambda: operations.loss(y, x0, n, p, q, None, weight, None, None, "mse", "none", "mean")
+
+
+def _further(operation: str, x: torch.Tensor, n: Any, rows: list[Any]) -> Call:
+    """``x`` [B, C, H, W], also cut into the patches of tokens, [B, C, h, 2, w, 2]; rows of a table."""
+    b, c, h, w = x.shape
+    order, wide = TOKENS["c p q"], torch.cat([x, -x.square()], 1)
+    p, q, weight = rows
+    if operation == "noising images":
+        images = ((x.float().clamp(-1, 1) + 1) * 127.5).to(torch.uint8)
+        return lambda: operations.noise(images, n, p, q, 0.0, None, False, x.dtype)[0]
+    if operation == "moments":
+        one = (b, 1, 1, 1)
+        other = -x
+        return lambda: operations.row_moments(x, other, one, one, torch.float32)
+    if operation == "latents and noising":
+        one, xi = torch.ones(1, 1, 1, 1, device=x.device), ops.Philox(n.seed, 0, 7)
+        how = wide, xi, one, one, n, p, q, -30.0, 20.0, x.dtype, False
+        return lambda: operations.posterior(*how)[:2]
+    wide.requires_grad_()
+    if operation == "divergence":
+        even = torch.ones(b, 1, 1, 1, device=x.device)
+        return lambda: operations.kl_normal(wide, even, -30.0, 20.0, "mean")
+    if operation == "hybrid loss":
+        scale, least, most = (torch.full((b, 1, 1, 1), value, device=x.device) for value in (1.0, -2.0, 1.0))
+        how = None, n, None, q, scale, least, most, least, None, scale, weight, True, "mean"
+        return lambda: operations.gaussian_kl(wide, *how)
+    data = x if operation == "masked loss" else x.view(b, c, h // 2, 2, w // 2, 2)
+    rows = [Gathered(row.column, row.index.view(b, *(1,) * (data.ndim - 1))) for row in rows]
+    if operation == "noising into tokens":
+        return lambda: operations.noise(data, n, *rows[:2], 0.0, None, False, None, order)[0]
+    mask = None
+    if operation == "masked loss":
+        prediction, mask = torch.randn_like(x).requires_grad_(), torch.rand(b, 1, h, w, device=x.device) < 0.5
+    else:
+        prediction = empty_in_order(tuple(data.shape), order, x.dtype, x.device).normal_().requires_grad_()
+    how = data, n, *rows[:2], None, rows[2], None, mask, "mse", "none", "mean"
+    return lambda: operations.loss(prediction, *how)
 
 
 # ---- what is launched, and what it compiles to

@@ -25,7 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 LAUNCH_SECONDS, COPY_SECONDS = 2e-6, 4e-6
-FEW = ("copy, bf16", "noising, exact, bf16", "loss v, fast, bf16", "step, given, bf16")
+FEW = ("copy, bf16", "noising, exact, bf16", "loss v, fast, bf16", "step, given, bf16", "noising images, exact, bf16")
 os.environ["TRITON_INTERPRET"] = "0"
 
 
