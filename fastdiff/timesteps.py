@@ -8,15 +8,18 @@ makes sigmas, for EDM, and UniformLogSNR signal-to-noise ratios.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .names import find
-from .numeric import check_fields
+from .numeric import check_fields, check_numbers
 from .process import Process, as_float64, check_by
-from .showing import brief
+from .quantiles import beta_quantiles, interpolate, steps_of, stepwise
+from .showing import brief, brief_fields
+from .tensors import cached
 
 
 class Timesteps:
@@ -79,9 +82,36 @@ class Stratified(Timesteps):
             return self.inner(u, process)
         u = as_float64(u)
         i = torch.arange(u.numel(), dtype=u.dtype, device=u.device).view_as(u)
-        spread = (u.flatten()[0] + i / u.numel()) % 1
-        # Open interval: an inner quantile function may be infinite at 0.
-        return self.inner(spread.clamp(2.0**-53, 1 - 2.0**-53), process)
+        return self.inner(_rotated(u, i / u.numel()), process)
+
+
+@dataclass(frozen=True)
+class Sobol(Timesteps):
+    """(u_0 + v_i) mod 1 in place of u_i, v_i being 0, 1/2, 1/4, 3/4, 1/8, ...: the Sobol sequence of one dimension
+    (Sobol 1967), rotated at random.
+
+    Each t alone is distributed as by ``inner``; the t of a batch cover it evenly, and so do the t of its first half,
+    its first quarter, and so on, which those of ``Stratified`` do not. A batch of a power of two has the points of
+    ``Stratified``, in another order.
+    """
+
+    inner: Timesteps = field(default_factory=Uniform)
+
+    def __post_init__(self):
+        object.__setattr__(self, "inner", _named(self.inner))
+
+    def __call__(self, u: Tensor, process: Process) -> Tensor:
+        if not u.numel():
+            return self.inner(u, process)
+        u = as_float64(u)
+        i = torch.arange(u.numel(), dtype=torch.int64, device=u.device).view_as(u)
+        reversed_bits = sum((i >> k & 1) << (31 - k) for k in range(max(1, (u.numel() - 1).bit_length())))
+        return self.inner(_rotated(u, reversed_bits.double() * 2.0**-32), process)
+
+
+def _rotated(u: Tensor, points: Tensor) -> Tensor:
+    """(u_0 + points) mod 1, in the open interval: an inner quantile function may be infinite at 0."""
+    return ((u.flatten()[0] + points) % 1).clamp(2.0**-53, 1 - 2.0**-53)
 
 
 @dataclass(frozen=True)
@@ -123,22 +153,182 @@ class CosMap(Timesteps):
 
 
 @dataclass(frozen=True)
+class Cubic(Timesteps):
+    """1 - u^3: mass towards the noise (Mou et al. 2023, T2I-Adapter, section 3.3)."""
+
+    def fraction(self, u: Tensor) -> Tensor:
+        return 1 - u * u * u
+
+
+@dataclass(frozen=True)
+class Beta(Timesteps):
+    """The beta distribution, whose density is proportional to t^(a - 1) (1 - t)^(b - 1).
+
+    With a = 1 or b = 1 its quantiles are powers; otherwise they are interpolated, by PyTorch for each batch, with
+    probabilities within 1e-9. The trainers of pi0 (Black et al. 2024) draw ``Within(Beta(1.5, 1.0), 0.001, 1.0)``.
+    a and b lie in [0.05, 1000].
+    """
+
+    a: float
+    b: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("a", "b"):
+            _positive(name, getattr(self, name))
+            if not 0.05 <= getattr(self, name) <= 1000:
+                raise ValueError(f"{name} must lie in [0.05, 1000]; got {getattr(self, name)!r}.")
+        object.__setattr__(self, "_tables", {})
+
+    def fraction(self, u: Tensor) -> Tensor:
+        if self.b == 1:
+            return u ** (1 / self.a)
+        if self.a == 1:
+            return -torch.expm1(torch.log1p(-u) / self.b)
+        return interpolate(cached(self._tables, u.device, lambda: beta_quantiles(self.a, self.b).to(u.device)), u)
+
+
+@dataclass(frozen=True)
+class Table(Timesteps):
+    """The density is proportional to ``weights``, one for each of as many equal parts of the process, and even within a
+    part: for a process of as many steps, the weights of its steps.
+
+    Trainers that favour a part of the steps ("timestep bias") multiply the weights of that part:
+    ``Table([1.0] * 750 + [3.0] * 250)`` draws each of the last 250 steps three times as often.
+
+    Args:
+        weights: numbers of at least 0, some above 0: a sequence, or a tensor [parts].
+    """
+
+    weights: Sequence[float]
+
+    def __post_init__(self):
+        weights = self.weights.tolist() if isinstance(self.weights, Tensor) else self.weights
+        if isinstance(weights, (str, bytes)) or not isinstance(weights, Sequence) or not len(weights):
+            raise TypeError(f"weights must be a sequence of numbers, or a tensor of one dimension; got {weights!r}.")
+        for k, weight in enumerate(weights):
+            check_numbers(**{f"weights[{k}]": weight})
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"weights must be finite numbers of at least 0; weights[{k}] is {weight!r}.")
+        if not any(weights):
+            raise ValueError(f"all {len(weights)} weights are 0: nothing could be drawn.")
+        object.__setattr__(self, "weights", tuple(map(float, weights)))
+        object.__setattr__(self, "_tables", {})
+
+    __repr__ = brief_fields
+
+    def fraction(self, u: Tensor) -> Tensor:
+        return stepwise(cached(self._tables, u.device, lambda: steps_of(self.weights).to(u.device)), u)
+
+
+@dataclass(frozen=True)
+class Within(Timesteps):
+    """``inner``, scaled to the part [low, high) of the process: low + (high - low) of its fraction, as trainers have it
+    that draw between a least and a most timestep."""
+
+    inner: Timesteps
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "inner", _of_fractions("Within", self.inner))
+        _part_of_the_process(self.low, self.high)
+
+    def fraction(self, u: Tensor) -> Tensor:
+        return self.low + (self.high - self.low) * self.inner.fraction(u)
+
+
+@dataclass(frozen=True)
+class Mixture(Timesteps):
+    """One of several, each with its probability: ``Mixture([(0.9, LogitNormal()), (0.1, Uniform())])``.
+
+    Args:
+        parts: pairs of a positive number and a sampler of fractions (an object, its name or a function); the numbers
+            are divided by their sum.
+    """
+
+    parts: Sequence[tuple[float, Timesteps]]
+
+    def __post_init__(self):
+        try:
+            pairs = [(weight, part) for weight, part in self.parts]
+        except (TypeError, ValueError):
+            raise TypeError(f"parts must be pairs of a number and a timestep sampler; got {self.parts!r}.") from None
+        if not pairs:
+            raise ValueError("a mixture needs a part at the least; got none.")
+        for weight, _ in pairs:
+            check_numbers(probability=weight)
+            _positive("the probability of a part", weight)
+        whole = math.fsum(weight for weight, _ in pairs)
+        parts = tuple((weight / whole, _of_fractions("Mixture", part)) for weight, part in pairs)
+        object.__setattr__(self, "parts", parts)
+
+    def fraction(self, u: Tensor) -> Tensor:
+        """The part is chosen by where u falls, and is given where in its share it falls."""
+        begin, chosen = 0.0, None
+        for weight, part in self.parts:
+            within = ((u - begin) / weight).clamp(2.0**-53, 1 - 2.0**-53)
+            drawn = part.fraction(within)
+            chosen = drawn if chosen is None else torch.where(u < begin, chosen, drawn)
+            begin += weight
+        return chosen
+
+
+@dataclass(frozen=True)
+class Function(Timesteps):
+    """A function of one's own: ``function(u)`` gives the fractions, 0 clean and 1 noise, for float64 uniforms [B]. A
+    plain function given as ``timesteps`` becomes one."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def __post_init__(self):
+        if not callable(self.function):
+            raise TypeError(f"function must be callable; got {brief(self.function)}.")
+
+    def fraction(self, u: Tensor) -> Tensor:
+        found = self.function(u)
+        if not isinstance(found, Tensor) or found.shape != u.shape or not found.is_floating_point():
+            raise ValueError(
+                f"timesteps={brief(self.function)} must give fractions in [0, 1], a floating-point tensor "
+                f"{tuple(u.shape)} like the uniforms that it is given; got {brief(found)}."
+            )
+        return found
+
+
+@dataclass(frozen=True)
 class LogNormal(Timesteps):
     """ln(sigma / alpha) ~ N(mean, std^2).
 
     For EDM, whose t is that sigma (Karras et al. 2022, table 1), and for TrigFlow and Cosine (Lu and Song 2024: t =
     arctan(exp(tau) / sigma_data), tau ~ N(-1, 1.4^2)).
+
+    Args:
+        std_above: of the half above the mean, which then is the mode, and ``std`` of the half below it ("split
+            lognormal"); None: as ``std``. The density has no jump.
     """
 
     mean: float = -1.2
     std: float = 1.2
+    std_above: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
         _positive("std", self.std)
+        if self.std_above is not None:
+            _positive("std_above", self.std_above)
+
+    def _normal(self, u: Tensor) -> Tensor:
+        """The quantiles of std times a normal, or of two halves that meet where the density is highest."""
+        if self.std_above is None:
+            return self.std * torch.special.ndtri(u)
+        below = self.std / (self.std + self.std_above)  # the probability of the half below
+        left = self.std * torch.special.ndtri(torch.clamp(u / (2 * below), max=0.5))
+        right = self.std_above * torch.special.ndtri(torch.clamp((1 - u) / (2 * (1 - below)), max=0.5))
+        return left - right
 
     def __call__(self, u: Tensor, process: Process) -> Tensor:
-        sigma = torch.exp(self.mean + self.std * torch.special.ndtri(as_float64(u)))
+        sigma = torch.exp(self.mean + self._normal(as_float64(u)))
         if process.t_is_sigma:
             return sigma
         if process.discrete or process.straight or not _has_every_ratio(process):
@@ -217,8 +407,9 @@ class Shifted(Timesteps):
     def __call__(self, u: Tensor, process: Process) -> Tensor:
         if getattr(process, "shift", 1.0) != 1.0:
             raise ValueError(f"the shift would be applied twice: {process!r} has one of its own. Use one of the two.")
-        if isinstance(self.inner, Stratified):
-            raise ValueError("put Stratified outside: Stratified(Shifted(inner, shift)).")
+        if isinstance(self.inner, (Stratified, Sobol)):
+            name = type(self.inner).__name__
+            raise ValueError(f"put {name} outside: {name}(Shifted(inner, shift)).")
         return super().__call__(u, process)
 
 
@@ -228,6 +419,8 @@ _NAMES = {
     "logit_normal": LogitNormal,
     "mode": Mode,
     "cosmap": CosMap,
+    "cubic": Cubic,
+    "sobol": Sobol,
     "lognormal": LogNormal,
     "uniform_log_snr": UniformLogSNR,
 }
@@ -243,14 +436,29 @@ def get(timesteps: Timesteps | str | None, process: Process) -> Timesteps:
 def _named(timesteps: Timesteps | str) -> Timesteps:
     if isinstance(timesteps, str):
         return find("timestep sampler", timesteps, _NAMES, {}, "an object")()
-    if not isinstance(timesteps, Timesteps):
-        hint = (
-            " A function of one's own is a subclass of Timesteps with that fraction(u)."
-            if callable(timesteps) and not isinstance(timesteps, type)
-            else ""
+    if isinstance(timesteps, Timesteps):
+        return timesteps
+    if callable(timesteps) and not isinstance(timesteps, type):
+        return Function(timesteps)
+    raise TypeError(
+        "timesteps must be None, a name, a fastdiff.timesteps object or a function from uniforms to fractions; got "
+        f"{brief(timesteps)}."
+    )
+
+
+def _of_fractions(outer: str, timesteps: Timesteps | str) -> Timesteps:
+    """A sampler from its name or itself, which must be one of fractions, each by itself."""
+    found = _named(timesteps)
+    if type(found).fraction is Timesteps.fraction or (isinstance(found, Uniform) and found.by != "fraction"):
+        raise ValueError(
+            f"{outer} is of samplers of fractions; got {found!r}, which "
+            + (
+                "is of a whole batch: put it outside."
+                if isinstance(found, (Stratified, Sobol))
+                else "makes noise levels."
+            )
         )
-        raise TypeError(f"timesteps must be None, a name or a fastdiff.timesteps object; got {brief(timesteps)}.{hint}")
-    return timesteps
+    return found
 
 
 def _positive(name: str, value: float) -> None:

@@ -878,6 +878,18 @@ def quantile_cosmap(u):
     return 1 - 1 / (np.tan(PI / 2 * ld(u)) + 1)
 
 
+def quantile_cubic(u):
+    """T2I-Adapter section 3.3: t = (1 - (t/T)^3) T with t/T uniform."""
+    return 1 - ld(u) ** 3
+
+
+def rotated_van_der_corput(u) -> np.ndarray:
+    """(u_0 + v_i) mod 1, v_i being the binary digits of i, mirrored at the point."""
+    u = ld(u)
+    mirrored = [LD(int(f"{i:b}"[::-1], 2)) / LD(2 ** len(f"{i:b}")) for i in range(u.size)]
+    return np.mod(u.ravel()[0] + np.array(mirrored), 1).reshape(u.shape)
+
+
 def quantile_log_normal(u, mean=-1.2, std=1.2):
     """EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)."""
     return np.exp(LD(mean) + LD(std) * ld(ndtri(u)))

@@ -16,7 +16,7 @@ FLOORS = [
     "codes extension names showing files modes tensors philox numeric calls program sigma_schedules torch_access "
     "torch_randn",
     "backends.",
-    "process sdes prediction weighting losses losses.error_functions timesteps tabulated from_scheduler",
+    "process sdes prediction weighting losses losses.error_functions quantiles timesteps tabulated from_scheduler",
     "ops.",
     "constancy coefficients",
     "guidance samplers. sampling.",

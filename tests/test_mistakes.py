@@ -638,7 +638,11 @@ def test_the_numbers_are_found():
 
 @pytest.mark.parametrize(("cls", "name", "optional"), NUMBERS)
 def test_what_is_no_number(cls, name, optional):
-    needed = {"inner": fastdiff.timesteps.Uniform(), "shift": 2.0} if cls is fastdiff.timesteps.Shifted else {}
+    needed = {
+        fastdiff.timesteps.Shifted: {"inner": fastdiff.timesteps.Uniform(), "shift": 2.0},
+        fastdiff.timesteps.Within: {"inner": fastdiff.timesteps.Uniform()},
+        fastdiff.timesteps.Beta: {"a": 2.0, "b": 2.0},
+    }.get(cls, {})
     for value in ("5", [5], torch.ones(2)) if optional else ("5", [5], torch.ones(2), None):
         call = lambda: cls(**needed | {name: value})  # noqa: B023, E731
         assert refused(call, "must be a number").startswith(f"{name} must be a number; got ")

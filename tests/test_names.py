@@ -159,6 +159,8 @@ DENSITIES = {
     "logit_normal": (timesteps.LogitNormal, FLOW, lambda u: oracle.quantile_logit_normal(u, 0.0, 1.0)),
     "mode": (timesteps.Mode, FLOW, lambda u: oracle.quantile_mode(u, 1.29)),
     "cosmap": (timesteps.CosMap, FLOW, oracle.quantile_cosmap),
+    "cubic": (timesteps.Cubic, FLOW, oracle.quantile_cubic),
+    "sobol": (timesteps.Sobol, FLOW, oracle.rotated_van_der_corput),
     "lognormal": (timesteps.LogNormal, EDM, lambda u: oracle.quantile_log_normal(u, -1.2, 1.2)),
     "uniform_log_snr": (
         timesteps.UniformLogSNR, fastdiff.VPSDE(t_min=1e-3),

@@ -39,6 +39,15 @@ SAMPLERS = {
     "mode": (lambda: timesteps.Mode(), oracle.quantile_mode),
     "mode -0.5": (lambda: timesteps.Mode(scale=-0.5), lambda u: oracle.quantile_mode(u, -0.5)),
     "cosmap": (lambda: timesteps.CosMap(), oracle.quantile_cosmap),
+    "cubic": (lambda: timesteps.Cubic(), oracle.quantile_cubic),
+    "beta 1.5 1": (lambda: timesteps.Beta(1.5, 1.0), lambda u: oracle.ld(u) ** (oracle.LD(1) / oracle.LD(1.5))),
+    "beta 1 3": (lambda: timesteps.Beta(1, 3), lambda u: 1 - (1 - oracle.ld(u)) ** (oracle.LD(1) / 3)),
+    "table": (lambda: timesteps.Table([1, 3]), lambda u: oracle.ld(np.where(u < 0.25, 2 * u, 0.5 + (u - 0.25) / 1.5))),
+    "within": (
+        lambda: timesteps.Within(timesteps.CosMap(), 0.25, 0.75),
+        lambda u: oracle.LD(0.25) + oracle.quantile_cosmap(u) / 2,
+    ),
+    "a function": (lambda: timesteps.get(lambda u: u * u, fastdiff.VPSDE()), lambda u: oracle.ld(u) ** 2),
     "shifted": (
         lambda: timesteps.Shifted(timesteps.Uniform(), 3.0),
         lambda u: oracle.flow_shift(oracle.quantile_uniform(u), 3.0),
@@ -133,6 +142,23 @@ def test_stratified(inner, count):
         assert np.array_equal(np.sort(np.floor(t.numpy() * count)), np.arange(count))
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 1000])
+def test_sobol(count):
+    """As Stratified, and so are its first half, first quarter, ...; against scipy's engine too."""
+    u = np.random.default_rng(3).uniform(size=count)
+    t = timesteps.Sobol()(float64(u), fastdiff.RectifiedFlow()).numpy()
+    assert_close(float64(t), oracle.rotated_van_der_corput(u), absolute=1e-15)
+    engine = stats.qmc.Sobol(1, scramble=False)
+    points = np.sort(engine.random(64).ravel())
+    if count == 64:
+        assert_close(float64(np.sort((t - u[0]) % 1)), points, absolute=1e-15)
+    for part in (1 << k for k in range(count.bit_length())):
+        assert np.array_equal(np.sort(np.floor(((t[:part] - u[0] + 1e-12) % 1) * part)), np.arange(part))
+    logit = timesteps.Sobol("logit_normal")(float64(u), fastdiff.RectifiedFlow())
+    assert_close(logit, oracle.quantile_logit_normal(np.asarray(oracle.rotated_van_der_corput(u), float), 0.0, 1.0))
+    assert timesteps.Sobol()(float64([]), fastdiff.RectifiedFlow()).shape == (0,)
+
+
 def test_stratified_defaults_to_uniform_and_indexes():
     """A thousand strata on a thousand steps: every index once."""
     u = float64(np.full(1000, 0.4321 / 1000))
@@ -185,8 +211,13 @@ def cosmap_cdf(x: np.ndarray) -> np.ndarray:
         (timesteps.CosMap(), cosmap_cdf),
         (timesteps.Shifted(timesteps.Uniform(), 3.0), lambda t: t / (3.0 - 2.0 * t)),
         (timesteps.Stratified(), stats.uniform.cdf),
+        (timesteps.Cubic(), lambda t: 1 - np.cbrt(1 - t)),
+        *((timesteps.Beta(a, b), stats.beta(a, b).cdf) for a, b in ((1.5, 1), (1, 4), (0.5, 0.5), (2, 2), (0.3, 8))),
+        *((timesteps.Beta(a, b), stats.beta(a, b).cdf) for a, b in ((0.05, 1.5), (300, 20), (1000, 1000))),
+        (timesteps.Table([2.0, 0.0, 1.0, 1.0]), lambda t: np.interp(t, [0, 0.25, 0.5, 1], [0, 0.5, 0.5, 1])),
+        (timesteps.Within("logit_normal", 0.2, 0.6), lambda t: stats.norm.cdf(np.log((t - 0.2) / (0.6 - t)))),
     ],
-    ids=["uniform", "part", "logit normal", "mode", "mode neg", "cosmap", "shifted", "stratified"],
+    ids=str,
 )
 def test_distribution(sampler, cdf):
     t = sampler(float64(GRID), fastdiff.RectifiedFlow()).numpy()
@@ -196,6 +227,98 @@ def test_distribution(sampler, cdf):
 def test_distribution_of_log_normal():
     t = timesteps.LogNormal(-0.4, 1.6)(float64(GRID), fastdiff.EDM()).numpy()
     assert grid_statistic(t, stats.lognorm(s=1.6, scale=math.exp(-0.4)).cdf) < 1e-9
+
+
+@pytest.mark.parametrize(("below", "above"), [(1.2, 1.2), (0.5, 2.0), (3.0, 0.25)])
+def test_distribution_of_a_split_log_normal(below, above):
+    """Two halves of normals, of densities that meet at the mode."""
+    t = timesteps.LogNormal(-0.4, below, std_above=above)(float64(GRID), fastdiff.EDM()).numpy()
+
+    def cdf(t):
+        z, share = np.log(t) + 0.4, below / (below + above)
+        left, right = 2 * share * stats.norm.cdf(z / below), 2 * (1 - share) * stats.norm.sf(z / above)
+        return np.where(z < 0, left, 1 - right)
+
+    assert grid_statistic(t, cdf) < 1e-9
+    if below == above:
+        assert_close(float64(t), oracle.quantile_log_normal(GRID, -0.4, below))
+
+
+@pytest.mark.parametrize(("a", "b"), [(2.0, 2.0), (0.5, 0.5), (0.05, 7.0), (100.0, 200.0), (0.3, 1.0001)])
+def test_quantiles_of_beta(a, b):
+    """scipy's, on both tails too: the probabilities are right to 1e-9 of the smaller side."""
+    u = np.concatenate([GRID, 10.0 ** -np.arange(1, 15)])
+    t = timesteps.Beta(a, b).fraction(float64(u)).numpy()
+    assert np.abs(stats.beta.cdf(t, a, b) / u - 1).max() < 1e-8
+    if a >= 0.5:  # of smaller exponents at the end a fraction near 1 cannot tell the probabilities apart
+        mirrored = timesteps.Beta(b, a).fraction(float64(u)).numpy()
+        assert np.abs(stats.beta.cdf(mirrored, b, a) / u - 1).max() < 1e-8
+
+
+def test_a_table_of_a_discrete_process_has_the_probabilities_of_its_steps():
+    weights = torch.tensor([0.0, 1.0, 5.0, 0.0, 2.0, 0.0])
+    t = timesteps.Table(weights)(float64((np.arange(80_000) + 0.5) / 80_000), fastdiff.VariancePreserving(steps=6))
+    assert np.bincount(t.numpy(), minlength=6).tolist() == [0, 10_000, 50_000, 0, 20_000, 0]
+    edges = timesteps.Table(weights)(float64([0.0, 0.125, 0.75, 1 - 2.0**-53]), fastdiff.VariancePreserving(steps=6))
+    assert edges.tolist() == [1, 2, 4, 4]
+    assert timesteps.Table([1, 2]) == timesteps.Table(torch.tensor([1.0, 2.0])) != timesteps.Table([2, 1])
+
+
+def test_a_mixture_asks_the_part_that_u_falls_into():
+    mixture = timesteps.Mixture([(3, timesteps.Beta(2, 5)), (1, "uniform")])
+    t = mixture(float64(GRID), fastdiff.RectifiedFlow())
+    want = np.where(GRID < 0.75, stats.beta.ppf(np.minimum(GRID / 0.75, 1), 2, 5), (GRID - 0.75) / 0.25)
+    assert_close(t, want, rel=1e-9, absolute=1e-12)
+
+
+REFUSED = {
+    "beta": (lambda: timesteps.Beta(0.0, 1.0), ValueError, "a must be a positive number; got 0.0"),
+    "beta far": (lambda: timesteps.Beta(2.0, 2000.0), ValueError, r"b must lie in \[0.05, 1000\]; got 2000.0"),
+    "no table": (lambda: timesteps.Table([]), TypeError, "weights must be a sequence of numbers"),
+    "zeros": (lambda: timesteps.Table([0, 0]), ValueError, "all 2 weights are 0"),
+    "negative": (lambda: timesteps.Table([1, -2]), ValueError, r"weights\[1\] is -2"),
+    "nan": (lambda: timesteps.Table([math.nan]), ValueError, r"weights\[0\]"),
+    "a word": (lambda: timesteps.Table("ab"), TypeError, "weights must be a sequence of numbers"),
+    "within": (lambda: timesteps.Within("uniform", 0.5, 0.5), ValueError, "0 <= low < high <= 1"),
+    "within a batch": (lambda: timesteps.Within("stratified"), ValueError, "of a whole batch: put it outside"),
+    "within sigmas": (lambda: timesteps.Within("lognormal"), ValueError, "makes noise levels"),
+    "within uniform sigmas": (
+        lambda: timesteps.Within(timesteps.Uniform(by="sigma")), ValueError, "makes noise levels"),
+    "no parts": (lambda: timesteps.Mixture([]), ValueError, "needs a part"),
+    "no pairs": (lambda: timesteps.Mixture(["uniform"]), TypeError, "pairs of a number and a timestep sampler"),
+    "probability": (lambda: timesteps.Mixture([(0, "uniform")]), ValueError, "probability of a part must be"),
+    "mixed sobol": (lambda: timesteps.Mixture([(1, "sobol")]), ValueError, "put it outside"),
+    "shifted sobol": (
+        lambda: timesteps.Shifted("sobol", 2.0)(float64([0.5]), fastdiff.RectifiedFlow()), ValueError,
+        r"put Sobol outside: Sobol\(Shifted\(inner, shift\)\)"),
+    "std above": (lambda: timesteps.LogNormal(std_above=0.0), ValueError, "std_above must be a positive"),
+    "no function": (lambda: timesteps.Function(3), TypeError, "function must be callable; got 3"),
+    "shape": (
+        lambda: timesteps.Function(lambda u: u[:1])(float64([0.5, 0.6]), fastdiff.RectifiedFlow()), ValueError,
+        r"must give fractions in \[0, 1\], a floating-point tensor \(2,\) like the uniforms"),
+    "integers": (
+        lambda: timesteps.Function(lambda u: (u > 0.5).long())(float64([0.5]), fastdiff.RectifiedFlow()), ValueError,
+        "must give fractions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    call, error, words = REFUSED[case]
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_a_function_given_to_an_objective():
+    """It is traced where it can be, and its t are those of the seed, as for every sampler."""
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow", timesteps=lambda u: u**3)
+    plain = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    x0 = torch.zeros(5, 2)
+    assert_close(objective.noise(x0, seed=4).t, plain.noise(x0, seed=4).t.numpy() ** 3)
+    assert objective._times().program() is not None
+    beta = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow", timesteps=timesteps.Beta(2.0, 3.0))
+    want = stats.beta.ppf(plain.noise(x0, seed=4).t.numpy(), 2, 3)
+    assert_close(beta.noise(x0, seed=4).t, want, rel=1e-8)
 
 
 @pytest.mark.parametrize("process", [fastdiff.TrigFlow(0.7), fastdiff.Cosine()], ids=repr)

@@ -31,6 +31,7 @@ TABLE = {
     "fastdiff/losses/sum": "sum",
     "fastdiff/losses": "vlb loss objective pitfalls_of_objectives wrong_input",
     "fastdiff/timesteps": "timesteps wrong_input objective pitfalls_of_objectives",
+    "fastdiff/quantiles": "timesteps",
     "fastdiff/philox": "philox noise",
     "fastdiff/from_scheduler": "training_scripts diffusers samplers_diffusers",
     "fastdiff/tabulated": "process changed_in_place diffusers objects",

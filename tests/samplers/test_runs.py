@@ -223,11 +223,9 @@ def test_time_samplers_are_looked_at_when_they_are_set():
     objective = fastdiff.Objective(FLOW, "flow")
     objective.timesteps = "logit_normal"
     assert objective.timesteps == ts.LogitNormal()
-    for value, error in ((lambda u: u, TypeError), ("nonsense", ValueError), (3, TypeError)):
+    for value, error in ((ts.LogitNormal, TypeError), ("nonsense", ValueError), (3, TypeError)):
         with pytest.raises(error):
             objective.timesteps = value
-    with pytest.raises(TypeError, match=r"subclass of Timesteps with that fraction\(u\)"):
-        fastdiff.Objective(VP, timesteps=lambda u: u)
     for cls in (samplers.Euler, samplers.DDPM, samplers.LCM):
         with pytest.raises(TypeError, match="timesteps must be numbers, the noisiest first; got <function"):
             cls(timesteps=lambda n: [999])
