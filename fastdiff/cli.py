@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, doctor, trace
+from . import __version__, doctor, trace, verify
 from .bench import BenchError
 from .bench.cases import DTYPES, PRESETS
 from .demo import DemoError, bits, run
@@ -242,18 +242,38 @@ def _without_nproc(options: argparse.Namespace) -> list[str]:
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="show versions, devices and backends; or what of a script is fused",
-        description="Show versions, devices, and which backends are available, or why not. With --trace, run a script "
-        "and say which calls of its objectives and schedulers were fused, which were not, and why.",
+        help="show versions, devices and backends; or how exact steps are here; or what of a script is fused",
+        description="Show versions, devices, and which backends are available, or why not. With --verify, compare "
+        "training steps, fused and as scripts write them, with float64: the error of x_t, loss and gradient, the "
+        "gradient's cosine and bias. With --trace, run a script and say which calls of its objectives and schedulers "
+        "were fused, which were not, and why.",
     )
     parser.set_defaults(command=_doctor)
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--verify", action="store_true", help="the status is 1 where fastdiff is less exact than eager")
+    parser.add_argument(
+        "--shape", action="append", metavar="BxCxHxW", help="of the data, with --verify; may be repeated"
+    )
+    parser.add_argument("--dtype", metavar="A,B,...", help=f"with --verify: {', '.join(DTYPES)} (default bf16,fp32)")
+    parser.add_argument("--device", help="with --verify: auto (a GPU if there is one), cpu, cuda, ... (default auto)")
     parser.add_argument(
         "--trace", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a Python script, and its arguments behind it"
     )
 
 
 def _doctor(options: argparse.Namespace) -> int | None:
+    if options.verify:
+        if options.trace is not None:
+            raise BenchError("--verify and --trace are two things: ask for one of them.")
+        dtypes = ("bf16", "fp32") if options.dtype is None else tuple(options.dtype.split(","))
+        if unknown := [dtype for dtype in dtypes if dtype not in DTYPES]:
+            raise BenchError(f"--dtype must be of {', '.join(DTYPES)}; got {', '.join(unknown)}.")
+        shapes = verify.SHAPES if options.shape is None else [_shape(words) for words in options.shape]
+        fine = verify.show(shapes, dtypes, run.pick_device(options.device or "auto"), options.json)
+        return 0 if fine else 1
+    for name in ("shape", "dtype", "device"):
+        if getattr(options, name) is not None:
+            raise BenchError(f"--{name} goes with --verify.")
     if options.trace is None:
         doctor.show(options.json)
         return None
@@ -261,6 +281,13 @@ def _doctor(options: argparse.Namespace) -> int | None:
         print(f"fastdiff: error: --trace needs a script; got {' '.join(options.trace) or 'none'}.", file=sys.stderr)
         return 2
     return trace.run(options.trace[0], options.trace[1:])
+
+
+def _shape(words: str) -> tuple[int, ...]:
+    sizes = words.lower().split("x")
+    if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise BenchError(f"--shape must be sizes, the batch first, such as 4x16x128x128; got {words!r}.")
+    return tuple(map(int, sizes))
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

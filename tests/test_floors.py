@@ -23,7 +23,7 @@ FLOORS = [
     "tokens noised uncertainty explaining converting element_weights objective functional dropout pyramid pairing "
     "likelihood autoencoder losses.",
     "integrations.",
-    "trace doctor demo. bench. cli __main__",
+    "trace doctor demo. bench. verify cli __main__",
 ]
 # Imported when they are used, as they need packages that are optional: Triton, and what draws plots.
 LATE = ("backends.triton.", "bench.command", "demo.")

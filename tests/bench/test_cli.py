@@ -182,7 +182,7 @@ class TestOptions:
         elsewhere = {
             "demo": {"--data", "--size", "--gray", "--out", "--resume"},
             "sample": {"--checkpoint", "--out", "--overwrite"},
-            "doctor": {"--json", "--trace"},
+            "doctor": {"--json", "--trace", "--verify", "--shape", "--dtype", "--device"},
         }
         for name, table in tables.items():
             assert options_of(name) == {option.split()[0] for option in table} | elsewhere[name]
@@ -594,7 +594,7 @@ VALUES = {
         "--compare": ("A.json", "B.json"),
     },
     "bits": {"--checkpoint": "PATH", "--data": "DIR", "--state": "FILE", "--out": "FILE.png"},
-    "doctor": {"--trace": "SCRIPT"},
+    "doctor": {"--trace": "SCRIPT", "--shape": "BxCxHxW", "--dtype": "A,B,..."},
 }
 SAY_THEMSELVES = {"--guidance", "--seed", "--out"}  # of ``fastdiff sample``
 
