@@ -26,7 +26,9 @@ def _loss(arguments, y=None, r=None):
 
 
 class Asked:
-    """Anything but the operations is the backend's own."""
+    """Anything but the operations is the backend's own, which is to be set there: ``asked.native.backend``."""
+
+    __slots__ = ("backend",)
 
     def __init__(self, backend):
         self.backend = backend

@@ -237,24 +237,18 @@ Noise parse_noise(const char* name, py::handle value, const Layout& layout) {
   return noise;
 }
 
-namespace {
-
-// Of all elements of the layout, in memory of so many. Neighbouring dimensions that one stride goes through become one;
-// of one element there is one dimension.
-Strides parse_strides(const char* name, py::handle sizes, py::handle strides, const Layout& layout, int64_t memory) {
-  Strides at{};
-  const int64_t dims = length(sizes);
-  if (dims < 1 || dims > 64 || length(strides) != dims) refuse(name, "needs as many sizes as strides, from 1 to 64");
+const char* find_strides(const int64_t* sizes, const int64_t* strides, int64_t dims, const Layout& layout, int64_t memory,
+                         Strides& at) {
+  constexpr const char *kOtherSizes = "its sizes are not those of the elements", *kBeyond = "its strides reach beyond its memory";
   int64_t elements = 1, last = 0;
   int kept = 0;
-  for (int d = 0; d < dims; ++d) {
-    int64_t size, stride, reach, span, merged;
-    if (!as_int64(item(sizes, d), size) || !as_int64(item(strides, d), stride) || size < 0 || stride < 0)
-      refuse(name, "sizes and strides must be integers of at least 0");
-    if (__builtin_mul_overflow(elements, size, &elements)) refuse(name, "its sizes are not those of the elements");
+  at = {};
+  for (int64_t d = 0; d < dims; ++d) {
+    const int64_t size = sizes[d], stride = strides[d];
+    int64_t reach, span, merged;
+    if (__builtin_mul_overflow(elements, size, &elements)) return kOtherSizes;
     if (size == 0) continue;
-    if (__builtin_mul_overflow(size - 1, stride, &reach) || __builtin_add_overflow(last, reach, &last))
-      refuse(name, "its strides reach beyond its memory");
+    if (__builtin_mul_overflow(size - 1, stride, &reach) || __builtin_add_overflow(last, reach, &last)) return kBeyond;
     if (size == 1) continue;
     if (kept && !__builtin_mul_overflow(size, stride, &span) && at.strides[kept - 1] == span &&
         !__builtin_mul_overflow(at.sizes[kept - 1], size, &merged)) {
@@ -262,18 +256,34 @@ Strides parse_strides(const char* name, py::handle sizes, py::handle strides, co
       at.strides[kept - 1] = stride;
       continue;
     }
-    if (kept == kMaxDims) refuse(name, "has too many dimensions");
+    if (kept == kMaxDims) return "has too many dimensions";
     at.sizes[kept] = size;
     at.strides[kept++] = stride;
   }
-  if (elements != layout.elements) refuse(name, "its sizes are not those of the elements");
-  if (elements && last >= memory) refuse(name, "its strides reach beyond its memory");
+  if (elements != layout.elements) return kOtherSizes;
+  if (elements && last >= memory) return kBeyond;
   if (!kept) {
     at.sizes[0] = 1;
     at.strides[0] = 1;
     kept = 1;
   }
   at.dims = kept;
+  return nullptr;
+}
+
+namespace {
+
+Strides parse_strides(const char* name, py::handle sizes, py::handle strides, const Layout& layout, int64_t memory) {
+  const int64_t dims = length(sizes);
+  if (dims < 1 || dims > kMostDims || length(strides) != dims)
+    refuse(name, "needs as many sizes as strides, from 1 to 64");
+  int64_t of_sizes[kMostDims], of_strides[kMostDims];
+  for (int d = 0; d < dims; ++d)
+    if (!as_int64(item(sizes, d), of_sizes[d]) || !as_int64(item(strides, d), of_strides[d]) || of_sizes[d] < 0 ||
+        of_strides[d] < 0)
+      refuse(name, "sizes and strides must be integers of at least 0");
+  Strides at;
+  if (const char* why = find_strides(of_sizes, of_strides, dims, layout, memory, at)) refuse(name, why);
   return at;
 }
 

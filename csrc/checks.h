@@ -49,10 +49,17 @@ Input parse_input(const char* name, py::handle value, int64_t elements, bool ima
 Output parse_output(const char* name, py::handle value, int64_t elements);
 Noise parse_noise(const char* name, py::handle value, const Layout& layout);
 Mask parse_mask(py::handle value, const Layout& layout);
+// The strides at which all elements of the layout lie in memory of so many. Neighbouring dimensions that one stride goes
+// through become one; of one element there is one dimension. Sizes and strides are at least 0. Returns why they do not
+// fit, or null.
+const char* find_strides(const int64_t* sizes, const int64_t* strides, int64_t dims, const Layout& layout, int64_t memory,
+                         Strides& at);
 Order parse_order(py::handle value, const Layout& layout);
 
 // Whether there is an object: neither null nor None.
 inline bool given(py::handle value) { return value && !value.is_none(); }
+
+constexpr int kMostDims = 64;  // of a tensor of PyTorch
 
 // Reads the operands of a call. This one reads memory, and raises for what is unfit; tensors::Reader reads PyTorch's
 // tensors. A null operand, or None for an optional one, leaves the field as it is.
@@ -74,6 +81,7 @@ class Reader {
   void noise(const char* name, py::handle value, Noise& to) {
     if (value) to = parse_noise(name, value, layout);
   }
+  void mask(py::handle value, Mask& to) { to = parse_mask(value, layout); }
   // The first rows decide the compute dtype, the others must agree.
   void rows(const char* name, py::handle value, Rows& to, int columns = 1);
   double number(const char* name, py::handle value) { return parse_number(name, value); }

@@ -31,6 +31,22 @@ class BatchReader : public tensors::Reader {
     if (fits && k < columns_ && present_ >> k & 1) to = {(const char*)numbers_ + k * layout.samples * size, 1};
   }
 
+  // Multiplies a coefficient by numbers in the compute dtype: one, or one a sample.
+  void multiply(const Rows& rows, PyObject* by) {
+    if (!fits || by == Py_None) return;
+    View given;
+    fits = tensors::view(by, given) && given.dtype == int(compute()) && !tensors::differentiable(by);
+    const bool single = fits && given.elements == 1, whole = fits && (given.dims == 1 || given.dims == first_.dims);
+    fits = single || (whole && given.elements == layout.samples && given.sizes[0] == layout.samples);
+    for (int64_t r = 0; fits && r < layout.samples; ++r) {
+      const int64_t k = single ? 0 : r;
+      if (wide)
+        ((double*)rows.data)[r] *= ((const double*)given.data)[k];
+      else
+        ((float*)rows.data)[r] *= ((const float*)given.data)[k];
+    }
+  }
+
   bool finite() const {
     for (int64_t k = 0; fits && k < columns_ * layout.samples; ++k)
       if (!std::isfinite(wide ? numbers_[k] : double(((const float*)numbers_)[k]))) return false;
@@ -100,9 +116,11 @@ py::object noise(PyObject* const* a) {
   return result;
 }
 
-// loss(program, present, function, prediction, x0, n, t, scalar, gradient, threads) -> (mean loss, gradient or None), or
-// None. program: of (p, q, scale, weight, c), of which those that the bits of `present` name are used; x0 goes with p, n with q.
-// scalar: a tensor of one number in the compute dtype, to make the result like.
+// loss(program, present, function, prediction, x0, n, t, scalar, gradient, threads, mask, normalization, reduction, weight,
+// upstream) -> (loss, gradient or None), or None. program: of (p, q, scale, weight, c), of which those that the bits of
+// `present` name are used; x0 goes with p, n with q. scalar: a tensor of one number in the compute dtype, to make a reduced
+// loss like. weight: numbers in the compute dtype, one or one a sample, that the program's weight is multiplied by; or
+// None. upstream: the gradient of the loss, in the compute dtype, for a gradient alone: then the loss is None.
 py::object loss(PyObject* const* a) {
   const int64_t present = parse_integer("present", a[1]);
   BatchReader read(a[3], program_of(a[0], 5), a[6], present | kWeight, true);
@@ -111,12 +129,26 @@ py::object loss(PyObject* const* a) {
   if (present & kP) from.x0 = a[4];
   if (present & kQ) from.n = a[5];
   from.function = a[2];
+  from.mask = a[10];
+  from.normalization = a[11];
+  from.reduction = a[12];
   LossCall call{};
-  call.reduction = Reduction::mean;
   fill(read, from, call);
+  read.multiply(call.kernel.weight, a[13]);
   if (!read.fits || tensors::transformed()) return py::none();
   const int threads = parse_threads(a[9]);
-  py::object value = tensors::make_like(a[7], read.compute(), read.compute(), 1, call.result), slope = py::none();
+  const DType dtype = read.compute();
+  const bool by_row = call.reduction == Reduction::none;
+  const int64_t results = by_row ? read.layout.samples : 1;
+  py::object value = py::none(), slope = py::none();
+  if (View upstream; a[14] != Py_None) {
+    if (!tensors::view(a[14], upstream) || upstream.dtype != int(dtype) || upstream.elements != results) return py::none();
+    call.upstream = {upstream.data, results > 1};
+  } else if (by_row) {
+    value = tensors::make_like(a[6], DType::u8, dtype, results, call.result);  // like t, whatever its dtype
+  } else {
+    value = tensors::make_like(a[7], dtype, dtype, results, call.result);
+  }
   if (a[8] == Py_True) slope = make_like(read, a[3], call.kernel.prediction.dtype, call.kernel.gradient);
   run_unlocked(read, call, threads);
   return py::make_tuple(value, slope);
@@ -175,7 +207,7 @@ py::object times(PyObject* const* a) {
 using tensors::fast_call;
 
 PyMethodDef methods[] = {fast_method<fast_call<noise>, 7>("fast_noise"),
-                         fast_method<fast_call<loss>, 10>("fast_loss"),
+                         fast_method<fast_call<loss>, 15>("fast_loss"),
                          fast_method<fast_call<convert>, 5>("fast_convert"),
                          fast_method<fast_call<step>, 7>("fast_step"),
                          fast_method<fast_call<times>, 5>("fast_times"),

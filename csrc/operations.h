@@ -87,7 +87,7 @@ void fill(Reader& read, const LossOperands& from, LossCall& call) {
   if (!to.p.data != !to.x0.data) read.refuse("x0", "goes with p, both or neither");
   if (!to.r.data != !to.y.data) read.refuse("y", "goes with r, both or neither");
   if (!to.q.data != (to.n.kind == Noise::none)) read.refuse("n", "goes with q, both or neither");
-  if (given(from.mask)) to.mask = parse_mask(from.mask, layout);
+  if (given(from.mask)) read.mask(from.mask, to.mask);
   to.function = Function(parse_code("function", from.function, kFunctions));
   if (needs_c(to.function) && !to.c.data) read.refuse("c", "this error function needs its constant");
   if (from.normalization) call.normalization = Normalization(parse_code("normalization", from.normalization, 3));
@@ -246,7 +246,7 @@ void fill(Reader& read, const StepOperands& from, StepArguments& to) {
   }
   if (given(from.noise)) read.noise("noise", from.noise, to.noise);
   if (given(from.log_variance)) read.input("log_variance", from.log_variance, to.log_variance);
-  if (given(from.mask)) to.mask = parse_mask(from.mask, read.layout);
+  if (given(from.mask)) read.mask(from.mask, to.mask);
   if (given(from.known)) read.input("known", from.known, to.known);
   if (given(from.known_noise)) read.noise("known_noise", from.known_noise, to.known_noise);
   if (!to.mask.tensor.data != !to.known.data) read.refuse("known", "goes with mask, both or neither");

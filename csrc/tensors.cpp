@@ -33,7 +33,7 @@ struct Functions {
   void* stream;
 };
 constexpr int32_t kCpu = 1;
-enum TypeCode { kInt = 0, kUnsigned = 1, kFloat = 2, kBrainFloat = 4 };
+enum TypeCode { kInt = 0, kUnsigned = 1, kFloat = 2, kBrainFloat = 4, kBool = 6 };
 
 constexpr int kMostKinds = 4;
 
@@ -91,7 +91,7 @@ bool transformed() {
   return !none;
 }
 
-bool view(PyObject* tensor, View& out) {
+bool view(PyObject* tensor, View& out, bool bools) {
   PyObject* kind = (PyObject*)Py_TYPE(tensor);
   int k = 0;
   while (k < kMostKinds && kinds[k] != kind) ++k;
@@ -101,6 +101,7 @@ bool view(PyObject* tensor, View& out) {
     PyErr_Clear();
     return false;
   }
+  if (bools && found.dtype.code == kBool) found.dtype.code = kUnsigned;
   out.dtype = dtype_of(found.dtype);
   if (out.dtype < 0 || found.device.type != kCpu) return false;
   out.dims = found.dims;
@@ -135,6 +136,23 @@ py::object make_like(PyObject* tensor, DType has, DType dtype, int64_t elements,
 }
 
 namespace {
+
+// Whether a number is not 0.
+template <class Bits>
+bool any(const View& numbers) {
+  const Bits all = Bits(~Bits(0)), but_signs = all >> 1, counts = numbers.floating() ? but_signs : all;
+  for (int64_t k = 0; k < numbers.elements; ++k)
+    if (((const Bits*)numbers.data)[k] & counts) return true;
+  return false;
+}
+
+bool any(const View& numbers) {
+  const size_t size = numbers.item_size();
+  return size == 1   ? any<uint8_t>(numbers)
+         : size == 2 ? any<uint16_t>(numbers)
+         : size == 4 ? any<uint32_t>(numbers)
+                     : any<uint64_t>(numbers);
+}
 
 bool is_data(const View& tensor, bool image) { return tensor.floating() || (image && tensor.dtype == int(DType::u8)); }
 
@@ -171,6 +189,22 @@ void Reader::noise(const char* name, py::handle value, Noise& to) {
     to.kind = Noise::given;
     input(name, value, to.tensor);
   }
+}
+
+void Reader::mask(py::handle value, Mask& to) {
+  View found;
+  fits = fits && view(value.ptr(), found, true) && is_data(found, true) && found.dims <= first_.dims &&
+         first_.dims <= kMostDims && !differentiable(value.ptr());
+  // One of two dimensions could be meant for frames or for channels.
+  if (!fits || !(fits = found.dims != 2 || first_.dims < 5)) return;
+  int64_t strides[kMostDims] = {}, step = 1;
+  for (int d = found.dims - 1; d >= 0; --d) {
+    if (found.sizes[d] != 1) strides[d] = step;
+    if (found.sizes[d] != 1 && found.sizes[d] != first_.sizes[d]) fits = false;
+    step *= found.sizes[d];
+  }
+  fits = fits && !find_strides(first_.sizes, strides, first_.dims, layout, found.elements, to.at) && any(found);
+  to.tensor = found.input();
 }
 
 void Reader::rows(const char*, py::handle value, Rows& to, int columns) {

@@ -40,8 +40,8 @@ bool enabled();
 // Whether a torch.func transform is at work, whose tensors have no memory of their own.
 bool transformed();
 
-// A contiguous CPU tensor of a dtype that we know, of one of the classes, with elements.
-bool view(PyObject* tensor, View& view);
+// A contiguous CPU tensor of a dtype that we know, of one of the classes, with elements. `bools`: one of bool too, as uint8.
+bool view(PyObject* tensor, View& view, bool bools = false);
 
 // Whether an operation on a tensor must be recorded for its gradient.
 bool differentiable(PyObject* tensor);
@@ -77,6 +77,8 @@ class Reader : public fastdiff::Reader {
   void input(const char* name, py::handle value, Input& to, bool image = false);
   void image(const char* name, py::handle value, Input& to) { input(name, value, to, true); }
   void noise(const char* name, py::handle value, Noise& to);
+  // Contiguous, bool or of a dtype of data, not 0 everywhere. Its dimensions are the first of the operands', or all.
+  void mask(py::handle value, Mask& to);
   void rows(const char* name, py::handle value, Rows& to, int columns = 1);  // one row in the compute dtype
   double number(const char* name, py::handle value);
   void refuse(const char* name, const char* why);

@@ -63,12 +63,12 @@ def diffusion_loss(
         check_order(x0, t, noise, "model_output, x0, noise, t, process")
         raise
     dtype = compute_dtype(x0, noise, model_output)
-    if mask is None and weight is None and reduction == "mean" and mask_normalization == "none":
-        result = objective._fast_loss(model_output, x0, noise, t, None)
-        if result is not None:
-            return result
+    how = mask, reduction, weight, mask_normalization
+    result = objective._fast_loss(model_output, x0, noise, t, None, how)
+    if result is not None:
+        return result
     rows, t = objective._rows_at(t, x0, dtype)
-    return objective._loss(model_output, x0, noise, rows, t.shape, mask, reduction, weight, mask_normalization)
+    return objective._loss(model_output, x0, noise, rows, t.shape, *how)
 
 
 def _objective(process, kind, weights, loss, order) -> Objective:

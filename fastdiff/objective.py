@@ -50,6 +50,8 @@ from .weighting import WeightingLike
 
 # The attributes of an objective that its coefficients are made of: they cannot be changed.
 _FIXED = ("process", "prediction", "weighting", "loss_function", "error_space")
+# How a loss is reduced: see ``Objective._fast_loss``.
+_PLAIN = None, "mean", None, "none"
 
 
 class Objective:
@@ -430,18 +432,20 @@ class Objective:
             rows = self._rows(t, x0, compute_dtype(x0, tensor_of(n), prediction))
         elif isinstance(prediction, Tensor) and prediction.dtype == torch.float64 != rows.dtype:
             rows = self._rows(t, x0, torch.float64)  # those of noising were rounded to float32
-        plain = mask is None and weight is None and target is None and y is None and r is None
-        if plain and reduction == "mean" and mask_normalization == "none":
-            result = self._fast_loss(prediction, x0, n, t, rows)
+        how = mask, reduction, weight, mask_normalization
+        if target is None and y is None and r is None:
+            result = self._fast_loss(prediction, x0, n, t, rows, how)
             if result is not None:
                 return result
         if rows.coefficients is not self._coefficients:  # the process was changed
             rows = self._rows(t, x0, rows.dtype)
-        how = mask, reduction, weight, mask_normalization
         return self._loss(prediction, x0, n, rows, t.shape, *how, target, y, r)
 
-    def _fast_loss(self, prediction: Any, x0: Tensor, noise: Any, t: Any, rows: Rows | None) -> Tensor | None:
-        """The mean loss if a fast call of a backend can compute it, else None. rows: where there are some."""
+    def _fast_loss(
+        self, prediction: Any, x0: Tensor, noise: Any, t: Any, rows: Rows | None, how: tuple[Any, ...] = _PLAIN
+    ) -> Tensor | None:
+        """The loss if a fast call of a backend can compute it, else None. rows: where there are some. how: (mask,
+        reduction, weight, mask_normalization)."""
         if not isinstance(prediction, Tensor):
             return None
         backend = backend_of(prediction.device)
@@ -453,16 +457,19 @@ class Objective:
             return None
         x0_, n = (x0 if self.prediction.uses_x0 else None), (noise if self.prediction.uses_noise else None)
         # The prediction itself is not held: a loss that is kept would keep it.
-        made = partial(self._placed_rows, prediction.dtype is torch.float64, x0, noise, t, rows)
+        record = partial(self._record, x0, noise, t, rows, how)
         at_hand = rows.at_hand if rows is not None and rows.program is program else None
         function = self.loss_function.function
-        return fast.loss(program, self._made.present, function, prediction, x0_, n, t, at_hand, made)
+        return fast.loss(program, self._made.present, function, prediction, x0_, n, t, at_hand, record, how)
 
-    def _placed_rows(self, wide: bool, x0: Tensor, noise: Any, t: Any, rows: Rows | None) -> tuple[Any, ...]:
-        """``_rows_of_loss`` of ``rows``, or of others where there are none of the process as it is now."""
+    def _record(
+        self, x0: Tensor, noise: Any, t: Any, rows: Rows | None, how: tuple[Any, ...], prediction: Tensor, *_: Any
+    ) -> LossCall:
+        """The record of a loss that a fast call computed, with ``rows`` or, where there are none of the process as it
+        is now, with others. What else the fast call has kept is held here too."""
         if rows is None or rows.coefficients is not self._made:
-            rows = self._rows(t, x0, torch.float64 if wide else compute_dtype(x0, tensor_of(noise)))
-        return self._rows_of_loss(rows)
+            rows = self._rows(t, x0, compute_dtype(x0, tensor_of(noise), prediction))
+        return self._loss(prediction, x0, noise, rows, t.shape, *how, only_record=True)
 
     def _loss(
         self,
@@ -478,7 +485,9 @@ class Objective:
         target: Tensor | None = None,
         y: Tensor | None = None,
         r: Tensor | float | None = None,
-    ) -> Tensor:
+        *,
+        only_record: bool = False,
+    ) -> Any:
         uses_x0, uses_noise, function = self.prediction.uses_x0, self.prediction.uses_noise, self.loss_function
         x0_, n = x0 if uses_x0 else None, noise if uses_noise else None
         p, q, scale, own_weight, c = self._rows_of_loss(rows)
@@ -496,7 +505,8 @@ class Objective:
             mask, factor = carried(weight, mask, mask_normalization, reduction, rows_of, prediction, dtype)
             own_weight, mask_normalization = as_tensor(own_weight) * factor, "none"
         elif weight is not None:
-            own_weight = as_tensor(own_weight) * place_given("weight", weight, row_shape, prediction)
+            own_weight = in_dtype(as_tensor(own_weight), dtype, prediction)
+            own_weight = own_weight * place_given("weight", weight, row_shape, prediction)
         if r is not None and y is None:
             raise ValueError("r is the factor of y in the target: pass y, a tensor shaped as prediction, too.")
         if target is not None or y is not None:
@@ -507,7 +517,10 @@ class Objective:
             for row in (p, q, scale, own_weight, c)
         ]
         how = function.function, mask_normalization, reduction
-        result = normalized(LossCall(prediction, x0_, n, p, q, scale, own_weight, c, mask, y, r, *how))
+        call = LossCall(prediction, x0_, n, p, q, scale, own_weight, c, mask, y, r, *how)
+        if only_record:
+            return call
+        result = normalized(call)
         if reduction != "none":
             return result
         if not by_sample:

@@ -109,7 +109,9 @@ def _why(call: Call) -> str:
 
 def _general(method: str, arguments: Sequence[Any], named: dict[str, Any]) -> str:
     """Why a call was not the fast one."""
-    options = [name for name in ("mask", "weight", "reduction", "mask_normalization", "with_target") if name in named]
+    options = [name for name in ("with_target", "target", "y") if name in named]
+    if named.get("mask_normalization") == "sample":
+        options.append("mask_normalization='sample'")
     if options:
         return f"it has {', '.join(options)}"
     tensors = [a for a in (*arguments, *named.values()) if isinstance(a, Tensor)]
@@ -122,7 +124,7 @@ def _general(method: str, arguments: Sequence[Any], named: dict[str, Any]) -> st
     for one in arguments:
         if isinstance(one, Objective) and (why := one._coefficients.why):
             return f"its coefficients are evaluated for each batch: {why}"
-    return "its times are not one a sample, or its dtypes differ"
+    return "its times are not one a sample, or a fast call does not take its dtypes, its mask or its weight"
 
 
 def run(script: str, arguments: Sequence[str]) -> int:

@@ -31,8 +31,19 @@ def traced(tmp_path, capsys, lines, *arguments):
     [
         ("for _ in range(3): o.loss(p, o.noise(x)).backward()", ["noise 3 in one call", "loss 3 in one call"]),
         (
-            "o.loss(p, o.noise(x), mask=torch.ones(2, 1, 8, 8))",
-            ["loss 1 by the operations of a backend: it has mask", "noise 1 in one call"],
+            "o.loss(p, o.noise(x), mask=torch.ones(2, 1, 8, 8), weight=0.5, reduction='none')",
+            ["loss 1 in one call", "noise 1 in one call"],
+        ),
+        (
+            "o.loss(p, o.noise(x), mask=torch.ones(2), mask_normalization='sample')",
+            ["loss 1 by the operations of a backend: it has mask_normalization='sample'", "noise 1 in one call"],
+        ),
+        (
+            "o.loss(p, o.noise(x), mask=torch.ones(2, dtype=torch.int64))",
+            [
+                "loss 1 by the operations of a backend: its times are not one a sample, or a fast call does not take",
+                "noise 1 in one call",
+            ],
         ),
         (
             "o.noise(x.clone().requires_grad_(), t)",
@@ -80,7 +91,7 @@ def traced(tmp_path, capsys, lines, *arguments):
         ),
         (
             "fastdiff.diffusion_loss(p, x, x, t, o.process, mask=torch.ones(2, 1, 8, 8))",
-            ["diffusion_loss 1 by the operations of a backend: it has mask"],
+            ["diffusion_loss 1 in one call"],
         ),
         (
             "fastdiff.sample(lambda x, t: x, (2, 3), o, 'ddim', 2, progress=False)",

@@ -7,6 +7,7 @@ import pickle
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from accuracy import assert_same
@@ -70,7 +71,7 @@ def general(monkeypatch, backend):
 
     def run(function, *arguments, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(backend, "fast", None)
+            patch.setattr(backend.backend, "fast", None)
             return function(*arguments, **options)
 
     return run
@@ -80,11 +81,13 @@ def general(monkeypatch, backend):
 def only_fast_calls(monkeypatch, backend):
     """Lets nothing but fast calls run."""
 
-    def refuse(*_, **__):
-        raise AssertionError("the general way was taken")
+    refused, own = ("noise", "loss", "convert", *(["step"] if backend is native else [])), backend.run
 
-    for name in ("noise", "loss", "convert", *(["step"] if backend is native else [])):
-        monkeypatch.setattr(backend, name, refuse)
+    def run(call):
+        assert call.operation not in refused, "the general way was taken"
+        return own(call)
+
+    monkeypatch.setattr(backend.backend, "run", run)
 
 
 def batch(dtype=torch.float32, shape=(3, 4, 8, 8), seed=0):
@@ -125,6 +128,172 @@ def test_given_noise_and_times_have_the_bits_of_the_general_way(objective, dtype
 
     for got, want in zip(run(), general(run)):
         assert_same(got, want)
+
+
+def masks():
+    generator = torch.Generator().manual_seed(1)
+    whole, shared = torch.rand(3, 4, 8, 8, generator=generator), torch.rand(3, 1, 8, 8, generator=generator)
+    whole[1] = 0
+    return {
+        "no mask": None,
+        "bool": shared > 0.3,
+        "bytes": (3 * shared).to(torch.uint8),
+        "float32": whole.round(decimals=1),
+        "bfloat16": shared.round(decimals=1).bfloat16(),
+        "float16": shared.half(),
+        "float64": whole.double(),
+        "of samples": torch.tensor([True, False, True]),
+        "of channels": torch.tensor([[0.5, 0.0, 1.0, 2.0]]),
+        "of all samples": shared[:1],
+        "late": torch.arange(8.0) // 7 * torch.ones(1, 1, 8, 1),
+    }
+
+
+NORMALIZED = [("mean", by) for by in ("none", "row", "global")] + [("sum", "none")]
+NORMALIZED += [("none", by) for by in ("none", "row", "global")]
+
+
+def weights(dtype):
+    some = torch.tensor([0.3, 0.0, 1.7], dtype=dtype)
+    return [None, 0.3, 3, some, some.view(3, 1, 1, 1), some[:1], some[2]]
+
+
+@pytest.mark.parametrize("name", masks())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masks_weights_and_reductions_have_the_bits_of_the_general_way(name, dtype, general):
+    x0, n, prediction = batch(dtype)
+    mask = masks()[name]
+    objectives = OBJECTIVES[2], OBJECTIVES[0], OBJECTIVES[-5]
+    noised = [objective.noise(x0, seed=1) for objective in objectives]
+    # The coefficients of noising are float64, but nothing of the loss is.
+    noised.append(OBJECTIVES[0].noise(x0.double(), torch.tensor([1, 500, 999]), n.float()))
+
+    def run(of, upstream, **how):
+        m = prediction.clone().requires_grad_()
+        loss = of.objective.loss(m, of, mask, **how)
+        (upstream * loss.sum()).backward()
+        return loss, m.grad
+
+    for k, (reduction, by) in enumerate(NORMALIZED * 2):
+        for weight in weights(torch.float64 if k % 3 else torch.float32):
+            how = {"reduction": reduction, "weight": weight, "mask_normalization": by}
+            case = noised[k % 4], (1.0, 0.25)[k // 7]
+            for got, want in zip(run(*case, **how), general(run, *case, **how)):
+                assert_same(got, want)
+
+
+@pytest.mark.parametrize("name", masks())
+def test_masks_weights_and_reductions_are_fast_calls(name, only_fast_calls):
+    objective, (x0, n, m) = OBJECTIVES[2], batch()
+    t, mask = torch.tensor([0, 500, 999]), masks()[name]
+    noised = objective.noise(x0, t, n)
+    for reduction, by in NORMALIZED:
+        for weight in weights(torch.float32):
+            how = {"mask": mask, "reduction": reduction, "weight": weight, "mask_normalization": by}
+            loss = objective.loss(m.requires_grad_(), noised, **how)
+            assert loss.isfinite().all() and loss.shape == ((3,) if reduction == "none" else ())
+            (loss.sum() / 4).backward()
+            other = fastdiff.diffusion_loss(m, x0, n, t, objective.process, "v_prediction", "min_snr", "huber", **how)
+            assert_same(other, loss)
+
+
+@pytest.mark.parametrize("reduction, by", NORMALIZED)
+def test_masked_and_weighted_losses_are_the_sums_of_their_definition(reduction, by, only_fast_calls):
+    x0, n, m = batch(torch.float64)
+    noised = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon").noise(x0, torch.tensor([5, 500, 900]), n)
+    mask, weight = torch.rand(3, 1, 8, 8).double().round(decimals=1), torch.tensor([0.5, 2.0, 3.0]).double()
+    mask[1] = 0
+    got = noised.objective.loss(m, noised, mask, reduction, weight=weight, mask_normalization=by)
+    every = mask.expand_as(m).numpy()
+    sums = weight.numpy() * (every * (m - n).numpy() ** 2).sum((1, 2, 3))
+    counts, empty = every.sum((1, 2, 3)), np.array([0, 1, 0])
+    if reduction == "sum":
+        want = sums.sum()
+    else:
+        rows = {"none": sums / 256, "row": sums / (counts + empty), "global": 3 * sums / counts.sum()}[by]
+        want = rows if reduction == "none" else rows.sum() / (2 if by == "row" else 3)
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-13)
+
+
+def test_masks_and_weights_that_are_not_plain_are_done_the_general_way(general):
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", "min_snr")
+    x0, n, prediction = batch()
+    noised = objective.noise(x0, torch.tensor([5, 6, 7]), n)
+    spatial = torch.rand(3, 1, 8, 8) > 0.5
+    for how in (
+        {"mask": spatial.long()},
+        {"mask": spatial.int()},
+        {"mask": spatial.expand(3, 4, 8, 8)},
+        {"mask": spatial.transpose(2, 3)},
+        {"mask": spatial.float(), "mask_normalization": "sample"},
+        {"mask": torch.rand(3, 4) > 0.5},
+        {"mask": torch.tensor(0.5)},
+        {"weight": torch.ones(3, dtype=torch.int64)},
+        {"weight": torch.ones(3).bfloat16()},
+        {"weight": torch.rand(1, 4, 1, 1)},
+        {"weight": torch.rand(1, 4, 1, 1), "mask": spatial, "mask_normalization": "row", "reduction": "none"},
+        {"weight": torch.rand(6)[::2]},
+        {"weight": 2**60 + 1},
+        {"weight": float("inf")},
+        {"weight": True},
+        {"reduction": "sum", "mask_normalization": "row"},
+    ):
+
+        def run(how=how):
+            m = prediction.clone().requires_grad_()
+            loss = objective.loss(m, noised, **how)
+            loss.sum().backward()
+            return loss, m.grad
+
+        for got, want in zip(run(), general(run)):
+            assert_same(got, want)
+    for name in ("mask", "weight"):
+
+        def by(name=name):
+            given = torch.tensor([0.5, 2.0, 1.0]).requires_grad_()
+            objective.loss(prediction, noised, **{name: given}).backward()
+            return given.grad
+
+        assert by().abs().min() > 0
+        assert_same(by(), general(by))
+
+
+def test_unfit_masks_and_weights_get_the_usual_errors():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    x0, n, m = batch()
+    noised = objective.noise(x0, torch.tensor([5, 6, 7]), n)
+    for empty in (torch.zeros(3, 1, 8, 8), -torch.zeros(3).bfloat16(), torch.zeros(3, dtype=torch.bool)):
+        with pytest.warns(UserWarning, match="0 everywhere"):
+            assert objective.loss(m, noised, empty) == 0
+    for kind, message, how in (
+        (ValueError, "does not fit", {"mask": torch.ones(8, 8)}),
+        (ValueError, "does not fit", {"mask": torch.ones(3, 1, 8, 4)}),
+        (ValueError, "does not fit", {"mask": torch.ones(1, 3, 4, 8, 8)}),
+        (TypeError, "mask must be a tensor", {"mask": [1, 0, 1]}),
+        (ValueError, "divides by nothing", {"mask": torch.ones(3), "reduction": "sum", "mask_normalization": "row"}),
+        (ValueError, "reduction must be one of", {"reduction": ["mean"]}),
+        (ValueError, "mask_normalization must be one of", {"mask": torch.ones(3), "mask_normalization": "rows"}),
+        (ValueError, "weight has shape", {"weight": torch.ones(2)}),
+        (ValueError, "weight has shape", {"weight": torch.ones(3, 1)}),
+        (TypeError, "weight must be a number", {"weight": "1"}),
+    ):
+        with pytest.raises(kind, match=message):
+            objective.loss(m, noised, **how)
+    video = torch.randn(2, 3, 3, 4, 4)
+    with pytest.raises(ValueError, match="one a frame or one a channel"):
+        objective.loss(video, objective.noise(video, torch.tensor([1, 2])), torch.ones(2, 3))
+
+
+def test_a_mask_or_weight_that_is_written_into_before_the_backward_is_noticed():
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    x0, _, m = batch()
+    noised = objective.noise(x0)
+    for name in ("mask", "weight"):
+        given = torch.ones(3)
+        loss = objective.loss(m.requires_grad_(), noised, **{name: given})
+        given.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (2 * loss).backward()
 
 
 @BOTH
@@ -244,6 +413,31 @@ def test_what_a_training_step_costs_the_host(name, backend):
     assert all(count <= limit for count, limit in zip(counts, most)), (counts, most)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"mask": torch.rand(3, 1, 8, 8) > 0.3},
+        {"mask": torch.ones(3), "mask_normalization": "global", "weight": 0.5},
+        {"weight": torch.ones(3)},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+        {},
+    ],
+    ids=lambda how: ", ".join(how),
+)
+def test_what_a_masked_or_weighted_loss_costs_the_host(how, backend):
+    """As much as a plain one, also where its gradient is made for another upstream gradient than 1."""
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    x0, _, m = batch()
+    noised = objective.noise(x0)
+    m.requires_grad_()
+    objective.loss(m, noised, **how)
+    losses = []
+    assert entered(lambda: losses.append(objective.loss(m, noised, **how))) <= 15
+    scaled = losses[0].sum() / 4
+    assert entered(scaled.backward) <= 6
+
+
 def test_what_a_short_run_costs_the_host(backend):
     """``fastdiff.sample`` with two steps of DDPM: what is checked and prepared, and the steps."""
     process = fastdiff.VariancePreserving()
@@ -286,12 +480,17 @@ def test_a_scaled_float16_loss_rounds_its_gradient_once(general):
     assert_same(run(), general(run))
 
 
-def test_the_gradient_of_the_gradient():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("mask", [None, torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 1.0]])])
+def test_the_gradient_of_the_gradient(mask, reduction):
     objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
     x0, n, m = batch(torch.float64, (2, 3))
-    t = torch.tensor([0.2, 0.8])
-    noised = objective.noise(x0, t, n)
-    assert torch.autograd.gradgradcheck(lambda m: objective.loss(m, noised), m.requires_grad_())
+    noised = objective.noise(x0, torch.tensor([0.2, 0.8]), n)
+
+    def loss(m):
+        return objective.loss(m, noised, mask, reduction, weight=3.0)
+
+    assert torch.autograd.gradcheck(loss, m.requires_grad_()) and torch.autograd.gradgradcheck(loss, m)
 
 
 @BOTH
@@ -559,6 +758,14 @@ ANYTHING = st.one_of(
 )
 
 
+OPTIONS = [  # mask, normalization, reduction, weight
+    (None, 0, 0, None),
+    (torch.tensor([[True, False, True]]), 1, 0, torch.tensor([1.0, 2.0])),
+    (torch.ones(2), 2, 2, torch.tensor(0.5)),
+    (torch.ones(2, 3), 0, 1, None),
+]
+
+
 @settings(max_examples=10000, deadline=None)
 @given(st.data())
 def test_no_arguments_reach_a_kernel_unchecked(data):
@@ -571,7 +778,7 @@ def test_no_arguments_reach_a_kernel_unchecked(data):
     x, t = torch.randn(2, 3), torch.tensor([0, 2])
     fit = {
         "noise": [table, x, t, x, x.clone(), None, 1],
-        "loss": [wide, 3, 0, x, x, x, t, torch.tensor(0.0), True, 1],
+        "loss": [wide, 3, 0, x, x, x, t, torch.tensor(0.0), True, 1, *data.draw(st.sampled_from(OPTIONS)), None],
         "convert": [table, x, x, t, 1],
         "step": [x, x, torch.randn(len(ops.COLUMNS)), None, None, True, 1],
         "times": [handle(draw, ("t",)), t.clone(), 3, 4, 0],

@@ -28,7 +28,7 @@ def loss(request, monkeypatch):
             pytest.skip(because)
         fastdiff.use_backend(name)
     if path == "native, general way":
-        monkeypatch.setattr(native, "fast", None)
+        monkeypatch.setattr(native.backend, "fast", None)
     if path == "compiled":
         torch._dynamo.reset()  # else it counts the compilations of one test with those of another
         return torch.compile(ops.loss, backend="aot_eager", fullgraph=True)

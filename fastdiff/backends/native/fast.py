@@ -17,7 +17,7 @@ from ...program import OF_LOSS, OF_NOISE, Program
 from ...torch_access import _C, reads_tensors
 from .. import reference
 from .coefficients import handle
-from .launch import FUNCTIONS
+from .launch import FUNCTIONS, NORMALIZATIONS, REDUCTIONS
 from .loss import recorded as _recorded
 
 _threads, _grad = torch.get_num_threads, torch.is_grad_enabled
@@ -26,6 +26,13 @@ available = reads_tensors
 _reference = reference.backend
 _T = ("t",)
 _OF_T, _OF_NOISE, _OF_LOSS = (_C, _T), (_C, OF_NOISE), (_C, OF_LOSS)  # where ``handle`` keeps what it makes
+# The codes of a mask's normalization and of a reduction. A sum divides by nothing; "sample" is made of means of rows.
+_CODES = {
+    (by, kind): (NORMALIZATIONS[by], REDUCTIONS[kind])
+    for by in NORMALIZATIONS
+    for kind in REDUCTIONS
+    if kind != "sum" or by == "none"
+}
 _ONE = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
@@ -81,36 +88,50 @@ def loss(
     n: Any,
     t: Any,
     at_hand: Any,
-    rows: Callable[[], tuple[Tensor | None, ...]],
+    record: Callable[..., LossCall],
+    how: tuple[Tensor | None, str, Tensor | float | None, str],
 ) -> Tensor | None:
-    """The mean loss of a batch with one time a sample, recorded for autograd; or None.
+    """The loss of a batch with one time a sample, recorded for autograd; or None.
 
     Args:
         program: computes ``OF_LOSS``; ``present`` says by bits which of them are used.
         prediction, x0, n: [batch, ...]; x0 or n is None if the target does not use it.
         t: [batch].
         at_hand: without effect: coefficients are computed in the call.
-        rows: () -> (p, q, scale, weight, c), placed, or None: for a gradient that was not written along with the loss.
+        record: (prediction, *others) -> the record, for a gradient that is differentiated again, or many at once. The
+            others are tensors that it holds itself, which have not been written into.
+        how: (mask, reduction, weight, mask_normalization) as ``Objective.loss`` takes them.
     """
     if n is not None and not isinstance(n, Tensor):
         return None
+    mask, reduction, weight, normalization = how
+    codes = _CODES.get((normalization, reduction)) if type(normalization) is type(reduction) is str else None
+    if codes is None:
+        return None
     recorded = prediction.requires_grad and _grad()
-    # A float16 loss is scaled; its gradient for 1 would be of no use.
-    ahead = recorded and prediction.dtype is not torch.float16
+    # A float16 loss is scaled, and losses of rows are weighted: a gradient for 1 would be of no use.
+    ahead = recorded and prediction.dtype is not torch.float16 and reduction != "none"
     wide = torch.float64 in (prediction.dtype, getattr(x0, "dtype", None), getattr(n, "dtype", None))
     one = _ONE[torch.float64 if wide else torch.float32]
     source = program.kept.get(_OF_LOSS) or handle(program, OF_LOSS)
-    made = _C.fast_loss(source, present, FUNCTIONS[function], prediction, x0, n, t, one, ahead, _threads())
+    if weight is not None and (type(weight) is float or type(weight) is int):
+        weight = one.new_full((), weight)
+    rho, (by, kind) = FUNCTIONS[function], codes
+    made = _C.fast_loss(
+        source, present, rho, prediction, x0, n, t, one, ahead, _threads(), mask, by, kind, weight, None
+    )
     if made is None or not recorded:
         return None if made is None else made[0]
-    value, gradient = made
-    dtype = value.dtype  # ``call_of`` must not hold the loss, which holds it
 
-    def call_of(prediction, x0, n, _):  # t, which the rows are made from, has not changed
-        p, q, scale, weight, c = (row if row is None else row.to(dtype) for row in rows())
-        return LossCall(prediction, x0, n, p, q, scale, weight, c, function=function)
+    def again(upstream, prediction, x0, n, t, mask=None, weight=None):
+        upstream = upstream.contiguous()
+        found = _C.fast_loss(
+            source, present, rho, prediction, x0, n, t, one, True, _threads(), mask, by, kind, weight, upstream
+        )
+        return found and found[1]
 
-    return _recorded(prediction, None, (value, None, gradient), (prediction, x0, n, t), call_of, _reference)
+    kept = (prediction, x0, n, t) if mask is None and weight is None else (prediction, x0, n, t, mask, weight)
+    return _recorded(prediction, None, (made[0], None, made[1]), kept, record, _reference, again)
 
 
 def convert(program: Program, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:

@@ -76,13 +76,14 @@ class _Loss(torch.autograd.Function):
 
     ``made`` is a ``Made``. ``kept`` are the tensors that the loss was computed from; ``call_of(*kept)`` makes its
     ``LossCall`` again, for any gradient but the one that was written along with the loss. ``otherwise`` is the fallback
-    that computes second derivatives."""
+    that computes second derivatives. ``again(upstream, *kept)``, if there is one, gives the gradient without a record,
+    or None."""
 
     @staticmethod
-    def forward(ctx, prediction, weight, made, kept, call_of, otherwise):
+    def forward(ctx, prediction, weight, made, kept, call_of, otherwise, again=None):
         save(ctx, *kept)
         value, ctx.means, ctx.gradient = made
-        ctx.call_of, ctx.otherwise = call_of, otherwise
+        ctx.call_of, ctx.otherwise, ctx.again = call_of, otherwise, again
         return value
 
     @staticmethod
@@ -92,12 +93,19 @@ class _Loss(torch.autograd.Function):
         one = upstream.numel() == 1 and not graph and not modes.is_many(upstream) and float(upstream) == 1.0
         gradient, ctx.gradient = (ctx.gradient, None) if one else (None, ctx.gradient)
         if gradient is not None and not for_weight:
-            return gradient, *(None,) * 5
-        call = ctx.call_of(*saved(ctx))
+            return gradient, *(None,) * 6
+        kept = saved(ctx)
+        if ctx.again is not None and not graph and not modes.is_many(upstream):
+            gradient = ctx.again(upstream, *kept)
+            if gradient is not None:
+                return gradient, *(None,) * 6
+        call = ctx.call_of(*kept)
+        if call.reduction == "none":
+            upstream = upstream.reshape(call.weight.shape)
         if graph:
             inputs = [t for t, needed in ((call.prediction, for_prediction), (call.weight, for_weight)) if needed]
             found = iter(torch.autograd.grad(ctx.otherwise.run(call), inputs, upstream, create_graph=True))
-            return next(found) if for_prediction else None, next(found) if for_weight else None, *(None,) * 4
+            return next(found) if for_prediction else None, next(found) if for_weight else None, *(None,) * 5
         if for_prediction and gradient is None:
             if modes.is_many(upstream):  # several gradients at once
                 gradient = ctx.otherwise.gradient(upstream, call)
@@ -108,11 +116,11 @@ class _Loss(torch.autograd.Function):
             of = call.prediction, call.weight, call.mask, call.mask_normalization
             count = rows_of_mean(*of) if call.reduction == "mean" else 1
             d_weight = (upstream * ctx.means / count).to(call.weight.dtype)
-        return gradient if for_prediction else None, d_weight, *(None,) * 4
+        return gradient if for_prediction else None, d_weight, *(None,) * 5
 
 
-# (prediction, weight, (value, means, gradient), kept, call_of, otherwise) -> the loss, recorded for autograd: see
-# ``_Loss``. It is what Function.apply comes to where no transform is at work.
+# (prediction, weight, (value, means, gradient), kept, call_of, otherwise[, again]) -> the loss, recorded for autograd:
+# see ``_Loss``. It is what Function.apply comes to where no transform is at work.
 recorded = super(torch.autograd.Function, _Loss).apply
 
 

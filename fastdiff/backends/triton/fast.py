@@ -248,7 +248,8 @@ def loss(
     n: Any,
     t: Any,
     columns: Tensor | None,
-    rows: Callable[[], tuple[Any, ...]],
+    record: Callable[..., LossCall],
+    how: tuple[Tensor | None, str, Tensor | float | None, str],
 ) -> Tensor | None:
     """The mean loss of a batch with one time a sample, recorded for autograd; or None. See ``native/fast.py`` for the
     arguments.
@@ -257,6 +258,9 @@ def loss(
         n: a tensor [batch, ...], a ``fastdiff.ops.Philox`` that makes it, or None.
         columns: the coefficients that ``noise`` has computed, float32 [names of ``program``, batch]; or None.
     """
+    mask, reduction, weight, normalization = how
+    if mask is not None or reduction != "mean" or weight is not None or normalization != "none":
+        return None
     device, shape = prediction.device, prediction.shape
     given = n if isinstance(n, Tensor) else None
     if not _plain(device, prediction, x0, given, t) or not _has_time(program, t, prediction):
@@ -300,15 +304,10 @@ def loss(
         written, cells, there = (d,), (used, last.value), (d, used, last)
     value = _forward(ready, changing, prediction, x0, given, made, written, cells)
     tensors = () if made is None else [v for v in (made.seed, made.sample_offset) if isinstance(v, Tensor)]
-    philox = n if given is None else None
-
-    def call_of(prediction, x0, given, *_):  # the times, which the coefficients are made from, have not changed
-        p, q, scale, weight, c = rows()
-        return LossCall(prediction, x0, philox if given is None else given, p, q, scale, weight, c, function=function)
 
     def again(tensors, upstream, there):
         if there is None or not _plain(device, upstream) or upstream.dtype is not torch.float32:
-            return general.gradient(upstream, call_of(*tensors), reference.backend)
+            return general.gradient(upstream, record(*tensors), reference.backend)
         d, used, last = there
         prediction, x0, given, *_ = tensors
         cells = used, of_this_stream(last, device).value
@@ -316,7 +315,7 @@ def loss(
         return d
 
     kept = (prediction, x0, given, t, *tensors)
-    return general.recorded(prediction, None, (value, None, None, there), kept, call_of, again, reference.backend)
+    return general.recorded(prediction, None, (value, None, None, there), kept, record, again, reference.backend)
 
 
 @lru_cache
