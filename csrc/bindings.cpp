@@ -23,11 +23,15 @@ namespace fastdiff {
 
 namespace {
 
-void normal(py::handle layout, py::handle source, py::handle out, py::handle threads) {
+void normal(py::handle layout, py::handle source, py::handle window, py::handle out, py::handle threads) {
   NormalArguments a{};
   a.layout = parse_layout(layout);
   a.noise = parse_noise("source", source, a.layout);
   if (a.noise.kind != Noise::made) throw py::value_error("source: expected (seed, stream, samples, offset)");
+  if (given(window)) {
+    if (a.noise.offset != 0) throw py::value_error("window: goes with no offset");
+    a.window = parse_window(window, a.layout);
+  }
   a.out = parse_output("out", out, a.layout.elements);
   const int team = parse_threads(threads);
   const Unlocked unlocked(a.layout);

@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kMostElements = int64_t(1) << 58;  // whose bytes can still be counted
 constexpr int64_t kMostEmptyRows = int64_t(1) << 24;
 constexpr int64_t kMostOfSample = int64_t(1) << 34;  // four to each of 2^32 groups
+constexpr int64_t kMostOfWhole = int64_t(1) << 42;   // of a sample that there are slices of
 
 bool as_int64(py::handle value, int64_t& number) {
   if (!value || !PyLong_Check(value.ptr())) return false;
@@ -237,8 +238,7 @@ Noise parse_noise(const char* name, py::handle value, const Layout& layout) {
   return noise;
 }
 
-const char* find_strides(const int64_t* sizes, const int64_t* strides, int64_t dims, const Layout& layout, int64_t memory,
-                         Strides& at) {
+const char* find_strides(const int64_t* sizes, const int64_t* strides, int64_t dims, int64_t most, int64_t memory, Strides& at) {
   constexpr const char *kOtherSizes = "its sizes are not those of the elements", *kBeyond = "its strides reach beyond its memory";
   int64_t elements = 1, last = 0;
   int kept = 0;
@@ -260,7 +260,7 @@ const char* find_strides(const int64_t* sizes, const int64_t* strides, int64_t d
     at.sizes[kept] = size;
     at.strides[kept++] = stride;
   }
-  if (elements != layout.elements) return kOtherSizes;
+  if (elements != most) return kOtherSizes;
   if (elements && last >= memory) return kBeyond;
   if (!kept) {
     at.sizes[0] = 1;
@@ -273,7 +273,7 @@ const char* find_strides(const int64_t* sizes, const int64_t* strides, int64_t d
 
 namespace {
 
-Strides parse_strides(const char* name, py::handle sizes, py::handle strides, const Layout& layout, int64_t memory) {
+Strides parse_strides(const char* name, py::handle sizes, py::handle strides, int64_t most, int64_t memory) {
   const int64_t dims = length(sizes);
   if (dims < 1 || dims > kMostDims || length(strides) != dims)
     refuse(name, "needs as many sizes as strides, from 1 to 64");
@@ -283,7 +283,7 @@ Strides parse_strides(const char* name, py::handle sizes, py::handle strides, co
         of_strides[d] < 0)
       refuse(name, "sizes and strides must be integers of at least 0");
   Strides at;
-  if (const char* why = find_strides(of_sizes, of_strides, dims, layout, memory, at)) refuse(name, why);
+  if (const char* why = find_strides(of_sizes, of_strides, dims, most, memory, at)) refuse(name, why);
   return at;
 }
 
@@ -293,12 +293,12 @@ Mask parse_mask(py::handle value, const Layout& layout) {
   const Memory memory = parse_memory("mask", value, 5);
   if (memory.code == kInt64) refuse("mask", "the dtype must be floating point, uint8 or bool");
   return {{present(memory.data), DType(memory.code)},
-          parse_strides("mask", item(value, 3), item(value, 4), layout, memory.elements)};
+          parse_strides("mask", item(value, 3), item(value, 4), layout.elements, memory.elements)};
 }
 
 Order parse_order(py::handle value, const Layout& layout) {
   if (length(value) != 2) refuse("order", "expected (sizes, strides)");
-  Order order{parse_strides("order", item(value, 0), item(value, 1), layout, layout.elements), 1};
+  Order order{parse_strides("order", item(value, 0), item(value, 1), layout.elements, layout.elements), 1};
   Strides& at = order.at;
   const int last = at.dims - 1;
   // Blocks, and the runs of a row that they cut up, must be whole words.
@@ -310,6 +310,21 @@ Order parse_order(py::handle value, const Layout& layout) {
   at.sizes[last] /= 2;
   if (at.sizes[last] == 1 && last > 0) --at.dims;
   return order;
+}
+
+Window parse_window(py::handle value, const Layout& layout) {
+  if (length(value) != 3) refuse("window", "expected (first, sizes, strides)");
+  Window window{};
+  window.first = parse_integer("window", item(value, 0));
+  if (window.first < 0 || window.first > kMostOfWhole) refuse("window", "begins outside of samples of 2^42 elements");
+  if (!layout.elements) return window;  // there are samples, which divide the elements: see parse_noise
+  const int64_t sample = layout.elements / layout.samples;
+  Strides& at = window.at = parse_strides("window", item(value, 1), item(value, 2), sample, kMostOfWhole - window.first);
+  if (at.strides[at.dims - 1] == 1) return window;
+  if (at.dims == kMaxDims) refuse("window", "has too many dimensions");
+  at.sizes[at.dims] = at.strides[at.dims] = 1;
+  ++at.dims;
+  return window;
 }
 
 Indices parse_indices(py::handle value) {

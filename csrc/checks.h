@@ -8,6 +8,7 @@
 //   noise    a tensor, or (seed, stream, samples, offset) to make it from
 //   mask     (pointer, dtype code, number of elements, sizes, strides): sizes of all elements, strides in elements
 //   order    (sizes, strides) of full-size data that lies in memory without gaps, in another order; None: contiguous
+//   window   (place of the first element, sizes, strides): where a slice of a sample lies in the whole one
 //   layout   (outer, shared, frames, inner, samples, channels), see Layout
 //
 // Anything unfit raises ValueError and names the argument.
@@ -49,12 +50,12 @@ Input parse_input(const char* name, py::handle value, int64_t elements, bool ima
 Output parse_output(const char* name, py::handle value, int64_t elements);
 Noise parse_noise(const char* name, py::handle value, const Layout& layout);
 Mask parse_mask(py::handle value, const Layout& layout);
-// The strides at which all elements of the layout lie in memory of so many. Neighbouring dimensions that one stride goes
-// through become one; of one element there is one dimension. Sizes and strides are at least 0. Returns why they do not
-// fit, or null.
-const char* find_strides(const int64_t* sizes, const int64_t* strides, int64_t dims, const Layout& layout, int64_t memory,
-                         Strides& at);
+// The strides at which so many elements lie in memory of so many. Neighbouring dimensions that one stride goes through
+// become one; of one element there is one dimension. Sizes and strides are at least 0. Returns why they do not fit, or
+// null.
+const char* find_strides(const int64_t* sizes, const int64_t* strides, int64_t dims, int64_t most, int64_t memory, Strides& at);
 Order parse_order(py::handle value, const Layout& layout);
+Window parse_window(py::handle value, const Layout& layout);
 
 // Whether there is an object: neither null nor None.
 inline bool given(py::handle value) { return value && !value.is_none(); }

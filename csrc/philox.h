@@ -56,6 +56,9 @@ FASTDIFF_DEVICE Words words(uint64_t seed, uint32_t group, uint32_t stream, uint
   return {{c0, c1, c2, c3}};
 }
 
+// The stream of a group: counters have 32 bits for the group, so what is above them goes into the stream's top 8.
+FASTDIFF_DEVICE uint32_t stream_of(uint32_t stream, uint64_t group) { return stream ^ uint32_t(group >> 32) << 24; }
+
 // A uniform in the open interval (0, 1): 52 random bits and a half.
 FASTDIFF_DEVICE double uniform(const Words& w) {
   return (double((uint64_t(w.o[0]) << 20) | (w.o[1] >> 12)) + 0.5) * 0x1p-52;
@@ -116,7 +119,7 @@ FASTDIFF_DEVICE Pair box_muller(uint32_t i1, uint32_t i2) {
 
 // Element `element` of a sample: lane element mod 4 of group element div 4.
 FASTDIFF_DEVICE float normal(uint64_t seed, uint32_t stream, uint64_t sample, uint64_t element) {
-  const Words w = words(seed, uint32_t(element / 4), stream, sample);
+  const Words w = words(seed, uint32_t(element / 4), stream_of(stream, element / 4), sample);
   const int lane = int(element % 4);
   const Pair pair = box_muller(w.o[lane & 2], w.o[(lane & 2) + 1]);
   return lane & 1 ? pair.second : pair.first;

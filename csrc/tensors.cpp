@@ -203,7 +203,7 @@ void Reader::mask(py::handle value, Mask& to) {
     if (found.sizes[d] != 1 && found.sizes[d] != first_.sizes[d]) fits = false;
     step *= found.sizes[d];
   }
-  fits = fits && !find_strides(first_.sizes, strides, first_.dims, layout, found.elements, to.at) && any(found);
+  fits = fits && !find_strides(first_.sizes, strides, first_.dims, layout.elements, found.elements, to.at) && any(found);
   to.tensor = found.input();
 }
 

@@ -3,8 +3,9 @@
 import importlib
 from types import ModuleType
 
-from . import autoencoder, guidance, losses, ops, pairing, samplers, timesteps, uncertainty, weighting
+from . import autoencoder, distributed, guidance, losses, ops, pairing, samplers, timesteps, uncertainty, weighting
 from .backends import use_backend
+from .distributed import debug
 from .dropout import drop_condition
 from .functional import diffusion_loss, q_sample
 from .likelihood import log_likelihood, to_bits_per_dim
@@ -77,7 +78,9 @@ __all__ = [
     "VariationalBound",
     "autoencoder",
     "bits_per_dim",
+    "debug",
     "diffusion_loss",
+    "distributed",
     "drop_condition",
     "guidance",
     "integrations",
@@ -102,7 +105,7 @@ def __getattr__(name: str) -> ModuleType:
     if name == "integrations":
         return importlib.import_module(f"{__name__}.integrations")
     where = ""
-    for module in (autoencoder, guidance, losses, ops, pairing, samplers, timesteps, uncertainty):
+    for module in (autoencoder, distributed, guidance, losses, ops, pairing, samplers, timesteps, uncertainty):
         if name in getattr(module, "__all__", ()) or str(getattr(vars(module).get(name), "__module__", "")).startswith(
             module.__name__
         ):

@@ -24,7 +24,7 @@ from .objective import Objective
 from .ops.checks import compute_dtype
 from .ops.dispatch import get as backend_of
 from .ops.posterior import CLAMP, means_of
-from .philox import Stream, check_seed, draw_seed, samples_of
+from .philox import Stream, seeded
 from .showing import brief
 
 __all__ = ["latents", "noise_latents"]
@@ -40,7 +40,7 @@ def latents(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
-    sample_offset: int = 0,
+    sample_offset: int | None = None,
     ids: Tensor | None = None,
     rng: str = "exact",
 ) -> Tensor:
@@ -51,7 +51,7 @@ def latents(
     inputs.
     """
     means_of(moments)
-    seed, samples = _seed(moments, generator, seed, sample_offset, ids, sample)
+    seed, samples = seeded(seed, generator, ids, sample_offset, len(moments), moments.device, sample)
     xi = ops.Philox(seed, samples, Stream.POSTERIOR, rng=rng) if sample else None
     return ops.posterior(moments, xi, shift=shift, scale=scale, clamp=clamp, dtype=dtype).z
 
@@ -68,7 +68,7 @@ def noise_latents(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
-    sample_offset: int = 0,
+    sample_offset: int | None = None,
     ids: Tensor | None = None,
     keep_noise: bool | None = None,
     rng: str = "exact",
@@ -96,10 +96,11 @@ def noise_latents(
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a fastdiff.Objective; got {brief(objective)}.")
     mean = means_of(moments)
-    seed, samples = _seed(moments, generator, seed, sample_offset, ids, True)
+    seed, samples = seeded(seed, generator, ids, sample_offset, len(moments), moments.device)
     dtype = moments.dtype if dtype is None else dtype
     how = {"shift": shift, "scale": scale, "clamp": clamp, "dtype": dtype}
-    where = {"seed": seed, "sample_offset": sample_offset, "ids": ids, "rng": rng}
+    which = "ids" if isinstance(samples, Tensor) else "sample_offset"
+    where = {"seed": seed, which: samples, "rng": rng}
     of_two = objective.noise_offset and objective.noise_offset_dim != 1
     if objective.input_perturbation or of_two or (moments.dtype == torch.float64 != dtype):
         # More noises than one pass makes; or latents of another precision than what they are made of.
@@ -112,17 +113,3 @@ def noise_latents(
     kept = not remakes_noise(moments.device) if keep_noise is None else keep_noise
     made = ops.posterior(moments, xi, n=n, alpha=rows.alpha, sigma=rows.sigma, keep_noise=kept, **how)
     return Noised(objective, made.z, made.x_t, t, made.n, rows)
-
-
-def _seed(
-    moments: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, sample_offset: int, ids: Any,
-    needed: bool,
-) -> tuple[Any, Any]:  # fmt: skip
-    """(the seed, drawn if it is needed; which samples these are). Raises TypeError or ValueError for unfit ones."""
-    if generator is not None and seed is not None:
-        raise ValueError("pass a generator or a seed, not both.")
-    if seed is not None:
-        check_seed(seed)
-    elif needed:
-        seed = draw_seed(generator, moments.device)
-    return seed, samples_of(ids, sample_offset, len(moments), moments.device)

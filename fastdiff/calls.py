@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .philox import Philox
+from .philox import Philox, Window
 
 Noise = Tensor | Philox | None
 
@@ -34,7 +34,8 @@ class UniformCall(NamedTuple):
 
 
 class NormalCall(NamedTuple):
-    """Standard normals of ``shape``, in ``dtype``; ``rng`` as in ``Philox``."""
+    """Standard normals of ``shape``, in ``dtype``; ``rng`` as in ``Philox``. With a ``window`` they are those of a
+    slice of each sample."""
 
     seed: int | Tensor
     shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class NormalCall(NamedTuple):
     dtype: torch.dtype = torch.float32
     device: Any = None
     rng: str = "exact"
+    window: Window | None = None
 
     operation = "normal"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .calls import UniformCall
 from .numeric import check_numbers
 from .ops import dispatch
-from .philox import Stream, check_seed, draw_seed, samples_of
+from .philox import Stream, seeded
 from .showing import brief
 from .tensors import value_checks_are_free, with_entries
 
@@ -24,7 +24,7 @@ def drop_condition(
     *,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
-    sample_offset: int = 0,
+    sample_offset: int | None = None,
     ids: Tensor | None = None,  # [B]
 ) -> tuple[Any, Tensor]:
     """Replace the condition of some samples by the empty one (Ho and Salimans 2022, algorithm 1).
@@ -63,11 +63,7 @@ def drop_condition(
                 f"{tuple(first.shape)}."
             )
         _check_null(name, tensor, empty)
-    if seed is not None and generator is not None:
-        raise ValueError("pass a seed or a generator, not both.")
-    seed = draw_seed(generator, first.device) if seed is None else seed
-    check_seed(seed)
-    samples = samples_of(ids, sample_offset, len(first), first.device)
+    seed, samples = seeded(seed, generator, ids, sample_offset, len(first), first.device)
     call = UniformCall(seed, len(first), Stream.DROPOUT, samples, first.device)
     dropped = dispatch.run(call, first.device) < probability
     return _replaced(cond, null, dropped), dropped

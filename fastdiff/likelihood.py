@@ -17,7 +17,7 @@ from torch import Tensor
 from . import modes, ops
 from . import prediction as kinds
 from .ops.checks import check_floating, check_tensor
-from .philox import Philox, Stream, check_seed, draw_seed, samples_of, whole
+from .philox import Philox, Stream, seeded, whole
 from .prediction import Prediction
 from .process import Levels, Process, as_float64
 from .samplers.base import initial_std
@@ -45,7 +45,7 @@ def log_likelihood(
     probes: int = 1,
     cond: Any = None,
     seed: int | Tensor | None = None,
-    sample_offset: int = 0,
+    sample_offset: int | None = None,
     ids: Tensor | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
@@ -88,10 +88,8 @@ def log_likelihood(
     nodes = _nodes(process, prediction, None if steps is None else whole("steps", steps), timesteps)
     vectors = None
     if trace != "exact":
-        if seed is None:
-            seed = draw_seed(None, x0.device)
-        check_seed(seed)
-        noise = Philox(seed, samples_of(ids, sample_offset, len(x0), x0.device), Stream.PROBE)
+        seed, samples = seeded(seed, None, ids, sample_offset, len(x0), x0.device)
+        noise = Philox(seed, samples, Stream.PROBE)
         vectors = ops.materialize(noise, (len(x0), probes, *x0.shape[1:]), x0.device).to(x0.dtype)
         if trace == "rademacher":
             vectors = torch.where(vectors < 0, -1.0, 1.0).to(x0.dtype)

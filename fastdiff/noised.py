@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import ne
 from typing import Any
@@ -13,8 +14,10 @@ from . import ops
 from . import prediction as kinds
 from .calls import NoiseCall
 from .coefficients import CHANGED, Rows
+from .distributed.part import Part
 from .modes import version_of
 from .ops.checks import compute_dtype, place_rows
+from .philox import seed_tensor
 from .showing import brief
 from .tensors import as_tensor
 from .tokens import Tokens, joined, split
@@ -30,6 +33,7 @@ class Noised:
         alpha, sigma, snr, weight: rows of the shape of t, float32 (float64 if x0 is float64).
         x0: the data x_t was made of, as it was given.
         tokens: the ``fastdiff.Tokens`` that x_t is packed in, or None.
+        part: the ``fastdiff.distributed.Part`` of a whole batch that this is, or None.
         noise_source: the noise, or the ``fastdiff.ops.Philox`` that makes it.
         noise, target, model_input, model_time: made when asked for (the target by ``noise`` with ``with_target``).
     """
@@ -42,6 +46,7 @@ class Noised:
     rows: Rows
     written_target: Tensor | None = None
     tokens: Tokens | None = None
+    part: Part | None = None
 
     def __post_init__(self):
         self._versions = self.rows.version, self._noise_versions()
@@ -60,6 +65,52 @@ class Noised:
         x0, n, _ = split(self.tokens, self.x0, self.noise_source)
         self.rows = self.objective._rows(self.t, x0, compute_dtype(x0, tensor_of(n)))
         self.__post_init__()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What ``from_tensors`` makes this batch from again, as plain tensors: to send to another process, such as the
+        last stage of a pipeline.
+
+        Returns "x0", "x_t", "t"; "noise", or where the loss makes it again "seed" int64 [1] and "ids" int64 [batch];
+        and "target" where it was written. Nothing waits for the device.
+        """
+        found = {"x0": self.x0, "x_t": self.x_t, "t": self.t}
+        n = self.noise_source
+        if isinstance(n, Tensor) or n.rng != "exact" or n.offset != self.objective.noise_offset:
+            found["noise"] = self.noise
+        else:
+            self.check_unchanged()
+            found["seed"] = seed_tensor(n.seed, self.x0.device).reshape(1)
+            ids = n.sample_offset
+            if not isinstance(ids, Tensor):
+                ids = torch.arange(ids, ids + len(self.x0), dtype=torch.int64, device=self.x0.device)
+            found["ids"] = ids
+        return found if self.written_target is None else found | {"target": self.written_target}
+
+    @classmethod
+    def from_tensors(
+        cls, objective: Any, tensors: Mapping[str, Tensor], *, tokens: Tokens | None = None, part: Part | None = None
+    ) -> Noised:
+        """The batch that ``tensors()`` was called on, in this process.
+
+        Args:
+            objective: like the one that noised it.
+            tensors: what ``tensors()`` returned.
+            tokens, part: those of the batch.
+
+        Raises ValueError for other tensors.
+        """
+        if not {"x0", "x_t", "t"} <= tensors.keys() or not ("noise" in tensors or {"seed", "ids"} <= tensors.keys()):
+            raise ValueError(
+                f"these are no tensors of a Noised, which are x0, x_t, t, and noise or seed and ids; got "
+                f"{', '.join(tensors) or 'none'}."
+            )
+        n = tensors.get("noise")
+        if n is None:
+            n = ops.Philox(tensors["seed"], tensors["ids"], offset=objective.noise_offset)
+        x0, t = tensors["x0"], tensors["t"]
+        data, source, _ = split(tokens, x0, n)
+        rows = objective._rows(t, data, compute_dtype(data, tensor_of(source)))
+        return cls(objective, x0, tensors["x_t"], t, n, rows, tensors.get("target"), tokens, part)
 
     def _noise_versions(self) -> tuple[int | None, ...]:
         """The versions of the tensors that the noise is made from again: its seed, the ids of its samples."""

@@ -17,6 +17,9 @@ from .backends.interface import run
 from .backends.registry import remakes_noise
 from .calls import LossCall, NoiseCall, UniformCall
 from .coefficients import Coefficients, Rows, Traced, drawn
+from .distributed.noising import noise_of
+from .distributed.part import Part
+from .distributed.reducing import compare_loss, share, summed, whole_loss
 from .element_weights import carried, has_elements
 from .losses import Loss
 from .names import OF_OBJECTIVE, answers_keywords
@@ -32,12 +35,13 @@ from .ops.checks import (
     compute_dtype,
     in_dtype,
     place_given,
+    refuse_dtensor,
     shape_of_rows,
 )
 from .ops.dispatch import get as backend_of
 from .ops.loss import check_loss, normalized
-from .ops.noise import check_noise, offset_noise
-from .philox import Stream, check_rng, check_seed, draw_seed, samples_of
+from .ops.noise import check_noise, made_noise
+from .philox import MOST_OF_SAMPLE, Stream, check_rng, seeded
 from .prediction import Prediction
 from .process import Process, as_times, check_process
 from .program import Program
@@ -207,13 +211,14 @@ class Objective:
         *,
         sigma: Any = None,
         seed: int | Tensor | None = None,
-        sample_offset: int = 0,
+        sample_offset: int | None = None,
         ids: Tensor | None = None,
         keep_noise: bool | None = None,
         rng: str = "exact",
         with_target: bool = False,
         dtype: torch.dtype | None = None,
         tokens: Tokens | None = None,
+        part: Part | None = None,
     ) -> Noised:
         """Noise a batch.
 
@@ -231,7 +236,9 @@ class Objective:
             seed: use this 64-bit seed (int or int64 tensor) instead of drawing one. With the same seed, t and noise of
                 a sample depend on its index alone: noising a batch of 8 is noising its halves, the second with
                 ``sample_offset=4``.
-            sample_offset: the index of the batch's first sample.
+            sample_offset: the index of the batch's first sample. None: 0. Several processes (``torch.distributed``)
+                that give neither a seed nor ``ids`` draw different t and noise, see
+                ``fastdiff.distributed.data_parallel``.
             ids: in its place a number for each sample, integers [batch]: its index in the data set, and with one seed
                 for all of training it keeps its t and noise when batches are shuffled, split or resumed (add an epoch
                 to the seed for others); or the number of its pair or group, which then share t and noise.
@@ -244,6 +251,8 @@ class Objective:
             dtype: of x_t: float32, bfloat16 or float16; None: the dtype of x0.
             tokens: x_t, its target and the network's output are packed tokens of x0 [B, C, H, W]: see
                 ``fastdiff.Tokens``. Data, noise, masks and element weights stay as they are, with one time a sample.
+            part: x0 is this slice of a whole batch that several processes share, see ``fastdiff.distributed.Part``:
+                ``sample_offset`` is the index of the whole's first sample, t, noise and ``ids`` are those of the slice.
 
         Returns a ``Noised``. Differentiable in a floating x0. Raises TypeError or ValueError for unfit inputs.
         """
@@ -252,30 +261,31 @@ class Objective:
         check_data(x0, dtype)
         if not x0.ndim:
             raise ValueError("x0 must have a batch dimension; got a scalar.")
-        if generator is not None and seed is not None:
-            raise ValueError("pass a generator or a seed, not both.")
         if sigma is not None:
             if t is not None:
                 raise ValueError("t and sigma both say which noise level: pass one of them.")
             t = self.process.time_of(sigma.to(x0.device) if isinstance(sigma, Tensor) else sigma)
         if tokens is not None:
             t = times_of(tokens, x0, t)
-        check_rng(rng)
-        if ids is not None or type(sample_offset) is not int:
-            sample_offset = samples_of(ids, sample_offset, len(x0), x0.device)
+        if rng != "exact":
+            check_rng(rng)
         backend = backend_of(x0.device)
-        if seed is not None:
-            check_seed(seed)
-        elif noise is None or t is None or self.input_perturbation:
-            seed = draw_seed(generator, x0.device)
-        if noise is None and self.noise_offset and self.noise_offset_dim != 1:
-            noise = offset_noise(x0, seed, sample_offset, self.noise_offset, self.noise_offset_dim, rng)
+        needed = noise is None or t is None or self.input_perturbation > 0
+        window = None
+        if part is None:
+            seed, sample_offset = seeded(seed, generator, ids, sample_offset, len(x0), x0.device, needed)
+        else:
+            how = seed, generator, ids, sample_offset, needed
+            seed, sample_offset, window, t = noise_of(self, part, x0, t, *how)
+        if noise is None and (window is not None or (self.noise_offset and self.noise_offset_dim != 1)):
+            noise = made_noise(x0, seed, sample_offset, self.noise_offset, self.noise_offset_dim, rng, window)
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
         fast = backend.fast
         if fast is not None and tokens is None and not with_target and not self.input_perturbation:
             done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng, dtype)
             if done is not None:
+                done.part = part
                 return done
         made = source = None
         if seed is not None:
@@ -300,6 +310,8 @@ class Objective:
         data, source, order = split(tokens, x0, source)
         rows, t = self._rows_at(t, data, compute_dtype(x0, noise))
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
+        if xi is not None and window is not None:
+            xi = split(tokens, x0, ops.materialize(xi, x0.shape, x0.device, window=window))[1]
         call = NoiseCall(data, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise, dtype, order)
         target = None
         if with_target:
@@ -308,7 +320,7 @@ class Objective:
         else:
             x_t, n = run(backend, call)
         x_t, n, target = joined(tokens, x0, x_t, n if noise is None else noise, target)
-        return Noised(self, x0, x_t, t, n, rows, target, tokens)
+        return Noised(self, x0, x_t, t, n, rows, target, tokens, part)
 
     def _no_times(self, t: Tensor) -> bool:
         """Whether numbers like noise, where looking at them is free, cannot be times."""
@@ -325,6 +337,8 @@ class Objective:
             return None
         program = self._program(of_noise=True)
         if program is None:
+            return None
+        if noise is None and x0.numel() > MOST_OF_SAMPLE * len(x0):
             return None
         draw, offset = None, self.noise_offset
         if t is None:
@@ -370,6 +384,8 @@ class Objective:
 
     def _rows_at(self, t: Any, x0: Tensor, dtype: torch.dtype) -> tuple[Rows, Tensor]:
         """The coefficients at ``t`` for ``x0``, and ``t`` as one time a row, on its device. Raises for unfit times."""
+        if type(t) is not Tensor:
+            refuse_dtensor("t", t)
         if not isinstance(t, Tensor) or t.device != x0.device:
             t = as_times(t, x0.device)
         if t.ndim != 1 or len(t) != len(x0):
@@ -414,6 +430,9 @@ class Objective:
             y, r: a third term of the target, which becomes target + r y, in the same pass: y is shaped as prediction
                 (another output of the network, a target of another sample); r is a number (None: 1), or one a row.
 
+        For data with a ``part`` this is the loss of the whole, on every rank that shares it; "none" gives the rows of
+        which this rank has something, each over all of its elements. Masks and weights are those of the part.
+
         Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise, target, y
         and weight. Raises TypeError or ValueError for unfit inputs, RuntimeError if its times, or the seed of
         noise that is not kept, were written into since. Warns, on the CPU, of a mask that is 0 everywhere.
@@ -421,6 +440,8 @@ class Objective:
         check_noised(prediction, noised)
         x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
         noised.check_unchanged()
+        if (part := noised.part) is not None:
+            compare_loss(noised, prediction, mask, reduction, weight, mask_normalization)
         if (tokens := noised.tokens) is not None:
             x0, n, prediction, mask, weight, target, y = tokens.of_loss(x0, n, prediction, mask, weight, target, y)
         if noised.objective is not self:
@@ -433,13 +454,16 @@ class Objective:
         elif isinstance(prediction, Tensor) and prediction.dtype == torch.float64 != rows.dtype:
             rows = self._rows(t, x0, torch.float64)  # those of noising were rounded to float32
         how = mask, reduction, weight, mask_normalization
-        if target is None and y is None and r is None:
+        plain = mask is None and weight is None and reduction == "mean" and mask_normalization == "none"
+        own = part is None or (plain and share(part, x0.shape) == 1)
+        if own and target is None and y is None and r is None:
             result = self._fast_loss(prediction, x0, n, t, rows, how)
             if result is not None:
-                return result
+                return result if part is None else summed(result, part)
         if rows.coefficients is not self._coefficients:  # the process was changed
             rows = self._rows(t, x0, rows.dtype)
-        return self._loss(prediction, x0, n, rows, t.shape, *how, target, y, r)
+        loss = partial(self._loss, prediction, x0, n, rows, t.shape, target=target, y=y, r=r, alone=part is None)
+        return loss(*how) if part is None else whole_loss(loss, part, tokens, prediction, t.shape, *how)
 
     def _fast_loss(
         self, prediction: Any, x0: Tensor, noise: Any, t: Any, rows: Rows | None, how: tuple[Any, ...] = _PLAIN
@@ -486,6 +510,7 @@ class Objective:
         y: Tensor | None = None,
         r: Tensor | float | None = None,
         *,
+        alone: bool = True,
         only_record: bool = False,
     ) -> Any:
         uses_x0, uses_noise, function = self.prediction.uses_x0, self.prediction.uses_noise, self.loss_function
@@ -497,7 +522,7 @@ class Objective:
             x0_, n, p, q = target, None, 1.0, None
         if isinstance(mask, Tensor):
             check_unambiguous("mask", mask.shape, prediction.shape)
-        mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction, y)
+        mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction, y, alone)
         # Noise that is made again counts as what it was made for.
         dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) or n is None else x0, y)
         by_sample, rows_of = mask_normalization == "sample", shape_of_rows(row_shape, prediction)

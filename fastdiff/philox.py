@@ -4,16 +4,20 @@ index, element). So they need not be kept, and they do not depend on the device,
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .codes import OFFSET_STREAM
 from .showing import brief, brief_fields
+
+# Counters have 32 bits for the group of four elements, and 8 more for the groups of a sample that is in slices.
+MOST_OF_SAMPLE, MOST_OF_WHOLE = 2**34, 2**42
 
 
 class Stream:
@@ -29,6 +33,44 @@ class Stream:
     POSTERIOR = 7  # xi of the latents of an autoencoder's moments
     DROPOUT = 8  # the uniform by which a condition is dropped
     STEP = 16  # + the index of the sampling step
+
+
+class Window(NamedTuple):
+    """A slice of each sample: noise is counted by the elements of the whole one.
+
+    Args:
+        shape: of the whole sample, without the batch.
+        start: where the slice begins in each of its dimensions.
+    """
+
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+
+    def check(self, sizes: Sequence[int]) -> None:
+        """Raise ValueError unless a slice of ``sizes`` lies in the sample, and the sample can be counted."""
+        lengths = len(self.shape), len(self.start), len(sizes)
+        if len({*lengths}) != 1 or any(s < 0 or s + n > m for m, s, n in zip(self.shape, self.start, sizes)):
+            raise ValueError(
+                f"a slice {tuple(sizes)} that begins at {tuple(self.start)} is none of a sample of {tuple(self.shape)}."
+            )
+        if math.prod(self.shape) > MOST_OF_WHOLE:
+            raise ValueError(
+                f"noise can be made for samples of at most 2^42 elements; the whole one is {tuple(self.shape)}."
+            )
+
+    def runs(self, sizes: Sequence[int]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """(place of the first element, sizes, strides) of a slice of ``sizes``, dimensions that can be one being one.
+        The last stride is 1."""
+        first, stride = 0, 1
+        found: list[list[int]] = [[1, 1]]
+        for size, own, start in zip(reversed(self.shape), reversed(sizes), reversed(self.start)):
+            first += start * stride
+            if found[-1][0] * found[-1][1] == stride:
+                found[-1][0] *= own
+            elif own != 1:
+                found.append([own, stride])
+            stride *= size
+        return first, *(tuple(part) for part in zip(*reversed(found)))
 
 
 @dataclass(frozen=True)
@@ -67,6 +109,11 @@ class Philox:
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError unless this noise can be made for ``shape``."""
+        if math.prod(shape[1:]) > MOST_OF_SAMPLE:
+            raise ValueError(
+                f"noise can be made for samples of at most 2^34 elements in a process; got {tuple(shape)}. Larger ones "
+                f"are for several: see fastdiff.distributed.Part."
+            )
         if isinstance(self.sample_offset, Tensor) and len(self.sample_offset) != shape[0]:
             raise ValueError(f"{len(self.sample_offset)} sample ids for the {shape[0]} samples of {tuple(shape)}.")
         if self.offset and len(shape) < 3:
@@ -81,14 +128,67 @@ class Philox:
         return self.seed, self.stream, self.sample_offset, self.offset
 
 
-def samples_of(ids: Any, sample_offset: Any, batch: int, device: torch.device) -> int | Tensor:
+# Of processes that hold different samples, each counts its own from its rank times this, where nothing says which
+# samples they are: more than any run has, and 2^23 ranks fit in the 64 bits of an index.
+SAMPLES_OF_A_RANK = 2**40
+
+_initialized = getattr(torch.distributed, "is_initialized", bool)  # a PyTorch that was built without it has none
+_ranks: tuple[int, int] | None = None  # (rank, how many), as ``count_from`` was told
+
+
+def count_from(ranks: tuple[int, int] | None) -> None:
+    """Set (rank, how many) of the processes that hold different samples; None: those of the default process group."""
+    global _ranks
+    _ranks = ranks
+
+
+def first_sample(rank: int | None = None) -> int:
+    """The index of the first sample that a call makes noise for, where neither a seed nor anything else says which
+    samples they are: 0 in a single process.
+
+    Args:
+        rank: in the default process group; None: that of this process.
+    """
+    if _ranks is not None:
+        return _ranks[0] * SAMPLES_OF_A_RANK
+    if not _initialized():
+        return 0
+    return (torch.distributed.get_rank() if rank is None else rank) * SAMPLES_OF_A_RANK
+
+
+def seeded(
+    seed: int | Tensor | None, generator: torch.Generator | None, ids: Any, sample_offset: Any, batch: int,
+    device: torch.device, needed: bool = True,
+) -> tuple[Any, int | Tensor]:  # fmt: skip
+    """(the seed, drawn from ``generator`` if none is given and one is needed; which samples these are: ``samples_of``).
+
+    Raises TypeError or ValueError for unfit ones, and for a seed together with a generator."""
+    given = seed is not None
+    if given:
+        if generator is not None:
+            raise ValueError("pass a generator or a seed, not both.")
+        check_seed(seed)
+    elif needed:
+        seed = draw_seed(generator, device)
+    if ids is None and sample_offset is None:
+        return seed, 0 if given or not (_initialized() or _ranks) else first_sample()
+    return seed, samples_of(ids, sample_offset, batch, device)
+
+
+def samples_of(ids: Any, sample_offset: Any, batch: int, device: torch.device, seed: Any = None) -> int | Tensor:
     """Which samples a batch has: their ids, int64 on ``device``, or the index of the first.
+
+    Args:
+        ids, sample_offset: as a user gives them. Without both, samples are counted from 0 where the user gave a
+            ``seed``, and from ``first_sample()`` where none was given.
 
     Raises TypeError or ValueError where ``ids`` are not one whole number a sample, or both are given."""
     if ids is None:
+        if sample_offset is None:
+            return 0 if seed is not None else first_sample()
         known = type(sample_offset) is int or torch.compiler.is_compiling()  # traced, it may be symbolic
         return sample_offset if known else whole("sample_offset", sample_offset)
-    if type(sample_offset) is not int or sample_offset:
+    if sample_offset is not None and (type(sample_offset) is not int or sample_offset):
         raise ValueError("ids and sample_offset both say which samples these are: pass one of them.")
     if not isinstance(ids, Tensor) or ids.dtype not in _WHOLE:
         raise TypeError(f"ids must be a tensor of integers, one a sample; got {brief(ids)}.")

@@ -12,7 +12,7 @@ from . import ops
 from .modes import lasting
 from .numeric import check_numbers
 from .ops.checks import check_floating, compute_dtype
-from .philox import Stream, draw_seed, samples_of
+from .philox import Stream, seeded
 
 
 def pyramid_noise(
@@ -23,7 +23,7 @@ def pyramid_noise(
     *,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
-    sample_offset: int = 0,
+    sample_offset: int | None = None,
     ids: Tensor | None = None,
 ) -> Tensor:
     """Multi-resolution (pyramid) noise, to be given to ``Objective.noise(x0, noise=)`` (Whitaker 2023,
@@ -55,15 +55,12 @@ def pyramid_noise(
         raise ValueError(f"levels must be a whole number of at least 1; got {levels!r}.")
     if not 1 < ratio < math.inf:
         raise ValueError(f"ratio must be a number above 1; got {ratio!r}.")
-    if generator is not None and seed is not None:
-        raise ValueError("pass a generator or a seed, not both.")
-    seed = draw_seed(generator, x0.device) if seed is None else seed
+    seed, samples = seeded(seed, generator, ids, sample_offset, len(x0), x0.device)
     height, width = x0.shape[-2:]
     sizes: list[tuple[int, int]] = []
     while len(sizes) < levels - 1 and (not sizes or 1 not in sizes[-1]) and 1 not in (height, width):
         shrunk = ratio ** (len(sizes) + 1)
         sizes.append((max(1, int(height / shrunk)), max(1, int(width / shrunk))))
-    samples = samples_of(ids, sample_offset, len(x0), x0.device)
     z = ops.materialize(ops.Philox(seed, samples), x0.shape, x0.device)
     shared = math.prod(x0.shape[1:-2])
     coarse = [len(x0), shared * sum(h * w for h, w in sizes)]

@@ -1016,6 +1016,20 @@ def box_muller_float64(i1, i2) -> tuple[np.ndarray, np.ndarray]:
     return sign1 * r * np.cos(phi), sign2 * r * np.sin(phi)
 
 
+def normals_of_elements(seed: int, sample: int, elements, stream: int = 0) -> np.ndarray:
+    """fp32 normals of the ``elements`` of one sample, any integers of [0, 2^42). Counter = (group mod 2^32, stream with
+    group div 2^32 flipped in its top 8 bits, sample low, sample high), group = element div 4."""
+    elements = np.asarray(elements, dtype=np.uint64)
+    group, lane = elements // np.uint64(4), (elements % np.uint64(4)).astype(int)
+    counter = np.empty((*elements.shape, 4), dtype=np.uint64)
+    counter[..., 0] = group % np.uint64(2**32)
+    counter[..., 1] = np.uint64(stream) ^ (group // np.uint64(2**32) * np.uint64(2**24))
+    counter[..., 2], counter[..., 3] = sample % 2**32, sample % 2**64 // 2**32
+    words = philox4x32(counter, (seed % 2**32, seed % 2**64 // 2**32))
+    four = np.stack([*box_muller(words[..., 0], words[..., 1]), *box_muller(words[..., 2], words[..., 3])], -1)
+    return np.take_along_axis(four, lane[..., None], -1)[..., 0]
+
+
 def normal(seed: int, shape, stream: int = 0, sample_offset: int = 0) -> np.ndarray:
     """fp32 normals [B, ...]: element i of a sample is lane i mod 4 of group i div 4."""
     samples, elements = shape[0], math.prod(shape[1:])

@@ -324,6 +324,8 @@ def test_every_name_is_asked():
         "bits_per_dim",
         "diffusion_loss",
         "drop_condition",
+        "debug",
+        "distributed",
         "guidance",
         "log_likelihood",
         "pairing",

@@ -6,10 +6,33 @@
 namespace fastdiff {
 namespace FASTDIFF_VARIANT {
 
+// Noise of a slice of each sample: run by run of elements that are neighbours in the whole sample too.
+inline void make_windowed(const NormalArguments& a, int64_t start, int count, float* n) {
+  const int64_t sample_size = a.layout.elements / a.layout.samples;
+  const Strides& at = a.window.at;
+  const int last = at.dims - 1;
+  const int64_t run = at.sizes[last];
+  for (int done = 0; done < count;) {
+    const int64_t element = (start + done) % sample_size, within = element % run;
+    int64_t rest = element / run, place = a.window.first + within;
+    for (int d = last - 1; d >= 0; --d) {
+      place += rest % at.sizes[d] * at.strides[d];
+      rest /= at.sizes[d];
+    }
+    const int part = run - within < count - done ? int(run - within) : count - done;
+    const uint64_t sample = a.noise.samples[(start + done) / sample_size];
+    normal_elements(a.noise.seed, a.noise.stream, sample, uint64_t(place), part, n + done);
+    done += part;
+  }
+}
+
 inline void normal_units(const NormalArguments& a, int64_t begin, int64_t end) {
   NoiseBuffer<float> n;
   for_blocks(a.layout, begin, end, kBlock, [&](int64_t, int64_t start, int count) {
-    make_noise(a.noise, a.layout, start, count, n.values);
+    if (a.window.at.dims)
+      make_windowed(a, start, count, n.values);
+    else
+      make_noise(a.noise, a.layout, start, count, n.values);
     commit(a.out, start, count, n.values);
   });
 }

@@ -89,9 +89,16 @@ struct Order {
   int word;  // elements
 };
 
+// Where a slice of a sample lies in the whole one, whose elements the noise is counted by.
+struct Window {
+  int64_t first;  // the place of the slice's first element
+  Strides at;     // the last stride is 1; no dims: the sample is whole
+};
+
 struct NormalArguments {
   Layout layout;
   Noise noise;
+  Window window;
   Output out;
 };
 

@@ -118,6 +118,13 @@ FASTDIFF_APART inline void normal_groups(uint64_t seed, uint32_t stream, uint64_
 
 // Elements [element, element + count) of a sample, count <= kBlock. Writes up to kSlack floats beyond the end.
 inline void normal_elements(uint64_t seed, uint32_t stream, uint64_t sample, uint64_t element, int count, float* out) {
+  const uint64_t next = ((element >> 34) + 1) << 34;  // where the groups reach the next 2^32, and another stream
+  if (element + uint64_t(count) > next) {
+    const int before = int(next - element);
+    normal_elements(seed, stream, sample, element, before, out);
+    return normal_elements(seed, stream, sample, next, count - before, out + before);
+  }
+  stream = philox::stream_of(stream, element / 4);
   const int skip = int(element % 4);
   const uint32_t group = uint32_t(element / 4);
   const int vectors = (skip + count + kNormals - 1) / kNormals;

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..calls import Call, NoiseCall, NormalCall, RunCall
-from ..philox import Philox, Stream
+from ..philox import Philox, Stream, Window
 from ..program import Program
 from ..tensors import Gathered
 from .devices import Trial
@@ -156,14 +156,19 @@ class Backend:
 
     # ---- made of these, unless a backend has a better way
 
-    def materialize(self, noise: Any, shape: Any, device: torch.device) -> Tensor | None:
-        """Make noise into a tensor, float32 of ``shape``. A tensor, or None, is returned as it is."""
+    def materialize(self, noise: Any, shape: Any, device: torch.device, window: Window | None = None) -> Tensor | None:
+        """Make noise into a tensor, float32 of ``shape``, which with a ``window`` is a slice of each sample. A tensor,
+        or None, is returned as it is."""
         if not isinstance(noise, Philox):
             return noise
         shape, how = tuple(shape), {"device": device, "rng": noise.rng}
-        n = run(self, NormalCall(noise.seed, shape, noise.stream, noise.sample_offset, **how))
+        n = run(self, NormalCall(noise.seed, shape, noise.stream, noise.sample_offset, window=window, **how))
         if noise.offset:
-            channels = run(self, NormalCall(noise.seed, shape[:2], Stream.OFFSET, noise.sample_offset, **how))
+            along = window and Window(window.shape[:1], window.start[:1])
+            of_channels = NormalCall(
+                noise.seed, shape[:2], Stream.OFFSET, noise.sample_offset, window=along, **how
+            )  # fmt: skip
+            channels = run(self, of_channels)
             n = n + noise.offset * channels.reshape(*shape[:2], *(1,) * (len(shape) - 2))
         return n
 

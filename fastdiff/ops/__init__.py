@@ -10,7 +10,7 @@
 - ``step``: guidance, x0, clamp, threshold, linear update with history, noise, learned variance, known data, next input.
 """
 
-from ..philox import Philox
+from ..philox import Philox, Window
 from .convert import convert
 from .gaussian_kl import gaussian_kl
 from .kl_normal import kl_normal
@@ -29,6 +29,7 @@ __all__ = [
     "PreparedNoise",
     "PreparedSteps",
     "RowMoments",
+    "Window",
     "convert",
     "gaussian_kl",
     "kl_normal",

@@ -28,6 +28,8 @@ def check_tensor(what: str, value: Any, name: str) -> None:
         name: the variable that holds it in the user's code.
     """
     if isinstance(value, Tensor):
+        if type(value) is not Tensor:
+            refuse_dtensor(name, value)
         return
     given, found = type(value).__name__, ""
     if isinstance(getattr(value, "sample", None), Tensor):  # the outputs of diffusers' networks
@@ -47,10 +49,22 @@ def check_tensor(what: str, value: Any, name: str) -> None:
     raise TypeError(f"{what} must be a tensor; got {given}{found}.")
 
 
+def refuse_dtensor(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a ``DTensor``: its noise and its sums would be those of each process."""
+    if hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local"):
+        raise TypeError(
+            f"{name} is a DTensor, of which each process has a part: pass {name}.to_local(). objective.noise is told "
+            "which part of the data that is by part=fastdiff.distributed.Part.of(x0); losses of it are those of the "
+            "whole."
+        )
+
+
 def check_floating(**tensors: Tensor) -> None:
     """Raise TypeError for a value that is no floating-point tensor."""
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            if type(tensor) is not Tensor:
+                refuse_dtensor(name, tensor)
             continue
         check_tensor(name, tensor, name)
         scale = ""
@@ -68,7 +82,7 @@ def is_image(x0: Any) -> bool:
 
 def check_data(x0: Tensor, dtype: torch.dtype | None = None) -> None:
     """Raise TypeError or ValueError unless x0 is floating point, or uint8 together with ``dtype``, that of x_t."""
-    if dtype is None and isinstance(x0, Tensor) and x0.is_floating_point():
+    if dtype is None and type(x0) is Tensor and x0.is_floating_point():
         return
     if dtype is not None and dtype not in IMAGES_TO:
         accepted = ", ".join(map(str, IMAGES_TO))
@@ -185,6 +199,8 @@ def check_clip(clip: float | None) -> None:
 def place_given(name: str, rows: Tensor | float, row_shape: torch.Size, like: Tensor) -> Tensor | float:
     """Numbers that a user gives, one a row or one for all, placed for ``like``."""
     if isinstance(rows, Tensor):
+        if type(rows) is not Tensor:
+            refuse_dtensor(name, rows)
         placed = shape_of_rows(row_shape, like)
         if rows.ndim == like.ndim and all(r in (1, s) for r, s in zip(rows.shape, placed)):
             return rows.to(like.device).expand(placed)

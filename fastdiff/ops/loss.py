@@ -120,8 +120,10 @@ def check_loss(
     mask_normalization: str,
     reduction: str,
     y: Tensor | None = None,
+    alone: bool = True,
 ) -> Tensor | None:
-    """Raise TypeError or ValueError unless these go together. Returns the mask, with all of its dimensions."""
+    """Raise TypeError or ValueError unless these go together. Returns the mask, with all of its dimensions. ``alone``:
+    the mask is not a part of one, of which the other parts may not be empty."""
     check_floating(prediction=prediction)
     if x0 is not None:
         if not is_image(x0):
@@ -137,11 +139,11 @@ def check_loss(
     _one_of("reduction", reduction, REDUCTIONS)
     _one_of("mask_normalization", mask_normalization, MASK_NORMALIZATIONS)
     if mask is not None:
-        return _placed_mask(mask, mask_normalization, reduction, prediction)
+        return _placed_mask(mask, mask_normalization, reduction, prediction, alone)
     return None
 
 
-def _placed_mask(mask: Tensor, normalization: str, reduction: str, prediction: Tensor) -> Tensor:
+def _placed_mask(mask: Tensor, normalization: str, reduction: str, prediction: Tensor, alone: bool) -> Tensor:
     check_tensor("mask", mask, "mask")
     if mask.device != prediction.device:
         raise ValueError(f"mask is on {mask.device}, but prediction on {prediction.device}: move it with .to(device).")
@@ -162,7 +164,7 @@ def _placed_mask(mask: Tensor, normalization: str, reduction: str, prediction: T
         )
     if reduction == "sum" and normalization != "none":
         raise ValueError("reduction='sum' divides by nothing: use mask_normalization='none' with it.")
-    if value_checks_are_free(mask) and prediction.numel() and not bool(mask.any()):
+    if alone and value_checks_are_free(mask) and prediction.numel() and not bool(mask.any()):
         # No error: one process of many would raise it, and the others wait for it.
         warn("mask is 0 everywhere: the loss and its gradient are 0.")
     return mask.reshape(*mask.shape, *(1,) * more) if more else mask

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..calls import NoiseCall
-from ..philox import Philox, Stream
+from ..philox import MOST_OF_SAMPLE, Philox, Stream, Window
 from . import dispatch
 from .checks import check_alike, check_data, check_floating, compute_dtype, place_all
 
@@ -58,26 +59,46 @@ def noise(
     return dispatch.run(call, x0.device)
 
 
-def materialize(noise: Philox, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Make noise into a tensor: float32 of ``shape`` on ``device``."""
-    if isinstance(noise.sample_offset, Tensor):
+def materialize(noise: Philox, shape: Sequence[int], device: torch.device, *, window: Window | None = None) -> Tensor:
+    """Make noise into a tensor: float32 of ``shape`` on ``device``.
+
+    Args:
+        noise: which noise.
+        shape: [batch, ...].
+        device: where it is made.
+        window: the tensor is a slice of each sample: ``Window(shape of the whole sample, where the slice begins)``,
+            both without the batch. Then it holds the noise that the slice has in the whole.
+
+    Raises ValueError for ids, a shape or a window that do not go together, and for samples of more than 2^34 elements
+    (2^42 for a whole sample that there are slices of).
+    """
+    if isinstance(noise.sample_offset, Tensor) or math.prod(shape[1:]) > MOST_OF_SAMPLE:
         noise.check(shape)
-    return dispatch.get(torch.device(device)).materialize(noise, shape, torch.device(device))
+    if window is not None:
+        window.check(shape[1:])
+    return dispatch.get(torch.device(device)).materialize(noise, shape, torch.device(device), window)
 
 
-def offset_noise(
-    x0: Tensor, seed: int | Tensor, sample_offset: int | Tensor, strength: float, dim: int, rng: str
-) -> Tensor:
-    """Noise with offsets along another dimension than 1: float32 (float64 for float64 data), shaped as x0."""
+def made_noise(
+    x0: Tensor, seed: int | Tensor, sample_offset: int | Tensor, strength: float, dim: int, rng: str,
+    window: Window | None = None,
+) -> Tensor:  # fmt: skip
+    """Noise as a tensor, with offsets of ``strength`` along dimension ``dim``: float32 (float64 for float64 data),
+    shaped as x0, which may be a slice of each sample."""
+    if not strength or dim == 1:
+        made = Philox(seed, sample_offset, offset=strength, rng=rng)
+        return materialize(made, x0.shape, x0.device, window=window).to(compute_dtype(x0))
     along = dim + x0.ndim if dim < 0 else dim
     if not 0 < along < x0.ndim or x0.ndim < 3:
         raise ValueError(
             f"noise_offset_dim={dim} is no channels' dimension of {tuple(x0.shape)}: offset noise needs a batch, "
             f"channels, and what shares them."
         )
-    n = materialize(Philox(seed, sample_offset, rng=rng), x0.shape, x0.device)
-    shape = [len(x0), x0.shape[along]]
-    offsets = materialize(Philox(seed, sample_offset, Stream.OFFSET), shape, x0.device)
+    n = materialize(Philox(seed, sample_offset, rng=rng), x0.shape, x0.device, window=window)
+    shape, channels = [len(x0), x0.shape[along]], None
+    if window is not None:
+        channels = Window((window.shape[along - 1],), (window.start[along - 1],))
+    offsets = materialize(Philox(seed, sample_offset, Stream.OFFSET), shape, x0.device, window=channels)
     spread = [len(x0), *(x0.shape[d] if d == along else 1 for d in range(1, x0.ndim))]
     return (n + strength * offsets.reshape(spread)).to(compute_dtype(x0))
 

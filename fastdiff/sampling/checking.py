@@ -53,7 +53,7 @@ def check(request: Request) -> tuple[Request, Plan, Guidance]:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, such as torch.float32; got {dtype!r}.")
     device = _device(request.model, x, request.device)
-    samples = samples_of(request.ids, request.sample_offset, shape[0], device)
+    samples = samples_of(request.ids, request.sample_offset, shape[0], device, request.seed)
     generator = check_seeds(request.seed, request.generator, shape[0])
     if request.ids is not None and (noise is not None or isinstance(generator, list)):
         given, equal = ("a list of generators", "generators of one seed") if noise is None else ("noise=", "noise")

@@ -79,7 +79,7 @@ def sample(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     noise: Callable[[int, tuple[int, ...]], Tensor] | None = None,
     x: Tensor | None = None,
-    sample_offset: int = 0,
+    sample_offset: int | None = None,
     ids: Tensor | None = None,
     step_offset: int = 0,
     device: torch.device | str | None = None,
@@ -125,7 +125,9 @@ def sample(
             depend on the batch they are in, with a seed or with a list.
         noise: ``noise(step, shape)`` gives the noise of a step instead.
         x: where to start, floating point; None: noise from the seed.
-        sample_offset: the index of the first sample. With one seed, 8 samples are 4 and another 4 with offset 4.
+        sample_offset: the index of the first sample; None: 0. With one seed, 8 samples are 4 and another 4 with offset
+            4. Several processes that give neither a seed nor ``ids`` draw different samples, see
+            ``fastdiff.distributed.data_parallel``.
         ids: in its place a number for each sample, integers [batch]: samples of one id get the same noise, such as the
             pairs of a comparison. Not with ``noise`` or a list of generators, which say that themselves.
         step_offset: the index of the first step. The noise of a step is made from the seed and this index: a run that

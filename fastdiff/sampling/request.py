@@ -44,7 +44,7 @@ class Request(NamedTuple):
     generator: torch.Generator | Sequence[torch.Generator] | None
     noise: Callable[[int, tuple[int, ...]], Tensor] | None
     x: Tensor | None  # of ``shape``
-    sample_offset: int | Tensor
+    sample_offset: int | Tensor | None
     ids: Tensor | None
     step_offset: int
     device: torch.device | str | None

@@ -6,9 +6,11 @@ from devices import in_turn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiff
+from fastdiff.backends.reference import philox
 from fastdiff.calls import ConvertCall, NoiseCall
 from fastdiff.ops import operators as compiled
 from fastdiff.ops.operators import declaring
+from fastdiff.philox import Window
 
 OPS = torch.ops.fastdiff
 SEED = torch.tensor([11])
@@ -77,8 +79,9 @@ def of_tokens():
 CASES = {
     "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0, None)),
     "uniform by id": (OPS.uniform, lambda: (SEED, 3, 3, 0, IDS)),
-    "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, None, torch.float32, "exact")),
-    "normal by id": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 0, IDS, torch.float32, "exact")),
+    "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, None, torch.float32, "exact", None, None)),
+    "normal by id": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 0, IDS, torch.float32, "exact", None, None)),
+    "normal of a slice": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, None, torch.float32, "exact", [4, 6], [1, 1])),
     "noise given": (OPS.noise, lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True, None, None)),
     "noise with gradients": (
         OPS.noise,
@@ -304,8 +307,11 @@ def _reference(operator, *arguments):
         *how, sample_offset, ids = arguments
         return (reference.uniform(*how, sample_offset if ids is None else ids),)
     if name == "normal":
-        *how, sample_offset, ids, dtype, _ = arguments
-        return (reference.normal(*how, sample_offset if ids is None else ids, dtype),)
+        *how, sample_offset, ids, dtype, _, whole, start = arguments
+        n = philox.normal(
+            *how, sample_offset if ids is None else ids, dtype, window=whole and Window(tuple(whole), tuple(start))
+        )
+        return (n,)
     if name == "convert":
         return (reference.convert(*arguments),)
     if name == "row_moments":

@@ -603,7 +603,7 @@ class TestBinding:
             | st.tuples(*[st.integers(-1, 5)] * 6) | st.lists(integers, max_size=3)
         )  # fmt: skip
         good = {
-            "normal": [self.LAYOUT, (1, 0, 0, 0.0), self.GOOD, 1],
+            "normal": [self.LAYOUT, (1, 0, 0, 0.0), (3, (2, 8), (20, 1)), self.GOOD, 1],
             "uniform": [1, 0, 0, (self.X.data_ptr(), 1, 32), 32],
             "noise": [self.LAYOUT, self.GOOD, self.ROWS, self.ROWS, (1, 0, 0, 0.0), 0.0, None, self.GOOD, None,
                       self.ORDER, 1],

@@ -23,7 +23,7 @@ def run(call: NormalCall, backend: Backend) -> Tensor:
     """See ``NormalCall``."""
     z = torch.empty(call.shape, dtype=call.dtype, device="cpu")
     layout, _ = arrange(z.shape)
-    _C.normal(
-        layout, (int(call.seed), call.stream, samples(call.sample_offset), 0.0), memory(z), torch.get_num_threads()
-    )
+    source = int(call.seed), call.stream, samples(call.sample_offset), 0.0
+    window = call.window and call.window.runs(z.shape[1:])
+    _C.normal(layout, source, window, memory(z), torch.get_num_threads())
     return z

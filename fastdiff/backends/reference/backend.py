@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...calls import RunCall
+from ...philox import Window
 from ..interface import Backend
 from .trajectory import Trajectory
 
@@ -28,10 +29,9 @@ class Reference(Backend):
     def description(self) -> str:
         return "plain PyTorch, on every device"
 
-    def materialize(self, noise: Any, shape: Any, device: torch.device) -> Tensor | None:
-        if self._maker is not None:
-            return self._maker.materialize(noise, shape, device)
-        return super().materialize(noise, shape, device)
+    def materialize(self, noise: Any, shape: Any, device: torch.device, window: Window | None = None) -> Tensor | None:
+        maker = super() if self._maker is None else self._maker
+        return maker.materialize(noise, shape, device, window)
 
     def trajectory(self, call: RunCall) -> Trajectory:
         return Trajectory(self, call)

@@ -15,4 +15,4 @@ def declines(call: NormalCall) -> str:
 
 def run(call: NormalCall, backend: Backend) -> Tensor:
     """See ``NormalCall``."""
-    return philox.normal(*call[:6])
+    return philox.normal(*call[:6], window=call.window)

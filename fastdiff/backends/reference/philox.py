@@ -2,7 +2,8 @@
 
 Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". uint32 words are kept in int64 tensors.
 Element i of a sample is lane i mod 4 of group i div 4. Counter = (group, stream, sample id low, sample id high),
-key = (seed low, seed high): noise depends on nothing but (seed, stream, sample, element).
+key = (seed low, seed high): noise depends on nothing but (seed, stream, sample, element). Bits of a group from 2^32 on
+are flipped in the top 8 bits of the stream.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import struct
 import torch
 from torch import Tensor
 
-from ...philox import seed_tensor
+from ...philox import Window, seed_tensor
 
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -49,19 +50,18 @@ def _on_cpu(value: int | Tensor) -> int | Tensor:
 
 
 def _words(
-    seed: int | Tensor, samples: int, groups: int, stream: int, sample_offset: int | Tensor, device
+    seed: int | Tensor, samples: int, group: Tensor, stream: int, sample_offset: int | Tensor, device
 ) -> tuple[Tensor, ...]:
-    """The four uint32 words of every group: int64, each [samples, groups]."""
+    """The four uint32 words of every group, int64 [groups]: int64, each [samples, groups]."""
     seed = seed_tensor(seed, device)
     if isinstance(sample_offset, Tensor):
         sample = sample_offset.to(device)
     else:
         sample = torch.arange(sample_offset, sample_offset + samples, dtype=torch.int64, device=device)
     sample = sample.reshape(samples, 1)
-    group = torch.arange(groups, dtype=torch.int64, device=device)
     words = _rounds(
-        group,
-        torch.full((), stream, dtype=torch.int64, device=device),
+        group & _MASK,
+        (group >> 32 << 24) ^ stream,
         sample & _MASK,
         (sample >> 32) & _MASK,
         seed & _MASK,
@@ -74,7 +74,8 @@ def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int | 
     """One uniform a sample in the open interval (0, 1): float64 [samples], 52 random bits each."""
     if _lacks_float64(device):
         return uniform(_on_cpu(seed), samples, stream, _on_cpu(sample_offset)).float().to(device)
-    o0, o1, _, _ = _words(seed, samples, 1, stream, sample_offset, device)
+    group = torch.zeros(1, dtype=torch.int64, device=device)
+    o0, o1, _, _ = _words(seed, samples, group, stream, sample_offset, device)
     return (((o0 << 20) | (o1 >> 12)).double()[:, 0] + 0.5) * 2.0**-52
 
 
@@ -85,11 +86,12 @@ def normal(
     sample_offset: int | Tensor = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    window: Window | None = None,
 ) -> Tensor:
     """Standard normals of ``shape`` = [samples, ...] from 64-bit ``seed`` (a number, or an int64 tensor of one).
 
     The bits of a value depend on (seed, stream, sample, its place in the sample) alone. Samples count from
-    ``sample_offset``, or have the ids that it holds, int64 [samples].
+    ``sample_offset``, or have the ids that it holds, int64 [samples]. With a ``window``, ``shape`` is a slice of each.
     They are float32 values whatever ``dtype`` they are returned in.
     """
     samples, elements = shape[0], 1
@@ -98,9 +100,19 @@ def normal(
     if samples == 0 or elements == 0:
         return torch.empty(shape, dtype=dtype, device=device)
     if _lacks_float64(device):
-        return normal(_on_cpu(seed), shape, stream, _on_cpu(sample_offset), dtype).to(device)
+        return normal(_on_cpu(seed), shape, stream, _on_cpu(sample_offset), dtype, window=window).to(device)
+    if window is not None:
+        place = torch.zeros((), dtype=torch.int64, device=device)
+        for size, own, start in zip(window.shape, shape[1:], window.start):
+            place = place[..., None] * size + torch.arange(start, start + own, dtype=torch.int64, device=device)
+        place = place.flatten()
+        group, lane = place // 4, place % 4
+        o0, o1, o2, o3 = _words(seed, samples, group, stream, sample_offset, device)
+        normals = *_box_muller(o0, o1), *_box_muller(o2, o3)
+        return torch.stack(normals).gather(0, lane.expand(1, samples, elements)).reshape(shape).to(dtype)
     groups = (elements + 3) // 4
-    o0, o1, o2, o3 = _words(seed, samples, groups, stream, sample_offset, device)
+    group = torch.arange(groups, dtype=torch.int64, device=device)
+    o0, o1, o2, o3 = _words(seed, samples, group, stream, sample_offset, device)
     lanes = torch.stack([*_box_muller(o0, o1), *_box_muller(o2, o3)], -1)
     return lanes.reshape(samples, groups * 4)[:, :elements].reshape(shape).to(dtype)
 

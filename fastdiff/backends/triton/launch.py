@@ -40,7 +40,9 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-_INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_offset"}
+_INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_offset"} | {
+    *("first", "t1", "t2", "t3", "t4"),
+}
 _FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance", "least", "most"}
 # Sizes, counts and strides; with the two above, what is never a tensor.
 _NUMBERS = {"steps", "stride", "units", "runs", "blocks", "per", "frames", "shared", "sample_runs", "channel_runs"} | {
@@ -119,7 +121,7 @@ class Kernel:
         product that a sum takes in is an instruction of NVIDIA's that is not contracted."""
         named = dict(zip(self.constants, constants))
         noise = named.get("N", named.get("V"))
-        kept = noise != "exact" or (named["ASM"] and not named["OFFSET"])
+        kept = noise != "exact" or (named["ASM"] and not named.get("OFFSET"))
         contracted = noise == "fast" or (self.name in ("loss", "gaussian_kl", "kl_normal") and kept)
         return {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": contracted}
 
