@@ -411,6 +411,7 @@ def test_every_block_is_one_that_runs():
         "docs/moments.md": 9,
         "docs/recipes.md": 18,
         "docs/trainers/ai_toolkit.md": 4,
+        "docs/trainers/diffusion_pipe.md": 7,
         "docs/trainers/musubi_tuner.md": 3,
         "docs/trainers/onetrainer.md": 6,
         "docs/trainers/sd_scripts.md": 6,
