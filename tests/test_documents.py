@@ -412,11 +412,14 @@ def test_every_block_is_one_that_runs():
         "docs/recipes.md": 18,
         "docs/trainers/ai_toolkit.md": 4,
         "docs/trainers/diffusion_pipe.md": 7,
+        "docs/trainers/diffsynth.md": 3,
+        "docs/trainers/finetrainers.md": 3,
         "docs/trainers/musubi_tuner.md": 3,
         "docs/trainers/onetrainer.md": 6,
         "docs/trainers/robot_policies.md": 7,
         "docs/trainers/sd_scripts.md": 6,
         "docs/trainers/simpletuner.md": 4,
+        "docs/trainers/stable_audio_tools.md": 3,
     }
 
 
