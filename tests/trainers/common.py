@@ -2,28 +2,21 @@
 arithmetic, written out here again in plain PyTorch: ``lines(names, single)``, where ``single`` is the dtype that the
 trainer computes its loss in. With float64 tensors and ``single=torch.float64`` the same lines are the truth."""
 
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from test_documents import ROOT
+from test_documents import blocks as blocks_of
 
-ROOT = Path(__file__).parents[2]
-PAGES = ROOT / "docs" / "trainers"
-needs_pages = pytest.mark.skipif(not PAGES.is_dir(), reason="the documents are not beside the tests")
+needs_pages = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents are not beside the tests")
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPE = (6, 4, 8, 8)
 
 
 def blocks(page):
     """(heading, code) of each block of Python of a page, in order."""
-    heading = ""
-    for found in re.finditer(r"^#+ ([^\n]+)$|^```python\n(.*?)^```$", (PAGES / page).read_text(), re.M | re.S):
-        if found[2] is None:
-            heading = found[1]
-        else:
-            yield heading, found[2]
+    return blocks_of(f"docs/trainers/{page}")
 
 
 def run(page, heading, names):
@@ -64,7 +57,7 @@ def compare(lines, recipe, prediction, **given):
 
     ``lines(prediction, single, **given)`` and ``recipe(prediction)`` return dicts with "loss". In float32 the recipe is
     within 2e-6 of the truth, or no farther than the trainer where that is more; in bfloat16 no farther than the trainer
-    but for the same 2e-6. A trainer that returns other numbers has to fail here: the truth must not be near 0.
+    but for the same 2e-6. Returns what both returned, for what is equal to the bit.
     """
     theirs = _with_gradient(lambda m: lines(m, torch.float32, **given), prediction)
     ours = _with_gradient(recipe, prediction)
