@@ -417,7 +417,7 @@ def test_every_block_is_one_that_runs():
         "docs/trainers/musubi_tuner.md": 3,
         "docs/trainers/onetrainer.md": 6,
         "docs/trainers/robot_policies.md": 7,
-        "docs/trainers/sd_scripts.md": 6,
+        "docs/trainers/sd_scripts.md": 7,
         "docs/trainers/simpletuner.md": 4,
         "docs/trainers/stable_audio_tools.md": 3,
     }

@@ -146,6 +146,9 @@ FLOWS = {
     "raw, smooth l1": dict(loss_type="smooth_l1", huber_schedule="exponential"),
     "raw, alpha masks": dict(mask="alpha_masks"),
     "additive": dict(kind="additive"),
+    "sigma_scaled, none": dict(kind="sigma_scaled"),
+    "sigma_scaled, sigma_sqrt": dict(kind="sigma_scaled", scheme="sigma_sqrt"),
+    "sigma_scaled, cosmap": dict(kind="sigma_scaled", scheme="cosmap"),
     "sd3, none": dict(kind="sd3"),
     "sd3, sigma_sqrt": dict(kind="sd3", scheme="sigma_sqrt"),
     "sd3, cosmap": dict(kind="sd3", scheme="cosmap"),
@@ -172,8 +175,8 @@ def test_flows(case, dtype):
         target, weights = noise - latents, 1.0
         if kind == "additive":
             m = m + x_t
-        if kind == "sd3":
-            m, target = m * -sigmas + x_t, latents
+        if kind in ("sd3", "sigma_scaled"):
+            m, target = m * -sigmas + x_t, latents if kind == "sd3" else target
             if scheme == "sigma_sqrt":
                 weights = (sigmas**-2.0).to(single)
             elif scheme == "cosmap":
@@ -189,8 +192,10 @@ def test_flows(case, dtype):
     if args.loss_type != "l2":
         how["loss"] = fastdiff.losses.PseudoHuber(args.huber_c, "normalized", args.huber_schedule)
     if kind == "additive":
-        how["prediction"] = fastdiff.Prediction("additive", lambda levels: (levels.sigma - 2, 1 - levels.sigma))
-    if kind == "sd3" and scheme == "none":
+        how["prediction"] = names["ADDITIVE"]
+    if kind == "sigma_scaled":
+        how["prediction"] = names["SIGMA_SCALED"]
+    if kind in ("sd3", "sigma_scaled") and scheme == "none":
         how["weighting"] = lambda levels: levels.sigma**2
     if scheme == "cosmap":
         how["weighting"] = lambda levels: levels.sigma**2 * fastdiff.weighting.CosMap().formula(levels, None)
