@@ -28,7 +28,7 @@ from fastdiff.cli import _parser
 from fastdiff.demo.settings import build, resolve
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents are not beside the tests")
 # Large sizes, and what is put in their place.
 SMALL = {"(16, 4, 64, 64)": "(2, 4, 8, 8)", '"ddim", 50': '"ddim", 3', "image_size=128": "image_size=8"}
@@ -397,7 +397,7 @@ def test_the_autoencoders_of_the_document():
 
 
 def test_every_block_is_one_that_runs():
-    """In a document that has a test above, or test_recipes.py, or none."""
+    """In a document that has a test above, in test_recipes.py or in trainers/, or that has none."""
     found = {document: sum(1 for _ in blocks(document)) for document in DOCUMENTS}
     assert {name: number for name, number in found.items() if number} == {
         "README.md": 2,
@@ -410,6 +410,16 @@ def test_every_block_is_one_that_runs():
         "docs/migrating.md": 11,
         "docs/moments.md": 9,
         "docs/recipes.md": 18,
+        "docs/trainers/ai_toolkit.md": 4,
+        "docs/trainers/diffusion_pipe.md": 7,
+        "docs/trainers/diffsynth.md": 3,
+        "docs/trainers/finetrainers.md": 3,
+        "docs/trainers/musubi_tuner.md": 3,
+        "docs/trainers/onetrainer.md": 6,
+        "docs/trainers/robot_policies.md": 7,
+        "docs/trainers/sd_scripts.md": 7,
+        "docs/trainers/simpletuner.md": 4,
+        "docs/trainers/stable_audio_tools.md": 3,
     }
 
 
