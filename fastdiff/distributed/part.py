@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..philox import Window, first_sample, whole
+from ..philox import Window, whole
 from ..showing import brief
 
 _initialized = getattr(torch.distributed, "is_initialized", bool)
@@ -182,10 +182,6 @@ class Part:
     def window(self, shape: Sequence[int]) -> Window | None:
         """The slice of each sample that data of ``shape`` is; None for whole samples."""
         return None if tuple(shape[1:]) == self.shape[1:] else Window(self.shape[1:], self.start[1:])
-
-    def first_sample(self) -> int:
-        """``philox.first_sample`` of the whole: that of the first of its ranks."""
-        return first_sample(torch.distributed.get_process_group_ranks(self.group)[0] if self.group else 0)
 
     def may_split(self, dim: int) -> bool:
         """Whether there may be several slices along a dimension."""
