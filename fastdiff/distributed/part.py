@@ -53,7 +53,8 @@ class Part:
         for name in ("shape", "start", "split", "rows"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, tuple(whole(name, number) for number in value))
+                numbers = tuple(whole(name, number) for number in value)
+                object.__setattr__(self, name, numbers if name in ("shape", "start") else tuple(sorted(numbers)))
         if not self.shape or len(self.start) != len(self.shape) or min(self.shape) < 1:
             raise ValueError(
                 f"shape must be that of the whole batch, with something in it, and start have as many numbers; got "
