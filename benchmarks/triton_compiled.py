@@ -32,10 +32,11 @@ from triton.backends.compiler import GPUTarget
 import fastdiff
 from fastdiff import ops
 from fastdiff.backends.triton import arguments as taken
-from fastdiff.backends.triton import launch
+from fastdiff.backends.triton import launch, normal
 from fastdiff.backends.triton.programs import coefficients, flat
 from fastdiff.backends.triton.times import coefficients_launch
 from fastdiff.backends.triton.traffic import Launch
+from fastdiff.calls import NormalCall
 from fastdiff.program import OPERATIONS, Program
 from fastdiff.tensors import Gathered
 
@@ -50,6 +51,7 @@ EVERYWHERE = {
     *("hybrid loss, fast, bf16", "hybrid loss with bins, exact, bf16", "hybrid loss with bins, given, fp32"),
     *("latents and noising, exact, bf16", "latents and noising, given, fp32", "divergence from N(0, 1), bf16"),
     *("moments, bf16", "loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
+    "normals of a slice",
     *("noising images, exact, bf16", "noising into tokens, exact, bf16", "loss flow of tokens, exact, bf16"),
     *("coefficients of SD3, drawn", "coefficients of EDM, drawn", "coefficients of VPSDE, drawn"),
     *("operations of angles", "all other operations"),
@@ -254,6 +256,9 @@ def cases() -> dict[str, Any]:
     found["loss, 2^32 elements"] = shaped((2**12, 2**20), (2**12, 1), "none", "mean", made)
     found["noising, 2^32 elements"] = noise_of_two(meta(2**12, 2**20, dtype=bf16), meta(2**12, 1), made)
     found["noising, a row an element"] = noise_of_two(meta(64, 2), meta(64, 2), ops.Philox(5))
+    for name, of in (("normals of a slice", (0, 8, 16)), ("normals of a slice, unaligned", (0, 8, 17))):
+        slices = NormalCall(seed, (64, 4, 48, 32), device=seed.device, window=ops.Window((4, 64, 64), of))
+        found[name] = partial(normal.run, slices, None)
     found["uniforms"] = lambda: operations.uniform(seed, 64, 3, 0, seed.device)
     for name, objective in programs().items():
         program, draw = objective._coefficients.program(), objective._times().program()

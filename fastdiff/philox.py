@@ -142,18 +142,12 @@ def count_from(ranks: tuple[int, int] | None) -> None:
     _ranks = ranks
 
 
-def first_sample(rank: int | None = None) -> int:
+def first_sample() -> int:
     """The index of the first sample that a call makes noise for, where neither a seed nor anything else says which
-    samples they are: 0 in a single process.
-
-    Args:
-        rank: in the default process group; None: that of this process.
-    """
+    samples they are: 0 in a single process."""
     if _ranks is not None:
         return _ranks[0] * SAMPLES_OF_A_RANK
-    if not _initialized():
-        return 0
-    return (torch.distributed.get_rank() if rank is None else rank) * SAMPLES_OF_A_RANK
+    return torch.distributed.get_rank() * SAMPLES_OF_A_RANK if _initialized() else 0
 
 
 def seeded(

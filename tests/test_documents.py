@@ -404,6 +404,7 @@ def test_every_block_is_one_that_runs():
         "docs/autoencoder.md": 2,
         "docs/data.md": 2,
         "docs/diffusers.md": 1,
+        "docs/distributed.md": 8,
         "docs/features.md": 3,
         "docs/guidance.md": 6,
         "docs/likelihood.md": 1,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..philox import draw_seed
+from ..philox import draw_seed, first_sample
 from .part import Part
 
 _comparing = False
@@ -41,9 +41,12 @@ def debug(on: bool = True) -> Any:
 
 
 def agreed_seed(part: Part, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """A seed that all ranks of the part's group have: that which its first rank draws. Each draws one from its
-    generator. Nothing waits for a GPU."""
+    """A seed that all ranks of the part's group have: that which its first rank draws, as each does from its generator.
+    Other groups have another, though generators have one seed, for it depends on where the first rank counts its
+    samples from. Nothing waits for a GPU."""
     seed = draw_seed(generator, device)
+    if first_sample():
+        seed ^= first_sample()
     if part.size > 1:
         first = torch.distributed.get_process_group_ranks(part.group)[0] if part.group else 0
         torch.distributed.broadcast(seed, first, group=part.group)

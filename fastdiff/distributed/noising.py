@@ -33,9 +33,7 @@ def noise_of(
     drawn = seed is None and needed
     seed, samples = seeded(seed, generator, ids, sample_offset, len(x0), x0.device, False)
     if ids is None:
-        if sample_offset is None:
-            samples = part.first_sample() if drawn else 0
-        samples += part.start[0]
+        samples = part.start[0] if sample_offset is None else samples + part.start[0]
     given = {"seed": seed, "ids": ids is not None, "t": t is not None, "objective": repr(objective), "dtype": x0.dtype}
     compare("objective.noise", part, tuple(x0.shape), **given)
     if drawn:

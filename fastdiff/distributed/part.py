@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..philox import Window, first_sample, whole
+from ..philox import Window, whole
 from ..showing import brief
 
 _initialized = getattr(torch.distributed, "is_initialized", bool)
@@ -53,7 +53,8 @@ class Part:
         for name in ("shape", "start", "split", "rows"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, tuple(whole(name, number) for number in value))
+                numbers = tuple(whole(name, number) for number in value)
+                object.__setattr__(self, name, numbers if name in ("shape", "start") else tuple(sorted(numbers)))
         if not self.shape or len(self.start) != len(self.shape) or min(self.shape) < 1:
             raise ValueError(
                 f"shape must be that of the whole batch, with something in it, and start have as many numbers; got "
@@ -182,10 +183,6 @@ class Part:
     def window(self, shape: Sequence[int]) -> Window | None:
         """The slice of each sample that data of ``shape`` is; None for whole samples."""
         return None if tuple(shape[1:]) == self.shape[1:] else Window(self.shape[1:], self.start[1:])
-
-    def first_sample(self) -> int:
-        """``philox.first_sample`` of the whole: that of the first of its ranks."""
-        return first_sample(torch.distributed.get_process_group_ranks(self.group)[0] if self.group else 0)
 
     def may_split(self, dim: int) -> bool:
         """Whether there may be several slices along a dimension."""

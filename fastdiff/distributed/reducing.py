@@ -1,9 +1,9 @@
-"""The loss of a whole batch from those of its parts: local sums, one all-reduce, and a gradient that waits for neither.
+"""The loss of a whole batch from those of its parts: local sums, one all-reduce, a backward that communicates nothing.
 
 Every loss here is a quotient of sums over elements. A sum of errors, times its weights, comes from the loss operation
 of the part; what divides it is known (a number of elements), or a sum over the mask. All that has to be added up goes
-in one buffer of float64. The backward communicates nothing: the gradient by the part of the prediction is that of the
-local sum, times numbers that are known after the forward.
+in one buffer of float64. The gradient by the part of the prediction is that of the local sum, times numbers that are
+known after the forward.
 
 - A mean over all elements, and a sum: the divisor is known, so it is in the weight of the local loss, and the gradient
   that a CPU stores along with a loss is right as it is.
@@ -189,8 +189,7 @@ def _of_rows(
     else:
         local = loss(mask, "sum", weight, "none").expand(rows.row_shape)  # zeros
     sums = rows.gathered(local.detach().double() * rows.mine)
-    none = torch.ones((), dtype=torch.float64, device=sums.device)
-    counts, of_all, by_row = none * rows.all_elements, False, False
+    counts, of_all, by_row = sums.new_full((), rows.all_elements), False, False
     if mask is not None and normalization != "none":
         of_all, by_row = normalization == "global", normalization != "global"
         counts = _sums(mask, prediction.shape, () if of_all else rows.dims)

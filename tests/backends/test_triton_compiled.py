@@ -61,7 +61,7 @@ def test_every_kernel_compiles_without_spills_or_float64(compiled, target):
     found = [r for r in compiled if r["target"] == target]
     assert {r["kernel"] for r in found} == {
         *("affine", "coefficients", "gaussian_kl", "loss", "row_moments", "row_moments_gradient", "step"),
-        *("kl_normal", "posterior", "posterior_gradient"),
+        *("kl_normal", "posterior", "posterior_gradient", "windowed"),
     }
     for r in found:
         # A launch of a number a sample may: NVIDIA's functions of an angle have an array for huge ones, and others save

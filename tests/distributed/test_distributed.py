@@ -6,10 +6,11 @@ The checks stand in the modules beside this one. All of them run in the same fou
 import checks_of_failures
 import checks_of_parts
 import checks_of_ranks
+import checks_of_trainers
 import processes
 import pytest
 
-MODULES = (checks_of_parts, checks_of_ranks, checks_of_failures)
+MODULES = (checks_of_parts, checks_of_ranks, checks_of_trainers, checks_of_failures)
 
 
 @pytest.fixture(scope="module")

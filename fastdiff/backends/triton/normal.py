@@ -20,24 +20,24 @@ _OUTER = 4  # dimensions that a slice may have besides its runs
 
 @Kernel
 def windowed(
-    out, seed, ids, stream, sample_offset, first, t1, t2, t3, t4, per, m1, m2, m3, width, total,
-    SEED: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    out, seed, ids, stream, sample_offset, first, t1, t2, t3, t4, per, m1, m2, m3, width, number,
+    SEED: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
     ASM: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Noise of a slice of each sample.
 
     A slice has ``width`` elements, in runs of ``per`` neighbours, whose places in the whole sample begin at ``first``
-    and lie ``t1`` apart; ``m1`` of these lie ``t2`` apart, and so on. ALIGNED: four neighbours, the first of them at a
-    multiple of 4, always have one counter, which is found for the last of the four: see ``tiles.made_noise``.
+    and lie ``t1`` apart; ``m1`` of these lie ``t2`` apart, and so on. There are ``number`` times UNIT elements. With a
+    UNIT of 4 four neighbours always have one counter, which is found for the last of the four: see
+    ``tiles.made_noise``.
     """
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
-    place = program * BLOCK + tl.arange(0, BLOCK)
+    place = program * C + tl.arange(0, C)
+    total = number * UNIT
     inside = place < total
-    counted = tl.minimum(place, total - 1)
-    if ALIGNED:
-        counted = counted | 3
+    counted = tl.minimum(place | (UNIT - 1), total - 1)
     sample = counted // width
     rest = counted - sample * width
     run = rest // per
@@ -53,16 +53,16 @@ def windowed(
     else:
         key = seed.to(tl.int64)
     if ids is not None:
-        number = tl.load(ids + sample)
+        identity = tl.load(ids + sample)
     else:
-        number = sample.to(tl.int64) + sample_offset
+        identity = sample.to(tl.int64) + sample_offset
     group = where >> 2
     of_group = stream.to(tl.uint32) ^ ((group >> 32) << 24).to(tl.uint32)
-    if ALIGNED:
+    if UNIT == 4:
         lane = place & 3
     else:
         lane = (where & 3).to(tl.int32)
-    n = normals(key, of_group, number, group, lane, 1.0, V == "fast", ASM, EMULATE)
+    n = normals(key, of_group, identity, group, lane, 1.0, V == "fast", ASM, EMULATE)
     tl.store(out + place, narrow(n, out.dtype.element_ty, EMULATE), mask=inside)
 
 
@@ -89,7 +89,7 @@ def _windowed_launch(call: NormalCall, z: Tensor) -> tuple[tuple[int, int], tupl
     """The launch of ``windowed``: (grid, arguments, constants)."""
     place, sizes, strides = call.window.runs(z.shape[1:])
     (*outer, run), (*apart, _) = sizes, strides
-    aligned = not any(number % 4 for number in (place, run, *apart))
+    unit = 1 if any(number % 4 for number in (place, run, *apart)) else 4
     outer = (*reversed(outer), 1, 1, 1)[: _OUTER - 1]
     apart = (*reversed(apart), 0, 0, 0, 0)[:_OUTER]
     seed, kind = seed_of(call.seed, z.device)
@@ -97,9 +97,9 @@ def _windowed_launch(call: NormalCall, z: Tensor) -> tuple[tuple[int, int], tupl
     total = z.numel()
     return (
         (triton.cdiv(total, _BLOCK), 1),
-        (z, seed, ids, call.stream, offset, place, *apart, run, *outer, total // len(z), total),
+        (z, seed, ids, call.stream, offset, place, *apart, run, *outer, total // len(z), total // unit),
         (
-            *(kind, call.rng, aligned, _BLOCK, total + _BLOCK >= 2**31),
+            *(kind, call.rng, unit, _BLOCK, total + _BLOCK >= 2**31),
             *(launch.has_approximate_instructions(z.device), launch.INTERPRETED),
         ),
     )
