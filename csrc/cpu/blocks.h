@@ -40,10 +40,11 @@ FASTDIFF_INLINE void for_units(const Layout& layout, int64_t begin, int64_t end,
 }
 
 // Calls body(start, count) for the blocks of a unit, of up to `most` elements: kBlock, or kUnit where everything is
-// worked on in memory itself, but for the rest of a unit that fills no two vectors.
+// worked on in memory itself. The rest of a unit that fills no two vectors is a block of its own, as it goes through
+// buffers.
 template <class Body>
 FASTDIFF_INLINE void for_blocks(const Unit& unit, int most, Body body) {
-  const int whole = most == kUnit ? unit.length & ~(kStep - 1) : unit.length;
+  const int whole = unit.length & ~(kStep - 1);
   for (int done = 0; done < whole; done += most) body(unit.start + done, whole - done < most ? whole - done : most);
   if (whole < unit.length) body(unit.start + whole, unit.length - whole);
 }
