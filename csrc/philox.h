@@ -56,9 +56,9 @@ FASTDIFF_DEVICE Words words(uint64_t seed, uint32_t group, uint32_t stream, uint
   return {{c0, c1, c2, c3}};
 }
 
-// A uniform in the open interval (0, 1): 52 random bits and a half.
-FASTDIFF_DEVICE double uniform(const Words& w) {
-  return (double((uint64_t(w.o[0]) << 20) | (w.o[1] >> 12)) + 0.5) * 0x1p-52;
+// A uniform in the open interval (0, 1), of the first two words or, `odd`, of the last two: 52 random bits and a half.
+FASTDIFF_DEVICE double uniform(const Words& w, bool odd) {
+  return (double((uint64_t(w.o[2 * odd]) << 20) | (w.o[2 * odd + 1] >> 12)) + 0.5) * 0x1p-52;
 }
 
 FASTDIFF_DEVICE float fused(float a, float b, float c) {

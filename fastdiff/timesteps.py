@@ -20,7 +20,7 @@ from .showing import brief
 
 
 class Timesteps:
-    """Base: ``fraction(u)`` maps float64 uniforms [B] to fractions in [0, 1]."""
+    """Base: ``fraction(u)`` maps float64 uniforms, [B] or [B, F], to fractions in [0, 1]."""
 
     def __post_init__(self):
         check_fields(self)
@@ -66,7 +66,8 @@ class Uniform(Timesteps):
 class Stratified(Timesteps):
     """Low-discrepancy over the batch: (u_0 + i / B) mod 1 in place of u_i (Kingma et al. 2021, appendix I.1).
 
-    Each t alone is distributed as by ``inner``; the t of a batch cover it evenly. Depends on the batch as a whole.
+    Each t alone is distributed as by ``inner``; the t of a batch cover it evenly. Depends on the batch as a whole. Of
+    several times a sample, [B, F], the t of each frame cover it by themselves: those of a sample stay independent.
     """
 
     inner: Timesteps = field(default_factory=Uniform)
@@ -78,8 +79,8 @@ class Stratified(Timesteps):
         if not u.numel():
             return self.inner(u, process)
         u = as_float64(u)
-        i = torch.arange(u.numel(), dtype=u.dtype, device=u.device).view_as(u)
-        spread = (u.flatten()[0] + i / u.numel()) % 1
+        i = torch.arange(len(u), dtype=u.dtype, device=u.device).view(-1, *(1,) * (u.ndim - 1))
+        spread = (u[:1] + i / len(u)) % 1
         # Open interval: an inner quantile function may be infinite at 0.
         return self.inner(spread.clamp(2.0**-53, 1 - 2.0**-53), process)
 

@@ -133,6 +133,14 @@ def test_stratified(inner, count):
         assert np.array_equal(np.sort(np.floor(t.numpy() * count)), np.arange(count))
 
 
+def test_stratified_over_the_batch_for_each_frame():
+    """[B, F]: each frame has the strata to itself, from a uniform of its own."""
+    u = np.random.default_rng(3).uniform(size=(8, 5))
+    t = timesteps.Stratified()(float64(u), fastdiff.RectifiedFlow())
+    for k in range(5):
+        assert_close(t[:, k], np.asarray(oracle.stratify(u[:, k]), dtype=np.float64), absolute=1e-15)
+
+
 def test_stratified_defaults_to_uniform_and_indexes():
     """A thousand strata on a thousand steps: every index once."""
     u = float64(np.full(1000, 0.4321 / 1000))
