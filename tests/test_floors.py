@@ -21,7 +21,7 @@ FLOORS = [
     "constancy coefficients",
     "guidance samplers. sampling.",
     "tokens noised uncertainty explaining converting element_weights objective functional dropout pyramid pairing "
-    "likelihood autoencoder losses.",
+    "likelihood autoencoder losses. video.",
     "integrations.",
     "trace doctor demo. bench. cli __main__",
 ]
