@@ -43,8 +43,8 @@ nightly: test test-pure wheel
 	$(BIN)/python tests/mutants --count 200 --seed $(TODAY) --control
 
 # The documents as a site, in build/site. In build/pages they lie as they do here; the first page gets the contents.
-PAGES := objectives recipes data migrating diffusers samplers guidance likelihood autoencoder moments features reference \
-  results performance design
+PAGES := objectives recipes data video migrating diffusers samplers guidance likelihood autoencoder moments features \
+  reference results performance design
 
 docs: $(VENV)/.dev
 	rm -rf build/pages build/site

@@ -122,6 +122,27 @@ FASTDIFF_INLINE const N* view(const Noise& noise, const Layout& layout, int64_t 
   return buffer.values;
 }
 
+// Noise for blocks in the order of memory. It knows no rows, so that of short ones (tokens) is made for several at a time.
+template <class N>
+class NoiseAhead {
+ public:
+  // What lies behind the block is the noise of the next one, or zeros.
+  FASTDIFF_INLINE const N* view(const Noise& noise, const Layout& layout, int64_t start, int count) {
+    if (noise.kind != Noise::made) return FASTDIFF_VARIANT::view(noise, layout, start, count, buffer_);
+    if (start < from_ || start + count > to_) {
+      const int64_t left = layout.elements - start;
+      const int made = left < kBlock ? int(left) : kBlock;
+      FASTDIFF_VARIANT::view(noise, layout, start, made, buffer_);
+      from_ = start, to_ = start + made;
+    }
+    return buffer_.values + (start - from_);
+  }
+
+ private:
+  NoiseBuffer<N> buffer_;
+  int64_t from_ = 0, to_ = 0;
+};
+
 // Elements [start, start + count) of a mask's memory: bytes are what they are.
 template <class C>
 FASTDIFF_INLINE void read_mask(const Input& from, int64_t start, int count, C* to) {
