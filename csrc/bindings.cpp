@@ -39,14 +39,10 @@ void normal(py::handle layout, py::handle source, py::handle window, py::handle 
 }
 
 void uniform(py::handle seed, py::handle stream, py::handle samples, py::handle out, py::handle number) {
-  const uint64_t key = parse_seed(seed);
-  const uint32_t word = parse_stream(stream);
-  const int64_t count = parse_integer("number", number);
-  const Samples of = parse_samples(samples, count);
-  const Output to = parse_output("out", out, count);
-  if (to.dtype != DType::f64) throw py::value_error("out: must be float64");
-  for (int64_t k = 0; k < count; ++k)
-    ((double*)to.data)[k] = philox::uniform(philox::words(key, 0, word, of[k]));
+  const Memory to = parse_memory("out", out);
+  if (to.code != int(DType::f64)) throw py::value_error("out: must be float64");
+  const Uniforms made = parse_uniforms(seed, stream, samples, to.elements, parse_integer("number", number));
+  made.make(0, made.count, (double*)to.data);
 }
 
 // An operation in the general way: layout, its operands in their order, threads.

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <memory>
 
-#include "checks.h"
 #include "philox.h"
 
 namespace fastdiff {
@@ -207,13 +206,13 @@ bool coefficients(py::handle capsule, py::handle outputs, py::handle times, py::
   return true;
 }
 
-// times(program, out, seed, stream, samples): see `draw`. out: (pointer, float64 or int64, number).
-void times(py::handle capsule, py::handle to, py::handle seed, py::handle stream, py::handle samples) {
+// times(program, out, seed, stream, samples, number of them): see `draw`. out: (pointer, float64 or int64, elements).
+void times(py::handle capsule, py::handle to, py::handle seed, py::handle stream, py::handle samples, py::handle number) {
   const Program& program = program_of(capsule.ptr(), 1);
   const Memory out = parse_memory("out", to);
   if (out.code != int(DType::f64) && out.code != kInt64) throw py::value_error("out: must be float64 or int64");
-  draw(program, parse_seed(seed), parse_stream(stream), parse_samples(samples, out.elements), out.elements,
-       out.code == kInt64, out.data);
+  const int64_t count = parse_integer("number", number);
+  draw(program, parse_uniforms(seed, stream, samples, out.elements, count), out.code == kInt64, out.data);
 }
 
 }  // namespace
@@ -271,14 +270,31 @@ void evaluate(const Program& program, const double* inputs, int64_t rows, bool w
   }
 }
 
-void draw(const Program& program, uint64_t seed, uint32_t stream, const Samples& samples, int64_t count, bool index,
-          void* out) {
+void Uniforms::make(int64_t first, int64_t number, double* u) const {
+  if (number == 0) return;
+  int64_t sample = first / each, k = first % each;
+  philox::Words words{};
+  for (int64_t place = 0; place < number; ++place) {
+    if (place == 0 || k % 2 == 0) words = philox::words(seed, uint32_t(k / 2), stream, samples[sample]);
+    u[place] = philox::uniform(words, k % 2);
+    if (++k == each) k = 0, ++sample;
+  }
+}
+
+Uniforms parse_uniforms(py::handle seed, py::handle stream, py::handle samples, int64_t count, int64_t number) {
+  if (number < 0 || (number ? count % number != 0 : count != 0)) refuse("number", "the samples do not divide the uniforms");
+  const int64_t each = number ? count / number : 0;
+  if (each > int64_t(1) << 33) refuse("number", "at most 2^33 uniforms can be made for a sample");
+  return {parse_seed(seed), parse_stream(stream), parse_samples(samples, number), count, each};
+}
+
+void draw(const Program& program, const Uniforms& uniforms, bool index, void* out) {
   constexpr int64_t kBlock = 64;
+  const int64_t count = uniforms.count;
   double u[kBlock], t[kBlock];
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t now = count - start < kBlock ? count - start : kBlock;
-    for (int64_t k = 0; k < now; ++k)
-      u[k] = philox::uniform(philox::words(seed, 0, stream, samples[start + k]));
+    uniforms.make(start, now, u);
     evaluate(program, u, now, true, t);
     for (int64_t k = 0; k < now; ++k) {
       if (index)

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/arguments.h"
+#include "checks.h"
 
 namespace fastdiff {
 
@@ -37,9 +37,21 @@ const Program& program_of(PyObject* capsule, int outputs);
 // float32 otherwise.
 void evaluate(const Program& program, const double* inputs, int64_t rows, bool wide, void* out);
 
-// Makes a uniform in (0, 1) for each of `count` samples and runs the program on it: float64 results, or int64 if `index`.
-void draw(const Program& program, uint64_t seed, uint32_t stream, const Samples& samples, int64_t count, bool index,
-          void* out);
+// Uniforms in (0, 1): `each` of one sample after the other.
+struct Uniforms {
+  uint64_t seed;
+  uint32_t stream;
+  Samples samples;
+  int64_t count, each;  // of all samples, and of one
+
+  void make(int64_t first, int64_t number, double* u) const;
+};
+
+// `count` numbers for `number` samples, as many for each. Raises ValueError where they do not divide it.
+Uniforms parse_uniforms(py::handle seed, py::handle stream, py::handle samples, int64_t count, int64_t number);
+
+// Runs the program on each uniform: float64 results, or int64 if `index`.
+void draw(const Program& program, const Uniforms& uniforms, bool index, void* out);
 
 void bind_coefficients(pybind11::module_& module);
 

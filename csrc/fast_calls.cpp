@@ -199,8 +199,8 @@ py::object times(PyObject* const* a) {
   View out;
   if (!tensors::view(a[1], out) || tensors::transformed()) return py::none();
   if ((out.dtype != tensors::kIndex && out.dtype != int(DType::f64)) || program.index) return py::none();
-  draw(program, parse_seed(a[2]), parse_stream(a[3]), parse_samples(a[4], out.elements), out.elements,
-       out.dtype == tensors::kIndex, out.data);
+  const Uniforms uniforms = parse_uniforms(a[2], a[3], a[4], out.elements, out.elements);
+  draw(program, uniforms, out.dtype == tensors::kIndex, out.data);
   return py::reinterpret_borrow<py::object>(a[1]);
 }
 

@@ -59,9 +59,9 @@ FASTDIFF_DEVICE Words words(uint64_t seed, uint32_t group, uint32_t stream, uint
 // The stream of a group: counters have 32 bits for the group, so what is above them goes into the stream's top 8.
 FASTDIFF_DEVICE uint32_t stream_of(uint32_t stream, uint64_t group) { return stream ^ uint32_t(group >> 32) << 24; }
 
-// A uniform in the open interval (0, 1): 52 random bits and a half.
-FASTDIFF_DEVICE double uniform(const Words& w) {
-  return (double((uint64_t(w.o[0]) << 20) | (w.o[1] >> 12)) + 0.5) * 0x1p-52;
+// A uniform in the open interval (0, 1), of the first two words or, `odd`, of the last two: 52 random bits and a half.
+FASTDIFF_DEVICE double uniform(const Words& w, bool odd) {
+  return (double((uint64_t(w.o[2 * odd]) << 20) | (w.o[2 * odd + 1] >> 12)) + 0.5) * 0x1p-52;
 }
 
 FASTDIFF_DEVICE float fused(float a, float b, float c) {

@@ -3,7 +3,19 @@
 import importlib
 from types import ModuleType
 
-from . import autoencoder, distributed, guidance, losses, ops, pairing, samplers, timesteps, uncertainty, weighting
+from . import (
+    autoencoder,
+    distributed,
+    guidance,
+    losses,
+    ops,
+    pairing,
+    samplers,
+    timesteps,
+    uncertainty,
+    video,
+    weighting,
+)
 from .backends import use_backend
 from .distributed import debug
 from .dropout import drop_condition
@@ -96,6 +108,7 @@ __all__ = [
     "to_bits_per_dim",
     "uncertainty",
     "use_backend",
+    "video",
     "weighting",
 ]
 
@@ -105,7 +118,7 @@ def __getattr__(name: str) -> ModuleType:
     if name == "integrations":
         return importlib.import_module(f"{__name__}.integrations")
     where = ""
-    for module in (autoencoder, distributed, guidance, losses, ops, pairing, samplers, timesteps, uncertainty):
+    for module in (autoencoder, distributed, guidance, losses, ops, pairing, samplers, timesteps, uncertainty, video):
         if name in getattr(module, "__all__", ()) or str(getattr(vars(module).get(name), "__module__", "")).startswith(
             module.__name__
         ):

@@ -22,15 +22,22 @@ Noise = Tensor | Philox | None
 
 
 class UniformCall(NamedTuple):
-    """One uniform a sample in the open interval (0, 1): float64 [samples]."""
+    """Uniforms in the open interval (0, 1), of 52 random bits each: float64, one a sample [samples], or several
+    [samples, count]. Uniform k of a sample is the same for every count."""
 
     seed: int | Tensor
     samples: int
     stream: int
     sample_offset: int | Tensor = 0  # or ids, int64 [samples]
     device: Any = None
+    count: int | None = None
 
     operation = "uniform"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[samples], or [samples, count]."""
+        return (self.samples,) if self.count is None else (self.samples, self.count)
 
 
 class NormalCall(NamedTuple):

@@ -46,7 +46,7 @@ def _of_batch(objective: Any, x0: Tensor) -> list[str]:
     fast = "one fast call of the backend {}"
     keep = not remakes_noise(x0.device)
     done = None
-    if backend.fast is not None and not objective.input_perturbation:
+    if backend.fast is not None and not objective.input_perturbation and t.ndim == 1:
         done = objective._fast_noise(backend.fast, backend, x0, None, None, 0, 0, keep, "exact", dtype)
     call: Call = NoiseCall(x0, Philox(0), rows.alpha, rows.sigma, objective.input_perturbation, None, keep, dtype)
     lines = ["noise: " + (fast.format(backend.name) if done is not None else _way(backend, call))]

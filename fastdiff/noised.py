@@ -34,6 +34,7 @@ class Noised:
         x0: the data x_t was made of, as it was given.
         tokens: the ``fastdiff.Tokens`` that x_t is packed in, or None.
         part: the ``fastdiff.distributed.Part`` of a whole batch that this is, or None.
+        clean: which rows a ``video.RFLoss`` kept clean, and leaves out of its loss: bool, of the shape of t; or None.
         noise_source: the noise, or the ``fastdiff.ops.Philox`` that makes it.
         noise, target, model_input, model_time: made when asked for (the target by ``noise`` with ``with_target``).
     """
@@ -47,6 +48,7 @@ class Noised:
     written_target: Tensor | None = None
     tokens: Tokens | None = None
     part: Part | None = None
+    clean: Tensor | None = None
 
     def __post_init__(self):
         self._versions = self.rows.version, self._noise_versions()

@@ -306,7 +306,7 @@ class Objective:
                     f"write noise=."
                 )
         if t is None:
-            t = self._draw(backend, seed, len(x0), sample_offset, x0.device)
+            t = self._draw(backend, UniformCall(seed, len(x0), Stream.TIMESTEP, sample_offset, x0.device))
         data, source, order = split(tokens, x0, source)
         rows, t = self._rows_at(t, data, compute_dtype(x0, noise))
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
@@ -344,7 +344,7 @@ class Objective:
         if t is None:
             times = self._times().program()
             if times is None:
-                t = self._draw(backend, seed, len(x0), sample_offset, x0.device)
+                t = self._draw(backend, UniformCall(seed, len(x0), Stream.TIMESTEP, sample_offset, x0.device))
             else:
                 draw = times, Stream.TIMESTEP
         made, data = (seed, Stream.NOISE, sample_offset, offset), x0
@@ -366,17 +366,11 @@ class Objective:
         rows = Rows(self._made, t, x0, compute_dtype(x0, noise), backend, program, known)
         return Noised(self, x0, x_t, t, n, rows)
 
-    def _draw(self, backend: Any, seed: Any, samples: int, sample_offset: int | Tensor, device: torch.device) -> Tensor:
-        """One time a sample."""
+    def _draw(self, backend: Any, call: UniformCall) -> Tensor:
+        """The times that the uniforms of ``call`` stand for, in their shape."""
         program = None if torch.compiler.is_compiling() else self._times().program()
-        t = None
-        if program is not None:
-            t = backend.times(program, seed, samples, Stream.TIMESTEP, sample_offset, device, self.process.discrete)
-        if t is None:
-            t = self.timesteps(
-                run(backend, UniformCall(seed, samples, Stream.TIMESTEP, sample_offset, device)), self.process
-            )
-        return t
+        t = None if program is None else backend.times(program, call, self.process.discrete)
+        return self.timesteps(run(backend, call), self.process) if t is None else t
 
     def _rows(self, t: Tensor, x0: Tensor, dtype: torch.dtype) -> Rows:
         """The coefficients at ``t``, one time a row, which has been checked, for ``x0``."""

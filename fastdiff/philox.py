@@ -32,6 +32,7 @@ class Stream:
     PYRAMID = 6  # the coarse levels of multi-resolution noise
     POSTERIOR = 7  # xi of the latents of an autoencoder's moments
     DROPOUT = 8  # the uniform by which a condition is dropped
+    FRAMES = 9  # noise that all frames of a video share
     STEP = 16  # + the index of the sampling step
 
 

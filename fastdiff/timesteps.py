@@ -23,7 +23,7 @@ from .tensors import cached
 
 
 class Timesteps:
-    """Base: ``fraction(u)`` maps float64 uniforms [B] to fractions in [0, 1]."""
+    """Base: ``fraction(u)`` maps float64 uniforms, [B] or [B, F], to fractions in [0, 1]."""
 
     def __post_init__(self):
         check_fields(self)
@@ -69,7 +69,8 @@ class Uniform(Timesteps):
 class Stratified(Timesteps):
     """Low-discrepancy over the batch: (u_0 + i / B) mod 1 in place of u_i (Kingma et al. 2021, appendix I.1).
 
-    Each t alone is distributed as by ``inner``; the t of a batch cover it evenly. Depends on the batch as a whole.
+    Each t alone is distributed as by ``inner``; the t of a batch cover it evenly. Depends on the batch as a whole. Of
+    several times a sample, [B, F], the t of each frame cover it by themselves: those of a sample stay independent.
     """
 
     inner: Timesteps = field(default_factory=Uniform)
@@ -81,8 +82,8 @@ class Stratified(Timesteps):
         if not u.numel():
             return self.inner(u, process)
         u = as_float64(u)
-        i = torch.arange(u.numel(), dtype=u.dtype, device=u.device).view_as(u)
-        return self.inner(_rotated(u, i / u.numel()), process)
+        i = torch.arange(len(u), dtype=u.dtype, device=u.device)
+        return self.inner(_rotated(u, i / len(u)), process)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Sobol(Timesteps):
 
     Each t alone is distributed as by ``inner``; the t of a batch cover it evenly, and so do the t of its first half,
     its first quarter, and so on, which those of ``Stratified`` do not. A batch of a power of two has the points of
-    ``Stratified``, in another order.
+    ``Stratified``, in another order. Of times [B, F] each frame has the points to itself.
     """
 
     inner: Timesteps = field(default_factory=Uniform)
@@ -104,14 +105,15 @@ class Sobol(Timesteps):
         if not u.numel():
             return self.inner(u, process)
         u = as_float64(u)
-        i = torch.arange(u.numel(), dtype=torch.int64, device=u.device).view_as(u)
-        reversed_bits = sum((i >> k & 1) << (31 - k) for k in range(max(1, (u.numel() - 1).bit_length())))
+        i = torch.arange(len(u), dtype=torch.int64, device=u.device)
+        reversed_bits = sum((i >> k & 1) << (31 - k) for k in range(max(1, (len(u) - 1).bit_length())))
         return self.inner(_rotated(u, reversed_bits.double() * 2.0**-32), process)
 
 
 def _rotated(u: Tensor, points: Tensor) -> Tensor:
-    """(u_0 + points) mod 1, in the open interval: an inner quantile function may be infinite at 0."""
-    return ((u.flatten()[0] + points) % 1).clamp(2.0**-53, 1 - 2.0**-53)
+    """(u_0 + points) mod 1, points [B], in the open interval: an inner quantile function may be infinite at 0."""
+    points = points.view(-1, *(1,) * (u.ndim - 1))
+    return ((u[:1] + points) % 1).clamp(2.0**-53, 1 - 2.0**-53)
 
 
 @dataclass(frozen=True)

@@ -1040,11 +1040,20 @@ def normal(seed: int, shape, stream: int = 0, sample_offset: int = 0) -> np.ndar
     return lanes[:, :elements].reshape(shape)
 
 
+def uniforms(seed: int, samples: int, count: int, stream: int, sample_offset: int = 0) -> np.ndarray:
+    """float64 [samples, count] in (0, 1): 52 bits and a half more. Number k has two of the four words of group k div 2:
+    the first two if k is even."""
+    words = philox_words(seed, samples, count // 2 + 1, stream, sample_offset).astype(np.uint64)
+    found = np.empty((samples, count))
+    for k in range(count):
+        a, b = words[:, k // 2, k % 2 * 2], words[:, k // 2, k % 2 * 2 + 1]
+        found[:, k] = (((a << np.uint64(20)) | (b >> np.uint64(12))).astype(np.float64) + 0.5) * 2.0**-52
+    return found
+
+
 def uniform(seed: int, samples: int, stream: int, sample_offset: int = 0) -> np.ndarray:
-    """float64 [samples] in (0, 1): 52 bits, of the first two words of group 0, and a half more."""
-    words = philox_words(seed, samples, 1, stream, sample_offset)[:, 0].astype(np.uint64)
-    bits = (words[:, 0] << np.uint64(20)) | (words[:, 1] >> np.uint64(12))
-    return (bits.astype(np.float64) + 0.5) * 2.0**-52
+    """The first of each sample: float64 [samples]."""
+    return uniforms(seed, samples, 1, stream, sample_offset)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------- losses of the x0 estimate

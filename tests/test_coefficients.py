@@ -16,6 +16,7 @@ from asked import native, reference
 import fastdiff
 from fastdiff import losses, weighting
 from fastdiff import timesteps as ts
+from fastdiff.calls import UniformCall
 from fastdiff.coefficients import NAMES, drawn
 from fastdiff.constancy import Constancy, NotConstant
 from fastdiff.process import Levels
@@ -112,11 +113,11 @@ def test_times_are_those_of_the_formula(timesteps, process):
     program = traced.program()
     assert program is not None, traced.why
     assert (program.low, program.high) == (2.0**-53, 1 - 2.0**-53)
-    found = native.times(program, 7, 4096, 3, 11, "cpu", process.discrete)
-    u = reference.uniform(7, 4096, 3, 11, "cpu")
-    expected = timesteps(u, process)
-    assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for samples, count in ((4096, None), (41, 101)):
+        found = native.times(program, UniformCall(7, samples, 3, 11, "cpu", count), process.discrete)
+        expected = timesteps(reference.uniform(7, samples, 3, 11, "cpu", count), process)
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 @needs_native

@@ -396,6 +396,37 @@ def test_the_autoencoders_of_the_document():
     assert parts.divergence >= 2 * 0.5 and names["loss_of"].log_variance.grad.isfinite()
 
 
+def test_video():
+    """Each block: the shift, a clean first frame, forcing with fused SNR, losses of the frames' images."""
+    torch.manual_seed(0)
+    network, latents = Network(), torch.randn(2, 4, 5, 8, 8)
+    decoder, extractor = nn.Conv2d(4, 3, 1), nn.Conv2d(3, 2, 3)
+    given = {"Training": {"network": lambda x, t: network(x, t), "latents": latents}}
+    given["Losses of images on the frames"] = {"decoder": decoder, "extractor": extractor}
+    runs = run_blocks("docs/video.md", given)
+    first = next(runs)
+    u = torch.from_numpy(oracle.quantile_logit_normal(oracle.uniform(0, 2, 3)).astype(np.float64))
+    again = first["objective"].noise(latents, seed=0)
+    torch.testing.assert_close(again.t, 3 * u / (1 + 2 * u))  # of 64 x 64 pixels, as at 480p
+    assert network.weight.grad.isfinite()
+    second = dict(next(runs))
+    rest = (second["prediction"] - second["noised"].target)[:, :, 1:].square().mean()
+    torch.testing.assert_close(second["loss"], rest)
+    assert torch.equal(second["noised"].x_t[:, :, 0], latents[:, :, 0])
+    third = dict(next(runs))
+    assert third["noised"].t.unique().numel() == 10
+    weight = first["video"].fused_snr(third["noised"])
+    torch.testing.assert_close(
+        third["loss"].double(), (weight * (third["prediction"] - third["noised"].target).double() ** 2).mean()
+    )
+    assert third["videos"].shape == latents.shape and torch.equal(third["videos"][:, :, :2], latents[:, :, :2])
+    assert len(third["schedule"]) == 20 + 4 * 2 + 1
+    (last,) = runs
+    values = last["total"].values
+    torch.testing.assert_close(last["loss"].detach(), values["objective"] + 0.1 * values["perceptual"])
+    assert decoder.weight.grad is None and extractor.weight.grad is None
+
+
 def test_every_block_is_one_that_runs():
     """In a document that has a test above, in test_recipes.py or in trainers/, or that has none."""
     found = {document: sum(1 for _ in blocks(document)) for document in DOCUMENTS}
@@ -421,6 +452,7 @@ def test_every_block_is_one_that_runs():
         "docs/trainers/sd_scripts.md": 7,
         "docs/trainers/simpletuner.md": 4,
         "docs/trainers/stable_audio_tools.md": 3,
+        "docs/video.md": 4,
     }
 
 

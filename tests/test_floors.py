@@ -21,7 +21,7 @@ FLOORS = [
     "constancy coefficients",
     "guidance samplers. sampling.",
     "distributed. tokens noised uncertainty explaining converting element_weights objective functional dropout "
-    "pyramid pairing likelihood autoencoder losses.",
+    "pyramid pairing likelihood autoencoder losses. video.",
     "integrations.",
     "trace doctor demo. bench. verify cli __main__",
 ]

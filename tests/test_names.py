@@ -335,7 +335,7 @@ def test_every_name_is_asked():
         "to_bits_per_dim",
         "uncertainty",
     }
-    modules = {"integrations", "losses", "ops", "samplers", "timesteps", "use_backend", "weighting"}
+    modules = {"integrations", "losses", "ops", "samplers", "timesteps", "use_backend", "video", "weighting"}
     assert asked | rest | modules == set(fastdiff.__all__)
     if (DOCS / "samplers.md").exists():  # not in an installed package
         rows = [line.split("|")[1] for line in (DOCS / "samplers.md").read_text().splitlines() if line.startswith("|")]

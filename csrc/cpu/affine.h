@@ -43,12 +43,12 @@ template <class D, class N>
 void noise_blocks(const NoiseArguments& a, int64_t begin, int64_t end, int most) {
   typedef Compute<D> C;
   alignas(64) D x0_buffer[kBlock], out_buffer[kBlock];
-  NoiseBuffer<N> n_buffer;
+  NoiseAhead<N> ahead;
   NoiseBuffer<C> xi_buffer;
   Packed packed;
   const C perturbation = C(a.perturbation);
   for_blocks(a.layout, begin, end, most, [&](int64_t row, int64_t start, int count) {
-    const N* n = view(a.n, a.layout, start, count, n_buffer);
+    const N* n = ahead.view(a.n, a.layout, start, count);
     if (a.keep.data) commit(a.keep, start, count, n);
     if (!a.x_t.data) return;
     const D* x0 = view(a.x0, start, count, x0_buffer);

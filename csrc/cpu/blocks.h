@@ -40,10 +40,11 @@ FASTDIFF_INLINE void for_units(const Layout& layout, int64_t begin, int64_t end,
 }
 
 // Calls body(start, count) for the blocks of a unit, of up to `most` elements: kBlock, or kUnit where everything is
-// worked on in memory itself, but for the rest of a unit that fills no two vectors.
+// worked on in memory itself. The rest of a unit that fills no two vectors is a block of its own, as it goes through
+// buffers.
 template <class Body>
 FASTDIFF_INLINE void for_blocks(const Unit& unit, int most, Body body) {
-  const int whole = most == kUnit ? unit.length & ~(kStep - 1) : unit.length;
+  const int whole = unit.length & ~(kStep - 1);
   for (int done = 0; done < whole; done += most) body(unit.start + done, whole - done < most ? whole - done : most);
   if (whole < unit.length) body(unit.start + whole, unit.length - whole);
 }
@@ -120,6 +121,27 @@ FASTDIFF_INLINE const N* view(const Noise& noise, const Layout& layout, int64_t 
   for (int k = count; k < padded(count); ++k) buffer.values[k] = N{};
   return buffer.values;
 }
+
+// Noise for blocks in the order of memory. It knows no rows, so that of short ones (tokens) is made for several at a time.
+template <class N>
+class NoiseAhead {
+ public:
+  // What lies behind the block is the noise of the next one, or zeros.
+  FASTDIFF_INLINE const N* view(const Noise& noise, const Layout& layout, int64_t start, int count) {
+    if (noise.kind != Noise::made) return FASTDIFF_VARIANT::view(noise, layout, start, count, buffer_);
+    if (start < from_ || start + count > to_) {
+      const int64_t left = layout.elements - start;
+      const int made = left < kBlock ? int(left) : kBlock;
+      FASTDIFF_VARIANT::view(noise, layout, start, made, buffer_);
+      from_ = start, to_ = start + made;
+    }
+    return buffer_.values + (start - from_);
+  }
+
+ private:
+  NoiseBuffer<N> buffer_;
+  int64_t from_ = 0, to_ = 0;
+};
 
 // Elements [start, start + count) of a mask's memory: bytes are what they are.
 template <class C>

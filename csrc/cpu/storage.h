@@ -319,13 +319,16 @@ FASTDIFF_INLINE S* place(const Output& to, int64_t start, int count, S* buffer) 
   return to.dtype == kCode<S> && count % kStep == 0 && !to.streamed ? (S*)to.data + start : buffer;
 }
 
-// Copies past the caches what fills vectors of memory.
+// Copies past the caches what fills vectors of memory; what is before the first and behind the last goes through them.
 FASTDIFF_INLINE void stream(void* to, const void* from, size_t bytes) {
+  char* target = (char*)to;
+  const char* source = (const char*)from;
 #if defined(__x86_64__)
-  if ((uintptr_t)to % kBytes == 0 && bytes % kBytes == 0) {
-    for (size_t k = 0; k < bytes; k += kBytes) {
-      char* target = (char*)to + k;
-      const char* source = (const char*)from + k;
+  const size_t before = -(uintptr_t)target % kBytes;
+  if (before < bytes) {
+    memcpy(target, source, before);
+    target += before, source += before, bytes -= before;
+    for (; bytes >= kBytes; target += kBytes, source += kBytes, bytes -= kBytes) {
 #if defined(FASTDIFF_AVX512)
       _mm512_stream_si512((__m512i*)target, _mm512_loadu_si512(source));
 #elif defined(FASTDIFF_AVX2)
@@ -334,10 +337,9 @@ FASTDIFF_INLINE void stream(void* to, const void* from, size_t bytes) {
       _mm_stream_si128((__m128i*)target, _mm_loadu_si128((const __m128i*)source));
 #endif
     }
-    return;
   }
 #endif
-  memcpy(to, from, bytes);
+  memcpy(target, source, bytes);
 }
 
 template <class S>

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Call, NoiseCall, NormalCall, RunCall
+from ..calls import Call, NoiseCall, NormalCall, RunCall, UniformCall
 from ..philox import Philox, Stream, Window
 from ..program import Program
 from ..tensors import Gathered
@@ -146,12 +146,9 @@ class Backend:
         instead."""
         return program.gathered(t, dtype) if program.index else None
 
-    def times(
-        self, program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int | Tensor, device: Any,
-        discrete: bool,
-    ) -> Tensor | None:  # fmt: skip
-        """One time for each sample, [samples], which ``program`` computes from a uniform: int64 if ``discrete``, else
-        float64. None if the formula has to be evaluated instead."""
+    def times(self, program: Program, call: UniformCall, discrete: bool) -> Tensor | None:
+        """The times that ``program`` computes from the uniforms of ``call``, in their shape: int64 if ``discrete``,
+        else float64. None if the formula has to be evaluated instead."""
         return None
 
     # ---- made of these, unless a backend has a better way

@@ -43,10 +43,14 @@ class _Method(nn.Module):
         return getattr(self.owner, self.name)(*inputs)
 
 
+def as_module(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a module as a module; any other function as it is."""
+    return _Method(function) if isinstance(getattr(function, "__self__", None), nn.Module) else function
+
+
 def frozen(function: Callable[..., Any], *inputs: Any) -> Any:
     """``function(*inputs)``. The parameters of a module, or of the module whose method it is, get no gradient."""
-    owner = getattr(function, "__self__", None)
-    module = _Method(function) if isinstance(owner, nn.Module) else function
+    module = as_module(function)
     if not isinstance(module, nn.Module):
         return function(*inputs)
     learned = {name: part.detach() for name, part in module.named_parameters() if part.requires_grad}

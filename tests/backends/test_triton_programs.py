@@ -11,6 +11,7 @@ from devices import in_turn
 import fastdiff
 from fastdiff import losses
 from fastdiff import timesteps as ts
+from fastdiff.calls import UniformCall
 from fastdiff.coefficients import drawn
 from fastdiff.process import Levels
 from fastdiff.program import OPERATIONS, Program
@@ -94,11 +95,13 @@ def test_each_operation_is_what_it_is_in_pytorch(operation):
 )
 def test_times_are_those_of_the_formula(timesteps, process):
     traced = drawn(timesteps, process)
-    expected = timesteps(reference.uniform(7, 2000, 3, 2**33, "cpu"), process)
-    for seed in (7, torch.tensor([7], device=DEVICE)):
-        found = triton.times(traced.program(), seed, 2000, 3, 2**33, DEVICE, process.discrete)
-        assert found.dtype == expected.dtype
-        torch.testing.assert_close(found.cpu(), expected, rtol=1e-12, atol=0)
+    for samples, count in ((2000, None), (7, 31)):
+        expected = timesteps(reference.uniform(7, samples, 3, 2**33, "cpu", count), process)
+        for seed in (7, torch.tensor([7], device=DEVICE)):
+            call = UniformCall(seed, samples, 3, 2**33, DEVICE, count)
+            found = triton.times(traced.program(), call, process.discrete)
+            assert found.dtype == expected.dtype
+            torch.testing.assert_close(found.cpu(), expected, rtol=1e-12, atol=0)
 
 
 def capped(levels):

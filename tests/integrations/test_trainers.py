@@ -47,6 +47,15 @@ def test_the_score_sde_learns_the_density(arguments):
     assert found["samples"] < found["entropy"] + 0.8
 
 
+# ------------------------------------------------------------------------------------------------- diffusion forcing
+
+
+def test_the_example_of_videos():
+    found = example("video").main(["--steps", "60", "--draw", "8", "--levels", "4"])
+    assert found["last loss"] < 0.8 * found["first loss"]
+    assert 0 < found["pyramid"] < 6 and 0 < found["full_sequence"] < 6
+
+
 # ------------------------------------------------------------------------------------------------------------ hybrid
 
 

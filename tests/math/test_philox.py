@@ -18,8 +18,9 @@ from scipy import stats
 import fastdiff
 from fastdiff import ops
 from fastdiff.backends import registry
-from fastdiff.backends.interface import Backend
+from fastdiff.backends.interface import Backend, run
 from fastdiff.backends.reference.philox import _box_muller, _fma, normal, philox4x32, uniform
+from fastdiff.calls import UniformCall
 
 PROFILE = settings(max_examples=40, deadline=None, derandomize=True)
 Z = 4.5
@@ -392,6 +393,40 @@ def test_uniform_moments_and_range():
 def test_uniform_batch_split():
     whole = uniform(17, 8, stream=1)
     assert torch.equal(whole, torch.cat([uniform(17, 3, stream=1), uniform(17, 5, stream=1, sample_offset=3)]))
+
+
+@pytest.mark.parametrize("count", [None, 1, 2, 5, 131])
+@pytest.mark.parametrize("offset", [0, 2**32 - 2, "ids"])
+def test_uniforms_of_a_sample(count, offset, backend):
+    """As the oracle has them, to the bit; those of fewer are the first of more."""
+    ids = [7, 2**40, 7]
+    call = UniformCall(11, 3, 5, torch.tensor(ids) if offset == "ids" else offset, CPU, count)
+    found = run(registry.get(CPU), call).cpu()
+    places = ids if offset == "ids" else [offset + k for k in range(3)]
+    expected = np.concatenate([oracle.uniforms(11, 1, count or 1, 5, place) for place in places])
+    assert found.dtype == torch.float64 and found.shape == call.shape
+    assert np.array_equal(found.numpy().reshape(3, -1), expected)
+
+
+def test_uniforms_of_a_sample_are_independent():
+    """Of 1,000 samples of 1,000: mean, variance, and what neighbours within and between samples have in common."""
+    u = (uniform(17, 1000, stream=1, count=1000).numpy() - 0.5) * math.sqrt(12)
+    assert_small(
+        {
+            "mean": u.mean() * 1000,
+            "variance": ((u**2).mean() - 1) * 1000 / math.sqrt(4 / 5),
+            "within": (u[:, 1:] * u[:, :-1]).mean() * math.sqrt(999_000),
+            "of a group": (u[:, ::2] * u[:, 1::2]).mean() * math.sqrt(500_000),
+            "between": (u[1:] * u[:-1]).mean() * math.sqrt(999_000),
+        }
+    )
+    assert stats.kstest(u.ravel() / math.sqrt(12) + 0.5, "uniform").pvalue > 1e-5
+
+
+def test_no_uniforms(backend):
+    for samples, count in ((0, None), (0, 4), (3, 0)):
+        call = UniformCall(11, samples, 5, 0, CPU, count)
+        assert run(registry.get(CPU), call).shape == call.shape
 
 
 def test_the_fast_way_is_the_exact_one_where_there_is_no_other(backend):

@@ -159,6 +159,19 @@ def test_sobol(count):
     assert timesteps.Sobol()(float64([]), fastdiff.RectifiedFlow()).shape == (0,)
 
 
+@pytest.mark.parametrize(
+    ("make", "truth"),
+    [(timesteps.Stratified, oracle.stratify), (timesteps.Sobol, oracle.rotated_van_der_corput)],
+    ids=["stratified", "sobol"],
+)
+def test_spread_over_the_batch_for_each_frame(make, truth):
+    """[B, F]: each frame has the points to itself, from a uniform of its own."""
+    u = np.random.default_rng(3).uniform(size=(8, 5))
+    t = make()(float64(u), fastdiff.RectifiedFlow())
+    for k in range(5):
+        assert_close(t[:, k], np.asarray(truth(u[:, k]), dtype=np.float64), absolute=1e-15)
+
+
 def test_stratified_defaults_to_uniform_and_indexes():
     """A thousand strata on a thousand steps: every index once."""
     u = float64(np.full(1000, 0.4321 / 1000))

@@ -27,7 +27,7 @@ ROOT = HERE.parent.parent
 GROUPS = {
     "mathematics": "process sdes prediction weighting losses/ timesteps tabulated coefficients program constancy "
     "samplers/ sampling/ guidance noised objective functional converting autoencoder tokens dropout uncertainty "
-    "element_weights pyramid pairing ops/",
+    "element_weights pyramid pairing video/ ops/",
     "faces": "integrations/ demo/ bench/ cli doctor files __main__",
 }
 BARS = {"mathematics": 0.95, "faces": 0.85}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import RunCall
+from ...calls import RunCall, UniformCall
 from ...program import Program
 from ...torch_access import _C, unavailable_because
 from .. import reference
@@ -34,11 +34,8 @@ class Native(Backend):
         found = coefficients.evaluate(program, t, dtype)
         return super().evaluate(program, t, dtype) if found is None else found
 
-    def times(
-        self, program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int | Tensor, device: Any,
-        discrete: bool,
-    ) -> Tensor | None:  # fmt: skip
-        return coefficients.times(program, seed, samples, stream, sample_offset, device, discrete)
+    def times(self, program: Program, call: UniformCall, discrete: bool) -> Tensor | None:
+        return coefficients.times(program, call, discrete)
 
     def fast_step(self, x: Tensor, m: Tensor, row: Tensor, clip: float | None, n: Any, want_x0: bool) -> Any:
         return None if self.fast is None else self.fast.step(x, m, row, clip, n, want_x0)

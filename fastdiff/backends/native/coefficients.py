@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...calls import UniformCall
 from ...modes import lasting
 from ...program import Program, lookup
 from ...torch_access import _C
@@ -50,13 +51,11 @@ def evaluate(program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] |
     return rows.unbind(0)
 
 
-def times(
-    program: Program, seed: int | Tensor, count: int, stream: int, sample_offset: int | Tensor, device: Any,
-    discrete: bool,
-) -> Tensor | None:  # fmt: skip
+def times(program: Program, call: UniformCall, discrete: bool) -> Tensor | None:
     """See ``Backend.times``."""
-    if makes(seed, sample_offset, device) or not count:
+    if makes(call.seed, call.sample_offset, call.device) or 0 in call.shape:
         return None
-    out = torch.empty(count, dtype=torch.int64 if discrete else torch.float64, device="cpu")
-    _C.times(handle(program, program.names), memory(out), int(seed), stream, samples(sample_offset))
+    out = torch.empty(call.shape, dtype=torch.int64 if discrete else torch.float64, device="cpu")
+    offset = samples(call.sample_offset)
+    _C.times(handle(program, program.names), memory(out), int(call.seed), call.stream, offset, call.samples)
     return out

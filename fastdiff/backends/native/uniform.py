@@ -18,6 +18,6 @@ def declines(call: UniformCall) -> str:
 
 def run(call: UniformCall, backend: Backend) -> Tensor:
     """See ``UniformCall``."""
-    u = torch.empty(call.samples, dtype=torch.float64, device="cpu")
+    u = torch.empty(call.shape, dtype=torch.float64, device="cpu")
     _C.uniform(int(call.seed), call.stream, samples(call.sample_offset), memory(u), call.samples)
     return u

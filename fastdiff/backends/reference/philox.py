@@ -70,13 +70,26 @@ def _words(
     return torch.broadcast_tensors(*words)
 
 
-def uniform(seed: int | Tensor, samples: int, stream: int, sample_offset: int | Tensor = 0, device=None) -> Tensor:
-    """One uniform a sample in the open interval (0, 1): float64 [samples], 52 random bits each."""
+def uniform(
+    seed: int | Tensor,
+    samples: int,
+    stream: int,
+    sample_offset: int | Tensor = 0,
+    device=None,
+    count: int | None = None,
+) -> Tensor:
+    """Uniforms in the open interval (0, 1), 52 random bits each: float64 [samples], or [samples, count].
+
+    Uniform k of a sample is made of the first two words of group k div 2, or of the last two where k is odd.
+    """
     if _lacks_float64(device):
-        return uniform(_on_cpu(seed), samples, stream, _on_cpu(sample_offset)).float().to(device)
-    group = torch.zeros(1, dtype=torch.int64, device=device)
-    o0, o1, _, _ = _words(seed, samples, group, stream, sample_offset, device)
-    return (((o0 << 20) | (o1 >> 12)).double()[:, 0] + 0.5) * 2.0**-52
+        return uniform(_on_cpu(seed), samples, stream, _on_cpu(sample_offset), None, count).float().to(device)
+    several = 1 if count is None else count
+    groups = torch.arange((several + 1) // 2, dtype=torch.int64, device=device)
+    o0, o1, o2, o3 = _words(seed, samples, groups, stream, sample_offset, device)
+    bits = torch.stack([(o0 << 20) | (o1 >> 12), (o2 << 20) | (o3 >> 12)], -1)
+    found = (bits.flatten(1)[:, :several].double() + 0.5) * 2.0**-52
+    return found[:, 0] if count is None else found
 
 
 def normal(

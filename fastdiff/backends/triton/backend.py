@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import NoiseCall, RunCall
+from ...calls import NoiseCall, RunCall, UniformCall
 from ...program import Program
 from .. import reference
 from ..interface import Backend
@@ -61,8 +61,5 @@ class Triton(Backend):
         found = self._times.evaluate(program, t, dtype)
         return super().evaluate(program, t, dtype) if found is None else found
 
-    def times(
-        self, program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int | Tensor, device: Any,
-        discrete: bool,
-    ) -> Tensor | None:  # fmt: skip
-        return self._times.times(program, seed, samples, stream, sample_offset, device, discrete)
+    def times(self, program: Program, call: UniformCall, discrete: bool) -> Tensor | None:
+        return self._times.times(program, call, discrete)

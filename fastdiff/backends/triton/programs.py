@@ -122,18 +122,18 @@ def _polynomial(x, C: tl.constexpr):
 
 @Kernel
 def coefficients(
-    columns, drawn, times, seed, ids, constants, stream, sample_offset, samples,
+    columns, drawn, times, seed, ids, constants, stream, sample_offset, rows, each,
     CODE: tl.constexpr, OUTPUTS: tl.constexpr, SEED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What a program computes for each sample: its outputs, one behind the other in ``columns``, rounded once to
+    """What a program computes for each row: its outputs, one behind the other in ``columns``, rounded once to
     float32.
 
-    Its input is one of ``times``; where there are none, a uniform in (0, 1) of 52 bits, of the samples from
+    Its input is one of ``times``; where there are none, a uniform in (0, 1) of 52 bits, ``each`` of the samples from
     ``sample_offset`` on, or of ``ids``. Its first output is a time if there is ``drawn``, float64 or int64, where that
     goes. constants: those of the program, float64.
     """
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < samples
+    inside = place < rows
     if times is not None:
         x = tl.load(times + place, mask=inside, other=0.0).to(tl.float64)
     else:
@@ -141,15 +141,20 @@ def coefficients(
             key = tl.load(seed)
         else:
             key = seed.to(tl.int64)
+        sample = place.to(tl.int64) // each
+        of_sample = (place - sample * each).to(tl.uint32)
         if ids is not None:
-            sample = tl.load(ids + place, mask=inside, other=0)
+            sample = tl.load(ids + sample, mask=inside, other=0)
         else:
-            sample = place.to(tl.int64) + sample_offset
-        zero = place.to(tl.uint32) * 0
+            sample = sample + sample_offset
+        group = of_sample >> 1
+        zero = group * 0
         high = (sample >> 32).to(tl.uint32)
         k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-        o0, o1, o2, o3 = words(zero, zero + stream.to(tl.uint32), sample.to(tl.uint32), high, k0, k1)
-        bits = (o0.to(tl.int64) << 20) | (o1 >> 12).to(tl.int64)
+        o0, o1, o2, o3 = words(group, zero + stream.to(tl.uint32), sample.to(tl.uint32), high, k0, k1)
+        odd = (of_sample & 1) == 1
+        first, second = tl.where(odd, o2, o0), tl.where(odd, o3, o1)
+        bits = (first.to(tl.int64) << 20) | (second >> 12).to(tl.int64)
         x = (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
     registers = (x,)
     for k in tl.static_range(1, len(CODE) // 5):
@@ -237,7 +242,7 @@ def coefficients(
     if columns is not None:
         FIRST: tl.constexpr = 0 if drawn is None else 1
         for k in tl.static_range(FIRST, len(OUTPUTS)):
-            tl.store(columns + (k - FIRST) * samples + place, registers[OUTPUTS[k]].to(tl.float32), mask=inside)
+            tl.store(columns + (k - FIRST) * rows + place, registers[OUTPUTS[k]].to(tl.float32), mask=inside)
 
 
 def try_on(device: torch.device) -> None:
@@ -246,4 +251,4 @@ def try_on(device: torch.device) -> None:
     uniform = (0,) * 5, (0,), "tensor", 128
     # Triton prints what it could not assemble.
     with launches(), contextlib.redirect_stdout(io.StringIO()):
-        coefficients(device, (1, 1), (None, out, None, seed, None, None, 0, 0, 1), uniform)
+        coefficients(device, (1, 1), (None, out, None, seed, None, None, 0, 0, 1, 1), uniform)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...calls import UniformCall
 from ...program import Program
 from ...tensors import Gathered, cached
 from ..interface import differentiable
@@ -20,16 +21,16 @@ _ROWS = 128  # a program
 
 def coefficients_launch(
     columns: Tensor | None, drawn: Tensor | None, times: Tensor | None, seed: int | Tensor | None,
-    constants: Tensor | None, stream: int, sample_offset: int | Tensor, samples: int,
-    code: tuple[int, ...] = (0,) * 5, outputs: tuple[int, ...] = (0,),
+    constants: Tensor | None, stream: int, sample_offset: int | Tensor, rows: int,
+    code: tuple[int, ...] = (0,) * 5, outputs: tuple[int, ...] = (0,), each: int = 1,
 ) -> tuple[tuple[int, int], tuple, tuple]:  # fmt: skip
-    """The launch that runs a program for each sample. The default program returns the uniform itself. See
-    ``programs.coefficients``."""
+    """The launch that runs a program for each row, ``each`` of a sample. The default program returns the uniform
+    itself. See ``programs.coefficients``."""
     device = (drawn if drawn is not None else times).device
     seed, kind = (None, "number") if seed is None else seed_of(seed, device)
     first, ids = samples_on(device, sample_offset)
-    given = columns, drawn, times, seed, ids, constants, stream, first, samples
-    return (-(-samples // _ROWS), 1), given, (code, outputs, kind, _ROWS)
+    given = columns, drawn, times, seed, ids, constants, stream, first, rows, each
+    return (-(-rows // _ROWS), 1), given, (code, outputs, kind, _ROWS)
 
 
 def constants_of(program: Program, device: torch.device) -> Tensor | None:
@@ -61,15 +62,12 @@ def evaluate(program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] |
     return columns.unbind(0)
 
 
-def times(
-    program: Program, seed: int | Tensor, samples: int, stream: int, sample_offset: int | Tensor, device: Any,
-    discrete: bool,
-) -> Tensor | None:  # fmt: skip
+def times(program: Program, call: UniformCall, discrete: bool) -> Tensor | None:
     """See ``Backend.times``."""
-    where = device_of(device, seed)
-    if not untouched() or not arguments.runs_on(where) or not samples:
+    where = device_of(call.device, call.seed)
+    if not untouched() or not arguments.runs_on(where) or 0 in call.shape:
         return None
-    t = torch.empty(samples, dtype=torch.int64 if discrete else torch.float64, device=where)
-    how = None, t, None, seed, constants_of(program, where), stream, sample_offset, samples
-    coefficients(where, *coefficients_launch(*how, flat(program.code), program.outputs))
+    t = torch.empty(call.shape, dtype=torch.int64 if discrete else torch.float64, device=where)
+    how = None, t, None, call.seed, constants_of(program, where), call.stream, call.sample_offset, t.numel()
+    coefficients(where, *coefficients_launch(*how, flat(program.code), program.outputs, call.count or 1))
     return t

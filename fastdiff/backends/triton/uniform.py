@@ -19,9 +19,9 @@ def declines(call: UniformCall) -> str:
 
 def run(call: UniformCall, backend: Backend) -> Tensor:
     """See ``UniformCall``."""
-    seed, samples, stream, sample_offset, device = call
-    where = device_of(device, seed)
-    u = torch.empty(samples, dtype=torch.float64, device=where)
-    if samples:
-        coefficients(where, *coefficients_launch(None, u, None, seed, None, stream, sample_offset, samples))
+    where = device_of(call.device, call.seed)
+    u = torch.empty(call.shape, dtype=torch.float64, device=where)
+    if u.numel():
+        how = None, u, None, call.seed, None, call.stream, call.sample_offset, u.numel()
+        coefficients(where, *coefficients_launch(*how, each=call.count or 1))
     return u

@@ -12,13 +12,20 @@ from .declaring import declare, offset_and_ids
 from .declaring import run as runs
 
 
-def _fake(seed, samples, stream, sample_offset, ids):
-    return seed.new_empty((samples,), dtype=torch.float64)
+def _call(seed, samples, stream, sample_offset, ids, count):
+    return UniformCall(seed, samples, stream, sample_offset if ids is None else ids, seed.device, count)
 
 
-@declare("uniform", "(Tensor seed, SymInt samples, int stream, SymInt sample_offset, Tensor? ids) -> Tensor", _fake)
-def _uniform(seed, samples, stream, sample_offset, ids):
-    return runs(UniformCall(seed, samples, stream, sample_offset if ids is None else ids, seed.device), seed)
+def _fake(seed, *arguments):
+    return seed.new_empty(_call(seed, *arguments).shape, dtype=torch.float64)
+
+
+_SCHEMA = "(Tensor seed, SymInt samples, int stream, SymInt sample_offset, Tensor? ids, SymInt? count) -> Tensor"
+
+
+@declare("uniform", _SCHEMA, _fake)
+def _uniform(seed, *arguments):
+    return runs(_call(seed, *arguments), seed)
 
 
 def declines(call: UniformCall) -> str:
@@ -26,5 +33,6 @@ def declines(call: UniformCall) -> str:
 
 
 def run(call: UniformCall, backend: Backend) -> Tensor:
-    seed, samples, stream, sample_offset, device = call
-    return torch.ops.fastdiff.uniform(seed_tensor(seed, device), samples, stream, *offset_and_ids(sample_offset))
+    seed, samples, stream, sample_offset, device, count = call
+    seed = seed_tensor(seed, device)
+    return torch.ops.fastdiff.uniform(seed, samples, stream, *offset_and_ids(sample_offset), count)

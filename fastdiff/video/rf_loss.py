@@ -1,0 +1,323 @@
+"""Rectified flow on videos: times of samples, frames or tokens, shifted by the size of the data; frames kept clean."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import from_scheduler, samplers
+from ..calls import UniformCall
+from ..losses import Loss
+from ..names import find
+from ..noised import Noised, check_noised
+from ..objective import Objective
+from ..ops.checks import check_data, check_tensor
+from ..ops.dispatch import get as backend_of
+from ..philox import Stream, draw_seed, samples_of
+from ..process import RectifiedFlow, as_times
+from ..samplers import Sampler
+from ..samplers.schedule import Scheduled
+from ..showing import brief
+from ..weighting import WeightingLike
+from . import shifts
+from .correlation import KINDS, frame_noise
+
+_PER = {"sample": "sample", "frame": "frame", "token": "token"}
+
+
+class RFLoss(Objective):
+    """The rectified-flow loss of video models: an ``Objective`` of ``RectifiedFlow()`` that predicts "flow", n - x0.
+
+    Data is video [B, C, F, H, W], or [B, F, C, H, W] with ``frame_dim=1``; or tokens [B, L, D]. The times of ``noise``
+    are noise levels, sigma, after any shift: what ``t=`` is given is shifted no more.
+
+    Args:
+        weighting, loss: as in ``Objective``. A weighting by fraction goes by sigma.
+        per: what has a time of its own where times are drawn: a "sample", a "frame" (diffusion forcing) or a "token".
+            They come from the ``timesteps`` sampler, one uniform each: that of frame f of a sample depends on the seed,
+            the sample and f alone.
+        shift: of drawn times, and of ``sample``'s: "sd3", "resolution", "flux", "ltx", "wan", "hunyuanvideo" (see
+            ``video.shifts``), a number, or a callable ``shift(frames, height, width, tokens)`` of the sizes of x0.
+        patch: how many frames, rows and columns of x0 are a token, for ``shift``; None: the model's own, (1, 1, 1) for
+            "ltx" and (1, 2, 2) for the others. Data that is tokens is counted as it is.
+        frame_dim: which dimension the frames are, 2 or 1.
+        frame_noise: "mixed" or "progressive": frames share their noise in part, by ``frame_noise_alpha`` (see
+            ``video.frame_noise``). It is made as a tensor, and kept.
+        options: ``timesteps``, ``error_space``, ``noise_offset``, ``input_perturbation``: as in ``Objective``.
+
+    ``per``, ``shift``, ``patch``, ``frame_noise`` and ``frame_noise_alpha`` may be set anew between steps. Raises
+    TypeError or ValueError as ``Objective`` does.
+    """
+
+    def __init__(
+        self,
+        weighting: WeightingLike = None,
+        loss: str | Loss = "mse",
+        *,
+        per: str = "sample",
+        shift: str | float | Callable[..., Any] = 1.0,
+        patch: tuple[int, int, int] | None = None,
+        frame_dim: int = 2,
+        frame_noise: str | None = None,
+        frame_noise_alpha: float = 1.0,
+        **options: Any,
+    ):
+        if frame_dim not in (1, 2):
+            raise ValueError(f"frame_dim must be 2, for [B, C, F, H, W], or 1, for [B, F, C, H, W]; got {frame_dim!r}.")
+        self.per, self.shift, self.patch, self.frame_dim = per, shift, patch, frame_dim
+        self.frame_noise, self.frame_noise_alpha = frame_noise, frame_noise_alpha
+        super().__init__(RectifiedFlow(), "flow", weighting, loss, **{"noise_offset_dim": 3 - frame_dim} | options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "per":
+            value = find("per", value, _PER, {}) if isinstance(value, str) else value
+            if value not in _PER:
+                raise TypeError(f"per must be 'sample', 'frame' or 'token'; got {value!r}.")
+        elif name == "shift":
+            shifts.rule(value)
+        elif name == "patch" and value is not None:
+            value = tuple(value)
+            if len(value) != 3 or not all(type(size) is int and size > 0 for size in value):
+                raise ValueError(f"patch must be (frames, rows, columns), whole sizes of at least 1; got {value!r}.")
+        elif name == "frame_noise" and value is not None:
+            value = find("kind of frame noise", value, KINDS, {}, "None")
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return f"RFLoss(per={self.per!r}, shift={brief(self.shift)}, {super().__repr__()})"
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, *, weighting: WeightingLike = None, **options: Any) -> RFLoss:
+        """The objective of a flow-matching scheduler of the diffusers library, with its shift: a number, or where it
+        shifts dynamically one by the number of tokens.
+
+        Raises TypeError for another scheduler.
+        """
+        process = from_scheduler.process_of(scheduler)
+        if not process.straight:
+            raise TypeError(f"a flow-matching scheduler is needed; got {type(scheduler).__name__}.")
+        options = {"shift": _shift_of_scheduler(scheduler, process.shift)} | options
+        return cls(weighting, **options)
+
+    def noise(
+        self,
+        x0: Tensor,
+        t: Any = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        sigma: Any = None,
+        seed: int | Tensor | None = None,
+        sample_offset: int = 0,
+        ids: Tensor | None = None,
+        clean: int | Tensor | None = None,
+        frames: int | None = None,
+        shift: Any = None,
+        **options: Any,
+    ) -> Noised:
+        """Noise a batch of videos. Arguments that are not listed are those of ``Objective.noise``.
+
+        Args:
+            x0: video, [B, C, F, H, W] or with ``frame_dim=1`` [B, F, C, H, W]; or tokens [B, L, D].
+            t: noise levels in [0, 1], after any shift: one a sample [B], a frame [B, F] (of tokens too, with
+                ``frames``), a token [B, L], or one for all. None draws as many as ``per`` says.
+            sigma: another name of t here.
+            clean: rows that are kept clean: history, or an image to go on from. A number of first frames; or bool,
+                [F] or [B, F], [L] or [B, L]. There t is 0 and x_t is x0, and the loss leaves them out.
+            frames: of data that is tokens: how many frames they are, one after the other, L / frames tokens each.
+            shift: for this batch in place of the objective's: as that, or a tensor of one a sample [B] (such as
+                ``shifts.flux(lengths)``).
+
+        Returns a ``Noised``; its t is [B], or with times of frames [B, 1, F, 1, 1] ([B, F, 1, 1, 1] with frames first),
+        of tokens [B, L]. ``noised.model_time.flatten(1)`` is [B, F]. Raises TypeError or ValueError for unfit inputs.
+        """
+        check_data(x0, options.get("dtype"))
+        self._check_data(x0, frames)
+        drawn, made = t is None and sigma is None, noise is None and self.frame_noise is not None
+        if generator is not None and seed is not None:
+            raise ValueError("pass a generator or a seed, not both.")
+        if seed is None and (drawn or made):
+            seed, generator = draw_seed(generator, x0.device), None
+        whose = {"sample_offset": sample_offset, "ids": ids}
+        if drawn:
+            t = self._drawn_times(x0, frames, shift, seed, samples_of(ids, sample_offset, len(x0), x0.device))
+        elif shift is not None:
+            raise ValueError(
+                "shift is of times that are drawn; t and sigma are noise levels after it: leave shift out."
+            )
+        elif sigma is not None:
+            if t is not None:
+                raise ValueError("t and sigma both say which noise level: pass one of them.")
+            t = sigma
+        t = as_times(t, x0.device)
+        if t.ndim == 2:
+            t = self._placed("t", t, x0, frames)
+        left_out = None
+        if clean is not None:
+            left_out = self._placed("clean", _as_mask(clean, self._frames(x0, frames), x0.device), x0, frames)
+            t = t.view(-1, *(1,) * (left_out.ndim - 1)) if t.ndim < 2 else t
+            t = torch.where(left_out, torch.zeros((), dtype=t.dtype, device=t.device), t)
+            left_out = left_out.expand(t.shape)
+        if made:
+            if self.noise_offset:
+                raise ValueError("offset noise is not added to frame_noise: set noise_offset or frame_noise, not both.")
+            like = x0 if x0.is_floating_point() else torch.empty(x0.shape, device=x0.device)
+            how = {"frame_dim": self.frame_dim, "seed": seed} | whose
+            noise = frame_noise(like, self.frame_noise, self.frame_noise_alpha, **how)
+        noised = super().noise(x0, t, noise, generator, seed=seed, **whose, **options)
+        noised.clean = left_out
+        return noised
+
+    def loss(
+        self,
+        prediction: Tensor,
+        noised: Noised,
+        mask: Tensor | None = None,
+        reduction: str = "mean",
+        *,
+        mask_normalization: str | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The loss of the network's output: as ``Objective.loss``, but for rows that are kept clean. They add 0 to it
+        and to the gradient, whatever they hold.
+
+        Args:
+            mask: as in ``Objective.loss``. With clean rows, what is left is what the mask leaves of the others.
+            mask_normalization: what divides. "global": the number of elements that are left, m: sum(w m e) / sum(m);
+                "sample": each video's own number, then the mean of the videos; "row": each frame's or token's own, then
+                the mean of those that have any; "none": the number of all elements, clean ones too. None: "global" for
+                a mean (without a mask it is over the rows that are not clean), "row" for reduction "none", "none" for a
+                sum.
+            options: ``weight``, ``target``, ``y``, ``r``: as in ``Objective.loss``.
+        """
+        check_noised(prediction, noised)
+        if noised.clean is not None:
+            mask = _left(mask, ~noised.clean, prediction)
+        if mask_normalization is None:
+            mask_normalization = {"mean": "global", "none": "row"}.get(reduction, "none")
+        if mask is None:
+            mask_normalization = "none"  # it is the same, and needs no mask
+        return super().loss(prediction, noised, mask, reduction, mask_normalization=mask_normalization, **options)
+
+    def sample(
+        self,
+        model: Callable[..., Tensor],
+        shape: tuple[int, ...],
+        sampler: str | Sampler = "flow_euler",
+        steps: int | None = None,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Draw samples, all frames at one noise level (``video.sample`` takes one a frame): as ``Objective.sample``. A
+        sampler that is given by its name visits noise levels with the shift of data of this shape."""
+        if isinstance(sampler, str):
+            named = samplers.get(sampler)
+            shift = self.shift_of(shape)
+            if shift != 1 and isinstance(named, Scheduled) and named.sigmas is None and named.timesteps is None:
+                sampler = dataclasses.replace(named, sigmas=shifts.sigmas(50 if steps is None else steps, shift))
+        return super().sample(model, shape, sampler, steps, **options)
+
+    def shift_of(self, shape: tuple[int, ...], shift: Any = None) -> float | Tensor:
+        """The shift of data of this shape; ``shift``: in place of the objective's."""
+        made = shifts.rule(self.shift if shift is None else shift)
+        if len(shape) == 3:
+            return shifts.of_data(made, (None, None, None), shape[1])
+        sizes = shape[self.frame_dim], *shape[3:]
+        tokens = 1
+        for size, part in zip(sizes, self.patch or made.patch):
+            tokens *= -(-size // part)
+        return shifts.of_data(made, sizes, tokens)
+
+    def _check_data(self, x0: Tensor, frames: int | None) -> None:
+        video = x0.ndim == 5
+        if not video and x0.ndim != 3:
+            order = "[B, C, F, H, W]" if self.frame_dim == 2 else "[B, F, C, H, W]"
+            raise ValueError(f"x0 must be video {order}, or tokens [B, L, D]; got shape {tuple(x0.shape)}.")
+        if frames is not None and video:
+            raise ValueError("frames is for data that is tokens; a video has its frames in its shape: leave it out.")
+        if frames is not None and (type(frames) is not int or frames < 1 or x0.shape[1] % frames):
+            raise ValueError(f"frames must divide the {x0.shape[1]} tokens of x0; got {frames!r}.")
+
+    def _frames(self, x0: Tensor, frames: int | None) -> int | None:
+        return x0.shape[self.frame_dim] if x0.ndim == 5 else frames
+
+    def _drawn_times(
+        self, x0: Tensor, frames: int | None, shift: Any, seed: int | Tensor, samples: int | Tensor
+    ) -> Tensor:
+        """The noise levels of a batch: [B], [B, F] or [B, L]."""
+        count = None
+        if self.per == "frame":
+            count = self._frames(x0, frames)
+            if count is None:
+                raise ValueError("a time for each frame of data that is tokens needs frames=, how many there are.")
+        elif self.per == "token":
+            if x0.ndim != 3:
+                raise ValueError(f"per='token' is for tokens [B, L, D]; got x0 of shape {tuple(x0.shape)}.")
+            count = x0.shape[1]
+        s = self.shift_of(x0.shape, shift)
+        if isinstance(s, Tensor):
+            if len(s) != len(x0):
+                raise ValueError(f"shift must be one a sample, [{len(x0)}]; got {brief(s)}.")
+            s = s.to(x0.device).view(-1, *(1,) * (count is not None))
+        t = self._draw(backend_of(x0.device), UniformCall(seed, len(x0), Stream.TIMESTEP, samples, x0.device, count))
+        return shifts.shifted(t, s) if isinstance(s, Tensor) or s != 1 else t
+
+    def _placed(self, name: str, rows: Tensor, x0: Tensor, frames: int | None) -> Tensor:
+        """[B, F] or [1, F] as rows of video; that or [B, L] as rows of tokens."""
+        batch, count = rows.shape
+        if batch in (1, len(x0)):
+            if x0.ndim == 5 and count == x0.shape[self.frame_dim]:
+                return rows.view(batch, *(count if d == self.frame_dim else 1 for d in range(1, 5)))
+            if x0.ndim == 3 and count == x0.shape[1]:
+                return rows
+            if x0.ndim == 3 and count == frames:
+                return rows.repeat_interleave(x0.shape[1] // count, 1)
+        of = "frame" if x0.ndim == 5 else "token, or with frames= a frame"
+        raise ValueError(f"{name} has shape {tuple(rows.shape)}, which is not one a {of}, of x0 {tuple(x0.shape)}.")
+
+
+def _as_mask(clean: Any, frames: int | None, device: torch.device) -> Tensor:
+    """Rows kept clean: bool [1, F], [B, F] or the same of tokens."""
+    if isinstance(clean, int) and not isinstance(clean, bool):
+        if frames is None:
+            raise ValueError("clean is a number of first frames; of data that is tokens, pass frames= too, or a mask.")
+        if not 0 <= clean <= frames:
+            raise ValueError(f"clean must be from 0 to all {frames} frames; got {clean}.")
+        return (torch.arange(frames, device=device) < clean)[None]
+    check_tensor("clean", clean, "clean")
+    if clean.dtype != torch.bool or clean.ndim not in (1, 2):
+        raise TypeError(f"clean must be a number of frames, or bool, [F] or [B, F], or of tokens; got {brief(clean)}.")
+    return torch.atleast_2d(clean.to(device))
+
+
+def _left(mask: Tensor | None, left: Tensor, prediction: Tensor) -> Tensor:
+    """What ``mask`` leaves of the rows ``left``."""
+    left = left.view(*left.shape, *(1,) * (prediction.ndim - left.ndim))
+    if mask is None:
+        return left
+    check_tensor("mask", mask, "mask")
+    if mask.ndim < prediction.ndim:
+        mask = mask.view(*mask.shape, *(1,) * (prediction.ndim - mask.ndim))
+    # Not a product: what is left out may be NaN.
+    return torch.where(left, mask, torch.zeros((), dtype=mask.dtype, device=mask.device))
+
+
+def _shift_of_scheduler(scheduler: Any, static: float) -> Any:
+    def value(name: str, default: Any) -> Any:
+        return from_scheduler.config_value(scheduler, name, default)
+
+    if not value("use_dynamic_shifting", False):
+        return static
+    base = value("base_image_seq_len", 256), value("base_shift", 0.5)
+    most = value("max_image_seq_len", 4096), value("max_shift", 1.15)
+    if value("time_shift_type", "exponential") == "linear":
+        raise ValueError("a scheduler with linear time shifts is not known: pass shift=, a number or a callable.")
+    return partial(_of_tokens, base, most)
+
+
+def _of_tokens(base: tuple, most: tuple, frames: Any, height: Any, width: Any, tokens: int) -> float:
+    return shifts.exponential(tokens, base, most)
