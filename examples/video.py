@@ -3,7 +3,7 @@
     python examples/video.py            # a minute or two
     python examples/video.py --quick    # ten seconds, too short to learn much
 
-A video is a spot that moves along a straight line, [1, 8, 8, 8]: channels, frames, height, width. The network is trained
+A video is a spot that moves along a straight line, [1, 8, 8, 8]: channels, frames, height, width. The network trains
 with a noise level for each frame and fused-SNR weights (Chen et al. 2024). It is then given the first two frames, kept
 clean, and draws the other six, which follow from them: all at once, or the nearer ones first (the pyramid schedule).
 """
