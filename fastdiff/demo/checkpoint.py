@@ -38,7 +38,8 @@ class Checkpoint:
         autoencoder: state dict of the ``Autoencoder``, of a run with latents; else empty.
         terms: of a run with terms, what ``Terms.state`` returns, and "values": by name, float32 [step], those of every
             step, NaN where none was computed; else empty.
-        machine: "device", "backend", "threads" and "torch" of the run so far: with others the bits may differ.
+        machine: "device", "backend", "threads", "torch" and "processes" of the run so far: with others the bits may
+            differ.
         seconds: spent in training.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -14,6 +13,7 @@ from .settings import Recipe
 from .unet import UNet
 
 PIXELS_A_CALL = 2**17  # bounds the memory: 2048 digits, or 2 images of 256 x 256
+FRAMES_A_CALL = 128  # of videos: with more, what the network remembers of them no longer fits the caches of a CPU
 
 
 def draw(
@@ -36,7 +36,7 @@ def draw(
     size = network.settings["size"]
     frames = (network.settings["frames"],) if "frames" in network.settings else ()
     shape = network.settings["channels"], *frames, size, size
-    chunk = max(1, PIXELS_A_CALL // math.prod(shape[1:]))
+    chunk = max(1, FRAMES_A_CALL // frames[0] if frames else PIXELS_A_CALL // size**2)
     images = []
     for first in range(0, len(labels), chunk):
         condition = labels[first : first + chunk].to(device)

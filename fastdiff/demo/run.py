@@ -259,12 +259,13 @@ def _prepare_machine(
         torch.backends.cudnn.benchmark = False
     backend = fastdiff.backends.choose(device)
     machine = {"device": device.type, "backend": backend, "threads": threads, "torch": str(torch.__version__)}
+    machine |= {"processes": ranks.count}
     if resumed is not None and ranks.first:
         for name, now in machine.items():
-            if resumed.machine[name] != now:
+            if (before := resumed.machine.get(name, 1)) != now:
                 print(
-                    f"note: resuming with {name} {now} a run begun with {resumed.machine[name]}: the results may "
-                    f"differ in their last bits from those of an uninterrupted run."
+                    f"note: resuming with {name} {now} a run begun with {before}: the results may differ in their last "
+                    f"bits from those of an uninterrupted run."
                 )
     return machine
 
@@ -331,7 +332,7 @@ def _write_outputs(
         seen,
         estimates,
         shown_names[:TRAJECTORIES],
-        f"From noise to image: {process}, predicting {settings.prediction}; {how}",
+        f"From noise to {'a middle frame' if video else 'image'}: {process}, predicting {settings.prediction}; {how}",
     )
     report: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),

@@ -154,8 +154,9 @@ class Trainer:
         noised = self._noised(index, source)
         output = self.model(noised.model_input, noised.model_time, given)
         row_losses = objective.loss(output, noised, reduction="none")
-        loss = row_losses.sum() / settings.batch
-        if self.terms is not None:
+        if self.terms is None:
+            loss = row_losses.sum() / settings.batch
+        else:
             loss = self.terms.loss(output, noised, images, labels, self.step)
 
         for group in self.optimizer.param_groups:
