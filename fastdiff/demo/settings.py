@@ -47,7 +47,7 @@ MOVING_DIGITS = "moving-digits"  # the --data that is no folder, but videos
 # A prediction that belongs to another process than the default one.
 PROCESS_OF_PREDICTION = {"flow": "flow", "reversed_flow": "flow", "edm": "edm"}
 SAMPLERS = dict(fastdiff.samplers.NAMES)
-FOR_IMAGES = ("latent", "perceptual", "adversarial", "align", "classifier")
+FOR_IMAGES = ("latent", "perceptual", "adversarial", "align", "classifier")  # and for a run in one process
 
 
 @dataclass(frozen=True)
