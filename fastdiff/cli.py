@@ -53,24 +53,30 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "demo",
         help="train a small U-Net on real images and draw new ones",
-        description="Train a small class-conditional U-Net on handwritten digits (or your own images), draw new ones, "
-        "and say how many a classifier recognises. A run that was killed goes on with --resume, to the same bits.",
+        description="Train a small class-conditional U-Net on handwritten digits (or your own images, or videos of "
+        "moving digits), draw new ones, and say how many a classifier recognises. A run that was killed goes on with "
+        "--resume, to the same bits. Under torchrun several processes train one network.",
     )
     parser.set_defaults(command=_demo)
     setting = parser.add_argument_group("settings").add_argument
-    setting("--data", metavar="DIR", help="PNG and JPEG images; subfolders are classes (default: 1797 real digits)")
+    setting(
+        "--data",
+        metavar="DIR",
+        help="PNG and JPEG images; subfolders are classes (default: 1797 real digits); or "
+        "moving-digits, videos of these",
+    )
     setting("--size", type=int, help="with --data: resize to SIZE x SIZE (default 32)")
     setting("--gray", action="store_true", default=None, help="with --data: one channel")
-    setting("--process", metavar="NAME", help=f"{', '.join(PROCESSES)} (default vp-linear)")
+    setting("--process", metavar="NAME", help=f"{', '.join(PROCESSES)} (default vp-linear, of videos flow)")
     setting("--prediction", metavar="NAME", help="epsilon, v_prediction, flow, edm, ... (default: the process's)")
     setting("--weighting", metavar="NAME", help="uniform, min-snr, p2, ... (default uniform)")
     setting("--loss", metavar="NAME", help="mse, l1, huber, pseudo-huber, ... (default mse)")
     setting("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim for flow and edm, else ddpm)")
     setting("--guidance", type=float, help="strength of classifier-free guidance, 1 is none (default 1.5)")
-    setting("--steps", type=int, help="training steps (default 1000)")
-    setting("--batch", type=int, help="images a step (default 256, with --data 64)")
-    setting("--sample-steps", type=int, help="sampling steps (default 50)")
-    setting("--width", type=int, help="channels of the U-Net, a multiple of 8 (default 32)")
+    setting("--steps", type=int, help="training steps (default 1000, of videos 2000)")
+    setting("--batch", type=int, help="images or videos a step (default 256, with --data 64, of videos 16)")
+    setting("--sample-steps", type=int, help="sampling steps (default 50, of videos 30)")
+    setting("--width", type=int, help="channels of the U-Net, a multiple of 8 (default 32, of videos 16)")
     setting("--seed", type=int, help="of everything random (default 0)")
     added = parser.add_argument_group("what is added to the loss, at low noise (together too)").add_argument
     for name, text in (
@@ -87,7 +93,10 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--save-every", type=int, default=100, metavar="STEPS", help="checkpoint interval (default 100)"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default 1 up to 16 x 16, else at most 8)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default 1 for images up to 16 x 16, else at most 8)")
+    parser.add_argument(
+        "--parallel", metavar="HOW", help="under torchrun: data, where each process has its share of every batch"
+    )
     _add_device(parser)
 
 
@@ -100,6 +109,7 @@ def _demo(options: argparse.Namespace) -> None:
             device=options.device,
             threads=options.threads,
             save_every=options.save_every,
+            parallel=options.parallel,
         )
     )
 
@@ -107,8 +117,9 @@ def _demo(options: argparse.Namespace) -> None:
 def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "sample",
-        help="draw images from a checkpoint of the demo",
-        description="Draw a grid of images from a checkpoint of the demo. What is not given is as in that run.",
+        help="draw images or videos from a checkpoint of the demo",
+        description="Draw a grid of images or videos from a checkpoint of the demo. What is not given is as in that "
+        "run.",
     )
     parser.set_defaults(command=_sample)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="the file, or its run's folder")
@@ -119,7 +130,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--steps", type=int, help="sampling steps")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE.png")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default samples.png, of videos samples.gif")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     _add_device(parser)
 

@@ -48,6 +48,8 @@ def show_bits(
             raise DemoError(f"{name} must be at least 1; got {value}.")
     saved = checkpoint.find(path)
     settings = saved.settings
+    if settings.video:
+        raise DemoError(f"{path} is of videos, whose pixels lie between those of the digits: use a run of images.")
     if settings.latent:
         raise DemoError(
             f"{path} is of a diffusion in latents: its bound is one of latents, not of images, so there are no bits a "

@@ -18,6 +18,7 @@ from . import DemoError, terms
 from .latent import Autoencoder
 from .settings import Settings, build
 from .unet import UNet
+from .video_unet import VideoUNet
 
 FORMAT = "fastdiff-demo-2"
 
@@ -29,7 +30,7 @@ class Checkpoint:
     Attributes:
         settings: of the run.
         data: "channels", "class_names" and "fingerprint" of the images.
-        network: arguments of ``UNet``.
+        network: arguments of ``UNet``, or of ``VideoUNet`` if the data is videos.
         step: training steps done.
         model, ema, optimizer: state dicts.
         losses: float64 [step], the loss of every step.
@@ -37,7 +38,8 @@ class Checkpoint:
         autoencoder: state dict of the ``Autoencoder``, of a run with latents; else empty.
         terms: of a run with terms, what ``Terms.state`` returns, and "values": by name, float32 [step], those of every
             step, NaN where none was computed; else empty.
-        machine: "device", "backend", "threads" and "torch" of the run so far: with others the bits may differ.
+        machine: "device", "backend", "threads", "torch" and "processes" of the run so far: with others the bits may
+            differ.
         seconds: spent in training.
     """
 
@@ -57,7 +59,7 @@ class Checkpoint:
 
     def ema_network(self, device: torch.device) -> UNet:
         """The network with the averaged weights, which samples are drawn from."""
-        network = UNet(**self.network)
+        network = network_class(self.settings)(**self.network)
         network.load_state_dict(self.ema)
         return network.to(device).eval().requires_grad_(False)
 
@@ -68,6 +70,11 @@ class Checkpoint:
         made = Autoencoder(self.data["channels"])
         made.load_state_dict(self.autoencoder)
         return made.to(device).eval().requires_grad_(False)
+
+
+def network_class(settings: Settings) -> type[UNet]:
+    """Of the network that a run trains."""
+    return VideoUNet if settings.video else UNet
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -131,7 +138,7 @@ def _check(found: Checkpoint) -> None:
     build(found.settings)
     settings, channels = found.settings, found.data["channels"]
     with torch.device("meta"):
-        weights = [(UNet(**found.network), found.model), (UNet(**found.network), found.ema)]
+        weights = [(network_class(settings)(**found.network), state) for state in (found.model, found.ema)]
         if settings.latent:
             weights.append((Autoencoder(channels), found.autoencoder))
         if chosen := terms.chosen(settings):

@@ -19,7 +19,7 @@ PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "test
 
 @dataclass(frozen=True)
 class ImageData:
-    """images [N, C, H, W] float32 in [-1, 1], labels [N] int64, and the name of each class."""
+    """images [N, C, H, W], or videos [N, C, F, H, W], float32 in [-1, 1]; labels [N] int64; the name of each class."""
 
     images: Tensor
     labels: Tensor
@@ -28,6 +28,10 @@ class ImageData:
     def to(self, device: torch.device) -> ImageData:
         """The same on the device."""
         return ImageData(self.images.to(device), self.labels.to(device), self.class_names)
+
+    def first(self, number: int) -> ImageData:
+        """The first so many of them."""
+        return ImageData(self.images[:number], self.labels[:number], self.class_names)
 
     def fingerprint(self) -> str:
         """Equal for equal images, labels and names."""

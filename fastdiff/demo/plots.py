@@ -1,4 +1,4 @@
-"""The demo's pictures, as PNG files written atomically."""
+"""The demo's pictures, as PNG and GIF files written atomically."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from .training import LN_SIGMA_RANGE
 CELL = 0.55  # inches an image takes
 GAP = 0.06  # between images, as a part of an image
 MIN_WIDTH = 8.5  # inches: room for the longest title
+ENLARGED, FRAME_MS, BETWEEN = 4, 150, 0.35  # of a GIF: screen pixels a pixel, milliseconds, the gray between videos
+GRAYS = 32  # of a GIF: the fewer, the smaller the file
 COLOURS = ("#b9c6d6", "#84a3c4", "#3f74a8", "#0b3c68")  # the quarters of training, early to late
 
 
@@ -136,6 +138,23 @@ def grid_plot(path: Path, images: Tensor, captions: list[str], columns: int, tit
             axes.imshow(_pixels(image), vmin=0, vmax=1, cmap="gray", interpolation="nearest")
             axes.set_title(_plain(_shortened(caption)), fontsize=8, pad=2)
     _write(figure, path)
+
+
+def gif(path: Path, parts: Sequence[Tensor], columns: int) -> None:
+    """Videos [N, 1, F, H, W] in rows of ``columns``, enlarged and in a loop; a wider gap is between two parts."""
+    from PIL import Image
+
+    gap, rows = _gap(parts[0].shape[-1]), []
+    for part in parts:
+        cells = F.pad((part[:, 0].clamp(-1, 1) + 1) / 2, (0, gap, 0, gap), value=BETWEEN)  # [N, F, H, W]
+        missing = cells.new_full((-len(cells) % columns, *cells.shape[1:]), BETWEEN)
+        rows += [torch.cat(list(row), dim=-1) for row in torch.cat([cells, missing]).split(columns)]
+        rows.append(torch.full_like(rows[-1][:, : 3 * gap], BETWEEN))
+    large = torch.cat(rows[:-1], dim=1).mul(GRAYS - 1).round().mul(255 / (GRAYS - 1)).byte()
+    large = large.repeat_interleave(ENLARGED, dim=1).repeat_interleave(ENLARGED, dim=2)
+    first, *others = [Image.fromarray(frame.numpy()) for frame in large]
+    how = dict(format="GIF", save_all=True, append_images=others, duration=FRAME_MS, loop=0)
+    write_atomically(path, lambda file: first.save(file, **how))
 
 
 def _figure(width: float, height: float) -> Any:

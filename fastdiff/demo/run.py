@@ -21,15 +21,20 @@ from torch import Tensor
 import fastdiff
 
 from ..files import held, remove_leftovers, write_atomically
-from . import DemoError, checkpoint, extras, generate, latent, plots, terms
+from . import DemoError, checkpoint, extras, generate, latent, motion, plots, terms
 from .classifier import train_classifier
 from .data import ImageData, digits, folder
+from .ranks import Ranks, check_parallel, joined, on_this_machine, own_device
 from .settings import Recipe, Settings, build, differing, make_sampler, resolve
 from .training import Trainer
+from .videos import moving_digits
 
 OUTPUTS = ("checkpoint.pt", "report.json", "loss.png", "samples.png", "trajectory.png")
+VIDEO_OUTPUTS = (*OUTPUTS, "samples.gif")
 DIGITS_A_CLASS = 50  # generated, for the accuracy
+VIDEOS_A_CLASS = 20
 SHOWN_A_CLASS = 8
+GIF_ROWS = 2, 3  # of real and of generated videos, a column each class
 SHOWN_CLASSES = 10
 TRAJECTORIES = 5
 MAX_THREADS = 8
@@ -48,6 +53,7 @@ class DemoOptions:
     device: str = "auto"
     threads: int | None = None
     save_every: int = 100
+    parallel: str | None = None
 
 
 def demo(options: DemoOptions) -> dict[str, Any]:
@@ -58,29 +64,42 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     for name, value in (("--save-every", options.save_every), ("--threads", options.threads)):
         if value is not None and value < 1:
             raise DemoError(f"{name} must be at least 1; got {value}.")
-    device = pick_device(options.device)
-    settings, resumed = _settings_of(options)
-    recipe = build(settings)
-    data = digits() if settings.data is None else folder(Path(settings.data), settings.size, settings.gray)
+    device = own_device(pick_device(options.device))
+    with joined(device) as ranks:
+        return _demo(options, device, ranks, started)
+
+
+def _demo(options: DemoOptions, device: torch.device, ranks: Ranks, started: float) -> dict[str, Any]:
+    settings, resumed = ranks.from_first(lambda: _settings_of(options, ranks.count))
+    recipe, data = build(settings), _load(settings)
     if resumed is not None and resumed.data["fingerprint"] != data.fingerprint():
         raise DemoError(
             f"the images of {settings.data or 'scikit-learn'} are not those that the checkpoint was made with."
         )
-    latent.check(settings)
     terms.check(settings, data)
-    machine = _prepare_machine(device, options.threads or _default_threads(settings, resumed), resumed)
+    threads = options.threads or _default_threads(settings, resumed)
+    machine = _prepare_machine(device, threads, resumed, ranks)
+    if not ranks.first:
+        Trainer(settings, recipe, data, device, machine, resumed, ranks).train(lambda state: None, options.save_every)
+        return {}
     out = _prepare_folder(options.out)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(held(out))
         except BlockingIOError as error:
             raise DemoError(f"another run writes into {out}: wait for it, or choose another --out.") from error
-        for name in OUTPUTS:  # of killed runs: nobody else writes there now
+        for name in VIDEO_OUTPUTS:  # of killed runs: nobody else writes there now
             remove_leftovers(out / name)
         if resumed is None and settings.latent:
             print(f"training the autoencoder first: {settings.steps} steps", flush=True)
-        trainer = Trainer(settings, recipe, data, device, machine, resumed)
+        trainer = Trainer(settings, recipe, data, device, machine, resumed, ranks)
         return _train(trainer, options, out, started)
+
+
+def _load(settings: Settings) -> ImageData:
+    if settings.video:
+        return moving_digits(settings.seed)
+    return digits() if settings.data is None else folder(Path(settings.data), settings.size, settings.gray)
 
 
 def _train(trainer: Trainer, options: DemoOptions, out: Path, started: float) -> dict[str, Any]:
@@ -98,7 +117,7 @@ def _train(trainer: Trainer, options: DemoOptions, out: Path, started: float) ->
             raise
     training_done = time.perf_counter()
     state = trainer.checkpoint()
-    report = _write_outputs(state, recipe, data, device, out)
+    report = _write_outputs(state, recipe, data, device, out) | {"processes": trainer.ranks.count}
     if trainer.terms is not None:
         report["terms"] = terms.report(state.terms["values"], trainer.terms.measure(state.ema_network(device)))
     report["seconds"] = round(trainer.seconds + time.perf_counter() - training_done, 2)
@@ -111,7 +130,7 @@ def _train(trainer: Trainer, options: DemoOptions, out: Path, started: float) ->
 
 def draw_samples(
     path: Path,
-    out: Path,
+    out: Path | None = None,
     classes: list[str] | None = None,
     count: int | None = None,
     sampler: str | None = None,
@@ -121,20 +140,23 @@ def draw_samples(
     overwrite: bool = False,
     device: str = "auto",
 ) -> None:
-    """Draw a grid of images from the averaged weights of a checkpoint. None: as in the run that made it.
+    """Draw a grid of images, or of videos, from the averaged weights of a checkpoint. None: as in the run that made it.
 
     Args:
         path: the checkpoint, or the folder of its run.
+        out: a .png file, of videos a .gif file. None: samples.png or samples.gif.
         classes: the class of each image, by name or index. None: ``count`` images of the classes in turn.
     """
     extras.require("numpy", "matplotlib", "PIL", "tqdm")
-    if out.suffix.lower() != ".png":
-        raise DemoError(f"--out must name a .png file; got {out}.")
-    if out.exists() and not overwrite:
-        raise DemoError(f"{out} exists: choose another --out, or pass --overwrite.")
     if steps is not None and steps < 1:
         raise DemoError(f"--steps must be at least 1; got {steps}.")
     saved = checkpoint.find(path)
+    what, suffix = _what(saved.settings), ".gif" if saved.settings.video else ".png"
+    out = Path(f"samples{suffix}") if out is None else out
+    if out.suffix.lower() != suffix:
+        raise DemoError(f"--out must name a {suffix} file: {path} draws {what}; got {out}.")
+    if out.exists() and not overwrite:
+        raise DemoError(f"{out} exists: choose another --out, or pass --overwrite.")
     names = saved.data["class_names"]
     if classes is not None:
         labels = [_class_index(name, names) for name in classes]
@@ -162,8 +184,11 @@ def draw_samples(
         print(f"note: this checkpoint has done {saved.step} of {saved.settings.steps} training steps.")
     out.parent.mkdir(parents=True, exist_ok=True)
     title = f"{sampler or saved.settings.sampler}, {steps} steps, guidance {guidance:g}, seed {seed}"
-    plots.grid_plot(out, images, [names[label] for label in labels], columns, title)
-    print(f"{len(labels)} images: {out}")
+    if saved.settings.video:
+        plots.gif(out, [images], columns)
+    else:
+        plots.grid_plot(out, images, [names[label] for label in labels], columns, title)
+    print(f"{len(labels)} {what}: {out}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -178,13 +203,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _settings_of(options: DemoOptions) -> tuple[Settings, checkpoint.Checkpoint | None]:
+def _settings_of(options: DemoOptions, processes: int) -> tuple[Settings, checkpoint.Checkpoint | None]:
+    """The settings, and the checkpoint to continue from, if any. Raises DemoError for what cannot be a run."""
+    settings, resumed = _begun_or_not(options)
+    build(settings)
+    latent.check(settings)
+    check_parallel(options.parallel, processes, settings)
+    return settings, resumed
+
+
+def _begun_or_not(options: DemoOptions) -> tuple[Settings, checkpoint.Checkpoint | None]:
     """The settings, and the checkpoint to continue from, if any. Refuses to write where there is something already."""
     if options.out is None:
         if options.resume:
             raise DemoError("--resume needs --out: the folder of the run to continue.")
         return resolve(options.settings), None
-    present = [name for name in OUTPUTS if (options.out / name).exists()]
+    present = [name for name in VIDEO_OUTPUTS if (options.out / name).exists()]
     if not options.resume:
         if present:
             raise DemoError(
@@ -209,10 +243,14 @@ def _default_threads(settings: Settings, resumed: checkpoint.Checkpoint | None) 
     """Those of the run that is resumed, since sums over several threads round differently."""
     if resumed is not None:
         return resumed.machine["threads"]
-    return 1 if settings.size <= SINGLE_THREAD_SIZE else min(_usable_cores(), MAX_THREADS)
+    if settings.size <= SINGLE_THREAD_SIZE and not settings.video:
+        return 1
+    return max(1, min(_usable_cores(), MAX_THREADS) // on_this_machine())
 
 
-def _prepare_machine(device: torch.device, threads: int, resumed: checkpoint.Checkpoint | None) -> dict[str, Any]:
+def _prepare_machine(
+    device: torch.device, threads: int, resumed: checkpoint.Checkpoint | None, ranks: Ranks
+) -> dict[str, Any]:
     """Make results repeatable, and say so if they cannot be those of the run that is resumed."""
     torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -221,12 +259,13 @@ def _prepare_machine(device: torch.device, threads: int, resumed: checkpoint.Che
         torch.backends.cudnn.benchmark = False
     backend = fastdiff.backends.choose(device)
     machine = {"device": device.type, "backend": backend, "threads": threads, "torch": str(torch.__version__)}
-    if resumed is not None:
+    machine |= {"processes": ranks.count}
+    if resumed is not None and ranks.first:
         for name, now in machine.items():
-            if resumed.machine[name] != now:
+            if (before := resumed.machine.get(name, 1)) != now:
                 print(
-                    f"note: resuming with {name} {now} a run begun with {resumed.machine[name]}: the results may "
-                    f"differ in their last bits from those of an uninterrupted run."
+                    f"note: resuming with {name} {now} a run begun with {before}: the results may differ in their last "
+                    f"bits from those of an uninterrupted run."
                 )
     return machine
 
@@ -254,27 +293,36 @@ def _write_outputs(
 ) -> dict[str, Any]:
     """Draw from the averaged weights, judge, plot; returns the report."""
     settings = state.settings
-    is_digits = settings.data is None
+    is_digits, video = settings.data is None, settings.video
     network, autoencoder = state.ema_network(device), state.autoencoder_network(device)
     names = data.class_names
     classes = range(len(names) if is_digits else min(len(names), SHOWN_CLASSES))
-    labels = torch.tensor(classes).repeat_interleave(DIGITS_A_CLASS if is_digits else SHOWN_A_CLASS)
+    a_class = DIGITS_A_CLASS if is_digits else VIDEOS_A_CLASS if video else SHOWN_A_CLASS
+    labels = torch.tensor(classes).repeat_interleave(a_class)
     started = time.perf_counter()
     drawing = settings.sample_steps, settings.guidance, settings.seed
     images = generate.draw(network, recipe, labels, *drawing, autoencoder=autoencoder)
     sampling_seconds = time.perf_counter() - started
     shown_names = [names[index] for index in classes]
     process = f"{settings.process} in latents" if settings.latent else settings.process
-    subject = f"{process}, predicting {settings.prediction}, {state.step} steps of {settings.batch} images"
+    subject = f"{process}, predicting {settings.prediction}, {state.step} steps of {settings.batch} {_what(settings)}"
     how = f"{settings.sampler}, {settings.sample_steps} steps, guidance {settings.guidance:g}"
     values = state.terms.get("values", {})
     plots.loss_plot(out / "loss.png", state.losses, state.time_loss, recipe.process, f"Training: {subject}", values)
+    real = moving_digits(settings.seed, motion.HELD_OUT, held_out=True) if video else data
+    sides = (real.images, real.labels), (images, labels)
+    shown = [[of[label == index][:SHOWN_A_CLASS] for index in classes] for of, label in sides]
+    if video:
+        grids = [
+            torch.stack([each[:rows] for each in side], dim=1).flatten(0, 1) for side, rows in zip(shown, GIF_ROWS)
+        ]
+        plots.gif(out / "samples.gif", grids, columns=len(names))
+        shown = [[each[0].transpose(0, 1) for each in side] for side in shown]  # the frames of one video a class
     plots.samples_plot(
         out / "samples.png",
-        [data.images[data.labels == index][:SHOWN_A_CLASS] for index in classes],
-        [images[labels == index][:SHOWN_A_CLASS] for index in classes],
+        *shown,
         shown_names,
-        f"Real and generated images\n{subject}; {how}",
+        f"Real and generated {_what(settings)}\n{subject}; {how}",
     )
     chosen = torch.tensor(classes[:TRAJECTORIES])
     columns, seen, estimates = generate.trajectory(network, recipe, chosen, *drawing, autoencoder=autoencoder)
@@ -284,7 +332,7 @@ def _write_outputs(
         seen,
         estimates,
         shown_names[:TRAJECTORIES],
-        f"From noise to image: {process}, predicting {settings.prediction}; {how}",
+        f"From noise to {'a middle frame' if video else 'image'}: {process}, predicting {settings.prediction}; {how}",
     )
     report: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
@@ -309,6 +357,7 @@ def _write_outputs(
         "classifier_accuracy": None,
         "autoencoder": None,
         "terms": None,
+        "video": None,
         "losses_sha256": _sha256(state.losses),
         "samples_sha256": _sha256(images),
         "versions": _versions(),
@@ -321,18 +370,28 @@ def _write_outputs(
         report["digit_accuracy"] = recognised.double().mean().item()
         report["digits_recognised"] = {name: int(recognised[labels == index].sum()) for index, name in enumerate(names)}
         report["classifier_accuracy"] = classifier.held_out_accuracy
+    if video:
+        judge = motion.Judge.of(data.first(motion.LEARNED))
+        report["video"] = {"real": judge(real.images, real.labels), "generated": judge(images, labels)}
     return report
+
+
+def _what(settings: Settings) -> str:
+    return "videos" if settings.video else "images"
 
 
 def _announce(trainer: Any, out: Path) -> None:
     settings, data = trainer.settings, trainer.data
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    channels, height, width = data.images.shape[1:]
+    channels, *frames, height, width = data.images.shape[1:]
+    each = f"{width} x {height} x {channels}" + "".join(f", {number} frames," for number in frames)
+    processes = f" in each of {trainer.ranks.count} processes" if trainer.ranks.count > 1 else ""
     print(
-        f"{len(data.images)} images {width} x {height} x {channels} in {len(data.class_names)} class(es); "
+        f"{len(data.images)} {_what(settings)} {each} in {len(data.class_names)} class(es); "
         f"{settings.process}, {settings.prediction}, weighting {settings.weighting}, loss {settings.loss}\n"
         f"U-Net of {parameters / 1e6:.2f}M parameters on {_device_name(trainer.device)}, "
-        f"{trainer.machine['threads']} thread(s), backend {fastdiff.backends.choose(trainer.device)}; writing to {out}",
+        f"{trainer.machine['threads']} thread(s){processes}, backend {fastdiff.backends.choose(trainer.device)}; "
+        f"writing to {out}",
         flush=True,
     )
     if trainer.step:
@@ -340,11 +399,12 @@ def _announce(trainer: Any, out: Path) -> None:
 
 
 def _print_report(report: dict[str, Any], out: Path) -> None:
+    what = "images" if report["video"] is None else "videos"
     rows = [
         ("training", f"{report['steps']} steps in {report['training_seconds']:.1f} s"),
-        ("speed", f"{report['images_per_second']:.0f} images/s"),
+        ("speed", f"{report['images_per_second']:.0f} {what}/s"),
         ("loss", f"{report['loss_first']:.4f} at first, {report['loss_last_mean']:.4f} over the last steps"),
-        ("sampling", f"{report['samples_drawn']} images in {report['sampling_seconds']:.1f} s"),
+        ("sampling", f"{report['samples_drawn']} {what} in {report['sampling_seconds']:.1f} s"),
         ("total", f"{report['seconds']:.1f} s"),
     ]
     if report["digit_accuracy"] is not None:
@@ -358,6 +418,8 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
             ),
             ("by class", "  ".join(f"{name}: {number}" for name, number in recognised.items())),
         ]
+    if report["video"] is not None:
+        rows += motion.said(report["video"])
     if report["autoencoder"] is not None:
         error, divergence = report["autoencoder"]["squared_error"], report["autoencoder"]["divergence"]
         rows.append(("autoencoder", f"squared error {error:.4f} a pixel, divergence {divergence:.1f} nats an image"))
@@ -368,7 +430,7 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")
     print("\nfiles:")
-    for name in OUTPUTS:
+    for name in OUTPUTS if report["video"] is None else VIDEO_OUTPUTS:
         print(f"  {out / name}")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import fastdiff
 
 from ..names import find
-from . import DemoError
+from . import DemoError, videos
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,17 @@ PROCESSES = {
 }
 EDM_TIME_SCALE = 250.0  # for ln(sigma) / 4, about -1.6 to 1.1
 
+MOVING_DIGITS = "moving-digits"  # the --data that is no folder, but videos
+
 # A prediction that belongs to another process than the default one.
 PROCESS_OF_PREDICTION = {"flow": "flow", "reversed_flow": "flow", "edm": "edm"}
 SAMPLERS = dict(fastdiff.samplers.NAMES)
+FOR_IMAGES = ("latent", "perceptual", "adversarial", "align", "classifier")  # and for a run in one process
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what a run computes. ``data`` None is scikit-learn's digits."""
+    """All that decides what a run computes. ``data`` None is scikit-learn's digits, "moving-digits" videos of them."""
 
     data: str | None
     size: int
@@ -71,6 +74,11 @@ class Settings:
     classifier: bool
     latent: bool
 
+    @property
+    def video(self) -> bool:
+        """Whether the data is videos."""
+        return self.data == MOVING_DIGITS
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -90,20 +98,26 @@ def resolve(given: dict[str, Any]) -> Settings:
     if "prediction" in given:
         with contextlib.suppress(ValueError):  # an unknown one is reported by ``build``
             given["prediction"] = fastdiff.prediction.get(given["prediction"]).name
-    from_folder = "data" in given
+    video = given.get("data") == MOVING_DIGITS
+    from_folder = "data" in given and not video
     if from_folder:
         # Absolute, so that a run can be resumed from anywhere.
         given["data"] = str(Path(given["data"]).resolve())
     if not from_folder and given.keys() & {"size", "gray"}:
-        raise DemoError("--size and --gray go with --data: the digits are 8 x 8 and gray.")
-    for_flows = "flow" if str(given.get("sampler")).startswith("flow_") else "vp-linear"
+        raise DemoError(
+            f"--size and --gray go with --data and a folder: {MOVING_DIGITS if video else 'the digits'} are "
+            f"{f'{videos.SIZE} x {videos.SIZE}' if video else '8 x 8'} and gray."
+        )
+    if video and (unfit := [name for name in FOR_IMAGES if given.get(name)]):
+        raise DemoError(f"--{unfit[0]} is for images, and {MOVING_DIGITS} are videos: leave it out.")
+    for_flows = "flow" if video or str(given.get("sampler")).startswith("flow_") else "vp-linear"
     process = given.get("process") or PROCESS_OF_PREDICTION.get(given.get("prediction"), for_flows)
     if process not in PROCESSES:
         raise DemoError(f"unknown process {process!r}: use one of {', '.join(PROCESSES)}.")
     choice = PROCESSES[process]
     defaults = Settings(
         data=None,
-        size=32 if from_folder else 8,
+        size=videos.SIZE if video else 32 if from_folder else 8,
         gray=not from_folder,
         process=process,
         prediction=choice.prediction,
@@ -111,10 +125,10 @@ def resolve(given: dict[str, Any]) -> Settings:
         loss="mse",
         sampler=choice.sampler,
         guidance=1.5,
-        steps=1000,
-        batch=64 if from_folder else 256,
-        sample_steps=50,
-        width=32,
+        steps=2000 if video else 1000,
+        batch=16 if video else 64 if from_folder else 256,
+        sample_steps=30 if video else 50,
+        width=16 if video else 32,
         seed=0,
         perceptual=False,
         adversarial=False,
@@ -144,7 +158,10 @@ def build(settings: Settings) -> Recipe:
     choice = PROCESSES[settings.process]
     try:
         process = choice.make()
-        objective = fastdiff.Objective(process, settings.prediction, settings.weighting, settings.loss)
+        timesteps = "logit_normal" if settings.video and settings.process == "flow" else None
+        objective = fastdiff.Objective(
+            process, settings.prediction, settings.weighting, settings.loss, timesteps=timesteps
+        )
         sampler = make_sampler(settings.sampler, settings.latent)
         # Now, not after the training that it would make useless.
         sampler.plan(process, settings.sample_steps, settings.prediction)
@@ -168,7 +185,7 @@ def differing(old: Settings, given: dict[str, Any]) -> list[str]:
     The path of the data may differ: its contents are compared instead.
     """
     kept = dataclasses.asdict(old)
-    if old.data is None:
+    if old.data is None or old.video:
         kept |= {"size": None, "gray": None}
     new = resolve(kept | {name: value for name, value in given.items() if value is not None})
     return [

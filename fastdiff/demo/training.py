@@ -15,11 +15,11 @@ from fastdiff import Noised, drop_condition
 from fastdiff.autoencoder import noise_latents
 
 from . import latent, terms
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, network_class
 from .data import ImageData
+from .ranks import ALONE, Ranks
 from .seeds import generator, with_weights_of
 from .settings import Recipe, Settings
-from .unet import UNet
 
 LEARNING_RATE = 2e-3
 WARM_UP = 100  # steps, or a tenth of a shorter run
@@ -33,9 +33,10 @@ class Trainer:
     """A network, its average and its optimizer, somewhere between step 0 and the last.
 
     Args:
-        data: the images to learn.
+        data: the images, or videos, to learn.
         resume: continue from it instead of starting.
         machine: recorded in the checkpoints.
+        ranks: the processes of the run, each of which has its share of every batch; all have the same state.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Trainer:
         device: torch.device,
         machine: dict[str, Any],
         resume: Checkpoint | None = None,
+        ranks: Ranks = ALONE,
     ):
         self.settings, self.recipe, self.data, self.device, self.machine = settings, recipe, data, device, machine
+        self.ranks = ranks
         self.data_description = {
             "channels": data.images.shape[1],
             "class_names": data.class_names,
@@ -68,13 +71,11 @@ class Trainer:
             objective, state = recipe.objective, resume.terms if resume else None
             self.terms = terms.Terms(settings, objective, learned, held_out, names, self.autoencoder, state)
             self.term_values = torch.full((len(self.terms.logged), settings.steps), math.nan, device=device)
-        channels, size = self.images.shape[1:3]
+        channels, *frames, size, _ = self.images.shape[1:]
         if settings.latent:
             channels, size = latent.CHANNELS, size // latent.FACTOR
-        classes = len(data.class_names)
-        network = with_weights_of(
-            settings.seed, "weights", lambda: UNet(channels, size, classes, recipe.time_scale, settings.width)
-        )
+        shape = channels, *frames, size, len(data.class_names), recipe.time_scale, settings.width
+        network = with_weights_of(settings.seed, "weights", lambda: network_class(settings)(*shape))
         self.model = network.to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
@@ -127,14 +128,15 @@ class Trainer:
         from tqdm.auto import tqdm
 
         settings = self.settings
-        with tqdm(total=settings.steps, initial=self.step, unit="step", desc="training") as bar:
+        what, quiet = "videos" if settings.video else "images", not self.ranks.first
+        with tqdm(total=settings.steps, initial=self.step, unit="step", desc="training", disable=quiet) as bar:
             started, seconds_before, first_step = time.perf_counter(), self.seconds, self.step
             while self.step < settings.steps:
                 loss = self.train_step()
                 elapsed = time.perf_counter() - started
                 self.seconds = seconds_before + elapsed
                 speed = (self.step - first_step) * settings.batch / elapsed
-                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} {what}/s", refresh=False)
                 bar.update()
                 if self.step % save_every == 0 or self.step == settings.steps:
                     save(self.checkpoint())
@@ -142,28 +144,37 @@ class Trainer:
     def train_step(self) -> float:
         """One step; returns its loss."""
         settings, objective = self.settings, self.recipe.objective
-        index = batch_indices(len(self.images), settings.batch, self.step, settings.seed).to(self.device)
-        # The seed gives t, noise and what is dropped by sample index: no sample of the run has those of another.
-        source = {"seed": settings.seed, "sample_offset": self.step * settings.batch}
+        share = self.ranks.share(settings.batch)
+        index = batch_indices(len(self.images), settings.batch, self.step, settings.seed)[share].to(self.device)
+        # The seed gives t, noise and what is dropped by sample index: no sample of the run has those of another, and
+        # each has its own in whichever process it is.
+        source = {"seed": settings.seed, "sample_offset": self.step * settings.batch + share.start}
         images, labels = self.images[index], self.labels[index]
         given, _ = drop_condition(labels, LABEL_DROPOUT, self.model.null_class, **source)
         noised = self._noised(index, source)
         output = self.model(noised.model_input, noised.model_time, given)
         row_losses = objective.loss(output, noised, reduction="none")
-        loss = row_losses.mean() if self.terms is None else self.terms.loss(output, noised, images, labels, self.step)
+        if self.terms is None:
+            loss = row_losses.sum() / settings.batch
+        else:
+            loss = self.terms.loss(output, noised, images, labels, self.step)
 
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, settings.steps)
         self.optimizer.zero_grad()
         loss.backward()
+        bins = (time_fraction(noised) * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+        seen = torch.zeros(2, settings.batch, device=self.device)  # of the whole batch: losses, and bins of their times
+        seen[:, share] = torch.stack([row_losses.detach(), bins])
+        loss = loss.detach()
+        self.ranks.add_up([*(parameter.grad for parameter in self.model.parameters()), seen, loss])
         self.optimizer.step()
         if self.terms is not None:
             self.term_values[:, self.step] = self.terms.after(images)
         self._update_ema()
 
         quarter = QUARTERS * self.step // settings.steps
-        bins = (time_fraction(noised) * TIME_BINS).long().clamp(0, TIME_BINS - 1).cpu()
-        row_losses = row_losses.detach().double().cpu()
+        row_losses, bins = seen[0].double().cpu(), seen[1].long().cpu()
         self.time_loss[0, quarter] += torch.bincount(bins, row_losses, TIME_BINS)
         self.time_loss[1, quarter] += torch.bincount(bins, minlength=TIME_BINS)
         self.losses.append(loss.item())

@@ -70,7 +70,8 @@ class UNet(nn.Module):
     """Predicts an image-shaped target from a noised image, a time and a class.
 
     time_scale maps the network's time (0..999, [0, 1], ln(sigma)/4, ...) to about 0..1000, the range that the
-    sinusoids resolve. Class `classes` (one past the last) means "no class", for classifier-free guidance.
+    sinusoids resolve. Class `classes` (one past the last) means "no class", for classifier-free guidance. The channels,
+    `width` at first, double at each halving of the image up to `widest` times as many.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class UNet(nn.Module):
         width: int = 32,
         blocks: int = 1,
         attention: bool = True,
+        widest: int = 2,
     ):
         super().__init__()
         self.settings = dict(
@@ -92,11 +94,12 @@ class UNet(nn.Module):
             width=width,
             blocks=blocks,
             attention=attention,
+            widest=widest,
         )
         self.time_scale = time_scale
         self.null_class = classes
         levels = max(1, math.ceil(math.log2(size / COARSEST)) + 1)
-        widths = [width * min(level + 1, 2) for level in range(levels)]
+        widths = [width * min(2**level, widest) for level in range(levels)]
         self.multiple = 2 ** (levels - 1)
 
         self.width_embedding = 2 * width

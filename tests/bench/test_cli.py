@@ -180,7 +180,7 @@ class TestOptions:
     def test_none_is_forgotten(self):
         tables = {"demo": DEMO_OPTIONS, "sample": SAMPLE_OPTIONS, "doctor": {}}
         elsewhere = {
-            "demo": {"--data", "--size", "--gray", "--out", "--resume"},
+            "demo": {"--data", "--size", "--gray", "--out", "--resume", "--parallel"},
             "sample": {"--checkpoint", "--out", "--overwrite"},
             "doctor": {"--json", "--trace", "--verify", "--shape", "--dtype", "--device"},
         }
@@ -267,6 +267,8 @@ class TestDemo:
             (("--device", "nonsense"), "cannot be used"),
             (("--threads", "0"), "--threads must be at least 1"),
             (("--save-every", "0"), "--save-every must be at least 1"),
+            (("--parallel", "nonsense"), "unknown --parallel 'nonsense': use one of data"),
+            (("--parallel", "data"), "--parallel data needs several processes: start them with  torchrun"),
         ],
     )
     def test_refuses_in_one_line_and_writes_nothing(self, tmp_path, capsys, arguments, message):
@@ -586,9 +588,9 @@ class TestBits:
 VALUES = {
     "demo": {
         **dict.fromkeys(("--process", "--prediction", "--weighting", "--loss", "--sampler"), "NAME"),
-        **{"--data": "DIR", "--out": "DIR", "--save-every": "STEPS"},
+        **{"--data": "DIR", "--out": "DIR", "--save-every": "STEPS", "--parallel": "HOW"},
     },
-    "sample": {"--checkpoint": "PATH", "--sampler": "NAME", "--classes": "A,B,...", "--out": "FILE.png"},
+    "sample": {"--checkpoint": "PATH", "--sampler": "NAME", "--classes": "A,B,...", "--out": "FILE"},
     "bench": {
         **{"--preset": "NAME", "--dtype": "A,B,...", "--against": "A,B,...", "--nproc": "N", "--out": "DIR"},
         "--compare": ("A.json", "B.json"),
@@ -596,7 +598,7 @@ VALUES = {
     "bits": {"--checkpoint": "PATH", "--data": "DIR", "--state": "FILE", "--out": "FILE.png"},
     "doctor": {"--trace": "SCRIPT", "--shape": "BxCxHxW", "--dtype": "A,B,..."},
 }
-SAY_THEMSELVES = {"--guidance", "--seed", "--out"}  # of ``fastdiff sample``
+SAY_THEMSELVES = {"--guidance", "--seed"}  # of ``fastdiff sample``
 
 
 @pytest.mark.parametrize("command", VALUES)
