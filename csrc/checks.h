@@ -8,7 +8,8 @@
 //   noise    a tensor, or (seed, stream, samples, offset) to make it from
 //   mask     (pointer, dtype code, number of elements, sizes, strides): sizes of all elements, strides in elements
 //   order    (sizes, strides) of full-size data that lies in memory without gaps, in another order; None: contiguous
-//   layout   (outer, shared, frames, inner, samples, channels), see Layout
+//   layout   (outer, shared, frames, inner, samples, channels), see Layout; or, of sequences one after another, the
+//            memory of int64 numbers: where each starts, in elements, and where the last ends
 //
 // Anything unfit raises ValueError and names the argument.
 #pragma once

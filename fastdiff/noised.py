@@ -11,10 +11,11 @@ from torch import Tensor
 
 from . import ops
 from . import prediction as kinds
-from .calls import NoiseCall
+from .calls import NoiseCall, Packed
 from .coefficients import CHANGED, Rows
 from .modes import version_of
 from .ops.checks import compute_dtype, place_rows
+from .packed import of_rows, placed_for
 from .showing import brief
 from .tensors import as_tensor
 from .tokens import Tokens, joined, split
@@ -30,6 +31,7 @@ class Noised:
         alpha, sigma, snr, weight: rows of the shape of t, float32 (float64 if x0 is float64).
         x0: the data x_t was made of, as it was given.
         tokens: the ``fastdiff.Tokens`` that x_t is packed in, or None.
+        packed: where the packed sequences lie, if there are any; otherwise None.
         noise_source: the noise, or the ``fastdiff.ops.Philox`` that makes it.
         noise, target, model_input, model_time: made when asked for (the target by ``noise`` with ``with_target``).
     """
@@ -42,6 +44,7 @@ class Noised:
     rows: Rows
     written_target: Tensor | None = None
     tokens: Tokens | None = None
+    packed: Packed | None = None
 
     def __post_init__(self):
         self._versions = self.rows.version, self._noise_versions()
@@ -58,8 +61,13 @@ class Noised:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         x0, n, _ = split(self.tokens, self.x0, self.noise_source)
-        self.rows = self.objective._rows(self.t, x0, compute_dtype(x0, tensor_of(n)))
+        self.rows = self.objective._rows(self.t, placed_for(x0, self.packed_rows), compute_dtype(x0, tensor_of(n)))
         self.__post_init__()
+
+    @property
+    def packed_rows(self) -> Packed | None:
+        """``packed`` if each sequence has one time, so that a row is a sequence."""
+        return of_rows(self.packed, self.t.shape)
 
     def _noise_versions(self) -> tuple[int | None, ...]:
         """The versions of the tensors that the noise is made from again: its seed, the ids of its samples."""
@@ -85,7 +93,8 @@ class Noised:
         if isinstance(self.noise_source, Tensor):
             return self.noise_source
         self.check_unchanged()
-        return ops.materialize(self.noise_source, self.x0.shape, self.x0.device).to(self.rows.alpha.dtype)
+        how = self.noise_source, self.x0.shape, self.x0.device, self.packed
+        return ops.dispatch.get(self.x0.device).materialize(*how).to(self.rows.alpha.dtype)
 
     @property
     def alpha(self) -> Tensor:
@@ -110,7 +119,7 @@ class Noised:
             return self.written_target
         x0, n, order = split(self.tokens, self.x0, self.noise_source)
         p, q = as_tensor(self.rows.p), as_tensor(self.rows.q)
-        call = NoiseCall(x0, n, p, q, keep_noise=False, dtype=self.x_t.dtype, order=order)
+        call = NoiseCall(x0, n, p, q, keep_noise=False, dtype=self.x_t.dtype, order=order, packed=self.packed_rows)
         return joined(self.tokens, x0, ops.dispatch.run(call, x0.device)[0], None, None)[0]
 
     @property
@@ -120,7 +129,10 @@ class Noised:
         scale, _ = self._model_input()
         if scale is None:
             return self.x_t
-        return (place_rows("scale", scale.to(self.rows.alpha.dtype), self.x_t.shape) * self.x_t).to(self.x_t.dtype)
+        scale = place_rows("scale", scale.to(self.rows.alpha.dtype), placed_for(self.x_t, self.packed_rows).shape)
+        if self.packed_rows is not None:
+            scale = self.packed.spread(scale, self.x_t.shape)
+        return (scale * self.x_t).to(self.x_t.dtype)
 
     @property
     def model_time(self) -> Tensor:
@@ -142,6 +154,12 @@ def check_noised(prediction: Any, noised: Any) -> None:
         f"noised must be what objective.noise returned; got {brief(noised)}. With x0, noise and t of your own: "
         f"fastdiff.diffusion_loss(model_output, x0, noise, t, process, prediction), or objective.noise(x0, t, noise)."
     )
+
+
+def refuse_packed(noised: Noised, what: str) -> None:
+    """Raise ValueError for packed sequences, which ``what`` would take for samples of one size."""
+    if noised.packed is not None:
+        raise ValueError(f"{what} takes a batch [batch, ...]; this one is of packed sequences (noise(lengths=)).")
 
 
 def tensor_of(noise: Any) -> Tensor | None:

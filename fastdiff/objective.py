@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from . import converting, explaining, from_scheduler, losses, ops, sampling
+from . import packed as sequences
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
 from .backends.interface import run
 from .backends.registry import remakes_noise
-from .calls import LossCall, NoiseCall, UniformCall
+from .calls import LossCall, NoiseCall, Packed, UniformCall
 from .coefficients import Coefficients, Rows, Traced, drawn
 from .element_weights import carried, has_elements
 from .losses import Loss
@@ -212,6 +213,7 @@ class Objective:
         with_target: bool = False,
         dtype: torch.dtype | None = None,
         tokens: Tokens | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
     ) -> Noised:
         """Noise a batch.
 
@@ -242,6 +244,10 @@ class Objective:
             dtype: of x_t: float32, bfloat16 or float16; None: the dtype of x0.
             tokens: x_t, its target and the network's output are packed tokens of x0 [B, C, H, W]: see
                 ``fastdiff.Tokens``. Data, noise, masks and element weights stay as they are, with one time a sample.
+            lengths: x0 is packed sequences, one after another: [tokens, ...] or [1, tokens, ...]. How many tokens each
+                has: whole numbers, or a tensor of such on the CPU (of cumulative ones: ``cu_seqlens.diff()``). A sample
+                is a sequence then, with the t and the noise that it has as a batch of one, [1, tokens, ...]. t and ids
+                are one a sequence; t may be one a token too, and then the noise is made as a tensor, and kept.
 
         Returns a ``Noised``. Differentiable in a floating x0. Raises TypeError or ValueError for unfit inputs.
         """
@@ -256,22 +262,28 @@ class Objective:
             if t is not None:
                 raise ValueError("t and sigma both say which noise level: pass one of them.")
             t = self.process.time_of(sigma.to(x0.device) if isinstance(sigma, Tensor) else sigma)
-        if tokens is not None:
+        packed, by_token, samples = None, False, len(x0)
+        if lengths is not None:
+            packed = sequences.packed_of(x0, lengths, tokens)
+            t, samples = sequences.times_of(t, packed, x0), packed.sequences
+            by_token = t is not None and t.shape != (samples,)
+        elif tokens is not None:
             t = times_of(tokens, x0, t)
         check_rng(rng)
         if ids is not None or type(sample_offset) is not int:
-            sample_offset = samples_of(ids, sample_offset, len(x0), x0.device)
+            sample_offset = samples_of(ids, sample_offset, samples, x0.device)
         backend = backend_of(x0.device)
         if seed is not None:
             check_seed(seed)
         elif noise is None or t is None or self.input_perturbation:
             seed = draw_seed(generator, x0.device)
-        if noise is None and self.noise_offset and self.noise_offset_dim != 1:
-            noise = offset_noise(x0, seed, sample_offset, self.noise_offset, self.noise_offset_dim, rng)
+        if noise is None and self.noise_offset and (self.noise_offset_dim != 1 or packed is not None):
+            how = seed, sample_offset, self.noise_offset, self.noise_offset_dim, rng
+            noise = offset_noise(x0, *how) if packed is None else sequences.offset_noise(x0, packed, *how)
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
         fast = backend.fast
-        if fast is not None and tokens is None and not with_target and not self.input_perturbation:
+        if fast is not None and tokens is packed is None and not with_target and not self.input_perturbation:
             done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng, dtype)
             if done is not None:
                 return done
@@ -286,7 +298,7 @@ class Objective:
                 raise
             source = noise
         else:
-            made.check(x0.shape)
+            made.check((samples, *x0.shape[1:]))
             source = made
             if isinstance(t, Tensor) and x0.ndim > 1 and t.shape == x0.shape and self._no_times(t):
                 raise ValueError(
@@ -294,11 +306,15 @@ class Objective:
                     f"write noise=."
                 )
         if t is None:
-            t = self._draw(backend, seed, len(x0), sample_offset, x0.device)
+            t = self._draw(backend, seed, samples, sample_offset, x0.device)
         data, source, order = split(tokens, x0, source)
-        rows, t = self._rows_at(t, data, compute_dtype(x0, noise))
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
-        call = NoiseCall(data, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise, dtype, order)
+        if by_token:  # rows are tokens, as in any batch, and samples are not: their noise is made apart
+            source, xi = (sequences.materialize(n, packed, x0) for n in (source, xi))
+        of_rows = None if by_token else packed
+        rows, t = self._rows_at(t, sequences.placed_for(data, of_rows), compute_dtype(x0, noise))
+        how = self.input_perturbation, xi, keep_noise, dtype, order, of_rows
+        call = NoiseCall(data, source, rows.alpha, rows.sigma, *how)
         target = None
         if with_target:
             p, q = rows.p if self.prediction.uses_x0 else None, rows.q if self.prediction.uses_noise else None
@@ -306,7 +322,7 @@ class Objective:
         else:
             x_t, n = run(backend, call)
         x_t, n, target = joined(tokens, x0, x_t, n if noise is None else noise, target)
-        return Noised(self, x0, x_t, t, n, rows, target, tokens)
+        return Noised(self, x0, x_t, t, n, rows, target, tokens, packed)
 
     def _no_times(self, t: Tensor) -> bool:
         """Whether numbers like noise, where looking at them is free, cannot be times."""
@@ -400,7 +416,8 @@ class Objective:
                 [batch], or [batch, frames]; see ``mask_normalization``. What it leaves out with 0, and
                 rows of weight 0, add 0 to the loss and to the gradient, whatever they hold.
             reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t), or a sample with
-                mask_normalization="sample".
+                mask_normalization="sample". Of packed sequences with one time each, a row is a sequence: the mean over
+                the sequences' own means is mask_normalization="row", with or without a mask.
             weight: further weights, one a row or a number (prior preservation, learned uncertainty); may require grad.
                 Or one an element: floating point without a gradient, with as many dimensions as prediction, 1 where
                 elements share one. What divides is the sum of the mask alone: sum(w m e) / sum(m).
@@ -421,24 +438,28 @@ class Objective:
         noised.check_unchanged()
         if (tokens := noised.tokens) is not None:
             x0, n, prediction, mask, weight, target, y = tokens.of_loss(x0, n, prediction, mask, weight, target, y)
+        packed, placed = noised.packed, x0
+        if packed is not None:
+            packed = noised.packed_rows
+            placed = sequences.placed_for(x0, packed)
         if noised.objective is not self:
             process = noised.objective.process
             if not torch.compiler.is_compiling() and not self.process.has_levels_of(process):
                 raise ValueError(
                     f"noised is of the process {process!r}, this objective of {self.process!r}: noise it anew."
                 )
-            rows = self._rows(t, x0, compute_dtype(x0, tensor_of(n), prediction))
+            rows = self._rows(t, placed, compute_dtype(x0, tensor_of(n), prediction))
         elif isinstance(prediction, Tensor) and prediction.dtype == torch.float64 != rows.dtype:
-            rows = self._rows(t, x0, torch.float64)  # those of noising were rounded to float32
-        plain = mask is None and weight is None and target is None and y is None and r is None
+            rows = self._rows(t, placed, torch.float64)  # those of noising were rounded to float32
+        plain = mask is None and weight is None and target is None and y is None and r is None and packed is None
         if plain and reduction == "mean" and mask_normalization == "none":
             result = self._fast_loss(prediction, x0, n, t, rows)
             if result is not None:
                 return result
         if rows.coefficients is not self._coefficients:  # the process was changed
-            rows = self._rows(t, x0, rows.dtype)
+            rows = self._rows(t, placed, rows.dtype)
         how = mask, reduction, weight, mask_normalization
-        return self._loss(prediction, x0, n, rows, t.shape, *how, target, y, r)
+        return self._loss(prediction, x0, n, rows, t.shape, *how, target, y, r, noised.packed)
 
     def _fast_loss(self, prediction: Any, x0: Tensor, noise: Any, t: Any, rows: Rows | None) -> Tensor | None:
         """The mean loss if a fast call of a backend can compute it, else None. rows: where there are some."""
@@ -478,6 +499,7 @@ class Objective:
         target: Tensor | None = None,
         y: Tensor | None = None,
         r: Tensor | float | None = None,
+        packed: Packed | None = None,
     ) -> Tensor:
         uses_x0, uses_noise, function = self.prediction.uses_x0, self.prediction.uses_noise, self.loss_function
         x0_, n = x0 if uses_x0 else None, noise if uses_noise else None
@@ -488,26 +510,31 @@ class Objective:
             x0_, n, p, q = target, None, 1.0, None
         if isinstance(mask, Tensor):
             check_unambiguous("mask", mask.shape, prediction.shape)
-        mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction, y)
+        of_rows = sequences.of_rows(packed, row_shape)
+        mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction, y, of_rows)
+        like = sequences.placed_for(prediction, of_rows)
+        if of_rows is not None and mask_normalization == "sample":
+            mask_normalization = "row"
         # Noise that is made again counts as what it was made for.
         dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) or n is None else x0, y)
         by_sample, rows_of = mask_normalization == "sample", shape_of_rows(row_shape, prediction)
         if isinstance(weight, Tensor) and has_elements(weight, rows_of):
-            mask, factor = carried(weight, mask, mask_normalization, reduction, rows_of, prediction, dtype)
+            how = weight, mask, mask_normalization, reduction, rows_of, prediction, dtype
+            mask, factor = carried(*how) if packed is None else sequences.carried(packed, *how)
             own_weight, mask_normalization = as_tensor(own_weight) * factor, "none"
         elif weight is not None:
-            own_weight = as_tensor(own_weight) * place_given("weight", weight, row_shape, prediction)
+            own_weight = as_tensor(own_weight) * place_given("weight", weight, row_shape, like)
         if r is not None and y is None:
             raise ValueError("r is the factor of y in the target: pass y, a tensor shaped as prediction, too.")
         if target is not None or y is not None:
-            r = None if y is None else place_given("r", 1.0 if r is None else r, row_shape, prediction)
+            r = None if y is None else place_given("r", 1.0 if r is None else r, row_shape, like)
             p, r = (in_dtype(row, dtype, prediction) for row in (p, r))
         p, q, scale, own_weight, c = [
             row if row is None or row.dtype == dtype else in_dtype(row, dtype, prediction)
             for row in (p, q, scale, own_weight, c)
         ]
-        how = function.function, mask_normalization, reduction
-        result = normalized(LossCall(prediction, x0_, n, p, q, scale, own_weight, c, mask, y, r, *how))
+        how = function.function, mask_normalization, reduction, of_rows
+        result = normalized(LossCall(prediction, x0_, n, p, q, scale, own_weight, c, mask, y, r, *how), packed)
         if reduction != "none":
             return result
         if not by_sample:
@@ -568,4 +595,4 @@ class Objective:
         check_noised(prediction, noised)
         check_tensor("prediction", prediction, "prediction")
         noised.check_unchanged()
-        return converting.convert(self, prediction, noised.x_t, noised.t, kinds.get(kind))
+        return converting.convert(self, prediction, noised.x_t, noised.t, kinds.get(kind), noised.packed_rows)

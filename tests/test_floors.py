@@ -20,8 +20,8 @@ FLOORS = [
     "ops.",
     "constancy coefficients",
     "guidance samplers. sampling.",
-    "tokens noised uncertainty explaining converting element_weights objective functional dropout pyramid pairing "
-    "likelihood autoencoder losses.",
+    "tokens packed noised uncertainty explaining converting element_weights objective functional dropout pyramid "
+    "pairing likelihood autoencoder losses.",
     "integrations.",
     "trace doctor demo. bench. cli __main__",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Call, NoiseCall, NormalCall, RunCall
+from ..calls import Call, NoiseCall, NormalCall, Packed, RunCall
 from ..philox import Philox, Stream
 from ..program import Program
 from ..tensors import Gathered
@@ -135,7 +135,7 @@ class Backend:
         x_t, n = run(self, call)
         zero = torch.zeros((1,) * call.x0.ndim, dtype=call.alpha.dtype, device=call.x0.device)
         p, q = zero if p is None else p, zero if q is None else q
-        target = NoiseCall(call.x0, n, p, q, keep_noise=False, dtype=call.dtype, order=call.order)
+        target = NoiseCall(call.x0, n, p, q, keep_noise=False, dtype=call.dtype, order=call.order, packed=call.packed)
         return x_t, n, run(self, target)[0]
 
     # ---- coefficients at times
@@ -156,12 +156,12 @@ class Backend:
 
     # ---- made of these, unless a backend has a better way
 
-    def materialize(self, noise: Any, shape: Any, device: torch.device) -> Tensor | None:
+    def materialize(self, noise: Any, shape: Any, device: torch.device, packed: Packed | None = None) -> Tensor | None:
         """Make noise into a tensor, float32 of ``shape``. A tensor, or None, is returned as it is."""
         if not isinstance(noise, Philox):
             return noise
         shape, how = tuple(shape), {"device": device, "rng": noise.rng}
-        n = run(self, NormalCall(noise.seed, shape, noise.stream, noise.sample_offset, **how))
+        n = run(self, NormalCall(noise.seed, shape, noise.stream, noise.sample_offset, packed=packed, **how))
         if noise.offset:
             channels = run(self, NormalCall(noise.seed, shape[:2], Stream.OFFSET, noise.sample_offset, **how))
             n = n + noise.offset * channels.reshape(*shape[:2], *(1,) * (len(shape) - 2))

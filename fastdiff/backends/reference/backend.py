@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import RunCall
+from ...calls import Packed, RunCall
 from ..interface import Backend
 from .trajectory import Trajectory
 
@@ -28,10 +28,10 @@ class Reference(Backend):
     def description(self) -> str:
         return "plain PyTorch, on every device"
 
-    def materialize(self, noise: Any, shape: Any, device: torch.device) -> Tensor | None:
+    def materialize(self, noise: Any, shape: Any, device: torch.device, packed: Packed | None = None) -> Tensor | None:
         if self._maker is not None:
-            return self._maker.materialize(noise, shape, device)
-        return super().materialize(noise, shape, device)
+            return self._maker.materialize(noise, shape, device, packed)
+        return super().materialize(noise, shape, device, packed)
 
     def trajectory(self, call: RunCall) -> Trajectory:
         return Trajectory(self, call)

@@ -45,6 +45,7 @@ _FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both
 # Sizes, counts and strides; with the two above, what is never a tensor.
 _NUMBERS = {"steps", "stride", "units", "runs", "blocks", "per", "frames", "shared", "sample_runs", "channel_runs"} | {
     *("m1", "m2", "m3", "s0", "s1", "s2", "s3", "s4", "rows", "parts", "number", "width", "total", "samples"),
+    "averaged",
     *("c_size", "c_factor", "c_shift", "h_size", "h_factor", "h_shift", "w_size", "w_factor", "w_shift"),
 }  # fmt: skip
 _SEEDS = {"seed", "xi_seed"}  # a tensor, or a number

@@ -8,21 +8,23 @@ from torch import Tensor
 from ...backends.interface import Backend
 from ...calls import NormalCall
 from ...philox import seed_tensor
-from .declaring import declare, offset_and_ids
+from .declaring import PACKED, declare, offset_and_ids, packed_of
 from .declaring import run as runs
 
 
-def _fake(seed, shape, stream, sample_offset, ids, dtype, rng):
+def _fake(seed, shape, stream, sample_offset, ids, dtype, rng, starts, dim):
     return seed.new_empty(shape, dtype=dtype)
 
 
 @declare(
     "normal",
-    "(Tensor seed, SymInt[] shape, int stream, SymInt sample_offset, Tensor? ids, ScalarType dtype, str rng) -> Tensor",
+    "(Tensor seed, SymInt[] shape, int stream, SymInt sample_offset, Tensor? ids, ScalarType dtype, str rng, "
+    f"{PACKED}) -> Tensor",
     _fake,
 )
-def _normal(seed, shape, stream, sample_offset, ids, dtype, rng):
-    call = NormalCall(seed, tuple(shape), stream, sample_offset if ids is None else ids, dtype, seed.device, rng)
+def _normal(seed, shape, stream, sample_offset, ids, dtype, rng, starts, dim):
+    samples, packed = sample_offset if ids is None else ids, packed_of(starts, dim)
+    call = NormalCall(seed, tuple(shape), stream, samples, dtype, seed.device, rng, packed)
     return runs(call, seed).contiguous()
 
 
@@ -31,7 +33,7 @@ def declines(call: NormalCall) -> str:
 
 
 def run(call: NormalCall, backend: Backend) -> Tensor:
-    seed, shape, stream, sample_offset, dtype, device, rng = call
+    seed, shape, stream, sample_offset, dtype, device, rng, packed = call
     return torch.ops.fastdiff.normal(
-        seed_tensor(seed, device), shape, stream, *offset_and_ids(sample_offset), dtype, rng
+        seed_tensor(seed, device), shape, stream, *offset_and_ids(sample_offset), dtype, rng, *(packed or (None, None))
     )
