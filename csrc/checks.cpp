@@ -140,10 +140,7 @@ Samples parse_samples(py::handle value, int64_t count) {
   return {0, (const uint64_t*)present((void*)ids)};
 }
 
-namespace {
-
-Layout parse_sequences(py::handle value) {
-  const Memory memory = parse_memory("layout", value);
+Layout layout_of_sequences(const Memory& memory) {
   const int64_t* const starts = (const int64_t*)memory.data;
   if (memory.code != kInt64 || memory.elements < 1 || starts[0] != 0)
     refuse("layout", "the starts of sequences must be int64, and the first 0");
@@ -154,10 +151,8 @@ Layout parse_sequences(py::handle value) {
   return layout;
 }
 
-}  // namespace
-
 Layout parse_layout(py::handle value) {
-  if (length(value) == 3) return parse_sequences(value);
+  if (length(value) == 3) return layout_of_sequences(parse_memory("layout", value));
   if (length(value) != 6) refuse("layout", "expected (outer, shared, frames, inner, samples, channels)");
   int64_t numbers[6];
   for (int k = 0; k < 6; ++k)

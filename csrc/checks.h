@@ -46,6 +46,7 @@ int64_t parse_integer(const char* name, py::handle value);
 double parse_number(const char* name, py::handle value);
 
 Layout parse_layout(py::handle value);
+Layout layout_of_sequences(const Memory& starts);
 Input parse_input(const char* name, py::handle value, int64_t elements, bool image = false);
 Output parse_output(const char* name, py::handle value, int64_t elements);
 Noise parse_noise(const char* name, py::handle value, const Layout& layout);

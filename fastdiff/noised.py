@@ -61,7 +61,7 @@ class Noised:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         x0, n, _ = split(self.tokens, self.x0, self.noise_source)
-        self.rows = self.objective._rows(self.t, placed_for(x0, self.packed_rows), compute_dtype(x0, tensor_of(n)))
+        self.rows = self.objective._rows(self.t, x0, compute_dtype(x0, tensor_of(n)), self.packed_rows)
         self.__post_init__()
 
     @property

@@ -244,10 +244,10 @@ class Objective:
             dtype: of x_t: float32, bfloat16 or float16; None: the dtype of x0.
             tokens: x_t, its target and the network's output are packed tokens of x0 [B, C, H, W]: see
                 ``fastdiff.Tokens``. Data, noise, masks and element weights stay as they are, with one time a sample.
-            lengths: x0 is packed sequences, one after another: [tokens, ...] or [1, tokens, ...]. How many tokens each
-                has: whole numbers, or a tensor of such on the CPU (of cumulative ones: ``cu_seqlens.diff()``). A sample
-                is a sequence then, with the t and the noise that it has as a batch of one, [1, tokens, ...]. t and ids
-                are one a sequence; t may be one a token too, and then the noise is made as a tensor, and kept.
+            lengths: x0 is packed sequences, [tokens, ...] or [1, tokens, ...], of so many tokens each: whole numbers,
+                or a tensor of such on the CPU (of cumulative ones: ``cu_seqlens.diff()``). A sequence is a sample, with
+                the t and noise of a batch of its own, [1, tokens, ...]. t is one a sequence, or one a token: then the
+                noise is made as a tensor, and kept.
 
         Returns a ``Noised``. Differentiable in a floating x0. Raises TypeError or ValueError for unfit inputs.
         """
@@ -283,8 +283,8 @@ class Objective:
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
         fast = backend.fast
-        if fast is not None and tokens is packed is None and not with_target and not self.input_perturbation:
-            done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng, dtype)
+        if fast is not None and tokens is None and not by_token and not with_target and not self.input_perturbation:
+            done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng, dtype, packed)
             if done is not None:
                 return done
         made = source = None
@@ -332,7 +332,7 @@ class Objective:
 
     def _fast_noise(
         self, fast: Any, backend: Any, x0: Tensor, t: Any, noise: Tensor | None, seed: Any, sample_offset: int | Tensor,
-        keep: bool, rng: str, dtype: torch.dtype | None,
+        keep: bool, rng: str, dtype: torch.dtype | None, packed: Packed | None = None,
     ) -> Noised | None:  # fmt: skip
         """``noise`` if a fast call of the backend does it, else None."""
         if seed is not None and type(seed) is not int and (type(seed) is not Tensor or seed.device != x0.device):
@@ -344,7 +344,7 @@ class Objective:
         if t is None:
             times = self._times().program()
             if times is None:
-                t = self._draw(backend, seed, len(x0), sample_offset, x0.device)
+                t = self._draw(backend, seed, packed.sequences if packed else len(x0), sample_offset, x0.device)
             else:
                 draw = times, Stream.TIMESTEP
         made, data = (seed, Stream.NOISE, sample_offset, offset), x0
@@ -353,7 +353,7 @@ class Objective:
             if noise is not None or x0.requires_grad:
                 return None
             data = x0.contiguous()
-        done = fast.noise(program, draw, data, t, noise, made, keep, rng, dtype)
+        done = fast.noise(program, draw, data, t, noise, made, keep, rng, dtype, packed)
         if done is None:
             return None
         x_t, n, t, known = done
@@ -363,8 +363,9 @@ class Objective:
             n = noise
         elif n is None:
             n = ops.Philox(seed, sample_offset, offset=offset, rng=rng)
-        rows = Rows(self._made, t, x0, compute_dtype(x0, noise), backend, program, known)
-        return Noised(self, x0, x_t, t, n, rows)
+        placed = x0 if packed is None else sequences.placed_for(x0, packed)
+        rows = Rows(self._made, t, placed, compute_dtype(x0, noise), backend, program, known)
+        return Noised(self, x0, x_t, t, n, rows, packed=packed)
 
     def _draw(self, backend: Any, seed: Any, samples: int, sample_offset: int | Tensor, device: torch.device) -> Tensor:
         """One time a sample."""
@@ -378,8 +379,9 @@ class Objective:
             )
         return t
 
-    def _rows(self, t: Tensor, x0: Tensor, dtype: torch.dtype) -> Rows:
+    def _rows(self, t: Tensor, x0: Tensor, dtype: torch.dtype, packed: Packed | None = None) -> Rows:
         """The coefficients at ``t``, one time a row, which has been checked, for ``x0``."""
+        x0 = x0 if packed is None else sequences.placed_for(x0, packed)
         return Rows(self._coefficients, t, x0, dtype, backend_of(x0.device))
 
     def _rows_at(self, t: Any, x0: Tensor, dtype: torch.dtype) -> tuple[Rows, Tensor]:
@@ -438,30 +440,29 @@ class Objective:
         noised.check_unchanged()
         if (tokens := noised.tokens) is not None:
             x0, n, prediction, mask, weight, target, y = tokens.of_loss(x0, n, prediction, mask, weight, target, y)
-        packed, placed = noised.packed, x0
-        if packed is not None:
-            packed = noised.packed_rows
-            placed = sequences.placed_for(x0, packed)
+        packed = None if noised.packed is None else noised.packed_rows
         if noised.objective is not self:
             process = noised.objective.process
             if not torch.compiler.is_compiling() and not self.process.has_levels_of(process):
                 raise ValueError(
                     f"noised is of the process {process!r}, this objective of {self.process!r}: noise it anew."
                 )
-            rows = self._rows(t, placed, compute_dtype(x0, tensor_of(n), prediction))
+            rows = self._rows(t, x0, compute_dtype(x0, tensor_of(n), prediction), packed)
         elif isinstance(prediction, Tensor) and prediction.dtype == torch.float64 != rows.dtype:
-            rows = self._rows(t, placed, torch.float64)  # those of noising were rounded to float32
-        plain = mask is None and weight is None and target is None and y is None and r is None and packed is None
+            rows = self._rows(t, x0, torch.float64, packed)  # those of noising were rounded to float32
+        plain = mask is None and weight is None and target is None and y is None and r is None
         if plain and reduction == "mean" and mask_normalization == "none":
-            result = self._fast_loss(prediction, x0, n, t, rows)
+            result = self._fast_loss(prediction, x0, n, t, rows, packed)
             if result is not None:
                 return result
         if rows.coefficients is not self._coefficients:  # the process was changed
-            rows = self._rows(t, placed, rows.dtype)
+            rows = self._rows(t, x0, rows.dtype, packed)
         how = mask, reduction, weight, mask_normalization
         return self._loss(prediction, x0, n, rows, t.shape, *how, target, y, r, noised.packed)
 
-    def _fast_loss(self, prediction: Any, x0: Tensor, noise: Any, t: Any, rows: Rows | None) -> Tensor | None:
+    def _fast_loss(
+        self, prediction: Any, x0: Tensor, noise: Any, t: Any, rows: Any, packed: Any = None
+    ) -> Tensor | None:
         """The mean loss if a fast call of a backend can compute it, else None. rows: where there are some."""
         if not isinstance(prediction, Tensor):
             return None
@@ -474,15 +475,15 @@ class Objective:
             return None
         x0_, n = (x0 if self.prediction.uses_x0 else None), (noise if self.prediction.uses_noise else None)
         # The prediction itself is not held: a loss that is kept would keep it.
-        made = partial(self._placed_rows, prediction.dtype is torch.float64, x0, noise, t, rows)
+        made = partial(self._placed_rows, prediction.dtype is torch.float64, x0, noise, t, rows, packed)
         at_hand = rows.at_hand if rows is not None and rows.program is program else None
         function = self.loss_function.function
-        return fast.loss(program, self._made.present, function, prediction, x0_, n, t, at_hand, made)
+        return fast.loss(program, self._made.present, function, prediction, x0_, n, t, at_hand, made, packed)
 
-    def _placed_rows(self, wide: bool, x0: Tensor, noise: Any, t: Any, rows: Rows | None) -> tuple[Any, ...]:
+    def _placed_rows(self, wide: bool, x0: Tensor, noise: Any, t: Any, rows: Any, packed: Any) -> tuple[Any, ...]:
         """``_rows_of_loss`` of ``rows``, or of others where there are none of the process as it is now."""
         if rows is None or rows.coefficients is not self._made:
-            rows = self._rows(t, x0, torch.float64 if wide else compute_dtype(x0, tensor_of(noise)))
+            rows = self._rows(t, x0, torch.float64 if wide else compute_dtype(x0, tensor_of(noise)), packed)
         return self._rows_of_loss(rows)
 
     def _loss(

@@ -41,18 +41,26 @@ def use(name):
     return torch.device("cpu")
 
 
+def without_fast_calls(name, monkeypatch):
+    """``use``, where the name says so without the calls for the plain case."""
+    name, _, without = name.partition(",")
+    if without:
+        monkeypatch.setattr(fastdiff.backends.native.backend, "fast", None)
+    return use(name)
+
+
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-@pytest.fixture(params=["reference", "native", CUDA])
-def device(request):
-    return use(request.param)
+@pytest.fixture(params=["reference", "native", "native, no fast calls", CUDA])
+def device(request, monkeypatch):
+    return without_fast_calls(request.param, monkeypatch)
 
 
-@pytest.fixture(params=[*NAMES, CUDA])
-def everywhere(request):
+@pytest.fixture(params=[*NAMES, "native, no fast calls", CUDA])
+def everywhere(request, monkeypatch):
     """As ``device``, and in Triton's interpreter, which is slow."""
-    return use(request.param)
+    return without_fast_calls(request.param, monkeypatch)
 
 
 def flow(**options):

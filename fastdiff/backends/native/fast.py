@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import LossCall
+from ...calls import LossCall, Packed
 from ...codes import DTYPES
 from ...program import OF_LOSS, OF_NOISE, Program
 from ...torch_access import _C, reads_tensors
@@ -39,6 +39,7 @@ def noise(
     keep: bool,
     rng: str = "exact",
     dtype: torch.dtype | None = None,
+    packed: Packed | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, None] | None:
     """Noise a batch with one time a sample: (x_t, the noise if it was made and kept, the times, None); or None.
 
@@ -52,11 +53,13 @@ def noise(
         keep: whether noise that is made is returned.
         rng: without effect: a CPU has one way to make noise.
         dtype: of x_t, or None for that of x0.
+        packed: where the sequences lie whose times these are, if they are packed.
     """
     if not x0.is_cpu or (n is None and made[3] and x0.ndim < 3):  # another device: where this backend is forced
         return None
     if t is None:
-        t = torch.empty(x0.shape[0], dtype=torch.int64 if program.index else torch.float64, device="cpu")
+        samples = x0.shape[0] if packed is None else packed.sequences
+        t = torch.empty(samples, dtype=torch.int64 if program.index else torch.float64, device="cpu")
         times = draw[0].kept.get(_OF_T) or handle(draw[0], _T)
         t = _C.fast_times(times, t, made[0], draw[1], made[2])
     kept = None
@@ -68,7 +71,8 @@ def noise(
                 x0, dtype=torch.float64 if wide else torch.float32, memory_format=torch.contiguous_format
             )
     source = program.kept.get(_OF_NOISE) or handle(program, OF_NOISE)
-    x_t = _C.fast_noise(source, x0, t, n, kept, None if dtype is None else DTYPES[dtype], _threads())
+    code, starts = None if dtype is None else DTYPES[dtype], None if packed is None else packed.starts
+    x_t = _C.fast_noise(source, x0, t, n, kept, code, _threads(), starts)
     return None if x_t is None else (x_t, kept, t, None)
 
 
@@ -82,6 +86,7 @@ def loss(
     t: Any,
     at_hand: Any,
     rows: Callable[[], tuple[Tensor | None, ...]],
+    packed: Packed | None = None,
 ) -> Tensor | None:
     """The mean loss of a batch with one time a sample, recorded for autograd; or None.
 
@@ -91,6 +96,7 @@ def loss(
         t: [batch].
         at_hand: without effect: coefficients are computed in the call.
         rows: () -> (p, q, scale, weight, c), placed, or None: for a gradient that was not written along with the loss.
+        packed: as for ``noise``.
     """
     if n is not None and not isinstance(n, Tensor):
         return None
@@ -100,7 +106,8 @@ def loss(
     wide = torch.float64 in (prediction.dtype, getattr(x0, "dtype", None), getattr(n, "dtype", None))
     one = _ONE[torch.float64 if wide else torch.float32]
     source = program.kept.get(_OF_LOSS) or handle(program, OF_LOSS)
-    made = _C.fast_loss(source, present, FUNCTIONS[function], prediction, x0, n, t, one, ahead, _threads())
+    starts = None if packed is None else packed.starts
+    made = _C.fast_loss(source, present, FUNCTIONS[function], prediction, x0, n, t, one, ahead, _threads(), starts)
     if made is None or not recorded:
         return None if made is None else made[0]
     value, gradient = made
@@ -108,7 +115,7 @@ def loss(
 
     def call_of(prediction, x0, n, _):  # t, which the rows are made from, has not changed
         p, q, scale, weight, c = (row if row is None else row.to(dtype) for row in rows())
-        return LossCall(prediction, x0, n, p, q, scale, weight, c, function=function)
+        return LossCall(prediction, x0, n, p, q, scale, weight, c, function=function, packed=packed)
 
     return _recorded(prediction, None, (value, None, gradient), (prediction, x0, n, t), call_of, _reference)
 
