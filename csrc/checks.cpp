@@ -141,12 +141,24 @@ Samples parse_samples(py::handle value, int64_t count) {
   return {0, (const uint64_t*)present((void*)ids)};
 }
 
+Layout layout_of_sequences(const Memory& memory) {
+  const int64_t* const starts = (const int64_t*)memory.data;
+  if (memory.code != kInt64 || memory.elements < 1 || starts[0] != 0)
+    refuse("layout", "the starts of sequences must be int64, and the first 0");
+  Layout layout{1, 1, 1, 1, 0, 1, memory.elements - 1, starts[memory.elements - 1], starts};
+  for (int64_t k = 0; k < layout.rows; ++k)
+    if (starts[k + 1] < starts[k]) refuse("layout", "a sequence must end where it starts, or behind it");
+  if (layout.elements > kMostElements) refuse("layout", "more than 2^58 elements");
+  return layout;
+}
+
 Layout parse_layout(py::handle value) {
+  if (length(value) == 3) return layout_of_sequences(parse_memory("layout", value));
   if (length(value) != 6) refuse("layout", "expected (outer, shared, frames, inner, samples, channels)");
   int64_t numbers[6];
   for (int k = 0; k < 6; ++k)
     if (!as_int64(item(value, k), numbers[k]) || numbers[k] < 0) refuse("layout", "needs integers of at least 0");
-  Layout layout{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], 0, 0};
+  Layout layout{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], 0, 0, nullptr};
   // The size with zeros taken for ones must be countable too, so that no partial product overflows.
   int64_t most = 1;
   for (int k = 0; k < 4; ++k)
@@ -225,9 +237,14 @@ Noise parse_noise(const char* name, py::handle value, const Layout& layout) {
   noise.kind = Noise::made;
   noise.seed = parse_seed(item(value, 0));
   noise.stream = parse_stream(item(value, 1));
-  noise.samples = parse_samples(item(value, 2), layout.samples);
+  noise.samples = parse_samples(item(value, 2), layout.starts ? layout.rows : layout.samples);
   noise.offset = float(parse_number("offset", item(value, 3)));
-  if (layout.elements) {
+  if (layout.starts) {
+    if (noise.offset != 0) refuse(name, "sequences one after another have no channels for offset noise");
+    for (int64_t k = 0; k < layout.rows; ++k)
+      if (layout.starts[k + 1] - layout.starts[k] > kMostOfSample)
+        refuse("layout", "noise can be made for samples of at most 2^34 elements");
+  } else if (layout.elements) {
     if (layout.samples == 0 || layout.elements % layout.samples)
       refuse("layout", "the samples do not divide the elements");
     const int64_t sample = layout.elements / layout.samples;

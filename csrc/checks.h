@@ -9,7 +9,8 @@
 //   mask     (pointer, dtype code, number of elements, sizes, strides): sizes of all elements, strides in elements
 //   order    (sizes, strides) of full-size data that lies in memory without gaps, in another order; None: contiguous
 //   window   (place of the first element, sizes, strides): where a slice of a sample lies in the whole one
-//   layout   (outer, shared, frames, inner, samples, channels), see Layout
+//   layout   (outer, shared, frames, inner, samples, channels), see Layout; or, of sequences one after another, the
+//            memory of int64 numbers: where each starts, in elements, and where the last ends
 //
 // Anything unfit raises ValueError and names the argument.
 #pragma once
@@ -46,6 +47,7 @@ int64_t parse_integer(const char* name, py::handle value);
 double parse_number(const char* name, py::handle value);
 
 Layout parse_layout(py::handle value);
+Layout layout_of_sequences(const Memory& starts);
 Input parse_input(const char* name, py::handle value, int64_t elements, bool image = false);
 Output parse_output(const char* name, py::handle value, int64_t elements);
 Noise parse_noise(const char* name, py::handle value, const Layout& layout);

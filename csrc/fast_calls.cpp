@@ -21,14 +21,14 @@ class BatchReader : public tensors::Reader {
  public:
   // `present`: by bits, which outputs are coefficients of this call.
   BatchReader(PyObject* first, const Program& program, PyObject* times, int64_t present = -1, bool recorded = false,
-              bool image = false)
-      : Reader(first, recorded, false, image), program_(program), times_(times), present_(present) {}
+              bool image = false, PyObject* starts = nullptr)
+      : Reader(first, recorded, false, image, starts), program_(program), times_(times), present_(present) {}
 
   void rows(const char*, py::handle, Rows& to) {
     if (!known) fits = fits && compute_columns();
     known = true;
     const int64_t k = next_++, size = wide ? 8 : 4;
-    if (fits && k < columns_ && present_ >> k & 1) to = {(const char*)numbers_ + k * layout.samples * size, 1};
+    if (fits && k < columns_ && present_ >> k & 1) to = {(const char*)numbers_ + k * layout.rows * size, 1};
   }
 
   // Multiplies a coefficient by numbers in the compute dtype: one, or one a sample.
@@ -37,8 +37,8 @@ class BatchReader : public tensors::Reader {
     View given;
     fits = tensors::view(by, given) && given.dtype == int(compute()) && !tensors::differentiable(by);
     const bool single = fits && given.elements == 1, whole = fits && (given.dims == 1 || given.dims == first_.dims);
-    fits = single || (whole && given.elements == layout.samples && given.sizes[0] == layout.samples);
-    for (int64_t r = 0; fits && r < layout.samples; ++r) {
+    fits = single || (whole && given.elements == layout.rows && given.sizes[0] == layout.rows);
+    for (int64_t r = 0; fits && r < layout.rows; ++r) {
       const int64_t k = single ? 0 : r;
       if (wide)
         ((double*)rows.data)[r] *= ((const double*)given.data)[k];
@@ -48,7 +48,7 @@ class BatchReader : public tensors::Reader {
   }
 
   bool finite() const {
-    for (int64_t k = 0; fits && k < columns_ * layout.samples; ++k)
+    for (int64_t k = 0; fits && k < columns_ * layout.rows; ++k)
       if (!std::isfinite(wide ? numbers_[k] : double(((const float*)numbers_)[k]))) return false;
     return fits;
   }
@@ -56,7 +56,7 @@ class BatchReader : public tensors::Reader {
  private:
   // False: t is not one plain time a sample, or out of range.
   bool compute_columns() {
-    const int64_t batch = layout.samples;
+    const int64_t batch = layout.rows;
     View t;
     if (!tensors::view(times_, t) || t.dims != 1 || t.elements != batch) return false;
     if (program_.index != (t.dtype == tensors::kIndex)) return false;
@@ -93,11 +93,12 @@ py::object make_like(const Reader& read, PyObject* operand, DType dtype, Output&
   return tensors::make_like(operand, dtype, dtype, read.layout.elements, to);
 }
 
-// noise(program, x0, t, n, kept, dtype, threads) -> x_t, or None.
+// noise(program, x0, t, n, kept, dtype, threads, starts) -> x_t, or None.
 // program: of (alpha, sigma). x0: may be an image. n: a tensor, or as parse_noise takes it. kept: where to write the
-// noise that is made; or None. dtype: the code of that of x_t; or None for that of x0, which then is no image.
+// noise that is made; or None. dtype: the code of that of x_t; or None for that of x0, which then is no image. starts: of packed
+// sequences, or None.
 py::object noise(PyObject* const* a) {
-  BatchReader read(a[1], program_of(a[0], 2), a[2], -1, false, a[5] != Py_None);
+  BatchReader read(a[1], program_of(a[0], 2), a[2], -1, false, a[5] != Py_None, a[7]);
   NoiseOperands from{};
   from.x0 = a[1];
   from.n = a[3];
@@ -117,13 +118,14 @@ py::object noise(PyObject* const* a) {
 }
 
 // loss(program, present, function, prediction, x0, n, t, scalar, gradient, threads, mask, normalization, reduction, weight,
-// upstream) -> (loss, gradient or None), or None. program: of (p, q, scale, weight, c), of which those that the bits of
+// upstream, starts) -> (loss, gradient or None), or None. program: of (p, q, scale, weight, c), of which those that the bits of
 // `present` name are used; x0 goes with p, n with q. scalar: a tensor of one number in the compute dtype, to make a reduced
 // loss like. weight: numbers in the compute dtype, one or one a sample, that the program's weight is multiplied by; or
-// None. upstream: the gradient of the loss, in the compute dtype, for a gradient alone: then the loss is None.
+// None. upstream: the gradient of the loss, in the compute dtype, for a gradient alone: then the loss is None. starts: of
+// packed sequences, or None.
 py::object loss(PyObject* const* a) {
   const int64_t present = parse_integer("present", a[1]);
-  BatchReader read(a[3], program_of(a[0], 5), a[6], present | kWeight, true);
+  BatchReader read(a[3], program_of(a[0], 5), a[6], present | kWeight, true, false, a[15]);
   LossOperands from{};
   from.prediction = a[3];
   if (present & kP) from.x0 = a[4];
@@ -139,7 +141,7 @@ py::object loss(PyObject* const* a) {
   const int threads = parse_threads(a[9]);
   const DType dtype = read.compute();
   const bool by_row = call.reduction == Reduction::none;
-  const int64_t results = by_row ? read.layout.samples : 1;
+  const int64_t results = by_row ? read.layout.rows : 1;
   py::object value = py::none(), slope = py::none();
   if (View upstream; a[14] != Py_None) {
     if (!tensors::view(a[14], upstream) || upstream.dtype != int(dtype) || upstream.elements != results) return py::none();
@@ -206,8 +208,8 @@ py::object times(PyObject* const* a) {
 
 using tensors::fast_call;
 
-PyMethodDef methods[] = {fast_method<fast_call<noise>, 7>("fast_noise"),
-                         fast_method<fast_call<loss>, 15>("fast_loss"),
+PyMethodDef methods[] = {fast_method<fast_call<noise>, 8>("fast_noise"),
+                         fast_method<fast_call<loss>, 16>("fast_loss"),
                          fast_method<fast_call<convert>, 5>("fast_convert"),
                          fast_method<fast_call<step>, 7>("fast_step"),
                          fast_method<fast_call<times>, 5>("fast_times"),

@@ -158,12 +158,17 @@ bool is_data(const View& tensor, bool image) { return tensor.floating() || (imag
 
 }  // namespace
 
-Reader::Reader(PyObject* first, bool recorded, bool table, bool image)
+Reader::Reader(PyObject* first, bool recorded, bool table, bool image, PyObject* starts)
     : fastdiff::Reader(Layout{}), unread_(first), table_(table) {
   fits = view(first, first_) && is_data(first_, image) && first_.dims >= 1 && (recorded || !differentiable(first));
   if (!fits) return;
   const int64_t batch = first_.sizes[0], elements = first_.elements;
-  layout = {batch, 1, 1, elements / batch, batch, first_.dims > 1 ? first_.sizes[1] : 1, batch, elements};
+  layout = {batch, 1, 1, elements / batch, batch, first_.dims > 1 ? first_.sizes[1] : 1, batch, elements, nullptr};
+  if (!given(starts)) return;
+  View of;
+  fits = view(starts, of) && of.dtype == kIndex;
+  if (fits) layout = layout_of_sequences({of.data, of.dtype, of.elements});
+  fits = fits && layout.elements == elements;
 }
 
 void Reader::input(const char*, py::handle value, Input& to, bool image) {

@@ -72,8 +72,8 @@ class Reader : public fastdiff::Reader {
 
   // `first`: the operand that is read first. Its dimension 0 is the batch, one row a sample. `recorded`: its gradient is
   // the caller's. `table`: of a step table, which is for data that is not float64, and takes no seeds. `image`: the first
-  // operand may be one.
-  explicit Reader(PyObject* first, bool recorded = false, bool table = false, bool image = false);
+  // operand may be one. `starts`: of packed sequences, int64; null or None: there are none.
+  explicit Reader(PyObject* first, bool recorded = false, bool table = false, bool image = false, PyObject* starts = nullptr);
   void input(const char* name, py::handle value, Input& to, bool image = false);
   void image(const char* name, py::handle value, Input& to) { input(name, value, to, true); }
   void noise(const char* name, py::handle value, Noise& to);

@@ -195,6 +195,7 @@ py::tuple trajectory(py::handle x, py::handle sizes, py::handle layout, py::hand
   run->by_sample = parse_layout(by_sample);
   const Layout own = parse_layout(layout);
   const int64_t elements = own.elements;
+  if (own.starts || run->by_sample.starts) throw py::value_error("layout: a run has samples of one size");
   if (run->by_sample.elements != elements) throw py::value_error("layout: the two must be of the same elements");
   const Memory rows = parse_table(table, run->rows);
   run->wide = rows.code == int(DType::f64);

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import ops
 from .backends.registry import remakes_noise
+from .calls import UniformCall
 from .noised import Noised
 from .objective import Objective
 from .ops.checks import compute_dtype
@@ -106,7 +107,8 @@ def noise_latents(
         # More noises than one pass makes; or latents of another precision than what they are made of.
         return objective.noise(latents(moments, sample=sample, **how, **where), t, keep_noise=keep_noise, **where)
     if t is None:
-        t = objective._draw(backend_of(moments.device), seed, len(moments), samples, moments.device)
+        call = UniformCall(seed, len(moments), Stream.TIMESTEP, samples, moments.device)
+        t = objective._draw(backend_of(moments.device), call)
     rows, t = objective._rows_at(t, mean, compute_dtype(mean.new_empty(0, dtype=dtype)))
     n = ops.Philox(seed, samples, offset=objective.noise_offset, rng=rng)
     xi = ops.Philox(seed, samples, Stream.POSTERIOR, rng=rng) if sample else None

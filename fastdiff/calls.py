@@ -7,18 +7,66 @@ The tensors of a record are on one device and have the shape [batch, ...]. Coeff
 dimensions as the data, of size 1 where elements share them ([B, 1, 1, 1], or [B, 1, F, 1, 1]). They are float32, or
 float64 where the data is float64; None leaves the term out of the formula. Noise is a tensor, or the ``Philox`` to make
 it from.
+
+Where a record has ``packed``, the data is sequences one after another instead, [tokens, ...] or [1, tokens, ...]. Then
+a sample, and a row, is a sequence: coefficients are [sequences, 1, ...], or of one element.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .philox import Philox, Window
+from .tensors import Gathered, as_tensor
 
 Noise = Tensor | Philox | None
+
+
+class Packed(NamedTuple):
+    """Where sequences of different lengths lie, one after another in one dimension of the data."""
+
+    starts: Tensor  # int64 [sequences + 1], on the CPU: the first element of each, and how many elements there are
+    dim: int  # the dimension: 0, or 1 behind a batch of one
+
+    @property
+    def sequences(self) -> int:
+        return self.starts.shape[0] - 1
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many elements each sequence has: int64, on the CPU."""
+        return self.starts.diff()
+
+    def lengths(self, shape: Sequence[int]) -> Tensor:
+        """How many tokens each sequence of data of ``shape`` has: int64, on the CPU."""
+        return self.sizes // math.prod(shape[self.dim + 1 :])
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The sequences, as views."""
+        return tensor.split(self.lengths(tensor.shape).tolist(), self.dim)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sum of each sequence of full-size ``values``: [sequences], in their dtype."""
+        sums = [sequence.sum() for sequence in self.split(values)]
+        return torch.stack(sums) if sums else values.flatten()
+
+    def rows(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of placed coefficients, one a sequence."""
+        return (self.sequences, *(1,) * (len(shape) - 1))
+
+    def spread(self, row: Tensor | Gathered | None, shape: Sequence[int]) -> Tensor | None:
+        """A placed coefficient so that it broadcasts to data of ``shape``: each token has that of its sequence."""
+        row = as_tensor(row)
+        if row is None or row.numel() == 1:
+            return row
+        lengths = self.lengths(shape).to(row.device, non_blocking=True)
+        tokens = row.flatten().repeat_interleave(lengths, output_size=shape[self.dim])
+        return tokens.view(*(size if d == self.dim else 1 for d, size in enumerate(shape)))
 
 
 class UniformCall(NamedTuple):
@@ -52,6 +100,7 @@ class NormalCall(NamedTuple):
     device: Any = None
     rng: str = "exact"
     window: Window | None = None
+    packed: Packed | None = None
 
     operation = "normal"
 
@@ -71,6 +120,7 @@ class NoiseCall(NamedTuple):
     keep_noise: bool = True
     dtype: torch.dtype | None = None  # of x_t; None: that of x0, which then is no image
     order: tuple[int, ...] | None = None  # in which the dimensions of x_t lie in memory; None: as x0
+    packed: Packed | None = None
 
     operation = "noise"
 
@@ -102,6 +152,7 @@ class LossCall(NamedTuple):
     function: str = "mse"
     mask_normalization: str = "none"
     reduction: str = "mean"
+    packed: Packed | None = None
 
     operation = "loss"
 

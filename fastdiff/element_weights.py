@@ -12,7 +12,7 @@ from .showing import brief
 
 def has_elements(weight: Tensor, rows: tuple[int, ...]) -> bool:
     """Whether ``weight`` tells elements of a row apart. rows: the shape of the rows, 1 where elements share one."""
-    return weight.ndim == len(rows) and any(w != 1 and r == 1 for w, r in zip(weight.shape, rows))
+    return weight.ndim == len(rows) and any(w not in (1, r) for w, r in zip(weight.shape, rows))
 
 
 def carried(

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from . import ops
 from . import prediction as kinds
-from .calls import NoiseCall
+from .calls import NoiseCall, Packed
 from .coefficients import CHANGED, Rows
 from .distributed.part import Part
 from .modes import version_of
 from .ops.checks import compute_dtype, place_rows
+from .packed import of_rows, placed_for
 from .philox import seed_tensor
 from .showing import brief
 from .tensors import as_tensor
@@ -35,6 +36,7 @@ class Noised:
         tokens: the ``fastdiff.Tokens`` that x_t is packed in, or None.
         part: the ``fastdiff.distributed.Part`` of a whole batch that this is, or None.
         clean: which rows a ``video.RFLoss`` kept clean, and leaves out of its loss: bool, of the shape of t; or None.
+        packed: where the packed sequences lie, if there are any; otherwise None.
         noise_source: the noise, or the ``fastdiff.ops.Philox`` that makes it.
         noise, target, model_input, model_time: made when asked for (the target by ``noise`` with ``with_target``).
     """
@@ -49,6 +51,7 @@ class Noised:
     tokens: Tokens | None = None
     part: Part | None = None
     clean: Tensor | None = None
+    packed: Packed | None = None
 
     def __post_init__(self):
         self._versions = self.rows.version, self._noise_versions()
@@ -65,7 +68,7 @@ class Noised:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         x0, n, _ = split(self.tokens, self.x0, self.noise_source)
-        self.rows = self.objective._rows(self.t, x0, compute_dtype(x0, tensor_of(n)))
+        self.rows = self.objective._rows(self.t, x0, compute_dtype(x0, tensor_of(n)), self.packed_rows)
         self.__post_init__()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -114,6 +117,11 @@ class Noised:
         rows = objective._rows(t, data, compute_dtype(data, tensor_of(source)))
         return cls(objective, x0, tensors["x_t"], t, n, rows, tensors.get("target"), tokens, part)
 
+    @property
+    def packed_rows(self) -> Packed | None:
+        """``packed`` if each sequence has one time, so that a row is a sequence."""
+        return of_rows(self.packed, self.t.shape)
+
     def _noise_versions(self) -> tuple[int | None, ...]:
         """The versions of the tensors that the noise is made from again: its seed, the ids of its samples."""
         if isinstance(self.noise_source, Tensor):
@@ -138,7 +146,8 @@ class Noised:
         if isinstance(self.noise_source, Tensor):
             return self.noise_source
         self.check_unchanged()
-        return ops.materialize(self.noise_source, self.x0.shape, self.x0.device).to(self.rows.alpha.dtype)
+        how = self.noise_source, self.x0.shape, self.x0.device, self.packed
+        return ops.dispatch.get(self.x0.device).materialize(*how).to(self.rows.alpha.dtype)
 
     @property
     def alpha(self) -> Tensor:
@@ -163,7 +172,7 @@ class Noised:
             return self.written_target
         x0, n, order = split(self.tokens, self.x0, self.noise_source)
         p, q = as_tensor(self.rows.p), as_tensor(self.rows.q)
-        call = NoiseCall(x0, n, p, q, keep_noise=False, dtype=self.x_t.dtype, order=order)
+        call = NoiseCall(x0, n, p, q, keep_noise=False, dtype=self.x_t.dtype, order=order, packed=self.packed_rows)
         return joined(self.tokens, x0, ops.dispatch.run(call, x0.device)[0], None, None)[0]
 
     @property
@@ -173,7 +182,10 @@ class Noised:
         scale, _ = self._model_input()
         if scale is None:
             return self.x_t
-        return (place_rows("scale", scale.to(self.rows.alpha.dtype), self.x_t.shape) * self.x_t).to(self.x_t.dtype)
+        scale = place_rows("scale", scale.to(self.rows.alpha.dtype), placed_for(self.x_t, self.packed_rows).shape)
+        if self.packed_rows is not None:
+            scale = self.packed.spread(scale, self.x_t.shape)
+        return (scale * self.x_t).to(self.x_t.dtype)
 
     @property
     def model_time(self) -> Tensor:
@@ -195,6 +207,12 @@ def check_noised(prediction: Any, noised: Any) -> None:
         f"noised must be what objective.noise returned; got {brief(noised)}. With x0, noise and t of your own: "
         f"fastdiff.diffusion_loss(model_output, x0, noise, t, process, prediction), or objective.noise(x0, t, noise)."
     )
+
+
+def refuse_packed(noised: Noised, what: str) -> None:
+    """Raise ValueError for packed sequences, which ``what`` would take for samples of one size."""
+    if noised.packed is not None:
+        raise ValueError(f"{what} takes a batch [batch, ...]; this one is of packed sequences (noise(lengths=)).")
 
 
 def tensor_of(noise: Any) -> Tensor | None:

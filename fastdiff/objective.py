@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import converting, explaining, from_scheduler, losses, ops, sampling
+from . import converting, explaining, from_scheduler, loss_record, losses, ops, sampling
+from . import packed as sequences
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
 from . import weighting as weightings
 from .backends.interface import run
 from .backends.registry import remakes_noise
-from .calls import LossCall, NoiseCall, UniformCall
+from .calls import LossCall, NoiseCall, Packed, UniformCall
 from .coefficients import Coefficients, Rows, Traced, drawn
 from .distributed.noising import noise_of
 from .distributed.part import Part
 from .distributed.reducing import compare_loss, share, summed, whole_loss
-from .element_weights import carried, has_elements
 from .losses import Loss
 from .names import OF_OBJECTIVE, answers_keywords
 from .noised import Noised, check_noised, tensor_of
 from .numeric import check_numbers
 from .ops.checks import (
-    check_alike,
     check_data,
-    check_floating,
     check_order,
     check_tensor,
     check_unambiguous,
     compute_dtype,
-    in_dtype,
-    place_given,
     refuse_dtensor,
-    shape_of_rows,
 )
 from .ops.dispatch import get as backend_of
-from .ops.loss import check_loss, normalized
 from .ops.noise import check_noise, made_noise
 from .philox import MOST_OF_SAMPLE, Stream, check_rng, seeded
 from .prediction import Prediction
@@ -47,7 +41,7 @@ from .process import Process, as_times, check_process
 from .program import Program
 from .samplers import Sampler
 from .showing import brief, warn
-from .tensors import as_tensor, value_checks_are_free
+from .tensors import value_checks_are_free
 from .timesteps import Timesteps
 from .tokens import Tokens, joined, split, times_of
 from .weighting import WeightingLike
@@ -219,6 +213,7 @@ class Objective:
         dtype: torch.dtype | None = None,
         tokens: Tokens | None = None,
         part: Part | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
     ) -> Noised:
         """Noise a batch.
 
@@ -253,6 +248,10 @@ class Objective:
                 ``fastdiff.Tokens``. Data, noise, masks and element weights stay as they are, with one time a sample.
             part: x0 is this slice of a whole batch that several processes share, see ``fastdiff.distributed.Part``:
                 ``sample_offset`` is the index of the whole's first sample, t, noise and ``ids`` are those of the slice.
+            lengths: x0 is packed sequences, [tokens, ...] or [1, tokens, ...], of so many tokens each: whole numbers,
+                or a tensor of such on the CPU (of cumulative ones: ``cu_seqlens.diff()``). A sequence is a sample, with
+                the t and noise of a batch of its own, [1, tokens, ...]. t is one a sequence, or one a token: then the
+                noise is made as a tensor, and kept.
 
         Returns a ``Noised``. Differentiable in a floating x0. Raises TypeError or ValueError for unfit inputs.
         """
@@ -265,7 +264,14 @@ class Objective:
             if t is not None:
                 raise ValueError("t and sigma both say which noise level: pass one of them.")
             t = self.process.time_of(sigma.to(x0.device) if isinstance(sigma, Tensor) else sigma)
-        if tokens is not None:
+        packed, by_token, samples = None, False, len(x0)
+        if lengths is not None:
+            if part is not None:
+                raise ValueError("packed sequences are shared out whole: leave part out, and pass ids= of this rank's.")
+            packed = sequences.packed_of(x0, lengths, tokens)
+            t, samples = sequences.times_of(t, packed, x0), packed.sequences
+            by_token = t is not None and t.shape != (samples,)
+        elif tokens is not None:
             t = times_of(tokens, x0, t)
         if rng != "exact":
             check_rng(rng)
@@ -273,17 +279,19 @@ class Objective:
         needed = noise is None or t is None or self.input_perturbation > 0
         window = None
         if part is None:
-            seed, sample_offset = seeded(seed, generator, ids, sample_offset, len(x0), x0.device, needed)
+            seed, sample_offset = seeded(seed, generator, ids, sample_offset, samples, x0.device, needed)
         else:
             how = seed, generator, ids, sample_offset, needed
             seed, sample_offset, window, t = noise_of(self, part, x0, t, *how)
-        if noise is None and (window is not None or (self.noise_offset and self.noise_offset_dim != 1)):
-            noise = made_noise(x0, seed, sample_offset, self.noise_offset, self.noise_offset_dim, rng, window)
+        offset = noise is None and self.noise_offset and (self.noise_offset_dim != 1 or packed is not None)
+        if offset or (noise is None and window is not None):
+            how = seed, sample_offset, self.noise_offset, self.noise_offset_dim, rng
+            noise = made_noise(x0, *how, window) if packed is None else sequences.offset_noise(x0, packed, *how)
         if keep_noise is None:
             keep_noise = not remakes_noise(x0.device)
         fast = backend.fast
-        if fast is not None and tokens is None and not with_target and not self.input_perturbation:
-            done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng, dtype)
+        if fast is not None and tokens is None and not by_token and not with_target and not self.input_perturbation:
+            done = self._fast_noise(fast, backend, x0, t, noise, seed, sample_offset, keep_noise, rng, dtype, packed)
             if done is not None:
                 done.part = part
                 return done
@@ -298,7 +306,7 @@ class Objective:
                 raise
             source = noise
         else:
-            made.check(x0.shape)
+            made.check((samples, *x0.shape[1:]))
             source = made
             if isinstance(t, Tensor) and x0.ndim > 1 and t.shape == x0.shape and self._no_times(t):
                 raise ValueError(
@@ -306,13 +314,17 @@ class Objective:
                     f"write noise=."
                 )
         if t is None:
-            t = self._draw(backend, UniformCall(seed, len(x0), Stream.TIMESTEP, sample_offset, x0.device))
+            t = self._draw(backend, UniformCall(seed, samples, Stream.TIMESTEP, sample_offset, x0.device))
         data, source, order = split(tokens, x0, source)
-        rows, t = self._rows_at(t, data, compute_dtype(x0, noise))
         xi = ops.Philox(seed, sample_offset, Stream.PERTURBATION, rng=rng) if self.input_perturbation else None
         if xi is not None and window is not None:
             xi = split(tokens, x0, ops.materialize(xi, x0.shape, x0.device, window=window))[1]
-        call = NoiseCall(data, source, rows.alpha, rows.sigma, self.input_perturbation, xi, keep_noise, dtype, order)
+        if by_token:  # rows are tokens, as in any batch, and samples are not: their noise is made apart
+            source, xi = (sequences.materialize(n, packed, x0) for n in (source, xi))
+        of_rows = None if by_token else packed
+        rows, t = self._rows_at(t, sequences.placed_for(data, of_rows), compute_dtype(x0, noise))
+        how = self.input_perturbation, xi, keep_noise, dtype, order, of_rows
+        call = NoiseCall(data, source, rows.alpha, rows.sigma, *how)
         target = None
         if with_target:
             p, q = rows.p if self.prediction.uses_x0 else None, rows.q if self.prediction.uses_noise else None
@@ -320,7 +332,7 @@ class Objective:
         else:
             x_t, n = run(backend, call)
         x_t, n, target = joined(tokens, x0, x_t, n if noise is None else noise, target)
-        return Noised(self, x0, x_t, t, n, rows, target, tokens, part)
+        return Noised(self, x0, x_t, t, n, rows, target, tokens, part, packed=packed)
 
     def _no_times(self, t: Tensor) -> bool:
         """Whether numbers like noise, where looking at them is free, cannot be times."""
@@ -330,7 +342,7 @@ class Objective:
 
     def _fast_noise(
         self, fast: Any, backend: Any, x0: Tensor, t: Any, noise: Tensor | None, seed: Any, sample_offset: int | Tensor,
-        keep: bool, rng: str, dtype: torch.dtype | None,
+        keep: bool, rng: str, dtype: torch.dtype | None, packed: Packed | None = None,
     ) -> Noised | None:  # fmt: skip
         """``noise`` if a fast call of the backend does it, else None."""
         if seed is not None and type(seed) is not int and (type(seed) is not Tensor or seed.device != x0.device):
@@ -344,7 +356,8 @@ class Objective:
         if t is None:
             times = self._times().program()
             if times is None:
-                t = self._draw(backend, UniformCall(seed, len(x0), Stream.TIMESTEP, sample_offset, x0.device))
+                samples = len(x0) if packed is None else packed.sequences
+                t = self._draw(backend, UniformCall(seed, samples, Stream.TIMESTEP, sample_offset, x0.device))
             else:
                 draw = times, Stream.TIMESTEP
         made, data = (seed, Stream.NOISE, sample_offset, offset), x0
@@ -353,7 +366,7 @@ class Objective:
             if noise is not None or x0.requires_grad:
                 return None
             data = x0.contiguous()
-        done = fast.noise(program, draw, data, t, noise, made, keep, rng, dtype)
+        done = fast.noise(program, draw, data, t, noise, made, keep, rng, dtype, packed)
         if done is None:
             return None
         x_t, n, t, known = done
@@ -363,8 +376,9 @@ class Objective:
             n = noise
         elif n is None:
             n = ops.Philox(seed, sample_offset, offset=offset, rng=rng)
-        rows = Rows(self._made, t, x0, compute_dtype(x0, noise), backend, program, known)
-        return Noised(self, x0, x_t, t, n, rows)
+        placed = x0 if packed is None else sequences.placed_for(x0, packed)
+        rows = Rows(self._made, t, placed, compute_dtype(x0, noise), backend, program, known)
+        return Noised(self, x0, x_t, t, n, rows, packed=packed)
 
     def _draw(self, backend: Any, call: UniformCall) -> Tensor:
         """The times that the uniforms of ``call`` stand for, in their shape."""
@@ -372,8 +386,9 @@ class Objective:
         t = None if program is None else backend.times(program, call, self.process.discrete)
         return self.timesteps(run(backend, call), self.process) if t is None else t
 
-    def _rows(self, t: Tensor, x0: Tensor, dtype: torch.dtype) -> Rows:
+    def _rows(self, t: Tensor, x0: Tensor, dtype: torch.dtype, packed: Packed | None = None) -> Rows:
         """The coefficients at ``t``, one time a row, which has been checked, for ``x0``."""
+        x0 = x0 if packed is None else sequences.placed_for(x0, packed)
         return Rows(self._coefficients, t, x0, dtype, backend_of(x0.device))
 
     def _rows_at(self, t: Any, x0: Tensor, dtype: torch.dtype) -> tuple[Rows, Tensor]:
@@ -412,7 +427,8 @@ class Objective:
                 [batch], or [batch, frames]; see ``mask_normalization``. What it leaves out with 0, and
                 rows of weight 0, add 0 to the loss and to the gradient, whatever they hold.
             reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t), or a sample with
-                mask_normalization="sample".
+                mask_normalization="sample". Of packed sequences with one time each, a row is a sequence: the mean over
+                the sequences' own means is mask_normalization="row", with or without a mask.
             weight: further weights, one a row or a number (prior preservation, learned uncertainty); may require grad.
                 Or one an element: floating point without a gradient, with as many dimensions as prediction, 1 where
                 elements share one. What divides is the sum of the mask alone: sum(w m e) / sum(m).
@@ -438,30 +454,33 @@ class Objective:
             compare_loss(noised, prediction, mask, reduction, weight, mask_normalization)
         if (tokens := noised.tokens) is not None:
             x0, n, prediction, mask, weight, target, y = tokens.of_loss(x0, n, prediction, mask, weight, target, y)
+        packed = None if noised.packed is None else noised.packed_rows
         if noised.objective is not self:
             process = noised.objective.process
             if not torch.compiler.is_compiling() and not self.process.has_levels_of(process):
                 raise ValueError(
                     f"noised is of the process {process!r}, this objective of {self.process!r}: noise it anew."
                 )
-            rows = self._rows(t, x0, compute_dtype(x0, tensor_of(n), prediction))
+            rows = self._rows(t, x0, compute_dtype(x0, tensor_of(n), prediction), packed)
         elif isinstance(prediction, Tensor) and prediction.dtype == torch.float64 != rows.dtype:
-            rows = self._rows(t, x0, torch.float64)  # those of noising were rounded to float32
+            rows = self._rows(t, x0, torch.float64, packed)  # those of noising were rounded to float32
         how = mask, reduction, weight, mask_normalization
         plain = mask is None and weight is None and reduction == "mean" and mask_normalization == "none"
         own = part is None or (plain and share(part, x0.shape) == 1)
         if own and target is None and y is None and r is None:
-            result = self._fast_loss(prediction, x0, n, t, rows, how)
+            result = self._fast_loss(prediction, x0, n, t, rows, how, packed)
             if result is not None:
                 return result if part is None else summed(result, part)
         if rows.coefficients is not self._coefficients:  # the process was changed
-            rows = self._rows(t, x0, rows.dtype)
-        loss = partial(self._loss, prediction, x0, n, rows, t.shape, target=target, y=y, r=r, alone=part is None)
+            rows = self._rows(t, x0, rows.dtype, packed)
+        more = {"target": target, "y": y, "r": r, "packed": noised.packed, "alone": part is None}
+        loss = partial(self._loss, prediction, x0, n, rows, t.shape, **more)
         return loss(*how) if part is None else whole_loss(loss, part, tokens, prediction, t.shape, *how)
 
     def _fast_loss(
-        self, prediction: Any, x0: Tensor, noise: Any, t: Any, rows: Rows | None, how: tuple[Any, ...] = _PLAIN
-    ) -> Tensor | None:
+        self, prediction: Any, x0: Tensor, noise: Any, t: Any, rows: Rows | None, how: tuple[Any, ...] = _PLAIN,
+        packed: Packed | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """The loss if a fast call of a backend can compute it, else None. rows: where there are some. how: (mask,
         reduction, weight, mask_normalization)."""
         if not isinstance(prediction, Tensor):
@@ -475,76 +494,24 @@ class Objective:
             return None
         x0_, n = (x0 if self.prediction.uses_x0 else None), (noise if self.prediction.uses_noise else None)
         # The prediction itself is not held: a loss that is kept would keep it.
-        record = partial(self._record, x0, noise, t, rows, how)
+        record = partial(self._record, x0, noise, t, rows, how, packed)
         at_hand = rows.at_hand if rows is not None and rows.program is program else None
         function = self.loss_function.function
-        return fast.loss(program, self._made.present, function, prediction, x0_, n, t, at_hand, record, how)
+        return fast.loss(program, self._made.present, function, prediction, x0_, n, t, at_hand, record, how, packed)
 
     def _record(
-        self, x0: Tensor, noise: Any, t: Any, rows: Rows | None, how: tuple[Any, ...], prediction: Tensor, *_: Any
-    ) -> LossCall:
+        self, x0: Tensor, noise: Any, t: Any, rows: Rows | None, how: tuple[Any, ...], packed: Packed | None,
+        prediction: Tensor, *_: Any,
+    ) -> LossCall:  # fmt: skip
         """The record of a loss that a fast call computed, with ``rows`` or, where there are none of the process as it
         is now, with others. What else the fast call has kept is held here too."""
         if rows is None or rows.coefficients is not self._made:
-            rows = self._rows(t, x0, compute_dtype(x0, tensor_of(noise), prediction))
-        return self._loss(prediction, x0, noise, rows, t.shape, *how, only_record=True)
+            rows = self._rows(t, x0, compute_dtype(x0, tensor_of(noise), prediction), packed)
+        return loss_record.record(self, prediction, x0, noise, rows, t.shape, *how, packed=packed)
 
-    def _loss(
-        self,
-        prediction: Tensor,
-        x0: Tensor,
-        noise: Tensor | ops.Philox,
-        rows: Rows,
-        row_shape: torch.Size,
-        mask: Tensor | None,
-        reduction: str,
-        weight: Tensor | float | None,
-        mask_normalization: str,
-        target: Tensor | None = None,
-        y: Tensor | None = None,
-        r: Tensor | float | None = None,
-        *,
-        alone: bool = True,
-        only_record: bool = False,
-    ) -> Any:
-        uses_x0, uses_noise, function = self.prediction.uses_x0, self.prediction.uses_noise, self.loss_function
-        x0_, n = x0 if uses_x0 else None, noise if uses_noise else None
-        p, q, scale, own_weight, c = self._rows_of_loss(rows)
-        if target is not None:
-            check_floating(target=target)
-            check_alike(target=target, prediction=prediction)
-            x0_, n, p, q = target, None, 1.0, None
-        if isinstance(mask, Tensor):
-            check_unambiguous("mask", mask.shape, prediction.shape)
-        mask = check_loss(prediction, x0_, n, mask, mask_normalization, reduction, y, alone)
-        # Noise that is made again counts as what it was made for.
-        dtype = compute_dtype(prediction, x0_, n if isinstance(n, Tensor) or n is None else x0, y)
-        by_sample, rows_of = mask_normalization == "sample", shape_of_rows(row_shape, prediction)
-        if isinstance(weight, Tensor) and has_elements(weight, rows_of):
-            mask, factor = carried(weight, mask, mask_normalization, reduction, rows_of, prediction, dtype)
-            own_weight, mask_normalization = as_tensor(own_weight) * factor, "none"
-        elif weight is not None:
-            own_weight = in_dtype(as_tensor(own_weight), dtype, prediction)
-            own_weight = own_weight * place_given("weight", weight, row_shape, prediction)
-        if r is not None and y is None:
-            raise ValueError("r is the factor of y in the target: pass y, a tensor shaped as prediction, too.")
-        if target is not None or y is not None:
-            r = None if y is None else place_given("r", 1.0 if r is None else r, row_shape, prediction)
-            p, r = (in_dtype(row, dtype, prediction) for row in (p, r))
-        p, q, scale, own_weight, c = [
-            row if row is None or row.dtype == dtype else in_dtype(row, dtype, prediction)
-            for row in (p, q, scale, own_weight, c)
-        ]
-        how = function.function, mask_normalization, reduction
-        call = LossCall(prediction, x0_, n, p, q, scale, own_weight, c, mask, y, r, *how)
-        if only_record:
-            return call
-        result = normalized(call)
-        if reduction != "none":
-            return result
-        if not by_sample:
-            return result.reshape(row_shape)
-        return result if mask_normalization == "sample" else result.flatten(1).mean(1)
+    def _loss(self, *how: Any, **more: Any) -> Tensor:
+        """The general way: see ``loss_record.loss``."""
+        return loss_record.loss(self, *how, **more)
 
     def _rows_of_loss(self, rows: Rows) -> tuple[Any, ...]:
         """(p, q, scale, weight, c), None for what this objective does not use."""
@@ -600,4 +567,4 @@ class Objective:
         check_noised(prediction, noised)
         check_tensor("prediction", prediction, "prediction")
         noised.check_unchanged()
-        return converting.convert(self, prediction, noised.x_t, noised.t, kinds.get(kind))
+        return converting.convert(self, prediction, noised.x_t, noised.t, kinds.get(kind), noised.packed_rows)

@@ -185,14 +185,14 @@ def samples_of(ids: Any, sample_offset: Any, batch: int, device: torch.device, s
         return sample_offset if known else whole("sample_offset", sample_offset)
     if sample_offset is not None and (type(sample_offset) is not int or sample_offset):
         raise ValueError("ids and sample_offset both say which samples these are: pass one of them.")
-    if not isinstance(ids, Tensor) or ids.dtype not in _WHOLE:
+    if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:
         raise TypeError(f"ids must be a tensor of integers, one a sample; got {brief(ids)}.")
     if ids.shape != (batch,):
         raise ValueError(f"ids must be [{batch}], one a sample; got {tuple(ids.shape)}.")
     return ids.to(device, torch.int64, non_blocking=True).contiguous()
 
 
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _offset_or_ids(value: Any) -> int | Tensor:

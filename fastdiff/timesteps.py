@@ -25,6 +25,8 @@ from .tensors import cached
 class Timesteps:
     """Base: ``fraction(u)`` maps float64 uniforms, [B] or [B, F], to fractions in [0, 1]."""
 
+    of_whole_batch = False  # whether a time depends on the uniforms of the other samples
+
     def __post_init__(self):
         check_fields(self)
 
@@ -75,6 +77,8 @@ class Stratified(Timesteps):
 
     inner: Timesteps = field(default_factory=Uniform)
 
+    of_whole_batch = True
+
     def __post_init__(self):
         object.__setattr__(self, "inner", _named(self.inner))
 
@@ -97,6 +101,8 @@ class Sobol(Timesteps):
     """
 
     inner: Timesteps = field(default_factory=Uniform)
+
+    of_whole_batch = True
 
     def __post_init__(self):
         object.__setattr__(self, "inner", _named(self.inner))
@@ -409,7 +415,7 @@ class Shifted(Timesteps):
     def __call__(self, u: Tensor, process: Process) -> Tensor:
         if getattr(process, "shift", 1.0) != 1.0:
             raise ValueError(f"the shift would be applied twice: {process!r} has one of its own. Use one of the two.")
-        if isinstance(self.inner, (Stratified, Sobol)):
+        if self.inner.of_whole_batch:
             name = type(self.inner).__name__
             raise ValueError(f"put {name} outside: {name}(Shifted(inner, shift)).")
         return super().__call__(u, process)
@@ -454,11 +460,7 @@ def _of_fractions(outer: str, timesteps: Timesteps | str) -> Timesteps:
     if type(found).fraction is Timesteps.fraction or (isinstance(found, Uniform) and found.by != "fraction"):
         raise ValueError(
             f"{outer} is of samplers of fractions; got {found!r}, which "
-            + (
-                "is of a whole batch: put it outside."
-                if isinstance(found, (Stratified, Sobol))
-                else "makes noise levels."
-            )
+            + ("is of a whole batch: put it outside." if found.of_whole_batch else "makes noise levels.")
         )
     return found
 

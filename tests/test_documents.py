@@ -179,12 +179,13 @@ def test_moments():
 
 def test_data():
     images, x0 = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), latents()
-    network, transformer = Network(), Network()
+    network, transformer, packed = Network(), Network(), Network()
     given = {
         "Images of uint8": {"images": images, "network": network},
         "Packed tokens": {"x0": x0, "transformer": transformer},
+        "Packed sequences": {"x0": torch.randn(1344, 64), "transformer": lambda x, t, lengths: packed(x, t[:1])},
     }
-    of_images, of_tokens = (dict(names) for names in run_blocks("docs/data.md", given))
+    of_images, of_tokens, of_sequences = (dict(names) for names in run_blocks("docs/data.md", given))
     assert of_images["noised"].x_t.dtype == torch.bfloat16 and network.weight.grad.isfinite()
     noised = of_tokens["noised"]
     assert noised.x_t.shape == of_tokens["prediction"].shape == (4, 16, 16) and transformer.weight.grad.isfinite()
@@ -193,6 +194,13 @@ def test_data():
     prediction = of_tokens["latents"].unpack(of_tokens["prediction"].detach(), 8, 8)
     torch.testing.assert_close(of_tokens["loss"], of_tokens["objective"].loss(prediction, plain))
     torch.testing.assert_close(of_tokens["clean"], of_tokens["objective"].predict_x0(prediction, plain))
+    noised, m = of_sequences["noised"], of_sequences["prediction"].detach()
+    error = (m - (noised.noise - of_sequences["x0"])).square().split(of_sequences["lengths"])
+    means = torch.stack([part.mean() for part in error])
+    torch.testing.assert_close(of_sequences["per_sequence"], means)
+    torch.testing.assert_close(of_sequences["of_sequences"], means.mean())
+    torch.testing.assert_close(of_sequences["loss"], torch.cat(error).mean())
+    assert noised.model_time.shape == (3,) and packed.weight.grad.isfinite()
 
 
 def test_migrating(schedulers, monkeypatch):
@@ -433,7 +441,7 @@ def test_every_block_is_one_that_runs():
     assert {name: number for name, number in found.items() if number} == {
         "README.md": 2,
         "docs/autoencoder.md": 2,
-        "docs/data.md": 2,
+        "docs/data.md": 3,
         "docs/diffusers.md": 1,
         "docs/distributed.md": 8,
         "docs/features.md": 3,

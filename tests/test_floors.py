@@ -20,7 +20,7 @@ FLOORS = [
     "ops.",
     "constancy coefficients",
     "guidance samplers. sampling.",
-    "distributed. tokens noised uncertainty explaining converting element_weights objective functional dropout "
+    "distributed. tokens packed noised uncertainty explaining converting element_weights loss_record objective functional dropout "
     "pyramid pairing likelihood autoencoder losses. video.",
     "integrations.",
     "trace doctor demo. bench. verify cli __main__",

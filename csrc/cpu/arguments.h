@@ -29,10 +29,14 @@ struct Rows {
 // N elements in memory order are outer x shared x frames x inner; element (o, s, f, i) belongs to row o * frames + f.
 // Leading rows ([B], [B, F]) have shared = frames = 1; rows [B, 1, F, 1, 1] of a video have shared = channels.
 // `samples` and `channels` (dimension 1) say which noise belongs to an element, whatever its row.
+//
+// Or, with `starts`, rows are sequences one after another, each a sample of its own length: sequence r has elements
+// starts[r] to starts[r + 1]. Then outer, shared, frames and inner are 1, and there are no samples of one size: 0.
 struct Layout {
   int64_t outer, shared, frames, inner;
   int64_t samples, channels;
   int64_t rows, elements;
+  const int64_t* starts = nullptr;  // [rows + 1], or null
 };
 
 constexpr int kTwisterWords = 624;

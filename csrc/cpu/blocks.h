@@ -20,15 +20,27 @@ FASTDIFF_INLINE void for_units(const Layout& layout, int64_t begin, int64_t end,
   int64_t segment = begin / pieces, piece = begin % pieces;
   int64_t frame = segment % layout.frames, rest = segment / layout.frames;
   int64_t shared = rest % layout.shared, outer = rest / layout.shared;
+  const int64_t* const starts = layout.starts;
+  int64_t sequence = 0, earlier = 0;  // units in earlier sequences
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t left = layout.inner - piece * kUnit;
     Unit unit;
-    unit.start = segment * layout.inner + piece * kUnit;
-    unit.row = outer * layout.frames + frame;
-    unit.slot = (unit.row * layout.shared + shared) * pieces + piece;
+    int64_t left;
+    if (starts) {
+      for (int64_t units; u >= earlier + (units = (starts[sequence + 1] - starts[sequence] + kUnit - 1) / kUnit); ++sequence)
+        earlier += units;
+      unit.start = starts[sequence] + (u - earlier) * kUnit;
+      unit.row = sequence;
+      unit.slot = u;
+      left = starts[sequence + 1] - unit.start;
+    } else {
+      left = layout.inner - piece * kUnit;
+      unit.start = segment * layout.inner + piece * kUnit;
+      unit.row = outer * layout.frames + frame;
+      unit.slot = (unit.row * layout.shared + shared) * pieces + piece;
+    }
     unit.length = int(left < kUnit ? left : kUnit);
     body(unit);
-    if (++piece < pieces) continue;
+    if (starts || ++piece < pieces) continue;
     piece = 0;
     ++segment;
     if (++frame < layout.frames) continue;
@@ -86,12 +98,29 @@ FASTDIFF_APART inline void add_offset(const Noise& noise, const Layout& layout, 
   }
 }
 
+struct Spot {
+  int64_t sample, element, left;  // elements of the sample from this one on
+};
+
+// In which sample an element is, and where in it.
+FASTDIFF_INLINE Spot spot_of(const Layout& layout, int64_t at) {
+  const int64_t* const starts = layout.starts;
+  if (!starts) {
+    const int64_t size = layout.elements / layout.samples;
+    return {at / size, at % size, size - at % size};
+  }
+  int64_t sample = 0, behind = layout.rows;
+  while (behind - sample > 1) {
+    const int64_t middle = (sample + behind) / 2;
+    (starts[middle] <= at ? sample : behind) = middle;
+  }
+  return {sample, at - starts[sample], starts[sample + 1] - at};
+}
+
 // Elements [start, start + count) of the noise, from memory order; writes up to kSlack beyond the end.
 FASTDIFF_APART inline void make_noise(const Noise& noise, const Layout& layout, int64_t start, int count, float* n) {
-  const int64_t sample_size = layout.elements / layout.samples;
   for (int done = 0; done < count;) {
-    const int64_t sample = (start + done) / sample_size, element = (start + done) % sample_size;
-    const int64_t left = sample_size - element;
+    const auto [sample, element, left] = spot_of(layout, start + done);
     const int part = left < count - done ? int(left) : count - done;
     normal_elements(noise.seed, noise.stream, noise.samples[sample], uint64_t(element), part, n + done);
     if (noise.offset != 0.0f) add_offset(noise, layout, sample, element, part, n + done);

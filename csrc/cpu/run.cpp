@@ -19,9 +19,22 @@ namespace {
 // Below so many elements a thread, waking it costs more than it saves.
 constexpr int64_t kElementsPerThread = 16384;
 
+// Of a row, which is a sequence where there are starts.
+int64_t row_size(const Layout& layout, int64_t row) {
+  return layout.starts ? layout.starts[row + 1] - layout.starts[row] : layout.elements / layout.rows;
+}
+
+int64_t units_of_row(const Layout& layout, int64_t row) {
+  if (layout.starts) return (row_size(layout, row) + kUnit - 1) / kUnit;
+  return layout.shared * ((layout.inner + kUnit - 1) / kUnit);
+}
+
 int64_t unit_count(const Layout& layout) {
   if (layout.elements == 0) return 0;
-  return layout.outer * layout.shared * layout.frames * ((layout.inner + kUnit - 1) / kUnit);
+  if (!layout.starts) return layout.rows * units_of_row(layout, 0);
+  int64_t units = 0;
+  for (int64_t row = 0; row < layout.rows; ++row) units += units_of_row(layout, row);
+  return units;
 }
 
 // What was written past the caches is there for every other thread.
@@ -99,11 +112,12 @@ void put(const Output& to, bool wide, int64_t at, double value) {
 
 // The sum of each row from those of its units, which lie side by side: in one order, whatever thread made them.
 void sum_rows(const Layout& layout, const double* units, double* rows) {
-  const int64_t per_row = unit_count(layout) / layout.rows;
   for (int64_t row = 0; row < layout.rows; ++row) {
+    const int64_t count = units_of_row(layout, row);
     double sum = 0;
-    for (int64_t k = 0; k < per_row; ++k) sum += units[row * per_row + k];
+    for (int64_t k = 0; k < count; ++k) sum += units[k];
     rows[row] = sum;
+    units += count;
   }
 }
 
@@ -115,12 +129,16 @@ int64_t find_divisors(const LossCall& call, bool wide, int threads, double* unit
     for (int64_t row = 0; row < rows; ++row) divisors[row] = 1;
     return rows;
   }
-  if (call.normalization == Normalization::none || !call.kernel.mask.tensor.data) {
-    for (int64_t row = 0; row < rows; ++row) divisors[row] = double(layout.elements / rows);
+  const bool masked = call.normalization != Normalization::none && call.kernel.mask.tensor.data;
+  // Rows of one size have the same divisor whether each is averaged or all elements are.
+  if (!masked && !(layout.starts && call.normalization == Normalization::row)) {
+    const bool own = call.normalization == Normalization::none && call.reduction == Reduction::none;
+    for (int64_t row = 0; row < rows; ++row)
+      divisors[row] = own ? double(row_size(layout, row)) : double(layout.elements) / double(rows);
     return rows;
   }
-  for (int64_t row = 0; row < rows; ++row) divisors[row] = 0;
-  if (layout.elements) {
+  for (int64_t row = 0; row < rows; ++row) divisors[row] = masked ? 0 : double(row_size(layout, row));
+  if (masked && layout.elements) {
     const MaskSumArguments arguments{layout, call.kernel.mask, units};
     const auto kernel = chosen().table->mask_sum[wide];
     parallel(layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Call, NoiseCall, NormalCall, RunCall, UniformCall
+from ..calls import Call, NoiseCall, NormalCall, Packed, RunCall, UniformCall
 from ..philox import Philox, Stream, Window
 from ..program import Program
 from ..tensors import Gathered
@@ -135,7 +135,7 @@ class Backend:
         x_t, n = run(self, call)
         zero = torch.zeros((1,) * call.x0.ndim, dtype=call.alpha.dtype, device=call.x0.device)
         p, q = zero if p is None else p, zero if q is None else q
-        target = NoiseCall(call.x0, n, p, q, keep_noise=False, dtype=call.dtype, order=call.order)
+        target = NoiseCall(call.x0, n, p, q, keep_noise=False, dtype=call.dtype, order=call.order, packed=call.packed)
         return x_t, n, run(self, target)[0]
 
     # ---- coefficients at times
@@ -153,13 +153,16 @@ class Backend:
 
     # ---- made of these, unless a backend has a better way
 
-    def materialize(self, noise: Any, shape: Any, device: torch.device, window: Window | None = None) -> Tensor | None:
+    def materialize(
+        self, noise: Any, shape: Any, device: torch.device, window: Window | None = None, packed: Packed | None = None
+    ) -> Tensor | None:
         """Make noise into a tensor, float32 of ``shape``, which with a ``window`` is a slice of each sample. A tensor,
         or None, is returned as it is."""
         if not isinstance(noise, Philox):
             return noise
         shape, how = tuple(shape), {"device": device, "rng": noise.rng}
-        n = run(self, NormalCall(noise.seed, shape, noise.stream, noise.sample_offset, window=window, **how))
+        made = noise.seed, shape, noise.stream, noise.sample_offset
+        n = run(self, NormalCall(*made, window=window, packed=packed, **how))
         if noise.offset:
             along = window and Window(window.shape[:1], window.start[:1])
             of_channels = NormalCall(

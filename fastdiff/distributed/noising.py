@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls import UniformCall
 from ..ops.dispatch import get
-from ..philox import Window, seeded
-from ..timesteps import Stratified
+from ..philox import Stream, Window, seeded
 from .agreeing import agreed_seed, compare
 from .part import Part
 
@@ -38,10 +38,12 @@ def noise_of(
     compare("objective.noise", part, tuple(x0.shape), **given)
     if drawn:
         seed = agreed_seed(part, generator, x0.device)
-    if t is None and isinstance(objective.timesteps, Stratified):
+    if t is None and objective.timesteps.of_whole_batch:
         if ids is not None:
-            raise ValueError("Stratified draws t for a whole batch: with a part, leave ids out, or draw t yourself.")
+            name = type(objective.timesteps).__name__
+            raise ValueError(f"{name} draws t for a whole batch: with a part, leave ids out, or draw t yourself.")
         first, batch = part.start[0], part.shape[0]
-        every = objective._draw(get(x0.device), seed, batch, samples - first, x0.device)
+        call = UniformCall(seed, batch, Stream.TIMESTEP, samples - first, x0.device)
+        every = objective._draw(get(x0.device), call)
         t = every[first : first + len(x0)]
     return seed, samples, part.window(x0.shape), t

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from .. import converting
 from .. import prediction as kinds
 from ..modes import version_of
-from ..noised import Noised, check_noised
+from ..noised import Noised, check_noised, refuse_packed
 from ..numeric import check_numbers
 from ..ops.checks import check_alike, check_floating, check_tensor, compute_dtype, place_rows
 from ..process import Levels, Process
@@ -173,6 +173,7 @@ class Sum:
         decoder that changes the batch.
         """
         check_noised(prediction, noised)
+        refuse_packed(noised, "losses.Sum")
         check_floating(prediction=prediction)
         options = {name: given.pop(name) for name in _OPTIONS if name in given}
         self._check_given(given, len(prediction), images)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import ops
 from .. import prediction as kinds
 from ..modes import lasting
-from ..noised import Noised, check_noised
+from ..noised import Noised, check_noised, refuse_packed
 from ..numeric import check_numbers
 from ..ops.checks import check_clip, check_floating, compute_dtype, place_rows
 from ..ops.dispatch import get as backend_of
@@ -188,6 +188,7 @@ class VariationalBound:
         reduction: str,
     ) -> Tensor:
         check_noised(output, noised)
+        refuse_packed(noised, "VariationalBound")
         noised.check_unchanged()
         check_floating(output=output)
         objective, t = self.objective, noised.t

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..calls import LossCall
+from ..calls import LossCall, Packed
 from ..codes import REDUCTIONS
 from ..losses import FUNCTIONS, NEED_C
 from ..philox import Philox
@@ -88,8 +88,9 @@ def loss(
     return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result
 
 
-def normalized(call: LossCall) -> Tensor:
-    """The loss of ``call``. "sample" is made of its means of rows, for all backends alike."""
+def normalized(call: LossCall, sequences: Packed | None = None) -> Tensor:
+    """The loss of ``call``. "sample" is made of its means of rows, for all backends alike. With ``sequences``, rows are
+    the tokens of packed sequences, and those are the samples."""
     prediction, weight, mask = call.prediction, call.weight, call.mask
     if call.mask_normalization != "sample":
         return dispatch.run(call, prediction.device)
@@ -99,13 +100,17 @@ def normalized(call: LossCall) -> Tensor:
         weight = weight.expand(batch, *weight.shape[1:])
     by_row = call._replace(weight=weight, mask_normalization="none", reduction="none")
     rows = dispatch.run(by_row, prediction.device)
-    sums = rows.double().flatten(1).sum(1) if rows.ndim > 1 else rows.double()
-    sums = sums * (math.prod(shape) // max(1, rows.numel()))  # elements in a row
-    if mask is None:
-        counts = torch.full_like(sums, math.prod(shape[1:]))
+    if sequences is not None:
+        kept = rows.new_ones(()) if mask is None else mask
+        sums, counts = (sequences.sums(values.double().expand(shape)) for values in (rows, kept))
     else:
-        own = mask.double().flatten(1).sum(1) if mask.ndim > 1 else mask.double()
-        counts = (own * (math.prod(shape[1:]) // max(1, math.prod(mask.shape[1:])))).expand(batch)
+        sums = rows.double().flatten(1).sum(1) if rows.ndim > 1 else rows.double()
+        sums = sums * (math.prod(shape) // max(1, rows.numel()))  # elements in a row
+        if mask is None:
+            counts = torch.full_like(sums, math.prod(shape[1:]))
+        else:
+            own = mask.double().flatten(1).sum(1) if mask.ndim > 1 else mask.double()
+            counts = (own * (math.prod(shape[1:]) // max(1, math.prod(mask.shape[1:])))).expand(batch)
     means = sums / torch.where(counts == 0, 1.0, counts)
     if call.reduction == "none":
         return means.to(rows.dtype)
@@ -121,6 +126,7 @@ def check_loss(
     reduction: str,
     y: Tensor | None = None,
     alone: bool = True,
+    packed: Packed | None = None,
 ) -> Tensor | None:
     """Raise TypeError or ValueError unless these go together. Returns the mask, with all of its dimensions. ``alone``:
     the mask is not a part of one, of which the other parts may not be empty."""
@@ -133,7 +139,7 @@ def check_loss(
         check_floating(y=y)
         check_alike(y=y, prediction=prediction)
     if n is not None:
-        check_noise(prediction=prediction, noise=n)
+        check_noise(packed, prediction=prediction, noise=n)
     if not prediction.ndim:
         raise ValueError("prediction must have a batch dimension; got a scalar.")
     _one_of("reduction", reduction, REDUCTIONS)

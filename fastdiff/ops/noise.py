@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..calls import NoiseCall
+from ..calls import NoiseCall, Packed
 from ..philox import MOST_OF_SAMPLE, Philox, Stream, Window
 from . import dispatch
 from .checks import check_alike, check_data, check_floating, compute_dtype, place_all
@@ -103,11 +103,11 @@ def made_noise(
     return (n + strength * offsets.reshape(spread)).to(compute_dtype(x0))
 
 
-def check_noise(**tensors: Tensor | Philox | None) -> Tensor | None:
+def check_noise(packed: Packed | None = None, /, **tensors: Tensor | Philox | None) -> Tensor | None:
     """Check noise against the tensor it goes with, which comes first: the noise if it is a tensor, else None."""
     (_, like), (name, n) = tensors.items()
     if isinstance(n, Philox):
-        n.check(like.shape)
+        n.check(like.shape if packed is None else packed.rows(like.shape))
     elif n is not None:
         check_floating(**{name: n})
         if n.shape != like.shape or n.device != like.device:

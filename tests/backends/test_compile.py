@@ -6,7 +6,6 @@ from devices import in_turn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiff
-from fastdiff.backends.reference import philox
 from fastdiff.calls import ConvertCall, NoiseCall
 from fastdiff.ops import operators as compiled
 from fastdiff.ops.operators import declaring
@@ -35,21 +34,25 @@ def given(*, grad=False, dtype=torch.float32):
     return (data(3, 2, 4, 5, grad=grad, dtype=dtype), None, 0, 0, None, 0.0, "exact")
 
 
+UNPACKED = None, None
+PACKED = torch.tensor([0, 40, 40, 120]), 0  # in data of [3, 2, 4, 5]: sequences of one, no and two tokens
 SMOOTH = ("smooth_l1", "none", "sum")
 IDS = torch.tensor([7, 2**40, 7])
 MADE, NONE = (None, SEED, 0, 5, None, 0.1, "exact"), (None, None, 0, 0, None, 0.0, "exact")
 XI = (None, SEED, 2, 5, None, 0.0, "exact")
+UNSHIFTED = (None, SEED, 0, 5, None, 0.0, "exact")
 BY_ID = (None, SEED, 0, 0, IDS, 0.1, "exact")
 
 
 def loss_arguments(
-    n, *, weight=None, mask=None, how=("mse", "none", "mean"), dtype=torch.float32, grad=True, third=False, x0=None
-):
+    n, *, weight=None, mask=None, how=("mse", "none", "mean"), dtype=torch.float32, grad=True, third=False, x0=None,
+    packed=UNPACKED,
+):  # fmt: skip
     c = rows() if how[0] == "pseudo_huber" else None
     weight = rows() if weight is None else weight
     prediction, x0 = data(3, 2, 4, 5, dtype=dtype, grad=grad), data(3, 2, 4, 5) if x0 is None else x0
     y, r = (data(3, 2, 4, 5), rows()) if third else (None, None)
-    return (prediction, weight, x0, *n, rows(), rows(), None, c, mask, y, r, *how)
+    return (prediction, weight, x0, *n, rows(), rows(), None, c, mask, y, r, *how, *packed)
 
 
 def gaussian_arguments(n, *, learned=True, grad=True, how=(False, "mean"), dtype=torch.float32, channels_last=False):
@@ -73,40 +76,93 @@ def patch_rows():
 
 
 def of_tokens():
-    return patch_rows(), patch_rows(), *(None,) * 5, "mse", "none", "mean"
+    return patch_rows(), patch_rows(), *(None,) * 5, "mse", "none", "mean", *UNPACKED
 
 
 CASES = {
     "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0, None)),
     "uniform by id": (OPS.uniform, lambda: (SEED, 3, 3, 0, IDS)),
-    "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, None, torch.float32, "exact", None, None)),
-    "normal by id": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 0, IDS, torch.float32, "exact", None, None)),
-    "normal of a slice": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, None, torch.float32, "exact", [4, 6], [1, 1])),
-    "noise given": (OPS.noise, lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True, None, None)),
+    "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, None, torch.float32, "exact", None, None, *UNPACKED)),
+    "normal by id": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 0, IDS, torch.float32, "exact", None, None, *UNPACKED)),
+    "normal of a slice": (
+        OPS.normal,
+        lambda: (SEED, [3, 2, 5], 0, 4, None, torch.float32, "exact", [4, 6], [1, 1], *UNPACKED),
+    ),
+    "noise given": (
+        OPS.noise,
+        lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True, None, None, *UNPACKED),
+    ),
     "noise with gradients": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, grad=True), *given(grad=True), rows(), rows(), 0.0, *NONE, True, None, None),
+        lambda: (
+            data(3, 2, 4, 5, grad=True),
+            *given(grad=True),
+            rows(),
+            rows(),
+            0.0,
+            *NONE,
+            True,
+            None,
+            None,
+            *UNPACKED,
+        ),
     ),
-    "noise made": (OPS.noise, lambda: (data(3, 2, 4, 5, grad=True), *MADE, rows(), rows(), 0.1, *XI, True, None, None)),
+    "noise made": (
+        OPS.noise,
+        lambda: (data(3, 2, 4, 5, grad=True), *MADE, rows(), rows(), 0.1, *XI, True, None, None, *UNPACKED),
+    ),
     "noise made by id": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, grad=True), *BY_ID, rows(), rows(), 0.1, *XI, True, None, None),
+        lambda: (data(3, 2, 4, 5, grad=True), *BY_ID, rows(), rows(), 0.1, *XI, True, None, None, *UNPACKED),
     ),
     "noise made, not kept": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, dtype=torch.bfloat16), *MADE, rows(), rows(), 0.0, *NONE, False, None, None),
+        lambda: (
+            data(3, 2, 4, 5, dtype=torch.bfloat16),
+            *MADE,
+            rows(),
+            rows(),
+            0.0,
+            *NONE,
+            False,
+            None,
+            None,
+            *UNPACKED,
+        ),
     ),
     "noise of channels_last": (
         OPS.noise,
-        lambda: (data(3, 2, 4, 5, channels_last=True), *given(), rows(), rows(), 0.0, *NONE, True, None, None),
+        lambda: (
+            data(3, 2, 4, 5, channels_last=True),
+            *given(),
+            rows(),
+            rows(),
+            0.0,
+            *NONE,
+            True,
+            None,
+            None,
+            *UNPACKED,
+        ),
     ),
     "noise of images": (
         OPS.noise,
-        lambda: (images(), *given(grad=True), rows(), rows(), 0.0, *NONE, True, torch.bfloat16, None),
+        lambda: (images(), *given(grad=True), rows(), rows(), 0.0, *NONE, True, torch.bfloat16, None, *UNPACKED),
     ),
     "noise of tokens": (
         OPS.noise,
-        lambda: (data(*PATCHES, grad=True), *MADE, patch_rows(), patch_rows(), 0.0, *NONE, True, None, TOKENS),
+        lambda: (
+            data(*PATCHES, grad=True),
+            *MADE,
+            patch_rows(),
+            patch_rows(),
+            0.0,
+            *NONE,
+            True,
+            None,
+            TOKENS,
+            *UNPACKED,
+        ),
     ),
     "loss of tokens": (
         OPS.loss,
@@ -147,9 +203,45 @@ CASES = {
     ),
     "loss with a scale": (
         OPS.loss,
-        lambda: (data(3, 2, 4, 5, grad=True), rows(), None, *MADE, None, rows(), rows(), rows(), *(None,) * 3, *SMOOTH),
+        lambda: (
+            data(3, 2, 4, 5, grad=True),
+            rows(),
+            None,
+            *MADE,
+            None,
+            rows(),
+            rows(),
+            rows(),
+            *(None,) * 3,
+            *SMOOTH,
+            *UNPACKED,
+        ),
     ),
     "loss with a third operand": (OPS.loss, lambda: loss_arguments(MADE, third=True, weight=rows().requires_grad_())),
+    "normal, packed": (OPS.normal, lambda: (SEED, [3, 2, 4, 5], 0, 0, IDS, torch.float32, "exact", *PACKED)),
+    "noise, packed": (
+        OPS.noise,
+        lambda: (data(3, 2, 4, 5, grad=True), *UNSHIFTED, rows(), rows(), 0.1, *XI, True, None, None, *PACKED),
+    ),
+    "loss, packed": (OPS.loss, lambda: loss_arguments(UNSHIFTED, weight=rows().requires_grad_(), packed=PACKED)),
+    "loss, packed, summed": (
+        OPS.loss,
+        lambda: loss_arguments(given(), weight=rows().requires_grad_(), how=("l1", "none", "sum"), packed=PACKED),
+    ),
+    "loss, packed, by row": (
+        OPS.loss,
+        lambda: loss_arguments(given(), weight=rows().requires_grad_(), how=("mse", "row", "mean"), packed=PACKED),
+    ),
+    "loss, packed, per row, masked": (
+        OPS.loss,
+        lambda: loss_arguments(
+            given(), mask=torch.rand(3, 1, 4, 5) > 0.5, how=("pseudo_huber", "row", "none"), packed=PACKED
+        ),
+    ),
+    "gradient, packed": (
+        OPS.loss_gradient,
+        lambda: (torch.tensor(0.5), *loss_arguments(given(), grad=False, packed=PACKED)),
+    ),
     "gradient": (OPS.loss_gradient, lambda: (torch.tensor(0.5), *loss_arguments(given(), grad=False))),
     "gradient of channels_last": (
         OPS.loss_gradient,
@@ -307,19 +399,18 @@ def _reference(operator, *arguments):
         *how, sample_offset, ids = arguments
         return (reference.uniform(*how, sample_offset if ids is None else ids),)
     if name == "normal":
-        *how, sample_offset, ids, dtype, _, whole, start = arguments
-        n = philox.normal(
-            *how, sample_offset if ids is None else ids, dtype, window=whole and Window(tuple(whole), tuple(start))
-        )
-        return (n,)
+        *how, sample_offset, ids, dtype, _, whole, start, starts, dim = arguments
+        packed, window = declaring.packed_of(starts, dim), whole and Window(tuple(whole), tuple(start))
+        samples = sample_offset if ids is None else ids
+        return (reference.normal(*how, samples, dtype, packed=packed, window=window),)
     if name == "convert":
         return (reference.convert(*arguments),)
     if name == "row_moments":
         return tuple(torch.empty(0) if s is None else s for s in reference.row_moments(*arguments))
     if name == "noise":
         n, how = source(arguments[1:])
-        xi, others = source(how[3:])
-        x_t, kept = reference.noise(arguments[0], n, *how[:3], xi, *others)
+        xi, (*others, starts, dim) = source(how[3:])
+        x_t, kept = reference.noise(arguments[0], n, *how[:3], xi, *others, declaring.packed_of(starts, dim))
         return x_t, kept if isinstance(kept, torch.Tensor) and kept is not n else torch.empty(0)
     if name == "step":
         x, m, row, history = arguments[:4]
@@ -346,7 +437,8 @@ def _reference(operator, *arguments):
         n, others = source(arguments[3:])
         return (reference.gaussian_kl(output, x0, n, *others[:7], weight, *others[7:]),)
     prediction, weight, x0 = arguments[:3]
-    n, (p, q, scale, c, mask, y, r, *how) = source(arguments[3:])
+    n, (p, q, scale, c, mask, y, r, *how, starts, dim) = source(arguments[3:])
+    how.append(declaring.packed_of(starts, dim))
     return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *how, y=y, r=r),)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import LossCall
+from ...calls import LossCall, Packed
 from ...codes import DTYPES
 from ...program import OF_LOSS, OF_NOISE, Program
 from ...torch_access import _C, reads_tensors
@@ -46,6 +46,7 @@ def noise(
     keep: bool,
     rng: str = "exact",
     dtype: torch.dtype | None = None,
+    packed: Packed | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, None] | None:
     """Noise a batch with one time a sample: (x_t, the noise if it was made and kept, the times, None); or None.
 
@@ -59,11 +60,13 @@ def noise(
         keep: whether noise that is made is returned.
         rng: without effect: a CPU has one way to make noise.
         dtype: of x_t, or None for that of x0.
+        packed: where the sequences lie whose times these are, if they are packed.
     """
     if not x0.is_cpu or (n is None and made[3] and x0.ndim < 3):  # another device: where this backend is forced
         return None
     if t is None:
-        t = torch.empty(x0.shape[0], dtype=torch.int64 if program.index else torch.float64, device="cpu")
+        samples = x0.shape[0] if packed is None else packed.sequences
+        t = torch.empty(samples, dtype=torch.int64 if program.index else torch.float64, device="cpu")
         times = draw[0].kept.get(_OF_T) or handle(draw[0], _T)
         t = _C.fast_times(times, t, made[0], draw[1], made[2])
     kept = None
@@ -75,7 +78,8 @@ def noise(
                 x0, dtype=torch.float64 if wide else torch.float32, memory_format=torch.contiguous_format
             )
     source = program.kept.get(_OF_NOISE) or handle(program, OF_NOISE)
-    x_t = _C.fast_noise(source, x0, t, n, kept, None if dtype is None else DTYPES[dtype], _threads())
+    code, starts = None if dtype is None else DTYPES[dtype], None if packed is None else packed.starts
+    x_t = _C.fast_noise(source, x0, t, n, kept, code, _threads(), starts)
     return None if x_t is None else (x_t, kept, t, None)
 
 
@@ -90,6 +94,7 @@ def loss(
     at_hand: Any,
     record: Callable[..., LossCall],
     how: tuple[Tensor | None, str, Tensor | float | None, str],
+    packed: Packed | None = None,
 ) -> Tensor | None:
     """The loss of a batch with one time a sample, recorded for autograd; or None.
 
@@ -101,12 +106,14 @@ def loss(
         record: (prediction, *others) -> the record, for a gradient that is differentiated again, or many at once. The
             others are tensors that it holds itself, which have not been written into.
         how: (mask, reduction, weight, mask_normalization) as ``Objective.loss`` takes them.
+        packed: as for ``noise``: then it is the plain mean that is computed.
     """
     if n is not None and not isinstance(n, Tensor):
         return None
     mask, reduction, weight, normalization = how
     codes = _CODES.get((normalization, reduction)) if type(normalization) is type(reduction) is str else None
-    if codes is None:
+    further = mask is not None or weight is not None or reduction != "mean" or normalization != "none"
+    if codes is None or (packed is not None and further):
         return None
     recorded = prediction.requires_grad and _grad()
     # A float16 loss is scaled, and losses of rows are weighted: a gradient for 1 would be of no use.
@@ -116,9 +123,9 @@ def loss(
     source = program.kept.get(_OF_LOSS) or handle(program, OF_LOSS)
     if weight is not None and (type(weight) is float or type(weight) is int):
         weight = one.new_full((), weight)
-    rho, (by, kind) = FUNCTIONS[function], codes
+    rho, (by, kind), starts = FUNCTIONS[function], codes, None if packed is None else packed.starts
     made = _C.fast_loss(
-        source, present, rho, prediction, x0, n, t, one, ahead, _threads(), mask, by, kind, weight, None
+        source, present, rho, prediction, x0, n, t, one, ahead, _threads(), mask, by, kind, weight, None, starts
     )
     if made is None or not recorded:
         return None if made is None else made[0]
@@ -126,7 +133,7 @@ def loss(
     def again(upstream, prediction, x0, n, t, mask=None, weight=None):
         upstream = upstream.contiguous()
         found = _C.fast_loss(
-            source, present, rho, prediction, x0, n, t, one, True, _threads(), mask, by, kind, weight, upstream
+            source, present, rho, prediction, x0, n, t, one, True, _threads(), mask, by, kind, weight, upstream, starts
         )
         return found and found[1]
 

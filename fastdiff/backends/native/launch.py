@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...calls import Packed
 from ...codes import DTYPES
 from ...modes import wrapping
 from ...torch_access import _C
@@ -71,8 +72,12 @@ def in_format_of(tensor: Tensor, result: Tensor | None) -> Tensor | None:
     return torch.empty_like(tensor, dtype=result.dtype).copy_(result)
 
 
-def arrange(shape: torch.Size, *rows: Tensor | None) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
+def arrange(
+    shape: torch.Size, *rows: Tensor | None, packed: Packed | None = None
+) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
     """The layout for rows that may be shared differently, and the rows: a single number, or contiguous in one shape."""
+    if packed is not None:
+        return memory(packed.starts), [contiguous(row) for row in rows]
     common = None
     for row in rows:
         if row is not None and row.numel() != 1:

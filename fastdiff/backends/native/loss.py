@@ -43,7 +43,9 @@ def declines(call: LossCall) -> str:
         return because
     if differentiable(x0, n, p, q, scale, c, mask, y, r):
         return COEFFICIENTS
-    return "" if fits(prediction.shape, weight, p, q, scale, c, r) else "rows that alternate too often for a layout"
+    if call.packed is None and not fits(prediction.shape, weight, p, q, scale, c, r):
+        return "rows that alternate too often for a layout"
+    return ""
 
 
 class Made(NamedTuple):
@@ -113,8 +115,7 @@ class _Loss(torch.autograd.Function):
                 gradient = launch(call, upstream=upstream, value=False, gradient=True).gradient
         d_weight = None
         if for_weight:
-            of = call.prediction, call.weight, call.mask, call.mask_normalization
-            count = rows_of_mean(*of) if call.reduction == "mean" else 1
+            count = rows_of_mean(call) if call.reduction == "mean" else 1
             d_weight = (upstream * ctx.means / count).to(call.weight.dtype)
         return gradient if for_prediction else None, d_weight, *(None,) * 5
 
@@ -139,12 +140,14 @@ def launch(
 ) -> Made:
     """One pass over the data, which computes those of the loss, the means of the rows and the gradient that are
     wanted."""
-    prediction, x0, n, p, q, scale, weight, c, mask, y, r, function, normalization, reduction = call
+    prediction, x0, n, p, q, scale, weight, c, mask, y, r, function, normalization, reduction, packed = call
     dtype, shape = weight.dtype, prediction.shape
     if reduction == "none" and upstream is not None:
-        layout, (w, p_, q_, scale_, c_, r_, up) = arrange(shape, weight, p, q, scale, c, r, upstream.to(dtype))
+        layout, (w, p_, q_, scale_, c_, r_, up) = arrange(
+            shape, weight, p, q, scale, c, r, upstream.to(dtype), packed=packed
+        )
     else:
-        layout, (w, p_, q_, scale_, c_, r_) = arrange(shape, weight, p, q, scale, c, r)
+        layout, (w, p_, q_, scale_, c_, r_) = arrange(shape, weight, p, q, scale, c, r, packed=packed)
         up = upstream if upstream is None or upstream.dtype == dtype else upstream.to(dtype)
     rows = weight.shape
     result = weight.new_empty(rows if reduction == "none" else ()) if value else None

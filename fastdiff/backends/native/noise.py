@@ -35,6 +35,7 @@ class _Noise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x0, n, call):
         save(ctx, call.alpha, call.sigma)
+        ctx.packed = call.packed
         ctx.dtypes = x0.dtype, n.dtype if isinstance(n, Tensor) else None
         x_t, kept = _launch(call)
         if kept is not n and isinstance(kept, Tensor):
@@ -44,6 +45,8 @@ class _Noise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         alpha, sigma = saved(ctx)
+        if ctx.packed is not None:
+            alpha, sigma = (ctx.packed.spread(row, gradient.shape) for row in (alpha, sigma))
         wide = gradient.to(alpha.dtype)
         d_x0 = (alpha * wide).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         d_n = (sigma * wide).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
@@ -53,7 +56,7 @@ class _Noise(torch.autograd.Function):
 def _launch(call: NoiseCall) -> tuple[Tensor, Any]:
     x0, n, alpha, sigma, perturbation, xi, keep_noise = call[:7]
     shape = x0.shape
-    layout, (a, s) = arrange(shape, alpha, sigma)
+    layout, (a, s) = arrange(shape, alpha, sigma, packed=call.packed)
     order, kept = call.order, n
     x_t = empty(shape, call.stored, x0) if order is None else empty_in_order(shape, order, call.stored, x0.device)
     if keep_noise and not isinstance(n, Tensor):

@@ -22,7 +22,7 @@ def declines(call: NormalCall) -> str:
 def run(call: NormalCall, backend: Backend) -> Tensor:
     """See ``NormalCall``."""
     z = torch.empty(call.shape, dtype=call.dtype, device="cpu")
-    layout, _ = arrange(z.shape)
+    layout, _ = arrange(z.shape, packed=call.packed)
     source = int(call.seed), call.stream, samples(call.sample_offset), 0.0
     window = call.window and call.window.runs(z.shape[1:])
     _C.normal(layout, source, window, memory(z), torch.get_num_threads())

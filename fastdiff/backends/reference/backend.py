@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import RunCall
+from ...calls import Packed, RunCall
 from ...philox import Window
 from ..interface import Backend
 from .trajectory import Trajectory
@@ -29,9 +29,11 @@ class Reference(Backend):
     def description(self) -> str:
         return "plain PyTorch, on every device"
 
-    def materialize(self, noise: Any, shape: Any, device: torch.device, window: Window | None = None) -> Tensor | None:
+    def materialize(
+        self, noise: Any, shape: Any, device: torch.device, window: Window | None = None, packed: Packed | None = None
+    ) -> Tensor | None:
         maker = super() if self._maker is None else self._maker
-        return maker.materialize(noise, shape, device, window)
+        return maker.materialize(noise, shape, device, window, packed)
 
     def trajectory(self, call: RunCall) -> Trajectory:
         return Trajectory(self, call)

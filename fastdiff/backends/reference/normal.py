@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...calls import NormalCall
@@ -15,4 +16,11 @@ def declines(call: NormalCall) -> str:
 
 def run(call: NormalCall, backend: Backend) -> Tensor:
     """See ``NormalCall``."""
-    return philox.normal(*call[:6], window=call.window)
+    seed, shape, stream, samples, dtype, device, _, window, packed = call
+    if packed is None:
+        return philox.normal(seed, shape, stream, samples, dtype, device, window)
+    normals = torch.empty(shape, dtype=dtype, device=device)
+    for k, sequence in enumerate(packed.split(normals)):
+        of = samples[k : k + 1] if isinstance(samples, Tensor) else samples + k
+        sequence.copy_(philox.normal(seed, (1, sequence.numel()), stream, of, dtype, device).view(sequence.shape))
+    return normals

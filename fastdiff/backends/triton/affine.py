@@ -9,19 +9,32 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import modes
+from ...calls import Packed
 from ...tensors import as_tensor
 from ..interface import differentiable
 from . import launch
-from .arguments import fits, source_of, untouched
+from .arguments import fits, source_of, starts_on, untouched
 from .coefficients import arrange
 from .launch import Kernel
-from .plan import order_of, plan, tile_of
-from .tiles import coefficient, entry_of, laid_out, load, made_noise, place_of, prefetch, row_of, spot_of, store
+from .plan import order_of, plan, plan_of_sequences, tile_of
+from .tiles import (
+    coefficient,
+    entry_of,
+    laid_out,
+    load,
+    made_noise,
+    place_of,
+    place_packed,
+    prefetch,
+    row_of,
+    spot_of,
+    store,
+)
 
 
 @Kernel
 def affine(
-    out, kept, target, u, v, xi, a, b, p, q, index, seed, ids, xi_seed, xi_ids,
+    out, kept, target, u, v, xi, a, b, p, q, index, seed, ids, xi_seed, xi_ids, starts,
     stream, sample_offset, strength, xi_stream, xi_sample_offset, xi_strength, gamma,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
     c_size, c_factor, c_shift, h_size, h_factor, h_shift, w_size, w_factor, w_shift,
@@ -38,7 +51,12 @@ def affine(
     Products and sums are rounded one by one, as in the reference: the kernel is compiled without contraction, but for
     noise of the fast transform, which has not the reference's bits in any case.
     """
-    run, block, start, place, inside = place_of(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    if GRID == "packed":
+        run, block, start, place, inside, units = place_packed(starts, C, UNIT, WIDE)
+        if block * C >= units * UNIT:
+            return
+    else:
+        run, block, start, place, inside = place_of(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
     if V != "none" and V != "tensor" and (A_KIND != "none" or P_KIND != "none"):
         prefetch(u, start, block, units, R, C, UNIT, EVEN, ASM)
     row = row_of(run, per, frames, shared, ROWS)
@@ -90,23 +108,27 @@ def affine(
 def affine_launch(
     shape: tuple[int, ...], device: torch.device, u: Tensor | None, a: Any, v: Any, b: Any,
     out: Tensor | None, kept: Tensor | None = None, gamma: float = 0.0, xi: Any = None,
-    target: Tensor | None = None, p: Any = None, q: Any = None, order: str = "none",
+    target: Tensor | None = None, p: Any = None, q: Any = None, order: str = "none", packed: Packed | None = None,
 ) -> tuple[tuple[int, int], tuple, tuple]:  # fmt: skip
     """The launch of out = a u + b (v + gamma xi), kept = v, target = p u + q v: (grid, arguments, constants). Tensors
     are contiguous, but out and target lie in ``order`` (``layout.TOKENS``); v and xi may be a ``Philox``."""
-    rows = arrange(shape, a, b, p, q)
+    rows = arrange(shape, a, b, p, q, rows=None if packed is None else packed.rows(shape))
     (seed, ids, *of_v), (kind, seed_kind, offset) = source_of(v, device)
     (xi_seed, xi_ids, *of_xi), (xi_kind, xi_seed_kind, xi_has_offset) = source_of(xi, device)
     made = kind in ("exact", "fast") or xi_kind in ("exact", "fast")
     written = out if out is not None else kept
     tile = tile_of(written.numel(), written.element_size())
-    how = plan(shape, rows.shape, tile, made, offset or xi_has_offset)
+    starts = None
+    if packed is None:
+        how = plan(shape, rows.shape, tile, made, offset or xi_has_offset)
+    else:
+        how, starts = plan_of_sequences(packed, shape, tile), starts_on(device, packed)
     numbers, ordered = order_of(order, shape, how)
     return (
         how.grid,
         (
             *(out, kept, target, u, v if kind == "tensor" else None, xi if xi_kind == "tensor" else None),
-            *(*rows.pointers, rows.index, seed, ids, xi_seed, xi_ids, *of_v, *of_xi, gamma),
+            *(*rows.pointers, rows.index, seed, ids, xi_seed, xi_ids, starts, *of_v, *of_xi, gamma),
             *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs, *numbers),
         ),
         (
@@ -116,12 +138,12 @@ def affine_launch(
     )
 
 
-def run(shape: tuple[int, ...], device: torch.device, *operands: Any) -> None:
+def run(shape: tuple[int, ...], device: torch.device, *operands: Any, packed: Packed | None = None) -> None:
     """Launch the kernel: see ``affine_launch``."""
-    affine(device, *affine_launch(shape, device, *operands))
+    affine(device, *affine_launch(shape, device, *operands, packed=packed))
 
 
-def scaled(gradient: Tensor, wanted: Any) -> list[Tensor | None]:
+def scaled(gradient: Tensor, wanted: Any, packed: Packed | None = None) -> list[Tensor | None]:
     """row * gradient, rounded once, for each (row, dtype, whether it is wanted)."""
     results: list[Tensor | None] = []
     for row, dtype, needed in wanted:
@@ -134,9 +156,10 @@ def scaled(gradient: Tensor, wanted: Any) -> list[Tensor | None]:
             or not untouched()
             or modes.is_many(gradient)
         ):
-            results.append((as_tensor(row) * gradient.to(torch.float32)).to(dtype))
+            row = as_tensor(row) if packed is None else packed.spread(row, gradient.shape)
+            results.append((row * gradient.to(torch.float32)).to(dtype))
         else:
             out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-            run(tuple(out.shape), out.device, gradient.contiguous(), row, None, None, out)
+            run(tuple(out.shape), out.device, gradient.contiguous(), row, None, None, out, packed=packed)
             results.append(out)
     return results

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import modes
+from ...calls import Packed
 from ...tensors import Gathered
 from ..interface import TRANSFORMED
 from ..layout import memory_order
@@ -118,6 +119,19 @@ def seed_of(seed: int | Tensor, device: torch.device) -> tuple[int | Tensor, str
 def samples_on(device: torch.device, sample_offset: int | Tensor) -> tuple[int, Tensor | None]:
     """(the index of the first sample, None), or (0, ids on the device)."""
     return (0, sample_offset.to(device)) if isinstance(sample_offset, Tensor) else (sample_offset, None)
+
+
+MOST_SEQUENCES = (1 << 16) - 1  # programs in the second dimension of a grid
+
+
+def too_many(packed: Packed) -> str:
+    """Why the kernels do not take packed sequences; empty if they do."""
+    return "" if packed.sequences <= MOST_SEQUENCES else f"more than {MOST_SEQUENCES} sequences"
+
+
+def starts_on(device: torch.device, packed: Packed) -> Tensor:
+    """Where packed sequences start, on the device; the copy is not waited for."""
+    return packed.starts.to(device, non_blocking=True)
 
 
 class Seeded(NamedTuple):

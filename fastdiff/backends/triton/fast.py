@@ -152,10 +152,13 @@ def noise(
     keep: bool,
     rng: str = "exact",
     dtype: torch.dtype | None = None,
+    packed: Any = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
     """(x_t, the noise if it was made and kept, the times, the coefficients if they are not looked up), with one time a
     sample; or None. See ``native/fast.py`` for the arguments."""
     device, shape = x0.device, x0.shape
+    if packed is not None:  # it takes the general way
+        return None
     if not _plain(device, x0, n, t) or (n is not None and n.shape != shape) or (n is None and made[3] and x0.ndim < 3):
         return None
     if t is not None and not _has_time(program, t, x0):
@@ -250,6 +253,7 @@ def loss(
     columns: Tensor | None,
     record: Callable[..., LossCall],
     how: tuple[Tensor | None, str, Tensor | float | None, str],
+    packed: Any = None,
 ) -> Tensor | None:
     """The mean loss of a batch with one time a sample, recorded for autograd; or None. See ``native/fast.py`` for the
     arguments.
@@ -263,7 +267,7 @@ def loss(
         return None
     device, shape = prediction.device, prediction.shape
     given = n if isinstance(n, Tensor) else None
-    if not _plain(device, prediction, x0, given, t) or not _has_time(program, t, prediction):
+    if packed is not None or not _plain(device, prediction, x0, given, t) or not _has_time(program, t, prediction):
         return None
     for data in (x0, given):
         if data is not None and (data.shape != shape or (data.requires_grad and _grad())):

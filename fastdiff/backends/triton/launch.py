@@ -46,7 +46,7 @@ _INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_
 _FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance", "least", "most"}
 # Sizes, counts and strides; with the two above, what is never a tensor.
 _NUMBERS = {"steps", "stride", "units", "runs", "blocks", "per", "frames", "shared", "sample_runs", "channel_runs"} | {
-    *("m1", "m2", "m3", "s0", "s1", "s2", "s3", "s4", "rows", "parts", "number", "width", "total", "each"),
+    *("m1", "m2", "m3", "s0", "s1", "s2", "s3", "s4", "rows", "parts", "number", "width", "total", "each", "averaged"),
     *("c_size", "c_factor", "c_shift", "h_size", "h_factor", "h_shift", "w_size", "w_factor", "w_shift"),
 }  # fmt: skip
 _SEEDS = {"seed", "xi_seed"}  # a tensor, or a number

@@ -24,20 +24,32 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import modes
-from ...calls import LossCall
+from ...calls import LossCall, Packed
 from ...tensors import Gathered
 from ..interface import COEFFICIENTS, Backend, differentiable
 from ..layout import TOKENS, empty_in_order, layout_of, order_of_tokens
 from ..reference import rows_of_mean
 from ..saving import save, saved
 from . import launch
-from .arguments import TYPES, permuted, source_of, unsuited
+from .arguments import TYPES, permuted, source_of, starts_on, too_many, unsuited
 from .coefficients import arrange, is_one, shape_of
 from .functions import derivative, error, reciprocal
 from .launch import Kernel
-from .plan import mask_of, order_of, plan, strided, tile_of
+from .plan import mask_of, order_of, plan, plan_of_sequences, strided, tile_of
 from .reduction import finish, is_last, store_pair, tile_sum, total_of
-from .tiles import coefficient, entry_of, laid_out, load, made_noise, place_of, prefetch, row_of, spot_of, store
+from .tiles import (
+    coefficient,
+    entry_of,
+    laid_out,
+    load,
+    made_noise,
+    place_of,
+    place_packed,
+    prefetch,
+    row_of,
+    spot_of,
+    store,
+)
 from .workspace import Cell, cell, of_this_stream, workspace
 
 _NO_STRIDES = (1,) * 3 + (0,) * 4
@@ -75,10 +87,10 @@ def _mask(mask, start, place, inside, sizes, strides, DIMS: tl.constexpr, TOGETH
 
 @Kernel
 def loss(
-    prediction, x0, n, third, gradient, mask, p, q, scale, weight, c, r, index, seed, ids,
+    prediction, x0, n, third, gradient, mask, p, q, scale, weight, c, r, index, seed, ids, starts,
     upstream, used, assumed, result, means, divisor, counters, partials,
     stream, sample_offset, strength, size, size_low, mean, both,
-    m1, m2, m3, s0, s1, s2, s3, s4, rows, parts, number,
+    m1, m2, m3, s0, s1, s2, s3, s4, rows, averaged, parts, number,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
     c_size, c_factor, c_shift, h_size, h_factor, h_shift, w_size, w_factor, w_shift,
     P_KIND: tl.constexpr, Q_KIND: tl.constexpr, SCALE_KIND: tl.constexpr, WEIGHT_KIND: tl.constexpr,
@@ -86,7 +98,7 @@ def loss(
     N: tl.constexpr, SEED: tl.constexpr, OFFSET: tl.constexpr, MASK_DIMS: tl.constexpr,
     TOGETHER: tl.constexpr, ORDER: tl.constexpr, PATCH_P: tl.constexpr, PATCH_Q: tl.constexpr, IN_ROW: tl.constexpr,
     FUNCTION: tl.constexpr, NORMALIZATION: tl.constexpr, REDUCTION: tl.constexpr, LANES: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, OWN: tl.constexpr,
     ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, GRID: tl.constexpr, SAMPLES: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -99,8 +111,10 @@ def loss(
 
     Args:
         number: how many sums the last stage adds up.
-        size, size_low: how many elements a row has, as a pair of float32; 1 for reduction "sum".
-        mean: 1 / (the number of rows) for reduction "mean", otherwise 1.
+        size, size_low: how many elements a row has, as a pair of float32; 1 for reduction "sum". OWN: each packed
+            sequence has its own ("yes"), an empty one that of one element ("or one"); otherwise "no".
+        averaged: how many rows a mean is over where no mask's sum divides.
+        mean: 1 / averaged for reduction "mean", otherwise 1.
         both: mean / size.
         divisor: where the mask's sum divides, the factor of the gradients: one number ("global"); or one a row, and
             after them 1 / (the number of rows with something in the mask) ("row").
@@ -116,7 +130,21 @@ def loss(
             return
         tl.store(assumed, came, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
 
-    run, block, start, place, inside = place_of(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    own_parts = parts
+    if GRID == "packed":
+        run, block, start, place, inside, units = place_packed(starts, C, UNIT, WIDE)
+        if (block * C >= units * UNIT) & (block > 0):
+            return
+        own_parts = tl.maximum((units * UNIT + C - 1) // C, 1)
+    else:
+        run, block, start, place, inside = place_of(units, runs, blocks, R, C, UNIT, GRID, EVEN, WIDE)
+    if OWN != "no":
+        elements = units * UNIT
+        size = elements.to(tl.float32)
+        size_low = (elements - size.to(tl.int64)).to(tl.float32)
+        both = mean / size
+        if OWN == "or one":
+            size = tl.where(elements == 0, 1.0, size)
     if N != "none" and N != "tensor":
         if ORDER == "none":
             prefetch(prediction, start, block, units, R, C, UNIT, EVEN, ASM)
@@ -245,16 +273,16 @@ def loss(
             store_pair(partials + part, everything, total, total_low, there)
             if NORMALIZATION != "none":
                 store_pair(partials + 2 * everything + part, everything, count, count_low, there)
-            if is_last(counters + 1 + row, parts):
-                total, total_low = total_of(partials + row * parts, parts, everything, LANES)
+            if is_last(counters + 1 + row, own_parts):
+                total, total_low = total_of(partials + row * parts, own_parts, everything, LANES)
                 if NORMALIZATION != "none":
-                    count, count_low = total_of(partials + 2 * everything + row * parts, parts, everything, LANES)
+                    count, count_low = total_of(partials + 2 * everything + row * parts, own_parts, everything, LANES)
                 finish(row, there, total, total_low, count, count_low, strong, result, means, divisor, counters,
-                        partials + 4 * everything, number, row, rows, size, size_low, mean,
+                        partials + 4 * everything, number, row, rows, averaged, size, size_low, mean,
                         NORMALIZATION, REDUCTION, R, LANES, EMULATE)  # fmt: skip
         else:
             finish(row, there, total, total_low, count, count_low, strong, result, means, divisor, counters,
-                    partials, number, place, rows, size, size_low, mean,
+                    partials, number, place, rows, averaged, size, size_low, mean,
                     NORMALIZATION, REDUCTION, R, LANES, EMULATE)  # fmt: skip
 
 
@@ -266,7 +294,9 @@ def declines(call: LossCall) -> str:
         return because
     if differentiable(x0, n, p, q, scale, c, mask, y, r) or (isinstance(weight, Gathered) and differentiable(weight)):
         return COEFFICIENTS
-    if not own_rows(tuple(prediction.shape), shape_of(weight), p, q, scale, c, r):
+    if call.packed is not None and (because := too_many(call.packed)):
+        return because
+    if call.packed is None and not own_rows(tuple(prediction.shape), shape_of(weight), p, q, scale, c, r):
         return "rows that alternate too often for a layout"
     return "" if mask is None or (type(mask) in TYPES and mask.dtype in launch.POINTERS) else "a mask of another dtype"
 
@@ -279,7 +309,12 @@ def _needed(call: LossCall) -> LossCall:
         call = call._replace(q=None, n=None)
     if call.r is None or call.y is None:
         call = call._replace(r=None, y=None)
-    return call._replace(mask_normalization="none") if call.mask is None else call
+    return call._replace(mask_normalization="none") if call.mask is None and call.packed is None else call
+
+
+def masks_divide(call: LossCall) -> bool:
+    """Whether sums of the mask divide."""
+    return call.mask is not None and call.mask_normalization != "none"
 
 
 class Made(NamedTuple):
@@ -305,7 +340,7 @@ def run(call: LossCall, backend: Backend) -> Tensor:
     prediction, weight = call.prediction, call.weight
     if not differentiable(prediction, weight):
         return _pass(call).value
-    written = ahead(prediction) and call.reduction != "none" and call.mask_normalization == "none"
+    written = ahead(prediction) and call.reduction != "none" and not masks_divide(call)
     made, how = _pass(call, means=differentiable(weight), gradient=written), call[11:]
     divisor = made.divisor  # of ``made`` no more is held: its cell is waiting as long as somebody holds it
 
@@ -354,8 +389,7 @@ class _Loss(torch.autograd.Function):
             gradient = ctx.again(tensors, upstream, written)
         if for_weight:
             call = ctx.call_of(*tensors)
-            of = call.prediction, call.weight, call.mask, call.mask_normalization
-            count = rows_of_mean(*of) if call.reduction == "mean" else 1
+            count = rows_of_mean(call) if call.reduction == "mean" else 1
             d_weight = (upstream.double() * ctx.means.double().sum(0) / count).to(call.weight.dtype)
         return gradient, d_weight, *(None,) * 5
 
@@ -368,7 +402,7 @@ recorded = super(torch.autograd.Function, _Loss).apply
 def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
     """See ``Backend.gradient``."""
     call = _needed(call)
-    divisor = None if call.mask_normalization == "none" else _pass(call).divisor
+    divisor = _pass(call).divisor if masks_divide(call) else None
     return _gradient(call, upstream, divisor, None)
 
 
@@ -398,6 +432,7 @@ class Laid(NamedTuple):
     mask: Tensor | None
     mask_strides: tuple[int, tuple[int, ...]]  # see ``plan.strided``; -1 dimensions where there is no mask
     order: str = "none"  # of the prediction in memory: see ``layout.order_of_tokens``
+    packed: Packed | None = None
 
 
 def lay(call: LossCall) -> Laid:
@@ -405,12 +440,13 @@ def lay(call: LossCall) -> Laid:
     prediction, x0, n, p, q, scale, weight, c, mask, y, r = call[:11]
     operands, coefficients = (prediction, x0, n, y), (weight, p, q, scale, c, r)
     own, shape = shape_of(weight), tuple(prediction.shape)
-    order = order_of_tokens(prediction)
-    if order == "none":
+    order = order_of_tokens(prediction) if call.packed is None else "none"
+    if order == "none" and call.packed is None:
         back, data, placed = permuted(operands, coefficients)
-    else:
+    else:  # rows that are packed sequences have no other order
         others = (t.contiguous() if isinstance(t, Tensor) else t for t in (x0, n, y))
-        back, data, placed = None, [prediction, *others], list(coefficients)
+        first = prediction.contiguous() if order == "none" else prediction
+        back, data, placed = None, [first, *others], list(coefficients)
     if back is not None and not own_rows(tuple(data[0].shape), shape_of(placed[0])):
         data, placed, back = [t if t is None else t.contiguous() for t in operands], list(coefficients), None
     if back is not None:
@@ -427,11 +463,11 @@ def lay(call: LossCall) -> Laid:
         strides = strided(shape, mask.stride())
         if strides is None:
             mask, strides = mask.contiguous(), (0, _NO_STRIDES)
-    return Laid(back, shape, own, data, placed, mask, strides, order)
+    return Laid(back, shape, own, data, placed, mask, strides, order, call.packed)
 
 
 def _pass(call: LossCall, *, means: bool = False, gradient: bool = False) -> Made:
-    laid, how = lay(call), call[11:]
+    laid, how = lay(call), call[11:14]
     device, rows = call.prediction.device, laid.rows_shape
     function, normalization, reduction = how
 
@@ -440,7 +476,7 @@ def _pass(call: LossCall, *, means: bool = False, gradient: bool = False) -> Mad
 
     result = new(rows if reduction == "none" else ())
     row_means = new((2, *rows)) if means else None
-    divisor = None if normalization == "none" else new(math.prod(rows) + 1 if normalization == "row" else 1)
+    divisor = None if not masks_divide(call) else new(math.prod(rows) + 1 if normalization == "row" else 1)
     d = used = last = assumed = None
     if gradient:
         d, used = _like_prediction(laid), new(1)
@@ -487,7 +523,7 @@ def _gradient(
         upstream = upstream.permute(order)
     upstream = upstream.to(torch.float32)
     launched = loss_launch(
-        laid, *call[11:], d, used=used, assumed=assumed, upstream=upstream, divisor=divisor
+        laid, *call[11:14], d, used=used, assumed=assumed, upstream=upstream, divisor=divisor
     )  # fmt: skip
     loss(prediction.device, *launched)
     return d if laid.back is None else d.permute(laid.back)
@@ -505,30 +541,41 @@ def loss_launch(
     source, (kind, seed_kind, offset) = source_of(n, device)
     elements = prediction.numel()
     tile = tile_of(elements, prediction.element_size())
-    how = plan(shape, laid.rows_shape, tile, kind in ("exact", "fast"), offset, True)
+    packed, masked, starts = laid.packed, laid.mask is not None, None
+    own, averaged = "no", math.prod(laid.rows_shape)
+    if packed is None:
+        how = plan(shape, laid.rows_shape, tile, kind in ("exact", "fast"), offset, True)
+    else:
+        how, starts = plan_of_sequences(packed, shape, tile), starts_on(device, packed)
+        by_row = normalization == "row" and not masked
+        own = "or one" if by_row else "yes" if normalization == reduction == "none" else "no"
+        if by_row and reduction == "mean":
+            averaged = max(1, int((packed.sizes != 0).sum()))
+        normalization = normalization if masked else "none"
     columns, unit = how.constants[2:4]
     numbers, ordered = order_of(laid.order, shape, how)
     mask = mask_of(*laid.mask_strides, unit if columns % unit == 0 else 1)
-    number = how.rows if how.parts > 1 else how.grid[0]
+    split = how.parts > 1 or packed is not None
+    number = how.rows if split else how.grid[0]
     counters = partials = None
     if result is not None:
         counters, partials = loss_workspace(device, how.rows, how.parts, number)
     size = 1.0 if reduction == "sum" else elements / how.rows
-    mean = 1.0 / how.rows if reduction == "mean" else 1.0
+    mean = 1.0 / averaged if reduction == "mean" else 1.0
     *pointers, up = rows.pointers
     return (
         how.grid,
         (
             *(prediction, x0, n if kind == "tensor" else None, y, gradient, laid.mask),
-            *(*pointers, rows.index, *source[:2]),
+            *(*pointers, rows.index, *source[:2], starts),
             *(up, used, assumed, result, means, divisor, counters, partials),
             *(*source[2:], high := float32(size), size - high, mean, mean / size),
-            *(*mask.numbers, how.rows, how.parts, number),
+            *(*mask.numbers, how.rows, averaged, how.parts, number),
             *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs, *numbers),
         ),
         (
             *(*rows.kinds, rows.index_kind, kind, seed_kind, offset, mask.dims, mask.together, *ordered),
-            *(function, normalization, reduction, 8 if launch.INTERPRETED else 128, how.parts > 1),
+            *(function, normalization, reduction, 8 if launch.INTERPRETED else 128, split, own),
             *(*how.constants, launch.has_approximate_instructions(device), launch.INTERPRETED),
         ),
     )

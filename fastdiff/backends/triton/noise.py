@@ -13,7 +13,7 @@ from ..layout import TOKENS, empty_in_order, order_of_tokens
 from ..saving import save, saved
 from . import affine
 from .affine import scaled
-from .arguments import in_format_of, permuted, rows_fit, unsuited
+from .arguments import in_format_of, permuted, rows_fit, too_many, unsuited
 
 
 def declines(call: NoiseCall) -> str:
@@ -22,6 +22,8 @@ def declines(call: NoiseCall) -> str:
     because = unsuited(x0.device, (x0, n, xi), (alpha, sigma), images=True)
     if not because and call.order is not None and (x0.ndim != 6 or call.order not in TOKENS.values()):
         because = "another order of x_t in memory than that of packed tokens"
+    if not because and call.packed is not None:
+        because = too_many(call.packed)
     return because or (COEFFICIENTS if differentiable(alpha, sigma, xi) else "")
 
 
@@ -45,6 +47,7 @@ class _Noise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x0, n, call):
         save(ctx, call.alpha, call.sigma)
+        ctx.packed = call.packed
         ctx.dtypes = x0.dtype, n.dtype if isinstance(n, Tensor) else None
         x_t, kept, _ = _launch(call)
         if kept is not n and isinstance(kept, Tensor):
@@ -53,14 +56,14 @@ class _Noise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, _):
-        return (*scaled(gradient, zip(saved(ctx), ctx.dtypes, ctx.needs_input_grad[:2])), None)
+        return (*scaled(gradient, zip(saved(ctx), ctx.dtypes, ctx.needs_input_grad[:2]), ctx.packed), None)
 
 
 def _launch(call: NoiseCall, with_target: bool = False, p: Any = None, q: Any = None):
     x0, n, alpha, sigma, perturbation, xi, keep_noise = call[:7]
     shape, device = tuple(x0.shape), x0.device
     name = "none"
-    if call.order is None:
+    if call.order is None and call.packed is None:
         order, (data, given, other), (alpha, sigma, p, q) = permuted((x0, n, xi), (alpha, sigma, p, q))
         x_t = torch.empty_like(data, dtype=call.stored)
     else:
@@ -72,7 +75,7 @@ def _launch(call: NoiseCall, with_target: bool = False, p: Any = None, q: Any = 
     if keep_noise and not isinstance(n, Tensor):
         kept = z = torch.empty(shape, dtype=torch.float32, device=device)
     how = float(perturbation), other, target, p, q, name
-    affine.run(tuple(data.shape), device, data, alpha, given, sigma, x_t, z, *how)
+    affine.run(tuple(data.shape), device, data, alpha, given, sigma, x_t, z, *how, packed=call.packed)
     if call.order is not None:
         return x_t, kept, target
     if order is not None:

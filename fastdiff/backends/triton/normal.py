@@ -10,7 +10,7 @@ from torch import Tensor
 from ...calls import NormalCall
 from ..interface import Backend
 from . import affine, launch
-from .arguments import DATA, Seeded, device_of, makes, samples_on, seed_of
+from .arguments import DATA, Seeded, device_of, makes, samples_on, seed_of, too_many
 from .launch import Kernel
 from .philox import narrow, normals
 
@@ -70,7 +70,8 @@ def declines(call: NormalCall) -> str:
     """Why this backend does not support the call; empty if it does."""
     if call.window is not None and len(call.window.runs(call.shape[1:])[1]) > 1 + _OUTER:
         return "a slice of more than five dimensions"
-    return makes(call.seed, call.device) or ("" if call.dtype in DATA else f"normals in {call.dtype}")
+    because = makes(call.seed, call.device) or ("" if call.packed is None else too_many(call.packed))
+    return because or ("" if call.dtype in DATA else f"normals in {call.dtype}")
 
 
 def run(call: NormalCall, backend: Backend) -> Tensor:
@@ -81,7 +82,7 @@ def run(call: NormalCall, backend: Backend) -> Tensor:
         windowed(where, *_windowed_launch(call, z))
     elif z.numel():
         n = Seeded(call.seed, call.stream, call.sample_offset, 0.0, call.rng)
-        affine.run(tuple(call.shape), where, None, None, n, None, None, z)
+        affine.run(tuple(call.shape), where, None, None, n, None, None, z, packed=call.packed)
     return z
 
 

@@ -13,6 +13,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+from ...calls import Packed
 from ..layout import layout_of
 
 # (elements from which on, elements a tile of 2-byte data, of 4-byte data), for four warps. Small data is cut finer, so
@@ -91,6 +92,18 @@ def plan(
             *(width % c == 0 and runs % r == 0, elements + r * c >= 2**31),
         ),
     )
+
+
+def plan_of_sequences(packed: Packed, shape: tuple[int, ...], tile: int) -> Plan:
+    """The tiling of packed sequences: each is a run, a row and a sample, cut into tiles from its own start on."""
+    elements, longest = math.prod(shape), int(packed.sizes.max())
+    token = math.prod(shape[packed.dim + 1 :])
+    unit = next(unit for unit in (8, 4, 1) if token % unit == 0)
+    c = min(tile, max(unit, _power_of_2(longest)))
+    blocks, rows = max(1, -(-longest // c)), packed.sequences
+    wide = elements + c >= 2**31
+    constants = "run", 1, c, unit, "packed", "run", False, wide
+    return Plan((blocks, rows), rows, blocks, (0, rows, blocks, 1, 1, 1), 1, 1, constants)
 
 
 @lru_cache(maxsize=1024)

@@ -44,10 +44,10 @@ def store_pair(pointer, apart, high, low, inside):
 
 @triton.jit
 def finish(row, inside, total, total_low, count, count_low, weight, result, means, divisor, counter, partials, number,
-           place, rows, size, size_low, mean, NORMALIZATION: tl.constexpr, REDUCTION: tl.constexpr, R: tl.constexpr,
-           LANES: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+           place, rows, averaged, size, size_low, mean, NORMALIZATION: tl.constexpr, REDUCTION: tl.constexpr,
+           R: tl.constexpr, LANES: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
     """From the sums of whole rows (one, or R) to the results; the last program makes those of all rows. Numbers are
-    pairs, so that what is stored is rounded once."""
+    pairs, so that what is stored is rounded once. ``averaged``: how many rows a mean is over, but for "row"."""
     if NORMALIZATION == "row":
         # A row with nothing in its mask has no mean, and is left out of that of the rows.
         counts = tl.where(count == 0, 0.0, 1.0)
@@ -77,7 +77,7 @@ def finish(row, inside, total, total_low, count, count_low, weight, result, mean
             value, low = total_of(partials, number, number, LANES)
             if NORMALIZATION != "none":
                 count, count_low = total_of(partials + 2 * number, number, number, LANES)
-            averaged = rows.to(tl.float32)
+            averaged = averaged.to(tl.float32)
             if NORMALIZATION == "row":
                 averaged = tl.where(count == 0, 1.0, count)
                 tl.store(divisor + rows, tl.div_rn(1.0, averaged))
@@ -147,9 +147,9 @@ def reduce_terms(value, run, block, result, counters, partials, number, rows, pa
         if is_last(counters + 1 + row, parts):
             total, total_low = total_of(partials + row * parts, parts, everything, LANES)
             finish(row, there, total, total_low, count, count_low, one, result, None, None, counters,
-                    partials + 4 * everything, number, row, rows, size, size_low, mean,
+                    partials + 4 * everything, number, row, rows, rows, size, size_low, mean,
                     "none", REDUCTION, R, LANES, EMULATE)  # fmt: skip
     else:
         finish(row, there, total, total_low, count, count_low, one, result, None, None, counters,
-                partials, number, place, rows, size, size_low, mean,
+                partials, number, place, rows, rows, size, size_low, mean,
                 "none", REDUCTION, R, LANES, EMULATE)  # fmt: skip

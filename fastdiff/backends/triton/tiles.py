@@ -12,7 +12,9 @@ The parameters that all kernels share:
     sample_runs             runs in a sample, for noise that is made
     *_KIND                  of a coefficient: "none", "one" number, "row", or "gathered"
     ROWS                    how runs map to rows: "one", "run" (each its own) or "layout"
-    GRID                    "runs": a tile has whole runs; else "blocks, runs", or "all" in one dimension
+    GRID                    "runs": a tile has whole runs; else "blocks, runs", or "all" in one dimension; "packed":
+                            runs are sequences of different lengths, see ``place_packed``
+    starts                  of packed sequences: the first element of each, and the number of elements
     SAMPLES                 a run is a sample ("run"), or part of one
     EVEN                    the tiles cover the runs exactly, so nothing is masked
     ORDER                   data [B, C, h, p, w, q] that lies in memory as packed tokens, [B, h, w, c p q] ("c p q") or
@@ -74,6 +76,25 @@ def place_of(units, runs, blocks, R: tl.constexpr, C: tl.constexpr, UNIT: tl.con
         place = place[None, :]
         inside = (block * C + place < width) & (run < runs)
     return safe, block, run * units * UNIT + block * C, place, inside
+
+
+@triton.jit
+def place_packed(starts, C: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """``place_of`` where a run is a packed sequence, and how many units the sequence has. Each has as many programs as
+    the longest needs: those that get no element of a shorter one are to end."""
+    block = tl.program_id(0)
+    run = tl.program_id(1)
+    first = tl.load(starts + run)
+    units = (tl.load(starts + run + 1) - first) // UNIT
+    if WIDE:
+        block = block.to(tl.int64)
+        run = run.to(tl.int64)
+    else:
+        first = first.to(tl.int32)
+        units = units.to(tl.int32)
+    place = tl.arange(0, C)
+    # Sequences are whole units, which the compiler is to see.
+    return run, block, first // UNIT * UNIT + block * C, place, block * C + place < units * UNIT, units
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...backends import interface
 from ...backends.registry import get
-from ...calls import Call
+from ...calls import Call, Packed
 from ...philox import Philox, seed_tensor
 
 NAMES: list[str] = []  # of the operators
@@ -63,6 +63,14 @@ def source(arguments: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
     return n, arguments[PARTS:]
 
 
+# The arguments of an operator that stand for ``Packed``; both None for ordinary data.
+PACKED = "Tensor? starts, int? dim"
+
+
+def packed_of(starts: Tensor | None, dim: int | None) -> Packed | None:
+    return None if starts is None else Packed(starts, dim)
+
+
 def offset_and_ids(sample_offset: int | Tensor) -> tuple[int, Tensor | None]:
     """Which samples noise is of, as two arguments: "SymInt sample_offset, Tensor? ids"."""
     return (0, sample_offset) if isinstance(sample_offset, Tensor) else (sample_offset, None)
@@ -89,5 +97,6 @@ def kept_arguments(ctx: Any) -> list[Any]:
     return arguments
 
 
-def affine_gradient(upstream: Tensor, row: Tensor, dtype: torch.dtype) -> Tensor:
+def affine_gradient(upstream: Tensor, row: Tensor, dtype: torch.dtype, packed: Packed | None = None) -> Tensor:
+    row = row if packed is None else packed.spread(row, upstream.shape)
     return (row * upstream.to(row.dtype)).to(dtype)

@@ -11,23 +11,34 @@ from ...backends import reference
 from ...backends.interface import COEFFICIENTS, Backend, able, differentiable
 from ...backends.registry import get
 from ...calls import LossCall
-from .declaring import declare, keep_arguments, kept_arguments, noise_arguments, parts, source, strided
+from .declaring import (
+    PACKED,
+    declare,
+    keep_arguments,
+    kept_arguments,
+    noise_arguments,
+    packed_of,
+    parts,
+    source,
+    strided,
+)
 from .declaring import run as runs
 
 _ARGUMENTS = (
     f"Tensor prediction, Tensor weight, Tensor? x0, {noise_arguments('n')}, Tensor? p, Tensor? q, Tensor? scale, "
-    "Tensor? c, Tensor? mask, Tensor? y, Tensor? r, str function, str normalization, str reduction"
+    "Tensor? c, Tensor? mask, Tensor? y, Tensor? r, str function, str normalization, str reduction, "
+    f"{PACKED}"
 )
 
 
 def _call(prediction: Tensor, weight: Tensor, x0: Tensor | None, *arguments: Any) -> LossCall:
     """A loss from the arguments of its operator."""
-    n, (p, q, scale, *others) = source(arguments)
-    return LossCall(prediction, x0, n, p, q, scale, weight, *others)
+    n, (p, q, scale, *others, starts, dim) = source(arguments)
+    return LossCall(prediction, x0, n, p, q, scale, weight, *others, packed_of(starts, dim))
 
 
 def _fake(prediction, weight, *arguments):
-    return weight.new_empty(weight.shape if arguments[-1] == "none" else ())
+    return weight.new_empty(weight.shape if arguments[-3] == "none" else ())
 
 
 @declare("loss", f"({_ARGUMENTS}) -> Tensor", _fake)
@@ -52,12 +63,17 @@ def _backward(ctx, upstream):
     if ctx.needs_input_grad[0]:
         d_prediction = torch.ops.fastdiff.loss_gradient(upstream, *arguments)
     if ctx.needs_input_grad[1]:
-        prediction, weight, mask, (normalization, reduction) = *arguments[:2], arguments[-6], arguments[-2:]
-        means = torch.ops.fastdiff.loss(prediction, torch.ones_like(weight), *arguments[2:-1], "none")
+        prediction, weight, *others = arguments
+        call = _call(*arguments)
+        means = torch.ops.fastdiff.loss(prediction, torch.ones_like(weight), *others[:-3], "none", *others[-2:])
         count = max(1, weight.numel())
-        factor = {"mean": 1 / count, "sum": prediction.numel() / count, "none": 1.0}[reduction]
-        if reduction == "mean" and mask is not None:
-            factor = 1 / reference.rows_of_mean(prediction, weight, mask, normalization)
+        factor = {"mean": 1 / count, "sum": prediction.numel() / count, "none": 1.0}[call.reduction]
+        if call.reduction == "mean" and (call.mask is not None or call.packed is not None):
+            factor = 1 / reference.rows_of_mean(call)
+        if call.packed is not None and call.reduction != "none" and call.mask_normalization == "none":
+            sizes = call.packed.sizes.to(weight.device, torch.float64).view(weight.shape)
+            means = torch.where(sizes == 0, 0.0, means)
+            factor = sizes if call.reduction == "sum" else sizes / prediction.numel()
         d_weight = (upstream * means * factor).to(weight.dtype)
     return d_prediction, d_weight, *(None,) * (len(arguments) - 2)
 
@@ -71,7 +87,7 @@ def declines(call: LossCall) -> str:
 
 
 def run(call: LossCall, backend: Backend) -> Tensor:
-    prediction, x0, n, p, q, scale, weight, *others = call
+    prediction, x0, n, p, q, scale, weight, *others, packed = call
     made = parts(n if q is not None else None, prediction.device)
     x0 = x0 if p is not None else None
-    return torch.ops.fastdiff.loss(prediction, weight, x0, *made, p, q, scale, *others)
+    return torch.ops.fastdiff.loss(prediction, weight, x0, *made, p, q, scale, *others, *(packed or (None, None)))
