@@ -75,8 +75,9 @@ def of_tokens():
 
 
 CASES = {
-    "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0, None)),
-    "uniform by id": (OPS.uniform, lambda: (SEED, 3, 3, 0, IDS)),
+    "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0, None, None)),
+    "uniform by id": (OPS.uniform, lambda: (SEED, 3, 3, 0, IDS, None)),
+    "uniforms of a sample": (OPS.uniform, lambda: (SEED, 3, 3, 0, IDS, 5)),
     "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, None, torch.float32, "exact")),
     "normal by id": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 0, IDS, torch.float32, "exact")),
     "noise given": (OPS.noise, lambda: (data(3, 2, 4, 5), *given(), rows(), rows(), 0.0, *NONE, True, None, None)),
@@ -301,8 +302,8 @@ def _reference(operator, *arguments):
 
     name, source = operator._qualified_op_name.split("::")[1], declaring.source
     if name == "uniform":
-        *how, sample_offset, ids = arguments
-        return (reference.uniform(*how, sample_offset if ids is None else ids),)
+        *how, sample_offset, ids, count = arguments
+        return (reference.uniform(*how, sample_offset if ids is None else ids, None, count),)
     if name == "normal":
         *how, sample_offset, ids, dtype, _ = arguments
         return (reference.normal(*how, sample_offset if ids is None else ids, dtype),)
