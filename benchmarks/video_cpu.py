@@ -6,6 +6,8 @@ PyTorch, all in turns. Prints Markdown.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
 import platform
 from collections.abc import Callable
@@ -55,6 +57,15 @@ def eager(per: str, x0: Tensor, prediction: Tensor) -> Callable[[], object]:
     return step
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, as it does in a training loop: else it depends on the order of calls which
+    of them gets fresh memory from the system, which takes longer than they do."""
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def measured(cases: list[tuple[str, Tensor, Tensor]]) -> list[list[float]]:
     """Seconds in each turn: of ours for every case, then of eager PyTorch."""
     calls = [make(*case) for make in (ours, eager) for case in cases]
@@ -67,9 +78,11 @@ def measured(cases: list[tuple[str, Tensor, Tensor]]) -> list[list[float]]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     how = f"{platform.machine()}, 1 thread, PyTorch {torch.__version__}, {choose('cpu')} backend"
     print("# Videos on a CPU\n")
     print(f"`benchmarks/video_cpu.py`, {datetime.date.today()}: {how}. Noise (made), loss and gradient of a flow.")
+    print("Freed memory is kept.")
     print(f"Medians of {TURNS} turns, in milliseconds; for eager, in brackets, how many times as long as fastdiff's.")
     print("Ratio: how many times as long as with a time for each sample, the median over the turns.\n")
     print("| data | a time for each | dtype | fastdiff | ratio | eager |\n|---|---|---|---|---|---|")

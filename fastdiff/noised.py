@@ -76,8 +76,12 @@ class Noised:
         last stage of a pipeline.
 
         Returns "x0", "x_t", "t"; "noise", or where the loss makes it again "seed" int64 [1] and "ids" int64 [batch];
-        and "target" where it was written. Nothing waits for the device.
+        "target" where it was written; and "clean" where rows are kept clean. Nothing waits for the device.
+
+        Raises ValueError for packed sequences, whose lengths are no tensor of the device: pickle those.
         """
+        if self.packed is not None:
+            raise ValueError("tensors() is of batches, not of packed sequences: pickle the Noised, it is the same.")
         found = {"x0": self.x0, "x_t": self.x_t, "t": self.t}
         n = self.noise_source
         if isinstance(n, Tensor) or n.rng != "exact" or n.offset != self.objective.noise_offset:
@@ -89,7 +93,8 @@ class Noised:
             if not isinstance(ids, Tensor):
                 ids = torch.arange(ids, ids + len(self.x0), dtype=torch.int64, device=self.x0.device)
             found["ids"] = ids
-        return found if self.written_target is None else found | {"target": self.written_target}
+        further = {"target": self.written_target, "clean": self.clean}
+        return found | {name: tensor for name, tensor in further.items() if tensor is not None}
 
     @classmethod
     def from_tensors(
@@ -115,7 +120,7 @@ class Noised:
         x0, t = tensors["x0"], tensors["t"]
         data, source, _ = split(tokens, x0, n)
         rows = objective._rows(t, data, compute_dtype(data, tensor_of(source)))
-        return cls(objective, x0, tensors["x_t"], t, n, rows, tensors.get("target"), tokens, part)
+        return cls(objective, x0, tensors["x_t"], t, n, rows, tensors.get("target"), tokens, part, tensors.get("clean"))
 
     @property
     def packed_rows(self) -> Packed | None:
@@ -146,8 +151,8 @@ class Noised:
         if isinstance(self.noise_source, Tensor):
             return self.noise_source
         self.check_unchanged()
-        how = self.noise_source, self.x0.shape, self.x0.device, self.packed
-        return ops.dispatch.get(self.x0.device).materialize(*how).to(self.rows.alpha.dtype)
+        backend, how = ops.dispatch.get(self.x0.device), (self.noise_source, self.x0.shape, self.x0.device)
+        return backend.materialize(*how, packed=self.packed).to(self.rows.alpha.dtype)
 
     @property
     def alpha(self) -> Tensor:

@@ -75,7 +75,7 @@ def test_streams_are_never_renumbered():
     """They are part of what the noise of a seed is."""
     found = {name: number for name, number in vars(Stream).items() if name.isupper()}
     first = {"NOISE": 0, "OFFSET": 1, "PERTURBATION": 2, "TIMESTEP": 3, "INITIAL": 4, "PROBE": 5, "PYRAMID": 6}
-    assert found == first | {"POSTERIOR": 7, "DROPOUT": 8, "STEP": 16}
+    assert found == first | {"POSTERIOR": 7, "DROPOUT": 8, "FRAMES": 9, "STEP": 16}
 
 
 def test_what_a_row_is_told_are_bits_of_their_own():

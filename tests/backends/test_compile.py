@@ -80,8 +80,9 @@ def of_tokens():
 
 
 CASES = {
-    "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0, None)),
-    "uniform by id": (OPS.uniform, lambda: (SEED, 3, 3, 0, IDS)),
+    "uniform": (OPS.uniform, lambda: (SEED, 5, 3, 0, None, None)),
+    "uniform by id": (OPS.uniform, lambda: (SEED, 3, 3, 0, IDS, None)),
+    "uniforms of a sample": (OPS.uniform, lambda: (SEED, 3, 3, 0, IDS, 5)),
     "normal": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 4, None, torch.float32, "exact", None, None, *UNPACKED)),
     "normal by id": (OPS.normal, lambda: (SEED, [3, 2, 5], 0, 0, IDS, torch.float32, "exact", None, None, *UNPACKED)),
     "normal of a slice": (
@@ -396,8 +397,8 @@ def _reference(operator, *arguments):
 
     name, source = operator._qualified_op_name.split("::")[1], declaring.source
     if name == "uniform":
-        *how, sample_offset, ids = arguments
-        return (reference.uniform(*how, sample_offset if ids is None else ids),)
+        *how, sample_offset, ids, count = arguments
+        return (reference.uniform(*how, sample_offset if ids is None else ids, None, count),)
     if name == "normal":
         *how, sample_offset, ids, dtype, _, whole, start, starts, dim = arguments
         packed, window = declaring.packed_of(starts, dim), whole and Window(tuple(whole), tuple(start))

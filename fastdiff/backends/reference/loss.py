@@ -59,7 +59,7 @@ def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
 
 def _noise_of(call: LossCall, backend: Backend) -> Tensor | None:
     shape, device = call.prediction.shape, call.prediction.device
-    return None if call.q is None else backend.materialize(call.n, shape, device, call.packed)
+    return None if call.q is None else backend.materialize(call.n, shape, device, packed=call.packed)
 
 
 def _spread(call: LossCall, *coefficients: Any) -> list[Any]:

@@ -20,7 +20,7 @@ def declines(call: NoiseCall) -> str:
 def run(call: NoiseCall, backend: Backend) -> tuple[Tensor, Any]:
     """See ``NoiseCall``."""
     shape, device = call.x0.shape, call.x0.device
-    n, xi = (backend.materialize(noise, shape, device, call.packed) for noise in (call.n, call.xi))
+    n, xi = (backend.materialize(noise, shape, device, packed=call.packed) for noise in (call.n, call.xi))
     alpha, sigma = rows(call.alpha, call.sigma, packed=call.packed, shape=shape)
     dtype = alpha.dtype
     seen = n.to(dtype)
