@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from .. import from_scheduler, samplers
-from ..calls import UniformCall
+from ..calls import Packed, UniformCall
+from ..distributed.noising import noise_of
+from ..distributed.part import Part
 from ..losses import Loss
 from ..names import find
 from ..noised import Noised, check_noised
 from ..objective import Objective
 from ..ops.checks import check_data, check_tensor
 from ..ops.dispatch import get as backend_of
-from ..philox import Stream, draw_seed, samples_of
+from ..packed import packed_of
+from ..philox import Stream, seeded
 from ..process import RectifiedFlow, as_times
 from ..samplers import Sampler
 from ..samplers.schedule import Scheduled
@@ -113,8 +116,10 @@ class RFLoss(Objective):
         *,
         sigma: Any = None,
         seed: int | Tensor | None = None,
-        sample_offset: int = 0,
+        sample_offset: int | None = None,
         ids: Tensor | None = None,
+        part: Part | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
         clean: int | Tensor | None = None,
         frames: int | None = None,
         shift: Any = None,
@@ -127,6 +132,11 @@ class RFLoss(Objective):
             t: noise levels in [0, 1], after any shift: one a sample [B], a frame [B, F] (of tokens too, with
                 ``frames``), a token [B, L], or one for all. None draws as many as ``per`` says.
             sigma: another name of t here.
+            part: as in ``Objective.noise``: of a slice of frames, or of tokens, drawn times are the slice's. t and a
+                mask ``clean`` are of the slice; ``frames``, a number ``clean``, and the sizes that a shift goes by, are
+                of the whole.
+            lengths: as in ``Objective.noise``: x0 is packed sequences, [tokens, D] or [1, tokens, D]. Times are drawn
+                one a sequence, with the shift of its own length; ``clean`` is bool, one a token.
             clean: rows that are kept clean: history, or an image to go on from. A number of first frames; or bool,
                 [F] or [B, F], [L] or [B, L]. There t is 0 and x_t is x0, and the loss leaves them out.
             frames: of data that is tokens: how many frames they are, one after the other, L / frames tokens each.
@@ -137,15 +147,21 @@ class RFLoss(Objective):
         of tokens [B, L]. ``noised.model_time.flatten(1)`` is [B, F]. Raises TypeError or ValueError for unfit inputs.
         """
         check_data(x0, options.get("dtype"))
-        self._check_data(x0, frames)
+        packed = None if lengths is None else packed_of(x0, lengths, options.get("tokens"))
+        self._check_data(x0, frames, x0.shape if part is None else part.shape, packed)
         drawn, made = t is None and sigma is None, noise is None and self.frame_noise is not None
-        if generator is not None and seed is not None:
-            raise ValueError("pass a generator or a seed, not both.")
-        if seed is None and (drawn or made):
-            seed, generator = draw_seed(generator, x0.device), None
-        whose = {"sample_offset": sample_offset, "ids": ids}
+        whose: dict[str, Any] = {"sample_offset": sample_offset, "ids": ids}
+        samples: int | Tensor = 0
+        if drawn or made:
+            how = seed, generator, ids, sample_offset
+            if part is None:
+                seed, samples = seeded(*how, len(x0) if packed is None else packed.sequences, x0.device)
+                whose = {"ids" if isinstance(samples, Tensor) else "sample_offset": samples}
+            else:
+                seed, samples, window, _ = noise_of(self, part, x0, 0.0, *how, True)
+            generator = None
         if drawn:
-            t = self._drawn_times(x0, frames, shift, seed, samples_of(ids, sample_offset, len(x0), x0.device))
+            t = self._drawn_times(x0, frames, shift, seed, samples, part, packed)
         elif shift is not None:
             raise ValueError(
                 "shift is of times that are drawn; t and sigma are noise levels after it: leave shift out."
@@ -155,21 +171,38 @@ class RFLoss(Objective):
                 raise ValueError("t and sigma both say which noise level: pass one of them.")
             t = sigma
         t = as_times(t, x0.device)
-        if t.ndim == 2:
-            t = self._placed("t", t, x0, frames)
+        if t.ndim == 2 and packed is None:
+            t = self._placed("t", t, x0, None if drawn else frames, part)
         left_out = None
-        if clean is not None:
-            left_out = self._placed("clean", _as_mask(clean, self._frames(x0, frames), x0.device), x0, frames)
+        if clean is not None and packed is not None:
+            left_out = _clean_tokens(clean, packed, x0)
+            t = packed.spread(t.view(-1, *(1,) * (x0.ndim - 1)), x0.shape) if t.shape == (packed.sequences,) else t
+            t = t.reshape(left_out.shape) if t.numel() > 1 else t.expand(left_out.shape)
+        elif clean is not None:
+            first = 0 if part is None or x0.ndim != 5 else part.start[self.frame_dim]
+            whole = self._frames(x0.shape if part is None else part.shape, frames)
+            kept = _as_mask(clean, whole, x0.device)
+            if isinstance(clean, int):
+                last = first + x0.shape[self.frame_dim]
+                kept = kept[:, first:last] if x0.ndim == 5 else self._of_frames(kept, x0, part)
+            left_out = self._placed("clean", kept, x0, None if isinstance(clean, int) else frames, part)
             t = t.view(-1, *(1,) * (left_out.ndim - 1)) if t.ndim < 2 else t
+        if left_out is not None:
             t = torch.where(left_out, torch.zeros((), dtype=t.dtype, device=t.device), t)
             left_out = left_out.expand(t.shape)
         if made:
             if self.noise_offset:
                 raise ValueError("offset noise is not added to frame_noise: set noise_offset or frame_noise, not both.")
+            if part is not None and window is not None:
+                raise ValueError("frame_noise is made for whole samples, not for slices of them: pass noise=.")
             like = x0 if x0.is_floating_point() else torch.empty(x0.shape, device=x0.device)
-            how = {"frame_dim": self.frame_dim, "seed": seed} | whose
-            noise = frame_noise(like, self.frame_noise, self.frame_noise_alpha, **how)
-        noised = super().noise(x0, t, noise, generator, seed=seed, **whose, **options)
+            of = {"ids" if isinstance(samples, Tensor) else "sample_offset": samples}
+            noise = frame_noise(
+                like, self.frame_noise, self.frame_noise_alpha, frame_dim=self.frame_dim, seed=seed, **of
+            )
+        if part is not None and t.ndim == 5 and part.rows is None:  # its sizes do not tell, of a slice of one frame
+            part = dataclasses.replace(part, rows=(0, self.frame_dim))
+        noised = super().noise(x0, t, noise, generator, seed=seed, part=part, lengths=lengths, **whose, **options)
         noised.clean = left_out
         return noised
 
@@ -232,52 +265,101 @@ class RFLoss(Objective):
             tokens *= -(-size // part)
         return shifts.of_data(made, sizes, tokens)
 
-    def _check_data(self, x0: Tensor, frames: int | None) -> None:
+    def _check_data(self, x0: Tensor, frames: int | None, sizes: Sequence[int], packed: Packed | None) -> None:
+        if packed is not None:
+            if frames is not None:
+                raise ValueError("frames is for samples of one length; packed sequences have lengths: leave it out.")
+            return
         video = x0.ndim == 5
         if not video and x0.ndim != 3:
             order = "[B, C, F, H, W]" if self.frame_dim == 2 else "[B, F, C, H, W]"
             raise ValueError(f"x0 must be video {order}, or tokens [B, L, D]; got shape {tuple(x0.shape)}.")
         if frames is not None and video:
             raise ValueError("frames is for data that is tokens; a video has its frames in its shape: leave it out.")
-        if frames is not None and (type(frames) is not int or frames < 1 or x0.shape[1] % frames):
-            raise ValueError(f"frames must divide the {x0.shape[1]} tokens of x0; got {frames!r}.")
+        if frames is not None and (type(frames) is not int or frames < 1 or sizes[1] % frames):
+            raise ValueError(f"frames must divide the {sizes[1]} tokens of x0; got {frames!r}.")
 
-    def _frames(self, x0: Tensor, frames: int | None) -> int | None:
-        return x0.shape[self.frame_dim] if x0.ndim == 5 else frames
+    def _frames(self, sizes: Sequence[int], frames: int | None) -> int | None:
+        return sizes[self.frame_dim] if len(sizes) == 5 else frames
 
     def _drawn_times(
-        self, x0: Tensor, frames: int | None, shift: Any, seed: int | Tensor, samples: int | Tensor
-    ) -> Tensor:
-        """The noise levels of a batch: [B], [B, F] or [B, L]."""
+        self, x0: Tensor, frames: int | None, shift: Any, seed: int | Tensor, samples: int | Tensor,
+        part: Part | None, packed: Packed | None,
+    ) -> Tensor:  # fmt: skip
+        """The noise levels of a batch: [B], [B, F] or [B, L]; of packed sequences [sequences]."""
+        sizes, batch, first = x0.shape, len(x0), 0
+        if part is not None:
+            sizes = part.shape
+            if self.timesteps.of_whole_batch:
+                if isinstance(samples, Tensor):
+                    name = type(self.timesteps).__name__
+                    raise ValueError(f"{name} draws t for a whole batch: with a part, leave ids out, or pass t.")
+                first, batch = part.start[0], part.shape[0]
+                samples = samples - first
+        if packed is not None:
+            if self.per != "sample":
+                raise ValueError(f"times of packed sequences are drawn one a sequence; got per={self.per!r}: pass t.")
+            batch = packed.sequences
+            lengths = packed.lengths(x0.shape).clamp(min=1).tolist()
+            of_each = [self.shift_of((1, length, 1), shift) for length in lengths]
+            s = torch.tensor([float(one) for one in of_each], dtype=torch.float64, device="cpu")
+        else:
+            s = self.shift_of(sizes, shift)
         count = None
         if self.per == "frame":
-            count = self._frames(x0, frames)
+            count = self._frames(sizes, frames)
             if count is None:
                 raise ValueError("a time for each frame of data that is tokens needs frames=, how many there are.")
         elif self.per == "token":
             if x0.ndim != 3:
                 raise ValueError(f"per='token' is for tokens [B, L, D]; got x0 of shape {tuple(x0.shape)}.")
-            count = x0.shape[1]
-        s = self.shift_of(x0.shape, shift)
-        if isinstance(s, Tensor):
-            if len(s) != len(x0):
-                raise ValueError(f"shift must be one a sample, [{len(x0)}]; got {brief(s)}.")
+            count = sizes[1]
+        t = self._draw(backend_of(x0.device), UniformCall(seed, batch, Stream.TIMESTEP, samples, x0.device, count))
+        if packed is None:
+            t = t[first : first + len(x0)]
+        if isinstance(s, Tensor) and s.ndim:
+            if len(s) != len(t):
+                raise ValueError(f"shift must be one a sample, [{len(t)}]; got {brief(s)}.")
             s = s.to(x0.device).view(-1, *(1,) * (count is not None))
-        t = self._draw(backend_of(x0.device), UniformCall(seed, len(x0), Stream.TIMESTEP, samples, x0.device, count))
-        return shifts.shifted(t, s) if isinstance(s, Tensor) or s != 1 else t
+        t = shifts.shifted(t, s) if isinstance(s, Tensor) or s != 1 else t
+        if count is not None and x0.ndim == 3 and self.per == "frame":
+            return self._of_frames(t, x0, part)
+        if part is None or count is None:
+            return t
+        d = self.frame_dim if x0.ndim == 5 else 1
+        return t[:, part.start[d] : part.start[d] + x0.shape[d]]
 
-    def _placed(self, name: str, rows: Tensor, x0: Tensor, frames: int | None) -> Tensor:
+    @staticmethod
+    def _of_frames(rows: Tensor, x0: Tensor, part: Part | None) -> Tensor:
+        """Rows of all frames, [B, F], as those of the tokens of x0, which may be a slice."""
+        whole, first = (x0.shape[1], 0) if part is None else (part.shape[1], part.start[1])
+        return rows.repeat_interleave(whole // rows.shape[1], 1)[:, first : first + x0.shape[1]]
+
+    def _placed(self, name: str, rows: Tensor, x0: Tensor, frames: int | None, part: Part | None) -> Tensor:
         """[B, F] or [1, F] as rows of video; that or [B, L] as rows of tokens."""
         batch, count = rows.shape
         if batch in (1, len(x0)):
             if x0.ndim == 5 and count == x0.shape[self.frame_dim]:
                 return rows.view(batch, *(count if d == self.frame_dim else 1 for d in range(1, 5)))
             if x0.ndim == 3 and count == x0.shape[1]:
+                if part is not None and count == frames != part.shape[1]:
+                    raise ValueError(
+                        f"{name} {tuple(rows.shape)} may be of all {frames} frames or of the tokens of this slice: "
+                        "leave frames out, and pass one a token."
+                    )
                 return rows
             if x0.ndim == 3 and count == frames:
-                return rows.repeat_interleave(x0.shape[1] // count, 1)
+                return self._of_frames(rows, x0, part)
         of = "frame" if x0.ndim == 5 else "token, or with frames= a frame"
         raise ValueError(f"{name} has shape {tuple(rows.shape)}, which is not one a {of}, of x0 {tuple(x0.shape)}.")
+
+
+def _clean_tokens(clean: Any, packed: Packed, x0: Tensor) -> Tensor:
+    """Tokens of packed sequences that are kept clean, bool, of the shape of a time a token."""
+    shape = x0.shape[: packed.dim + 1]
+    if not isinstance(clean, Tensor) or clean.dtype != torch.bool or clean.numel() != shape.numel():
+        raise ValueError(f"clean of packed sequences must be bool, one a token, {list(shape)}; got {brief(clean)}.")
+    return clean.to(x0.device).reshape(shape)
 
 
 def _as_mask(clean: Any, frames: int | None, device: torch.device) -> Tensor:

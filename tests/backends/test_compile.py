@@ -219,7 +219,10 @@ CASES = {
         ),
     ),
     "loss with a third operand": (OPS.loss, lambda: loss_arguments(MADE, third=True, weight=rows().requires_grad_())),
-    "normal, packed": (OPS.normal, lambda: (SEED, [3, 2, 4, 5], 0, 0, IDS, torch.float32, "exact", *PACKED)),
+    "normal, packed": (
+        OPS.normal,
+        lambda: (SEED, [3, 2, 4, 5], 0, 0, IDS, torch.float32, "exact", None, None, *PACKED),
+    ),
     "noise, packed": (
         OPS.noise,
         lambda: (data(3, 2, 4, 5, grad=True), *UNSHIFTED, rows(), rows(), 0.1, *XI, True, None, None, *PACKED),

@@ -7,10 +7,11 @@ import checks_of_failures
 import checks_of_parts
 import checks_of_ranks
 import checks_of_trainers
+import checks_of_videos
 import processes
 import pytest
 
-MODULES = (checks_of_parts, checks_of_ranks, checks_of_trainers, checks_of_failures)
+MODULES = (checks_of_parts, checks_of_videos, checks_of_ranks, checks_of_trainers, checks_of_failures)
 
 
 @pytest.fixture(scope="module")

@@ -575,16 +575,16 @@ def test_wrong_company():
 def test_the_extension_refuses_starts(starts, words):
     starts, out = torch.tensor(starts), torch.empty(4)
     with pytest.raises(ValueError, match=words):
-        _C.normal(memory(starts), (1, 0, 0, 0.0), memory(out), 1)
+        _C.normal(memory(starts), (1, 0, 0, 0.0), None, memory(out), 1)
 
 
 @pytest.mark.skipif(_C is None, reason="no extension")
 def test_the_extension_refuses_what_is_not_of_sequences():
     starts, out, three = torch.tensor([0, 1, 4]), torch.empty(4), torch.arange(3)
     with pytest.raises(ValueError, match="no channels"):
-        _C.normal(memory(starts), (1, 0, 0, 0.5), memory(out), 1)
+        _C.normal(memory(starts), (1, 0, 0, 0.5), None, memory(out), 1)
     with pytest.raises(ValueError, match="3 ids for 2 samples"):
-        _C.normal(memory(starts), (1, 0, memory(three), 0.0), memory(out), 1)
+        _C.normal(memory(starts), (1, 0, memory(three), 0.0), None, memory(out), 1)
     one, moments = torch.ones(1), torch.ones(8)
     with pytest.raises(ValueError, match="the samples do not divide the elements"):
         _C.kl_normal(memory(starts), memory(moments), memory(one), 0.0, 1.0, 0, None, memory(one), None, 1)

@@ -80,7 +80,8 @@ def test_dtypes_and_the_operator(made):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         call = NormalCall(1, (2, 2, 4, 3), 0, 0, dtype, CPU, "exact", window)
         assert torch.equal(dispatch.run(call, CPU), want.to(dtype))
-    traced = torch.ops.fastdiff.normal(torch.tensor(1), (2, 2, 4, 3), 0, 0, None, torch.float32, "exact", *window)
+    how = 0, 0, None, torch.float32, "exact", *window, None, None
+    traced = torch.ops.fastdiff.normal(torch.tensor(1), (2, 2, 4, 3), *how)
     assert torch.equal(traced, want)
 
 
