@@ -230,7 +230,7 @@ def cosmap_cdf(x: np.ndarray) -> np.ndarray:
         (timesteps.Table([2.0, 0.0, 1.0, 1.0]), lambda t: np.interp(t, [0, 0.25, 0.5, 1], [0, 0.5, 0.5, 1])),
         (timesteps.Within("logit_normal", 0.2, 0.6), lambda t: stats.norm.cdf(np.log((t - 0.2) / (0.6 - t)))),
     ],
-    ids=str,
+    ids=lambda value: repr(value) if isinstance(value, timesteps.Timesteps) else "",
 )
 def test_distribution(sampler, cdf):
     t = sampler(float64(GRID), fastdiff.RectifiedFlow()).numpy()
