@@ -31,12 +31,13 @@ from triton.backends.compiler import GPUTarget
 
 import fastdiff
 from fastdiff import ops
+from fastdiff.backends.interface import run
 from fastdiff.backends.triton import arguments as taken
 from fastdiff.backends.triton import launch, normal
 from fastdiff.backends.triton.programs import coefficients, flat
 from fastdiff.backends.triton.times import coefficients_launch
 from fastdiff.backends.triton.traffic import Launch
-from fastdiff.calls import NormalCall
+from fastdiff.calls import LossCall, NoiseCall, NormalCall, Packed
 from fastdiff.program import OPERATIONS, Program
 from fastdiff.tensors import Gathered
 
@@ -87,7 +88,7 @@ def element_bytes(kernel: launch.Kernel, arguments: tuple, constants: tuple) -> 
     """Bytes that a launch moves for an element of its data. (A network's output, or moments, may hold two of each.)"""
     values = dict(zip((*kernel.runtime, *kernel.constants), (*arguments, *constants)))
     elements = max(t.numel() for t in arguments if isinstance(t, torch.Tensor))
-    if "units" in values:
+    if values.get("units"):
         elements = values["units"] * values["UNIT"] * values["runs"]
     return Launch.of(kernel.name, values).bytes / elements
 
@@ -246,6 +247,14 @@ def cases() -> dict[str, Any]:
         )
         found[f"loss v, {rng}, frames of a video, bf16"] = shaped(*frames, "none", "mean", video, x0=True)
 
+    for rng in ("fast", "exact", "given"):
+        found[f"noising packed sequences, {rng}, bf16"] = of_sequences(rng, noising=True)
+        found[f"loss flow of packed sequences, {rng}, bf16"] = of_sequences(rng)
+    for normalization, reduction in (("row", "mean"), ("row", "none"), ("global", "mean"), ("none", "none")):
+        for mask in (False, True):
+            name = f"loss of packed sequences, {normalization} {reduction}{', mask' if mask else ''}"
+            found[name] = of_sequences("exact", normalization=normalization, reduction=reduction, mask=mask)
+
     # Every way in which rows, samples and tiles can lie, in small data.
     found["loss, 1 x 28 x 28, rows' means"] = shaped((64, 1, 28, 28), (64, 1, 1, 1), "none", "none")
     found["loss, tokens, mask's mean of all"] = shaped((8, 16, 40), (8, 16, 1), "global", "none", mask=meta(8, 16, 1))
@@ -319,6 +328,29 @@ def of_tokens(shape: tuple[int, ...], order: tuple[int, ...], source: Any, x0=Tr
         prediction = data.permute(order).contiguous().permute([order.index(d) for d in range(6)]).requires_grad_()
         how = row if x0 else None, row, None, row, None, None, "mse", "none", "mean"
         operations.loss(prediction, data if x0 else None, source, *how).backward()
+
+    return call
+
+
+def of_sequences(
+    rng: str, noising: bool = False, normalization: str = "none", reduction: str = "mean", mask: bool = False
+) -> Any:
+    """Noising, or the loss and its gradient, of sequences of different lengths, packed."""
+    lengths, size, bf16 = (2900, 0, 6100, 4000), 64, torch.bfloat16
+    starts = torch.tensor((0, *lengths)).cumsum(0) * size
+    packed, tokens, row = Packed(starts, 0), sum(lengths), meta(len(lengths), 1)
+    data = meta(tokens, size, dtype=bf16)
+    source = data if rng == "given" else ops.Philox(meta(1, dtype=torch.int64), rng=rng)
+    if noising:
+        return lambda: run(operations.backend, NoiseCall(data, source, row, row, packed=packed, keep_noise=False))
+
+    def call():
+        kept = meta(tokens, 1, dtype=torch.bool) if mask else None
+        weight = meta(len(lengths), 1).requires_grad_(reduction == "none")
+        how = {"mask": kept, "mask_normalization": normalization, "reduction": reduction, "packed": packed}
+        prediction = meta(tokens, size, dtype=bf16).requires_grad_()
+        out = run(operations.backend, LossCall(prediction, data, source, row, row, None, weight, **how))
+        out.backward(meta(*out.shape))
 
     return call
 

@@ -188,12 +188,13 @@ def test_loss_and_gradient_are_those_of_the_unpacked_batch(
         results.append((value, gradient))
     (value, gradient), (right, wanted) = results
     assert gradient.shape == found.x_t.shape and gradient.dtype == dtype
-    if backend == "reference":
+    if backend == "reference" or (device == "cuda" and dtype == torch.float64):  # the reference computes that too
         assert_close(value, right)
         torch.testing.assert_close(gradient, tokens.pack(wanted), rtol=torch.finfo(dtype).eps, atol=0)
     else:
         assert gradient.is_contiguous()
-        assert_same(value, right)
+        # On a GPU the layout of a tile, and with it the order of a sum in it, follows the order of the tokens.
+        torch.testing.assert_close(value, right, rtol=1e-6 if device == "cuda" else 0, atol=0)
         assert_same(gradient, tokens.pack(wanted))
 
 

@@ -77,13 +77,13 @@ def finish(row, inside, total, total_low, count, count_low, weight, result, mean
             value, low = total_of(partials, number, number, LANES)
             if NORMALIZATION != "none":
                 count, count_low = total_of(partials + 2 * number, number, number, LANES)
-            averaged = averaged.to(tl.float32)
+            over = averaged.to(tl.float32)
             if NORMALIZATION == "row":
-                averaged = tl.where(count == 0, 1.0, count)
-                tl.store(divisor + rows, tl.div_rn(1.0, averaged))
+                over = tl.where(count == 0, 1.0, count)
+                tl.store(divisor + rows, tl.div_rn(1.0, over))
             if NORMALIZATION == "global":
                 # A row's divisor is the mask's sum over the number of rows.
-                count, count_low = pair_quotient(count, count_low, averaged, 0.0, EMULATE)
+                count, count_low = pair_quotient(count, count_low, over, 0.0, EMULATE)
                 count = tl.where(count == 0, 1.0, count)
                 tl.store(divisor, tl.div_rn(mean, count))
                 if REDUCTION == "none" or means is not None:
@@ -101,7 +101,7 @@ def finish(row, inside, total, total_low, count, count_low, weight, result, mean
                             tl.store(result + k, pair_rounded(first, second), mask=k < rows)
                 value, low = pair_quotient(value, low, count, count_low, EMULATE)
             if REDUCTION == "mean":
-                value, low = pair_quotient(value, low, averaged, 0.0, EMULATE)
+                value, low = pair_quotient(value, low, over, 0.0, EMULATE)
             if REDUCTION != "none":
                 tl.store(result, pair_rounded(value, low))
 
