@@ -22,7 +22,7 @@ from . import prediction as kinds
 from . import weighting as weightings
 from .constancy import Constancy, NotConstant
 from .losses import Loss
-from .modes import lasting, version_of
+from .modes import lasting, version_of, wrapping
 from .ops.checks import place_rows
 from .prediction import Prediction
 from .process import Levels, Process
@@ -256,6 +256,8 @@ class Rows:
         self._t, self.version = t, version_of(t)
 
     def _learn(self, known: dict[str, Any]) -> None:
+        if wrapping() is not None:  # these are of a transform, and mean nothing after it
+            return
         for name, row in known.items():  # one by one: an update of __dict__ is not traced by every PyTorch
             setattr(self, name, row)
 

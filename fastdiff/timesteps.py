@@ -19,7 +19,7 @@ from .numeric import check_fields, check_numbers
 from .process import Process, as_float64, check_by
 from .quantiles import beta_quantiles, interpolate, steps_of, stepwise
 from .showing import brief, brief_fields
-from .tensors import cached
+from .tensors import cached, value_checks_are_free
 
 
 class Timesteps:
@@ -301,6 +301,9 @@ class Function(Timesteps):
                 f"timesteps={brief(self.function)} must give fractions in [0, 1], a floating-point tensor "
                 f"{tuple(u.shape)} like the uniforms that it is given; got {brief(found)}."
             )
+        found = as_float64(found)
+        if value_checks_are_free(found) and not bool(((found >= 0) & (found <= 1)).all()):
+            raise ValueError(f"timesteps={brief(self.function)} must give fractions in [0, 1]; it gave {brief(found)}.")
         return found
 
 

@@ -53,10 +53,15 @@ def agreed_seed(part: Part, generator: torch.Generator | None, device: torch.dev
     return seed
 
 
+def comparing(part: Part) -> bool:
+    """Whether ranks compare what they were given."""
+    return _comparing and part.size > 1
+
+
 def compare(what: str, part: Part, shape: tuple[int, ...], **given: Any) -> None:
     """Raise RuntimeError, on every rank, where ranks were given different things: see ``debug``. ``shape`` is that of
     the slice."""
-    if not _comparing or part.size == 1:
+    if not comparing(part):
         return
     given = {name: int(value) if isinstance(value, Tensor) else value for name, value in given.items()}
     given |= {name: getattr(part, name) for name in ("averaged", "split", "copies")}

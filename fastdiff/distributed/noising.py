@@ -10,7 +10,7 @@ from torch import Tensor
 from ..calls import UniformCall
 from ..ops.dispatch import get
 from ..philox import Stream, Window, seeded
-from .agreeing import agreed_seed, compare
+from .agreeing import agreed_seed, compare, comparing
 from .part import Part
 
 
@@ -34,8 +34,12 @@ def noise_of(
     seed, samples = seeded(seed, generator, ids, sample_offset, len(x0), x0.device, False)
     if ids is None:
         samples = part.start[0] if sample_offset is None else samples + part.start[0]
-    given = {"seed": seed, "ids": ids is not None, "t": t is not None, "objective": repr(objective), "dtype": x0.dtype}
-    compare("objective.noise", part, tuple(x0.shape), **given)
+    if comparing(part):
+        given = {"seed": seed, "ids": ids is not None, "t": t is not None, "objective": repr(objective)}
+        given |= {"dtype": x0.dtype, "timesteps": repr(objective.timesteps), "sample_offset": sample_offset}
+        for name in ("noise_offset", "noise_offset_dim", "input_perturbation"):
+            given[name] = getattr(objective, name)
+        compare("objective.noise", part, tuple(x0.shape), **given)
     if drawn:
         seed = agreed_seed(part, generator, x0.device)
     if t is None and objective.timesteps.of_whole_batch:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..ops.loss import check_loss
 from ..tokens import Tokens
-from .agreeing import compare
+from .agreeing import compare, comparing
 from .part import Part
 
 
@@ -52,6 +52,8 @@ def summed(local: Tensor, part: Part) -> Tensor:
 
 def compare_loss(noised: Any, prediction: Any, mask: Any, reduction: str, weight: Any, normalization: str) -> None:
     """``agreeing.compare`` for a loss, before anything is computed."""
+    if not comparing(noised.part):
+        return
     given = {"reduction": reduction, "mask_normalization": normalization, "dimensions of t": noised.t.ndim}
     given |= {"mask": mask is not None, "weight": weight is not None, "dtype": getattr(prediction, "dtype", None)}
     given["prediction shaped as x_t"] = getattr(prediction, "shape", None) == noised.x_t.shape

@@ -309,6 +309,12 @@ REFUSED = {
     "shape": (
         lambda: timesteps.Function(lambda u: u[:1])(float64([0.5, 0.6]), fastdiff.RectifiedFlow()), ValueError,
         r"must give fractions in \[0, 1\], a floating-point tensor \(2,\) like the uniforms"),
+    "too large": (
+        lambda: fastdiff.Objective(fastdiff.VariancePreserving(), timesteps=lambda u: u * 1000).noise(torch.ones(3, 2)),
+        ValueError, r"must give fractions in \[0, 1\]; it gave"),
+    "not a number": (
+        lambda: fastdiff.Objective(fastdiff.VariancePreserving(), timesteps=lambda u: u * math.nan).noise(
+            torch.ones(3, 2)), ValueError, r"must give fractions in \[0, 1\]"),
     "integers": (
         lambda: timesteps.Function(lambda u: (u > 0.5).long())(float64([0.5]), fastdiff.RectifiedFlow()), ValueError,
         "must give fractions"),
@@ -329,6 +335,8 @@ def test_a_function_given_to_an_objective():
     x0 = torch.zeros(5, 2)
     assert_close(objective.noise(x0, seed=4).t, plain.noise(x0, seed=4).t.numpy() ** 3)
     assert objective._times().program() is not None
+    half = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow", timesteps=lambda u: u.float())
+    assert half.noise(x0, seed=4).t.dtype == torch.float64
     beta = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow", timesteps=timesteps.Beta(2.0, 3.0))
     want = stats.beta.ppf(plain.noise(x0, seed=4).t.numpy(), 2, 3)
     assert_close(beta.noise(x0, seed=4).t, want, rel=1e-8)
