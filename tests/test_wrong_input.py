@@ -314,9 +314,10 @@ CASES = {
         lambda: losses.PseudoHuber(form="sqrt"), ValueError, "one of plain, scaled, normalized; got 'sqrt'"),
     "schedule of a loss": (
         lambda: losses.PseudoHuber(schedule="cosine"), ValueError, "one of constant, exponential, snr; got 'cosine'"),
-    "timesteps a number": (lambda: objective(timesteps=5), TypeError, "object or a function from uniforms to fractions; got 5"),
+    "timesteps a number": (
+        lambda: objective(timesteps=5), TypeError, "object or a function from uniforms to fractions; got 5"),
     "timesteps a class": (
-        lambda: objective(timesteps=fastdiff.timesteps.Mode), TypeError, "object or a function from uniforms to fractions; got"),
+        lambda: objective(timesteps=fastdiff.timesteps.Mode), TypeError, "a function from uniforms to fractions; got"),
     "stratified inside": (
         lambda: objective(timesteps=fastdiff.timesteps.Shifted(fastdiff.timesteps.Stratified(), 3.0)),
         ValueError, r"Stratified\(Shifted\(inner, shift\)\)"),
