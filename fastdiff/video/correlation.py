@@ -11,9 +11,16 @@ from .. import ops
 from ..names import find
 from ..numeric import check_numbers
 from ..ops.checks import check_floating, compute_dtype
-from ..philox import Stream, draw_seed, samples_of
+from ..philox import Stream, seeded
 
 KINDS = {"mixed": "mixed", "progressive": "progressive"}
+
+
+def check_alpha(name: str, alpha: float) -> None:
+    """Raise TypeError or ValueError unless ``alpha`` says how much frames share."""
+    check_numbers(**{name: alpha})
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"{name} must be at least 0, and finite; got {alpha!r}.")
 
 
 def frame_noise(
@@ -24,7 +31,7 @@ def frame_noise(
     frame_dim: int = 2,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
-    sample_offset: int = 0,
+    sample_offset: int | None = None,
     ids: Tensor | None = None,
 ) -> Tensor:
     """Noise that is correlated between frames, to be given to ``Objective.noise(x0, noise=)`` (Ge et al. 2023,
@@ -49,18 +56,13 @@ def frame_noise(
     """
     check_floating(x0=x0)
     kind = find("kind of frame noise", kind, KINDS, {})
-    check_numbers(alpha=alpha)
-    if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha must be at least 0, and finite; got {alpha!r}.")
+    check_alpha("alpha", alpha)
     if frame_dim not in (1, 2) or x0.ndim <= frame_dim:
         raise ValueError(
             f"frame_dim must be 2, for [batch, channels, frames, ...], or 1, for [batch, frames, ...]; got "
             f"{frame_dim!r} for {tuple(x0.shape)}."
         )
-    if generator is not None and seed is not None:
-        raise ValueError("pass a generator or a seed, not both.")
-    seed = draw_seed(generator, x0.device) if seed is None else seed
-    samples = samples_of(ids, sample_offset, len(x0), x0.device)
+    seed, samples = seeded(seed, generator, ids, sample_offset, len(x0), x0.device)
     z = ops.materialize(ops.Philox(seed, samples), x0.shape, x0.device)
     shared, own = alpha / math.hypot(1, alpha), 1 / math.hypot(1, alpha)
     if kind == "mixed":

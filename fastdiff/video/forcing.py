@@ -12,18 +12,19 @@ from torch import Tensor
 from .. import ops
 from .. import prediction as kinds
 from ..names import find
-from ..noised import Noised
+from ..noised import Noised, refuse_packed
 from ..numeric import check_numbers
 from ..objective import Objective
 from ..ops.checks import check_alike, check_floating, check_tensor
-from ..philox import Stream, draw_seed, samples_of
+from ..philox import Stream, seeded
 from ..process import Levels
 from ..showing import brief
+from ..tensors import value_checks_are_free
 
 _SCHEDULES = {name: name for name in ("full_sequence", "autoregressive", "pyramid", "trapezoid")}
 
 
-def fused_snr(noised: Noised, gamma: float = 5.0, decay: float = 0.9) -> Tensor:
+def fused_snr(noised: Noised, gamma: float = 5.0, decay: float = 0.9, *, frames: int | None = None) -> Tensor:
     """Fused-SNR weights: min-SNR weights that also count what earlier frames tell (Chen et al. 2024, and their code).
 
     S_f is the SNR of frame f, c_f = min(S_f, gamma) / gamma, and d = decay. Their moving average is C_0 = c_0,
@@ -39,19 +40,23 @@ def fused_snr(noised: Noised, gamma: float = 5.0, decay: float = 0.9) -> Tensor:
             weighting should be None.
         gamma: > 0.
         decay: in [0, 1).
+        frames: of data that is tokens, [B, L, D]: how many frames they are, one after the other, L / frames tokens
+            each, which share a time.
 
     Returns float64 of the shape of ``noised.t``, to be given to ``objective.loss(..., weight=)``. Raises ValueError for
-    unfit inputs.
+    unfit inputs, and for packed sequences.
     """
     check_numbers(gamma=gamma, decay=decay)
     if not gamma > 0:
         raise ValueError(f"gamma must be positive; got {gamma!r}.")
     if not 0 <= decay < 1:
         raise ValueError(f"decay must lie in [0, 1); got {decay!r}.")
+    refuse_packed(noised, "fused SNR")
     t, objective = noised.t, noised.objective
     if t.ndim < 2:
         raise ValueError(f"fused SNR needs a time for each frame, [B, F]; got t of shape {tuple(t.shape)}.")
-    snr = objective.process.levels(t).snr.reshape(len(t), -1) / gamma
+    t = _of_frames(noised, frames)
+    snr = objective.process.levels(t).snr / gamma
     clipped = snr.clamp(max=1.0)
     known = clipped @ _from_before(snr.shape[1], decay, snr.device)
     clipped_fused, fused = (1 - (1 - known) * (1 - each) for each in (clipped, snr))
@@ -70,7 +75,26 @@ def fused_snr(noised: Noised, gamma: float = 5.0, decay: float = 0.9) -> Tensor:
             f"fused SNR is of errors of 'sample', 'epsilon', 'v_prediction' (variance-preserving processes) or 'flow'; "
             f"got {kind!r} of {objective.process!r}."
         )
-    return weight.reshape(t.shape)
+    return weight.repeat_interleave(noised.t.shape[1:].numel() // t.shape[1], 1).reshape(noised.t.shape)
+
+
+def _of_frames(noised: Noised, frames: int | None) -> Tensor:
+    """The times of the frames, [B, F]."""
+    t = noised.t.flatten(1)
+    if noised.x0.ndim != 3:
+        if frames is not None:
+            raise ValueError("frames is for data that is tokens; a video has its frames in its shape: leave it out.")
+        return t
+    count = t.shape[1]
+    if type(frames) is not int or frames < 1 or count % frames:
+        raise ValueError(
+            f"t of shape {tuple(noised.t.shape)} is one a token, of data {tuple(noised.x0.shape)}: pass frames=, how "
+            f"many frames the tokens are; got {frames!r}."
+        )
+    by_frame = t.view(len(t), frames, count // frames)
+    if value_checks_are_free(t) and not bool((by_frame == by_frame[..., :1]).all()):
+        raise ValueError(f"the tokens of a frame must share a time; got {brief(noised.t)} for {frames} frames.")
+    return by_frame[..., 0]
 
 
 def _from_before(frames: int, decay: float, device: torch.device) -> Tensor:
@@ -136,17 +160,17 @@ def sample(
     known: Tensor | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
-    sample_offset: int = 0,
+    sample_offset: int | None = None,
     ids: Tensor | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Draw videos whose frames have noise levels of their own, by steps of DDIM without noise (for a flow: of Euler),
-    one pass over the data each. A frame whose level stays is left as it is.
+    one pass over the data each. A frame whose level stays is left as it is, whatever the network says of it.
 
     Args:
-        model: called as ``model(x, t)``, t [B, F], the ``model_time`` of training. It is used as it is: call
-            ``.eval()`` first.
+        model: called as ``model(x, t)``, t [B, F], the ``model_time`` of training: whole numbers, or float32 (float64
+            for float64 samples). It is used as it is: call ``.eval()`` first.
         shape: of the samples, [B, C, F, H, W], or with ``frame_dim=1`` [B, F, C, H, W] (or [B, F, ...]).
         objective: of training: a ``video.RFLoss``, or any ``Objective`` with a time for each frame.
         schedule: fractions of the process [rows, F], as ``frame_schedule`` makes them; of a flow shifted, if that is
@@ -176,21 +200,21 @@ def sample(
     if bool(held.any()) and known is None and x is None:
         raise ValueError("the schedule has frames that are clean from the start: pass known=, the data that they hold.")
     if x is None:
-        if generator is not None and seed is not None:
-            raise ValueError("pass a generator or a seed, not both.")
-        seed = draw_seed(generator, device) if seed is None else seed
-        samples = samples_of(ids, sample_offset, shape[0], device)
+        seed, samples = seeded(seed, generator, ids, sample_offset, shape[0], device)
         x = ops.materialize(ops.Philox(seed, samples, Stream.INITIAL), shape, device)
     x = x.to(device, dtype)
     if known is not None:
         x = torch.where(held.to(device).view(placed), known.to(device, dtype), x)
     levels = [_levels(objective.process, row) for row in schedule]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     for now, then in zip(levels, levels[1:]):
-        k_x, k_m, time = _step(objective, now, then)
-        m = model(x, time.to(device, dtype if time.is_floating_point() else None).expand(shape[0], -1))
+        k_x, k_m, time, moves = _step(objective, now, then)
+        m = model(x, time.to(device, wide if time.is_floating_point() else None).expand(shape[0], -1))
         check_tensor("the model's output", m, "output")
         check_alike(x=x, **{"the model's output": m})
-        x = ops.convert(m.to(dtype), x, k_x.view(placed), k_m.view(placed))
+        moved = ops.convert(m.to(dtype), x, k_x.view(placed), k_m.view(placed))
+        # Of a frame that stays, 0 m is NaN where m is not finite.
+        x = moved if bool(moves.all()) else torch.where(moves.to(device).view(placed), moved, x)
     return x
 
 
@@ -226,8 +250,8 @@ def _levels(process: Any, fractions: Tensor) -> Levels:
     return Levels(t, alpha, sigma, process)
 
 
-def _step(objective: Objective, now: Levels, then: Levels) -> tuple[Tensor, Tensor, Tensor]:
-    """(k_x, k_m, the time that the model is told), [F] each: x becomes k_x x + k_m m."""
+def _step(objective: Objective, now: Levels, then: Levels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(k_x, k_m, the time that the model is told, whether the level moves), [F] each: x becomes k_x x + k_m m."""
     scale, time = kinds.model_input(objective.prediction, now)
     if scale is not None:
         raise ValueError(f"samples of frames are not drawn with the preconditioned {objective.prediction.name!r}.")
@@ -242,4 +266,4 @@ def _step(objective: Objective, now: Levels, then: Levels) -> tuple[Tensor, Tens
             f"{objective.prediction.name!r} does not determine x0 where the schedule begins (zero SNR): use a network "
             f"with another prediction, or a schedule that begins below 1."
         )
-    return k_x, k_m, time
+    return k_x, k_m, time, moves

@@ -19,6 +19,7 @@ from ..names import find
 from ..numeric import check_numbers
 from ..process import as_float64
 from ..showing import brief
+from ..tensors import value_checks_are_free
 
 __all__ = ["exponential", "flux", "hunyuanvideo", "ltx", "resolution", "sd3", "shifted", "sigmas", "stretched", "wan"]
 
@@ -153,6 +154,8 @@ def _checked(shift: Any) -> Shift:
     if isinstance(shift, Tensor) and shift.ndim:
         if shift.ndim != 1 or not shift.is_floating_point():
             raise ValueError(f"a shift must be a number, or floating point [batch]; got {brief(shift)}.")
+        if value_checks_are_free(shift) and not bool(((shift > 0) & (shift < math.inf)).all()):
+            raise ValueError(f"shifts must be positive numbers; got {brief(shift)}.")
         return shift.double()
     check_numbers(shift=shift)
     if not 0 < float(shift) < math.inf:

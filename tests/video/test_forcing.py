@@ -69,6 +69,18 @@ def test_fused_snr_of_a_flow(frame_dim):
     assert_close(objective.loss(m, noised, weight=weight).double(), loss, rel=1e-5)
 
 
+def test_fused_snr_of_frames_that_are_tokens():
+    """A frame's weight does not depend on how many tokens it is."""
+    x0 = torch.randn(2, 12, 3)
+    objective = video.RFLoss(per="frame")
+    noised = objective.noise(x0, seed=3, frames=4)
+    t = to_numpy(noised.t)[:, ::3]
+    right = fused((((1 - t) / t) ** 2).T, "flow", 5.0, 0.9).T
+    weight = video.fused_snr(noised, frames=4)
+    assert weight.shape == (2, 12)
+    assert_close(weight, right.repeat(3, 1), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     "process, kind", [(VP, "epsilon"), (VP, "v_prediction"), (VP, "sample"), (fastdiff.RectifiedFlow(), "flow")]
 )
@@ -76,7 +88,7 @@ def test_without_memory_it_is_min_snr(process, kind):
     x0 = torch.zeros(2, 4, 1)
     objective = fastdiff.Objective(process, kind, fastdiff.MinSNR(5.0))
     noised = objective.noise(x0, process.time(torch.rand(2, 4, dtype=torch.float64)), seed=1)
-    assert_close(video.fused_snr(noised, decay=0.0).float().double(), to_numpy(noised.weight), rel=2e-7)
+    assert_close(video.fused_snr(noised, decay=0.0, frames=4).float().double(), to_numpy(noised.weight), rel=2e-7)
 
 
 def test_limits_of_fused_snr():
@@ -85,7 +97,7 @@ def test_limits_of_fused_snr():
     x0, t = torch.zeros(1, 3, 1), torch.tensor([[999, 999, 500]])
     for kind, first in (("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)):
         objective = fastdiff.Objective(zero, kind)
-        weight = video.fused_snr(objective.noise(x0, t, seed=1))
+        weight = video.fused_snr(objective.noise(x0, t, seed=1), frames=3)
         assert bool(weight.isfinite().all()) and float(weight[0, 0]) == first
 
 
@@ -186,6 +198,61 @@ def test_seeds_and_dtypes_of_samples():
     assert not torch.equal(drawn, whole)
 
 
+def test_ranks_draw_noise_of_their_own():
+    """Without a seed each rank counts its samples from a place of its own, as Objective.noise does."""
+    how = (1, 1, 3, 2, 2), video.RFLoss(), video.frame_schedule("full_sequence", 2, 3)
+
+    def drawn():
+        given = {"generator": torch.Generator().manual_seed(1)}
+        return video.sample(lambda x, t: 0 * x, *how, **given), video.frame_noise(torch.zeros(how[0]), **given)
+
+    alone = drawn()
+    try:
+        fastdiff.distributed.data_parallel((0, 2))
+        first = drawn()
+        fastdiff.distributed.data_parallel((1, 2))
+        second = drawn()
+        seeded = video.sample(lambda x, t: 0 * x, *how, seed=4)
+    finally:
+        fastdiff.distributed.data_parallel(None)
+    for own, of_first, of_second in zip(alone, first, second):
+        assert torch.equal(own, of_first) and not torch.equal(own, of_second)
+    assert torch.equal(seeded, video.sample(lambda x, t: 0 * x, *how, seed=4))
+
+
+@pytest.mark.parametrize(
+    "dtype, wide",
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_the_model_is_told_the_time_of_training(dtype, wide):
+    told, schedule = [], video.frame_schedule("pyramid", 7, 3)
+
+    def model(x, t):
+        told.append(t)
+        return 0 * x
+
+    video.sample(model, (1, 1, 3, 2, 2), video.RFLoss(), schedule, seed=4, dtype=dtype)
+    for t, row in zip(told, schedule):
+        assert t.dtype == wide
+        torch.testing.assert_close(t, row.to(wide)[None], rtol=1e-15 if wide == torch.float64 else 0, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_frames_that_stay_are_left_whatever_the_network_says(value):
+    x0 = torch.randn(2, 1, 3, 2, 2)
+    schedule = video.frame_schedule("full_sequence", 2, 3)
+    schedule[:, 0] = 0
+
+    def model(x, t):
+        return torch.where((t == 0).view(2, 1, 3, 1, 1), value, torch.zeros_like(x))
+
+    found = video.sample(model, x0.shape, video.RFLoss(), schedule, known=x0, seed=1)
+    assert torch.equal(found[:, :, 0], x0[:, :, 0]) and bool(found.isfinite().all())
+
+
+OF_TOKENS = video.RFLoss(per="token").noise(torch.zeros(2, 6, 2), seed=1)
+
+
 def drawing(**changed):
     how = {"shape": (1, 1, 3, 2, 2), "schedule": video.frame_schedule("pyramid", 2, 3), "objective": video.RFLoss()}
     return lambda: video.sample(changed.pop("model", lambda x, t: x), **how | changed)
@@ -210,9 +277,16 @@ def drawing(**changed):
         (lambda: video.frame_schedule("pyramid", 2, 3, chunk=0), ValueError, "chunk must be a whole number"),
         (lambda: video.frame_schedule("pyramid", 2, 3, uncertainty=-1), ValueError, "uncertainty must be at least 0"),
         (lambda: video.fused_snr(video.RFLoss().noise(torch.zeros(1, 1, 2, 2, 2))), ValueError, "a time for each fr"),
+        (lambda: video.fused_snr(OF_TOKENS), ValueError, "pass frames=, how many frames the tokens are; got None"),
+        (lambda: video.fused_snr(OF_TOKENS, frames=4), ValueError, "how many frames the tokens are; got 4"),
+        (lambda: video.fused_snr(OF_TOKENS, frames=3), ValueError, "the tokens of a frame must share a time"),
+        (lambda: video.fused_snr(video.RFLoss(per="frame").noise(torch.zeros(1, 1, 2, 2, 2)), frames=2),
+         ValueError, "a video has its frames in its shape"),
+        (lambda: video.fused_snr(video.RFLoss().noise(torch.zeros(6, 2), torch.rand(6), lengths=[2, 4])),
+         ValueError, "fused SNR takes a batch"),
         (lambda: video.fused_snr(None, gamma=0.0), ValueError, "gamma must be positive"),
         (lambda: video.fused_snr(None, decay=1.0), ValueError, r"decay must lie in \[0, 1\); got 1.0"),
-        (lambda: video.fused_snr(SCORES.noise(torch.zeros(1, 2, 2), torch.rand(1, 2))),
+        (lambda: video.fused_snr(SCORES.noise(torch.zeros(1, 2, 2), torch.rand(1, 2)), frames=2),
          ValueError, "fused SNR is of errors of 'sample'"),
     ],
 )  # fmt: skip

@@ -86,6 +86,9 @@ def test_a_shift_that_broadcasts():
         (lambda: shifts.sigmas(0), ValueError, "steps must be at least 1; got 0"),
         (lambda: shifts.sigmas(4, -1.0), ValueError, "shift must be a positive number; got -1.0"),
         (lambda: shifts.sigmas(4, 3.0, 1.0), ValueError, r"terminal must lie in \(0, 1\); got 1.0"),
+        (lambda: shifts.rule(torch.tensor([0.0, 1.0])), ValueError, "shifts must be positive numbers"),
+        (lambda: shifts.rule(torch.tensor([1.0, torch.inf])), ValueError, "shifts must be positive numbers"),
+        (lambda: shifts.rule(torch.tensor([1.0, torch.nan])), ValueError, "shifts must be positive numbers"),
         (lambda: shifts.stretched([1.0, 0.5], "0.1"), TypeError, "terminal must be a number"),
     ],
 )
