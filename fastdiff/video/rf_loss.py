@@ -18,17 +18,19 @@ from ..losses import Loss
 from ..names import find
 from ..noised import Noised, check_noised
 from ..objective import Objective
-from ..ops.checks import check_data, check_tensor
+from ..ops.checks import check_data, check_tensor, check_unambiguous
 from ..ops.dispatch import get as backend_of
-from ..packed import packed_of
-from ..philox import Stream, seeded
+from ..ops.loss import check_loss
+from ..ops.noise import made_noise
+from ..packed import offset_noise, packed_of
+from ..philox import Stream, Window, seeded
 from ..process import RectifiedFlow, as_times
 from ..samplers import Sampler
 from ..samplers.schedule import Scheduled
 from ..showing import brief
 from ..weighting import WeightingLike
 from . import shifts
-from .correlation import KINDS, frame_noise
+from .correlation import KINDS, check_alpha, frame_noise
 
 _PER = {"sample": "sample", "frame": "frame", "token": "token"}
 
@@ -50,8 +52,9 @@ class RFLoss(Objective):
             "ltx" and (1, 2, 2) for the others. Data that is tokens is counted as it is.
         frame_dim: which dimension the frames are, 2 or 1.
         frame_noise: "mixed" or "progressive": frames share their noise in part, by ``frame_noise_alpha`` (see
-            ``video.frame_noise``). It is made as a tensor, and kept.
-        options: ``timesteps``, ``error_space``, ``noise_offset``, ``input_perturbation``: as in ``Objective``.
+            ``video.frame_noise``). It is made as a tensor, and kept. Only for video, not for tokens.
+        options: ``timesteps``, ``error_space``, ``noise_offset``, ``input_perturbation``: as in ``Objective``. The
+            channels that have an offset are those of the video; of tokens they are the last dimension.
 
     ``per``, ``shift``, ``patch``, ``frame_noise`` and ``frame_noise_alpha`` may be set anew between steps. Raises
     TypeError or ValueError as ``Objective`` does.
@@ -70,8 +73,6 @@ class RFLoss(Objective):
         frame_noise_alpha: float = 1.0,
         **options: Any,
     ):
-        if frame_dim not in (1, 2):
-            raise ValueError(f"frame_dim must be 2, for [B, C, F, H, W], or 1, for [B, F, C, H, W]; got {frame_dim!r}.")
         self.per, self.shift, self.patch, self.frame_dim = per, shift, patch, frame_dim
         self.frame_noise, self.frame_noise_alpha = frame_noise, frame_noise_alpha
         super().__init__(RectifiedFlow(), "flow", weighting, loss, **{"noise_offset_dim": 3 - frame_dim} | options)
@@ -89,6 +90,13 @@ class RFLoss(Objective):
                 raise ValueError(f"patch must be (frames, rows, columns), whole sizes of at least 1; got {value!r}.")
         elif name == "frame_noise" and value is not None:
             value = find("kind of frame noise", value, KINDS, {}, "None")
+        elif name == "frame_noise_alpha":
+            check_alpha(name, value)
+        elif name == "frame_dim":
+            if name in self.__dict__:
+                raise AttributeError("frame_dim cannot be changed: make another RFLoss.")
+            if value not in (1, 2):
+                raise ValueError(f"frame_dim must be 2, for [B, C, F, H, W], or 1, for [B, F, C, H, W]; got {value!r}.")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -140,8 +148,8 @@ class RFLoss(Objective):
             clean: rows that are kept clean: history, or an image to go on from. A number of first frames; or bool,
                 [F] or [B, F], [L] or [B, L]. There t is 0 and x_t is x0, and the loss leaves them out.
             frames: of data that is tokens: how many frames they are, one after the other, L / frames tokens each.
-            shift: for this batch in place of the objective's: as that, or a tensor of one a sample [B] (such as
-                ``shifts.flux(lengths)``).
+            shift: for this batch in place of the objective's: as that, or a tensor of one a sample [B] or
+                sequence (such as ``shifts.flux(lengths)``).
 
         Returns a ``Noised``; its t is [B], or with times of frames [B, 1, F, 1, 1] ([B, F, 1, 1, 1] with frames first),
         of tokens [B, L]. ``noised.model_time.flatten(1)`` is [B, F]. Raises TypeError or ValueError for unfit inputs.
@@ -149,9 +157,10 @@ class RFLoss(Objective):
         check_data(x0, options.get("dtype"))
         packed = None if lengths is None else packed_of(x0, lengths, options.get("tokens"))
         self._check_data(x0, frames, x0.shape if part is None else part.shape, packed)
-        drawn, made = t is None and sigma is None, noise is None and self.frame_noise is not None
+        drawn, made = t is None and sigma is None, noise is None and self._makes_noise(x0, packed)
         whose: dict[str, Any] = {"sample_offset": sample_offset, "ids": ids}
         samples: int | Tensor = 0
+        window = None
         if drawn or made:
             how = seed, generator, ids, sample_offset
             if part is None:
@@ -176,8 +185,11 @@ class RFLoss(Objective):
         left_out = None
         if clean is not None and packed is not None:
             left_out = _clean_tokens(clean, packed, x0)
-            t = packed.spread(t.view(-1, *(1,) * (x0.ndim - 1)), x0.shape) if t.shape == (packed.sequences,) else t
-            t = t.reshape(left_out.shape) if t.numel() > 1 else t.expand(left_out.shape)
+            if t.numel() == 1:
+                t = t.reshape(()).expand(left_out.shape)
+            elif t.shape == (packed.sequences,):
+                t = packed.spread(t.view(-1, *(1,) * (x0.ndim - 1)), x0.shape)
+            t = t.reshape(left_out.shape)
         elif clean is not None:
             first = 0 if part is None or x0.ndim != 5 else part.start[self.frame_dim]
             whole = self._frames(x0.shape if part is None else part.shape, frames)
@@ -189,19 +201,13 @@ class RFLoss(Objective):
             t = t.view(-1, *(1,) * (left_out.ndim - 1)) if t.ndim < 2 else t
         if left_out is not None:
             t = torch.where(left_out, torch.zeros((), dtype=t.dtype, device=t.device), t)
-            left_out = left_out.expand(t.shape)
+        if t.ndim > 1 and len(t) == 1 and packed is None and (t.numel() > 1 or left_out is not None):
+            t = t.expand(len(x0), *t.shape[1:])  # one for all videos
+        if left_out is not None:
+            left_out = left_out.expand(t.shape).clone()  # the user's own may be written into
         if made:
-            if self.noise_offset:
-                raise ValueError("offset noise is not added to frame_noise: set noise_offset or frame_noise, not both.")
-            if part is not None and window is not None:
-                raise ValueError("frame_noise is made for whole samples, not for slices of them: pass noise=.")
-            like = x0 if x0.is_floating_point() else torch.empty(x0.shape, device=x0.device)
-            of = {"ids" if isinstance(samples, Tensor) else "sample_offset": samples}
-            noise = frame_noise(
-                like, self.frame_noise, self.frame_noise_alpha, frame_dim=self.frame_dim, seed=seed, **of
-            )
-        if part is not None and t.ndim == 5 and part.rows is None:  # its sizes do not tell, of a slice of one frame
-            part = dataclasses.replace(part, rows=(0, self.frame_dim))
+            noise = self._made_noise(x0, seed, samples, window, packed, options.get("rng", "exact"))
+        part = self._with_rows(part, t)
         noised = super().noise(x0, t, noise, generator, seed=seed, part=part, lengths=lengths, **whose, **options)
         noised.clean = left_out
         return noised
@@ -213,6 +219,7 @@ class RFLoss(Objective):
         mask: Tensor | None = None,
         reduction: str = "mean",
         *,
+        weight: Tensor | float | None = None,
         mask_normalization: str | None = None,
         **options: Any,
     ) -> Tensor:
@@ -221,21 +228,27 @@ class RFLoss(Objective):
 
         Args:
             mask: as in ``Objective.loss``. With clean rows, what is left is what the mask leaves of the others.
+            weight: as in ``Objective.loss``. At clean rows it counts as 0, whatever it holds.
             mask_normalization: what divides. "global": the number of elements that are left, m: sum(w m e) / sum(m);
                 "sample": each video's own number, then the mean of the videos; "row": each frame's or token's own, then
                 the mean of those that have any; "none": the number of all elements, clean ones too. None: "global" for
                 a mean (without a mask it is over the rows that are not clean), "row" for reduction "none", "none" for a
                 sum.
-            options: ``weight``, ``target``, ``y``, ``r``: as in ``Objective.loss``.
+            options: ``target``, ``y``, ``r``: as in ``Objective.loss``.
         """
         check_noised(prediction, noised)
-        if noised.clean is not None:
-            mask = _left(mask, ~noised.clean, prediction)
+        noised.part = self._with_rows(noised.part, noised.t)
         if mask_normalization is None:
-            mask_normalization = {"mean": "global", "none": "row"}.get(reduction, "none")
-        if mask is None:
-            mask_normalization = "none"  # it is the same, and needs no mask
-        return super().loss(prediction, noised, mask, reduction, mask_normalization=mask_normalization, **options)
+            mask_normalization = "none"  # without a mask it is the same, and needs none
+            if mask is not None or noised.clean is not None:
+                mask_normalization = {"mean": "global", "none": "row"}.get(reduction, "none")
+        if noised.clean is not None:
+            if isinstance(mask, Tensor):
+                check_unambiguous("mask", mask.shape, noised.x0.shape)
+            mask = check_loss(prediction, noised.x0, None, mask, mask_normalization, reduction, alone=False)
+            mask, weight = _left(mask, noised.clean, prediction), _of_left(weight, noised.clean, prediction)
+        how = {"weight": weight, "mask_normalization": mask_normalization}
+        return super().loss(prediction, noised, mask, reduction, **how, **options)
 
     def sample(
         self,
@@ -259,11 +272,50 @@ class RFLoss(Objective):
         made = shifts.rule(self.shift if shift is None else shift)
         if len(shape) == 3:
             return shifts.of_data(made, (None, None, None), shape[1])
+        if len(shape) != 5:
+            raise ValueError(f"data must be {self._order}, or tokens [B, L, D]; got shape {tuple(shape)}.")
         sizes = shape[self.frame_dim], *shape[3:]
         tokens = 1
         for size, part in zip(sizes, self.patch or made.patch):
             tokens *= -(-size // part)
         return shifts.of_data(made, sizes, tokens)
+
+    @property
+    def _order(self) -> str:
+        return "video [B, C, F, H, W]" if self.frame_dim == 2 else "video [B, F, C, H, W]"
+
+    def _with_rows(self, part: Part | None, t: Tensor) -> Part | None:
+        """``part``, told that frames differ in t: the sizes of a slice of one frame do not tell."""
+        if part is None or t.ndim != 5 or part.rows is not None:
+            return part
+        return dataclasses.replace(part, rows=(0, self.frame_dim))
+
+    def _makes_noise(self, x0: Tensor, packed: Packed | None) -> bool:
+        """Whether noise that is not given is made here, as a tensor."""
+        if self.frame_noise is None:
+            return bool(self.noise_offset) and (packed is not None or x0.ndim == 3)
+        if packed is not None or x0.ndim != 5:
+            raise ValueError(
+                f"frame_noise is shared by the frames of {self._order}; got {'packed ' if packed else ''}tokens, "
+                f"{tuple(x0.shape)}: set frame_noise=None, or pass noise=."
+            )
+        if self.noise_offset:
+            raise ValueError("offset noise is not added to frame_noise: set noise_offset or frame_noise, not both.")
+        return True
+
+    def _made_noise(
+        self, x0: Tensor, seed: int | Tensor, samples: int | Tensor, window: Window | None, packed: Packed | None,
+        rng: str,
+    ) -> Tensor:  # fmt: skip
+        if packed is not None:
+            return offset_noise(x0, packed, seed, samples, self.noise_offset, -1, rng)
+        if self.frame_noise is None:
+            return made_noise(x0, seed, samples, self.noise_offset, -1, rng, window)
+        if window is not None:
+            raise ValueError("frame_noise is made for whole samples, not for slices of them: pass noise=.")
+        like = x0 if x0.is_floating_point() else torch.empty(x0.shape, device=x0.device)
+        of = {"ids" if isinstance(samples, Tensor) else "sample_offset": samples}
+        return frame_noise(like, self.frame_noise, self.frame_noise_alpha, frame_dim=self.frame_dim, seed=seed, **of)
 
     def _check_data(self, x0: Tensor, frames: int | None, sizes: Sequence[int], packed: Packed | None) -> None:
         if packed is not None:
@@ -272,8 +324,7 @@ class RFLoss(Objective):
             return
         video = x0.ndim == 5
         if not video and x0.ndim != 3:
-            order = "[B, C, F, H, W]" if self.frame_dim == 2 else "[B, F, C, H, W]"
-            raise ValueError(f"x0 must be video {order}, or tokens [B, L, D]; got shape {tuple(x0.shape)}.")
+            raise ValueError(f"x0 must be {self._order}, or tokens [B, L, D]; got shape {tuple(x0.shape)}.")
         if frames is not None and video:
             raise ValueError("frames is for data that is tokens; a video has its frames in its shape: leave it out.")
         if frames is not None and (type(frames) is not int or frames < 1 or sizes[1] % frames):
@@ -300,9 +351,13 @@ class RFLoss(Objective):
             if self.per != "sample":
                 raise ValueError(f"times of packed sequences are drawn one a sequence; got per={self.per!r}: pass t.")
             batch = packed.sequences
-            lengths = packed.lengths(x0.shape).clamp(min=1).tolist()
-            of_each = [self.shift_of((1, length, 1), shift) for length in lengths]
-            s = torch.tensor([float(one) for one in of_each], dtype=torch.float64, device="cpu")
+            lengths = packed.lengths(x0.shape).clamp(min=1)
+            given = self.shift if shift is None else shift
+            if isinstance(given, Tensor) or torch.compiler.is_compiling():
+                s = self.shift_of((1, lengths, 1), given)
+            else:
+                of_each = [self.shift_of((1, length, 1), given) for length in lengths.tolist()]
+                s = torch.tensor([float(one) for one in of_each], dtype=torch.float64, device="cpu")
         else:
             s = self.shift_of(sizes, shift)
         count = None
@@ -319,7 +374,8 @@ class RFLoss(Objective):
             t = t[first : first + len(x0)]
         if isinstance(s, Tensor) and s.ndim:
             if len(s) != len(t):
-                raise ValueError(f"shift must be one a sample, [{len(t)}]; got {brief(s)}.")
+                what = "sample" if packed is None else "sequence"
+                raise ValueError(f"shift must be one a {what}, [{len(t)}]; got {brief(s)}.")
             s = s.to(x0.device).view(-1, *(1,) * (count is not None))
         t = shifts.shifted(t, s) if isinstance(s, Tensor) or s != 1 else t
         if count is not None and x0.ndim == 3 and self.per == "frame":
@@ -376,16 +432,26 @@ def _as_mask(clean: Any, frames: int | None, device: torch.device) -> Tensor:
     return torch.atleast_2d(clean.to(device))
 
 
-def _left(mask: Tensor | None, left: Tensor, prediction: Tensor) -> Tensor:
-    """What ``mask`` leaves of the rows ``left``."""
-    left = left.view(*left.shape, *(1,) * (prediction.ndim - left.ndim))
-    if mask is None:
-        return left
-    check_tensor("mask", mask, "mask")
-    if mask.ndim < prediction.ndim:
-        mask = mask.view(*mask.shape, *(1,) * (prediction.ndim - mask.ndim))
+def _placed(rows: Tensor, prediction: Tensor) -> Tensor:
+    """Rows of the leading dimensions, with all of the prediction's."""
+    return rows.reshape(*rows.shape, *(1,) * (prediction.ndim - rows.ndim))
+
+
+def _left(mask: Tensor | None, clean: Tensor, prediction: Tensor) -> Tensor:
+    """What ``mask``, which has all dimensions, leaves of the rows that are not clean."""
+    clean = _placed(clean, prediction)
     # Not a product: what is left out may be NaN.
-    return torch.where(left, mask, torch.zeros((), dtype=mask.dtype, device=mask.device))
+    return ~clean if mask is None else mask.masked_fill(clean, 0)
+
+
+def _of_left(weight: Any, clean: Tensor, prediction: Tensor) -> Any:
+    """``weight``, and where it is one a row, 0 at the clean ones: it may be infinite or NaN there."""
+    if not isinstance(weight, Tensor) or weight.numel() == 1 or weight.ndim > prediction.ndim:
+        return weight
+    placed, clean = _placed(weight, prediction), _placed(clean, prediction)
+    if any(size not in (1, row) for size, row in zip(placed.shape, clean.shape)):
+        return weight  # of elements, which the mask leaves out; or unfit
+    return torch.where(clean.to(weight.device), torch.zeros((), dtype=weight.dtype, device=weight.device), placed)
 
 
 def _shift_of_scheduler(scheduler: Any, static: float) -> Any:

@@ -62,11 +62,74 @@ def test_tokens_that_are_kept_clean(batched):
     torch.testing.assert_close(prediction.grad.view(24, 8)[rest], 2 * e / e.numel())
 
 
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("given", [None, 0.3, [0.3]])
+def test_one_sequence_with_clean_tokens(given, batched):
+    x0, clean = torch.randn(6, 4), torch.arange(6) < 2
+    noised = RFLoss().noise(x0[None] if batched else x0, given, seed=3, lengths=[6], clean=clean)
+    whole = RFLoss().noise(x0[None], given, seed=3, clean=clean)
+    assert noised.t.shape == ((1, 6) if batched else (6,))
+    assert torch.equal(noised.t.view(6), whole.t[0]) and torch.equal(noised.x_t.view(6, 4), whole.x_t[0])
+
+
+def test_a_shift_of_each_sequence():
+    x0, lengths = torch.randn(24, 8), torch.tensor(LENGTHS)
+    right = RFLoss(shift="flux").noise(x0, seed=3, lengths=lengths)
+    given = shifts.flux(lengths.clamp(min=1))
+    for noised in (
+        RFLoss(shift=given).noise(x0, seed=3, lengths=LENGTHS),
+        RFLoss().noise(x0, seed=3, lengths=lengths, shift=given),
+    ):
+        torch.testing.assert_close(noised.t, right.t, rtol=1e-14, atol=0)
+    with pytest.raises(ValueError, match=r"shift must be one a sequence, \[4\]"):
+        RFLoss().noise(x0, seed=3, lengths=LENGTHS, shift=given[:3])
+
+
+@pytest.mark.parametrize("shift", ["flux", 3.0])
+def test_compiled(shift):
+    objective, x0 = RFLoss(shift=shift), torch.randn(24, 8)
+
+    def step(x0, lengths, seed):
+        return objective.noise(x0, seed=seed, lengths=lengths).t
+
+    how = x0, torch.tensor(LENGTHS), torch.tensor([3])
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(*how)
+    torch.testing.assert_close(found, step(*how), rtol=1e-14, atol=0)
+
+
+def test_what_divides_without_a_mask():
+    """The mean over sequences of their own means, and over all elements."""
+    x0, m = torch.randn(2, 24, 8)
+    objective = RFLoss()
+    noised = objective.noise(x0, seed=3, lengths=LENGTHS)
+    squares = (m - noised.target).square()
+    own = [part.mean() for part in squares.split(LENGTHS) if len(part)]
+    torch.testing.assert_close(objective.loss(m, noised, mask_normalization="row"), torch.stack(own).mean())
+    for how in (None, "global", "none"):
+        torch.testing.assert_close(objective.loss(m, noised, mask_normalization=how), squares.mean())
+    with pytest.raises(ValueError, match="mask_normalization must be one of"):
+        objective.loss(m, noised, mask_normalization="rows")
+
+
+def test_offsets_are_of_channels():
+    """Of a token's numbers, as in each sequence alone."""
+    x0 = torch.zeros(24, 8)
+    found = RFLoss(noise_offset=2.0).noise(x0, seed=3, lengths=LENGTHS)
+    plain = RFLoss().noise(x0, seed=3, lengths=LENGTHS)
+    assert torch.equal(found.t, plain.t)
+    for k, part in enumerate((found.noise - plain.noise).split(LENGTHS)):
+        offset = part[:1] if len(part) else part
+        torch.testing.assert_close(part, offset.expand_as(part), atol=1e-5, rtol=0)
+        assert not len(part) or float(offset.std()) > 0.1, k
+    assert torch.equal(found.noise, torch.cat([one.noise[0] for one in alone(RFLoss(noise_offset=2.0), x0, 3)]))
+
+
 @pytest.mark.parametrize(
     ("settings", "how", "words"),
     [
         ({"per": "token"}, {}, "drawn one a sequence; got per='token'"),
         ({"per": "frame"}, {}, "drawn one a sequence"),
+        ({"frame_noise": "mixed"}, {}, "frame_noise is shared by the frames of video.*got packed tokens"),
         ({}, {"frames": 2}, "packed sequences have lengths: leave it out"),
         ({}, {"clean": 2}, "must be bool, one a token"),
         ({}, {"clean": torch.zeros(4, dtype=torch.bool)}, "must be bool, one a token"),

@@ -227,6 +227,130 @@ def test_a_mask_without_clean_frames_divides_by_itself(backend):
     assert_close(objective.loss(m, noised, mask).double(), e2[mask.numpy()].mean(), rel=1e-6)
 
 
+def test_without_a_mask_what_divides_is_said_too():
+    x0, m = batch(2)
+    objective = video.RFLoss(per="frame")
+    noised = objective.noise(x0, seed=SEED)
+    e2 = truth(x0, noised.noise, m, noised.t.numpy())[3] ** 2
+    for how in (None, "global", "sample", "row", "none"):
+        assert_close(objective.loss(m, noised, mask_normalization=how).double(), e2.mean(), rel=1e-6)
+    found = objective.loss(m, noised, reduction="none", mask_normalization="sample")
+    assert found.shape == (B,)
+    assert_close(found.double(), e2.mean((1, 2, 3, 4)), rel=1e-6)
+    with pytest.raises(ValueError, match="mask_normalization must be one of"):
+        objective.loss(m, noised, mask_normalization="rows")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("frame_dim", [2, 1, None])
+def test_weights_of_clean_rows_count_as_0(frame_dim, value, backend):
+    """Such as 1 / t there; one a row, one a sample, and one an element."""
+    x0, m = batch(frame_dim)
+    per = "frame" if frame_dim else "token"
+    objective = video.RFLoss(per=per, frame_dim=frame_dim or 2)
+    kept = torch.arange(F if frame_dim else 10) < 2
+    noised = objective.noise(x0, seed=SEED, clean=kept)
+    everywhere = noised.clean.view(*noised.t.shape, *(1,) * (x0.ndim - noised.t.ndim)).expand(x0.shape)
+    weight = torch.where(noised.clean, value, 1 / noised.t)
+    own = spread(torch.where(noised.clean, 0.0, weight).numpy(), x0)
+    m.requires_grad_()
+    loss = objective.loss(m, noised, weight=weight)
+    loss.backward()
+    _, expected, gradient, _ = truth(x0, noised.noise, m.detach(), 0.5, own, ~everywhere.numpy())
+    assert_close(loss.detach().double(), expected, rel=1e-6)
+    assert_close(m.grad.double(), gradient, rel=1e-4, absolute=1e-6)
+    wide = torch.where(everywhere, value, torch.from_numpy(np.broadcast_to(own, x0.shape).copy()))
+    assert_close(objective.loss(m.detach(), noised, weight=wide).double(), expected, rel=1e-6)
+    by_sample = objective.loss(m.detach(), noised, weight=torch.tensor([2.0, 0.5]))
+    of_each = spread([2.0, 0.5], x0)
+    _, expected, _, _ = truth(x0, noised.noise, m.detach(), 0.5, of_each, ~everywhere.numpy())
+    assert_close(by_sample.double(), expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("clean", [torch.arange(F) < 2, torch.arange(F)[None].expand(B, F) < 2])
+def test_the_users_mask_of_clean_frames_may_be_written_into(clean):
+    x0, m = batch(2)
+    objective, given = video.RFLoss(per="frame"), clean.clone()
+    noised = objective.noise(x0, seed=SEED, clean=given)
+    before = objective.loss(m, noised)
+    given.fill_(False)
+    assert torch.equal(objective.loss(m, noised), before)
+
+
+def test_masks_of_fewer_rows_beside_clean_frames():
+    x0, m = batch(2)
+    objective = video.RFLoss()
+    noised = objective.noise(x0, seed=SEED, clean=1)
+    e2 = truth(x0, noised.noise, m, 0.5)[3] ** 2
+    for mask, right in (
+        (torch.tensor([True, False]), e2[0, :, 1:].mean()),
+        (torch.tensor([0.0, 1.0]).view(B, 1, 1, 1, 1), e2[1, :, 1:].mean()),
+        (torch.arange(C).view(1, C) == 1, e2[:, 1, 1:].mean()),
+    ):
+        assert_close(objective.loss(m, noised, mask).double(), right, rel=1e-6)
+    for mask, error, words in (
+        (torch.ones(3, dtype=torch.bool), ValueError, r"mask has shape \(3,\), which does not fit"),
+        (torch.ones(1, *VIDEO), ValueError, "which does not fit"),
+        (torch.ones(B, dtype=torch.complex64), TypeError, "mask must be bool or real"),
+        ([True, False], TypeError, "mask"),
+    ):
+        with pytest.raises(error, match=words):
+            objective.loss(m, noised, mask)
+    with pytest.raises(ValueError, match="prediction"):
+        objective.loss(m[:, :1], noised)
+    square = objective.noise(torch.zeros(B, F, F, H, W), seed=SEED, clean=1)
+    with pytest.raises(ValueError, match="could be one a frame or one a channel"):
+        objective.loss(square.x_t, square, torch.ones(B, F, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("clean", [None, 1])
+@pytest.mark.parametrize("frame_dim", [2, 1])
+def test_times_for_all_videos(frame_dim, clean):
+    """model_time.flatten(1) is [B, F]; with a part too."""
+    x0, m = batch(frame_dim)
+    objective = video.RFLoss(frame_dim=frame_dim)
+    rows = torch.rand(1, F, dtype=torch.float64)
+    part = fastdiff.distributed.Part(x0.shape, (0,) * 5)
+    for t in (rows, rows.expand(B, F)):
+        for given in (None, part):
+            noised = objective.noise(x0, t, seed=SEED, clean=clean, part=given)
+            assert noised.model_time.flatten(1).shape == (B, F)
+            sigma = noised.t.numpy()
+            left = np.broadcast_to(sigma > 0, x0.shape)
+            check(objective, noised, m, sigma, left=left)
+    with pytest.raises(ValueError, match="t has shape"):
+        objective.noise(x0, torch.rand(3, 1, 1, 1, 1), seed=SEED)
+    assert objective.noise(x0, torch.full((1,) * 5, 0.3), seed=SEED).t.shape == (B,)
+    if clean:
+        assert objective.noise(x0, 0.3, seed=SEED, clean=1, part=part).t.flatten(1).shape == (B, F)
+
+
+def test_a_slice_of_one_frame_from_tensors():
+    """The part that the user has is enough: the objective knows where its frames are."""
+    x0, m = batch(2)
+    part = fastdiff.distributed.Part(VIDEO, (0, 0, 2, 0, 0))
+    objective = video.RFLoss(per="frame")
+    noised = objective.noise(x0[:, :, 2:3], seed=SEED, part=part)
+    again = fastdiff.Noised.from_tensors(objective, noised.tensors(), part=part)
+    for reduction in ("mean", "none"):
+        how = {"reduction": reduction, "mask_normalization": "row"}
+        found, right = (objective.loss(m[:, :, 2:3], each, **how) for each in (again, noised))
+        assert torch.equal(found, right)
+
+
+def test_offsets_of_tokens_are_of_their_numbers(backend):
+    x0 = torch.zeros(TOKENS)
+    noised = video.RFLoss(noise_offset=0.5).noise(x0, seed=SEED, sample_offset=3)
+    offsets = oracle.normal(SEED, (B, 7), stream=1, sample_offset=3).astype(np.float64)
+    right = oracle.normal(SEED, TOKENS, sample_offset=3).astype(np.float64) + 0.5 * offsets[:, None]
+    assert_close(noised.noise.double(), right, rel=0, absolute=4e-6)
+    assert torch.equal(noised.t, video.RFLoss().noise(x0, seed=SEED, sample_offset=3).t)
+    part = fastdiff.distributed.Part(TOKENS, (0, 4, 0))
+    whole = video.RFLoss(noise_offset=0.5).noise(x0, seed=SEED).noise
+    sliced = video.RFLoss(noise_offset=0.5).noise(x0[:, 4:6], seed=SEED, part=part).noise
+    assert torch.equal(sliced, whole[:, 4:6])
+
+
 @pytest.mark.parametrize("name", ["l1", "huber", "pseudo_huber"])
 def test_other_errors_and_weights(name, backend):
     x0, m = batch(2)
@@ -409,6 +533,14 @@ def wrong(**arguments):
         (wrong(frame_dim=3), ValueError, r"frame_dim must be 2, for \[B, C, F, H, W\]"),
         (wrong(patch=(1, 2)), ValueError, r"patch must be \(frames, rows, columns\)"),
         (wrong(frame_noise="mix"), ValueError, r"unknown kind of frame noise 'mix' \(did you mean 'mixed'\?\)"),
+        (
+            wrong(frame_noise="mixed", x0=torch.zeros(TOKENS)),
+            ValueError,
+            r"frames of video \[B, C, F, H, W\]; got tokens",
+        ),
+        (lambda: video.RFLoss(frame_noise_alpha=-1), ValueError, "frame_noise_alpha must be at least 0"),
+        (lambda: setattr(video.RFLoss(), "frame_dim", 1), AttributeError, "frame_dim cannot be changed"),
+        (lambda: video.RFLoss(shift=3).sample(lambda x, t: x, (2, 3, 8, 8)), ValueError, "data must be video"),
         (wrong(frame_noise="mixed", noise_offset=0.1), ValueError, "offset noise is not added to frame_noise"),
         (wrong(x0=torch.zeros(2, 3, 4, 4)), ValueError, r"x0 must be video \[B, C, F, H, W\], or tokens \[B, L, D\]"),
         (wrong(x0=[1.0]), TypeError, "x0"),
