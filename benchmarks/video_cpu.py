@@ -6,13 +6,12 @@ PyTorch, all in turns. Prints Markdown.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import datetime
 import platform
 from collections.abc import Callable
 
 import torch
+from memory import keep_freed_memory
 from torch import Tensor
 
 from fastdiff import video
@@ -55,15 +54,6 @@ def eager(per: str, x0: Tensor, prediction: Tensor) -> Callable[[], object]:
         return x_t, torch.autograd.grad(loss, prediction)
 
     return step
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, as it does in a training loop: else it depends on the order of calls which
-    of them gets fresh memory from the system, which takes longer than they do."""
-    with contextlib.suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def measured(cases: list[tuple[str, Tensor, Tensor]]) -> list[list[float]]:
