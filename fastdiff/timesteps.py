@@ -68,12 +68,10 @@ class Uniform(Timesteps):
 
 
 @dataclass(frozen=True)
-class Stratified(Timesteps):
-    """Low-discrepancy over the batch: (u_0 + i / B) mod 1 in place of u_i (Kingma et al. 2021, appendix I.1).
-
-    Each t alone is distributed as by ``inner``; the t of a batch cover it evenly. Depends on the batch as a whole. Of
-    several times a sample, [B, F], the t of each frame cover it by themselves: those of a sample stay independent.
-    """
+class Spread(Timesteps):
+    """Base: (u_0 + points) mod 1 in place of u. Each t alone is distributed as by ``inner``; the t of a batch cover its
+    distribution evenly, so they depend on the batch as a whole. Of several times a sample, [B, F], the t of each frame
+    cover it by themselves: those of a sample stay independent."""
 
     inner: Timesteps = field(default_factory=Uniform)
 
@@ -82,44 +80,40 @@ class Stratified(Timesteps):
     def __post_init__(self):
         object.__setattr__(self, "inner", _named(self.inner))
 
+    def points(self, count: int, device: torch.device) -> Tensor:
+        """``count`` points in [0, 1): float64 on ``device``."""
+        raise NotImplementedError
+
     def __call__(self, u: Tensor, process: Process) -> Tensor:
         if not u.numel():
             return self.inner(u, process)
         u = as_float64(u)
-        i = torch.arange(len(u), dtype=u.dtype, device=u.device)
-        return self.inner(_rotated(u, i / len(u)), process)
+        points = self.points(len(u), u.device).view(-1, *(1,) * (u.ndim - 1))
+        # Open interval: an inner quantile function may be infinite at 0.
+        return self.inner(((u[:1] + points) % 1).clamp(2.0**-53, 1 - 2.0**-53), process)
 
 
 @dataclass(frozen=True)
-class Sobol(Timesteps):
+class Stratified(Spread):
+    """Low-discrepancy over the batch: (u_0 + i / B) mod 1 in place of u_i (Kingma et al. 2021, appendix I.1)."""
+
+    def points(self, count: int, device: torch.device) -> Tensor:
+        return torch.arange(count, dtype=torch.float64, device=device) / count
+
+
+@dataclass(frozen=True)
+class Sobol(Spread):
     """(u_0 + v_i) mod 1 in place of u_i, v_i being 0, 1/2, 1/4, 3/4, 1/8, ...: the Sobol sequence of one dimension
     (Sobol 1967), rotated at random.
 
-    Each t alone is distributed as by ``inner``; the t of a batch cover it evenly, and so do the t of its first half,
-    its first quarter, and so on, which those of ``Stratified`` do not. A batch of a power of two has the points of
-    ``Stratified``, in another order. Of times [B, F] each frame has the points to itself.
+    The first half of a batch covers the distribution evenly too, its first quarter, and so on, which those of
+    ``Stratified`` do not. A batch of a power of two has the points of ``Stratified``, in another order.
     """
 
-    inner: Timesteps = field(default_factory=Uniform)
-
-    of_whole_batch = True
-
-    def __post_init__(self):
-        object.__setattr__(self, "inner", _named(self.inner))
-
-    def __call__(self, u: Tensor, process: Process) -> Tensor:
-        if not u.numel():
-            return self.inner(u, process)
-        u = as_float64(u)
-        i = torch.arange(len(u), dtype=torch.int64, device=u.device)
-        reversed_bits = sum((i >> k & 1) << (31 - k) for k in range(max(1, (len(u) - 1).bit_length())))
-        return self.inner(_rotated(u, reversed_bits.double() * 2.0**-32), process)
-
-
-def _rotated(u: Tensor, points: Tensor) -> Tensor:
-    """(u_0 + points) mod 1, points [B], in the open interval: an inner quantile function may be infinite at 0."""
-    points = points.view(-1, *(1,) * (u.ndim - 1))
-    return ((u[:1] + points) % 1).clamp(2.0**-53, 1 - 2.0**-53)
+    def points(self, count: int, device: torch.device) -> Tensor:
+        i = torch.arange(count, dtype=torch.int64, device=device)
+        reversed_bits = sum((i >> k & 1) << (31 - k) for k in range(max(1, (count - 1).bit_length())))
+        return reversed_bits.double() * 2.0**-32
 
 
 @dataclass(frozen=True)

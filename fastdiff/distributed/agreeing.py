@@ -29,9 +29,9 @@ class _Before:
 
 def debug(on: bool = True) -> Any:
     """Have the ranks that share a whole compare what they were given, before noise is made and before a loss is
-    reduced: shapes, parts, dtypes, seeds, reductions. Where they differ, or where the parts do not cover the whole
-    once, every rank raises RuntimeError, which says which rank has what. It waits for the device, and for the slowest
-    rank.
+    reduced: shapes, parts, dtypes, seeds, the objective and how it draws t and noise, reductions. Where they differ, or
+    where the parts do not cover the whole once, every rank raises RuntimeError, which says which rank has what. It
+    waits for the device, and for the slowest rank. Of the contents of tensors, only seeds are compared.
 
     ``fastdiff.debug(True)`` switches it on for good; ``with fastdiff.debug(): ...`` in a block.
     """
