@@ -93,8 +93,11 @@ CASES = {
     "huber, exponential, v, zero terminal SNR": dict(
         loss_type="huber", huber_schedule="exponential", v_parameterization=True, zero_terminal_snr=True
     ),
-    "smooth l1, constant": dict(loss_type="smooth_l1", huber_schedule="constant", huber_c=0.3),
-    "smooth l1, snr, zero terminal SNR": dict(loss_type="smooth_l1", zero_terminal_snr=True, huber_c=0.05),
+    "huber, exponential, scaled": dict(loss_type="huber", huber_schedule="exponential", huber_scale=3.0),
+    "smooth l1, constant": dict(loss_type="smooth_l1", huber_schedule="constant", huber_c=0.3, huber_scale=0.5),
+    "smooth l1, snr, zero terminal SNR": dict(
+        loss_type="smooth_l1", zero_terminal_snr=True, huber_c=0.05, huber_scale=7.0
+    ),
     "input perturbation": dict(perturbation=0.1),
 }
 
@@ -118,9 +121,10 @@ def test_stable_diffusion(case, dtype):
         a, s = ((part**0.5)[timesteps].view(-1, 1, 1, 1) for part in (kept, 1 - kept))
         x_t = a * latents + s * (noise + perturbation * xi if perturbation else noise)
         target = a * noise - s * latents if args.v_parameterization else noise
-        c, kept = torch.full((6,), args.huber_c, dtype=single), trainer.scheduler.alphas_cumprod[timesteps].to(single)
+        c = torch.full((6,), args.huber_c * args.huber_scale, dtype=single)
+        kept = trainer.scheduler.alphas_cumprod[timesteps].to(single)
         if args.huber_schedule == "exponential":
-            c = torch.exp(math.log(args.huber_c) / 1000 * timesteps.to(single))
+            c = torch.exp(math.log(args.huber_c) / 1000 * timesteps.to(single)) * args.huber_scale
         elif args.huber_schedule == "snr":
             c = (1 - args.huber_c) / (1 + ((1 - kept) / kept) ** 0.5) ** 2 + args.huber_c
         loss = reduced(huber(args, m.to(single), target.to(single), c), batch)
@@ -143,7 +147,7 @@ def test_stable_diffusion(case, dtype):
 
 FLOWS = {
     "raw": {},
-    "raw, smooth l1": dict(loss_type="smooth_l1", huber_schedule="exponential"),
+    "raw, smooth l1": dict(loss_type="smooth_l1", huber_schedule="exponential", huber_scale=2.0),
     "raw, alpha masks": dict(mask="alpha_masks"),
     "additive": dict(kind="additive"),
     "sigma_scaled, none": dict(kind="sigma_scaled"),
@@ -181,7 +185,7 @@ def test_flows(case, dtype):
                 weights = (sigmas**-2.0).to(single)
             elif scheme == "cosmap":
                 weights = 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
-        c = torch.exp(math.log(args.huber_c) * sigmas.to(single))
+        c = torch.exp(math.log(args.huber_c) * sigmas.to(single)) * args.huber_scale
         loss = huber(args, m.to(single), target.to(single), c) * weights
         return {"x_t": x_t, "loss": reduced(loss, batch).mean()}
 
@@ -190,7 +194,9 @@ def test_flows(case, dtype):
     # What the page says to change in that block.
     how = scheduler.loss.keywords
     if args.loss_type != "l2":
-        how["loss"] = fastdiff.losses.PseudoHuber(args.huber_c, "normalized", args.huber_schedule)
+        how["loss"] = fastdiff.losses.PseudoHuber(
+            args.huber_c, "normalized", args.huber_schedule, scale=args.huber_scale
+        )
     if kind == "additive":
         how["prediction"] = names["ADDITIVE"]
     if kind == "sigma_scaled":
