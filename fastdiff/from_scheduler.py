@@ -128,8 +128,8 @@ def process_of(scheduler: Any) -> Process:
     """The process that a network for this scheduler is trained with.
 
     ``alphas_cumprod`` gives a variance-preserving one (also for Euler, Heun and other samplers of such networks);
-    flow-matching schedulers ``RectifiedFlow`` with their static shift (1 where it is dynamic), and ``data_at=1`` if they
-    invert their sigmas (Mochi's); EDM schedulers ``EDM``. Raises TypeError for anything else.
+    flow-matching schedulers ``RectifiedFlow`` with their static shift (1 where it is dynamic), with ``data_at=1`` where
+    they invert their sigmas (Mochi's); EDM schedulers ``EDM``. Raises TypeError for anything else.
     """
     kind = kind_of(scheduler)
     if kind == "edm":

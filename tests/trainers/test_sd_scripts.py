@@ -149,6 +149,7 @@ FLOWS = {
     "raw": {},
     "raw, smooth l1": dict(loss_type="smooth_l1", huber_schedule="exponential", huber_scale=2.0),
     "raw, alpha masks": dict(mask="alpha_masks"),
+    "Lumina": dict(kind="lumina"),
     "additive": dict(kind="additive"),
     "sigma_scaled, none": dict(kind="sigma_scaled"),
     "sigma_scaled, sigma_sqrt": dict(kind="sigma_scaled", scheme="sigma_sqrt"),
@@ -179,6 +180,8 @@ def test_flows(case, dtype):
         target, weights = noise - latents, 1.0
         if kind == "additive":
             m = m + x_t
+        if kind == "lumina":
+            target = latents - noise
         if kind in ("sd3", "sigma_scaled"):
             m, target = m * -sigmas + x_t, latents if kind == "sd3" else target
             if scheme == "sigma_sqrt":
@@ -197,13 +200,17 @@ def test_flows(case, dtype):
         how["loss"] = fastdiff.losses.PseudoHuber(
             args.huber_c, "normalized", args.huber_schedule, scale=args.huber_scale
         )
+    if kind == "lumina":
+        how["prediction"], prediction = "reversed_flow", -prediction
     if kind == "additive":
         how["prediction"] = names["ADDITIVE"]
     if kind == "sigma_scaled":
         how["prediction"] = names["SIGMA_SCALED"]
-    if kind in ("sd3", "sigma_scaled") and scheme == "none":
+    if kind == "sd3":
+        how |= dict(error_space="sample", weighting=None if scheme == "none" else scheme)
+    if kind == "sigma_scaled" and scheme == "none":
         how["weighting"] = lambda levels: levels.sigma**2
-    if scheme == "cosmap":
+    if kind == "sigma_scaled" and scheme == "cosmap":
         how["weighting"] = lambda levels: levels.sigma**2 * fastdiff.weighting.CosMap().formula(levels, None)
     names |= dict(torch=torch, args=args, apply_masked_loss=apply_masked_loss, latents=latents, batch=batch)
     names |= dict(sigmas=sigmas, noise=noise, target=noise, timesteps=sigmas.flatten())
