@@ -104,7 +104,7 @@ class Process:
         noisiest_last: of a discrete process, that its timesteps count up from clean data to noise.
         t_is_sigma: the time t is the noise level sigma itself.
         sigma_data: the standard deviation of the data that preconditioning reckons with.
-        data_at: the t of clean data, where t runs between it and noise: 0, or 1 for a t that runs from noise to data.
+        data_at: the t of clean data: 0, or 1 where t runs from noise, 0, to data, 1.
     """
 
     discrete = False

@@ -18,7 +18,7 @@ class VPSDE(Process):
         beta_min, beta_max: beta(t) at t = 0 and at t = 1.
         t_min: where time begins, in [0, 1): no smaller t is drawn, none is accepted, and the last step of a sampler
             starts there. 0 (the default) draws all of [0, 1], and samplers make their last step from 1e-3.
-        data_at: 1 for a t that runs from noise, 0, to data, 1 (SiT's "VP"): 1 - t has the place of t, also in beta(t).
+        data_at: 1 for a t that runs from noise, 0, to data, 1 (SiT's "VP"): 1 - t takes the place of t, in beta(t) too.
             It goes with ``t_min=0``.
     """
 
@@ -164,7 +164,7 @@ class Cosine(TrigFlow):
     It is ``TrigFlow(sigma_data=1.0)`` with another unit of time. The SNR at t = 1 is exactly 0.
 
     Args:
-        data_at: 1 for a t that runs from noise, 0, to data, 1 (SiT's "GVP"): 1 - t has the place of t. See
+        data_at: 1 for a t that runs from noise, 0, to data, 1 (SiT's "GVP"): 1 - t takes the place of t. See
             ``RectifiedFlow``.
     """
 
