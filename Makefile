@@ -44,7 +44,7 @@ nightly: test test-pure wheel
 
 # The documents as a site, in build/site. In build/pages they lie as they do here; the first page gets the contents.
 TRAINERS := index sd_scripts musubi_tuner onetrainer simpletuner ai_toolkit diffusion_pipe robot_policies finetrainers \
-  diffsynth stable_audio_tools
+  diffsynth stable_audio_tools diffusers dit_sit edm flow_matching
 PAGES := objectives recipes data video distributed migrating $(TRAINERS:%=trainers/%) diffusers samplers guidance likelihood \
   autoencoder moments features reference results performance design
 

@@ -28,10 +28,10 @@ from .losses.vlb import VariationalBound
 from .noised import Noised
 from .objective import Objective
 from .prediction import Prediction
-from .process import EDM, Cosine, Process, RectifiedFlow, TrigFlow, VariancePreserving
+from .process import EDM, Process, RectifiedFlow, VariancePreserving
 from .pyramid import pyramid_noise
 from .sampling import sample
-from .sdes import VESDE, VPSDE, SubVPSDE
+from .sdes import VESDE, VPSDE, Cosine, SubVPSDE, TrigFlow
 from .tokens import Tokens
 from .weighting import (
     P2,

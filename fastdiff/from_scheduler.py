@@ -128,8 +128,8 @@ def process_of(scheduler: Any) -> Process:
     """The process that a network for this scheduler is trained with.
 
     ``alphas_cumprod`` gives a variance-preserving one (also for Euler, Heun and other samplers of such networks);
-    flow-matching schedulers ``RectifiedFlow`` with their static shift (1 where it is dynamic); EDM schedulers ``EDM``.
-    Raises TypeError for anything else.
+    flow-matching schedulers ``RectifiedFlow`` with their static shift (1 where it is dynamic), with ``data_at=1`` where
+    they invert their sigmas (Mochi's); EDM schedulers ``EDM``. Raises TypeError for anything else.
     """
     kind = kind_of(scheduler)
     if kind == "edm":
@@ -138,7 +138,7 @@ def process_of(scheduler: Any) -> Process:
         return vp_process(scheduler)
     dynamic = config_value(scheduler, "use_dynamic_shifting", False)
     shift = getattr(scheduler, "shift", None) or config_value(scheduler, "flow_shift", 1.0)
-    return RectifiedFlow(1.0 if dynamic else shift)
+    return RectifiedFlow(1.0 if dynamic else shift, data_at=int(_inverted(scheduler)))
 
 
 def prediction_of(scheduler: Any, prediction: str | Prediction | None = None) -> str | Prediction:
@@ -148,9 +148,14 @@ def prediction_of(scheduler: Any, prediction: str | Prediction | None = None) ->
     """
     kind = kind_of(scheduler)
     if kind == "flow":
-        if prediction is not None and prediction_kind(prediction).name != "flow":
-            raise ValueError(f"a flow-matching scheduler predicts the flow n - x0; got {prediction!r}.")
-        return "flow"
+        if prediction is None:
+            return "reversed_flow" if _inverted(scheduler) else "flow"
+        if prediction_kind(prediction).name not in ("flow", "reversed_flow"):
+            raise ValueError(
+                f"a flow-matching scheduler predicts 'flow', n - x0, or 'reversed_flow', x0 - n, where its sign is "
+                f"turned; got {prediction!r}."
+            )
+        return prediction
     found = prediction_kind(config_value(scheduler, "prediction_type", "epsilon") if prediction is None else prediction)
     if kind == "edm":
         kinds = {"epsilon": _EDM, "v_prediction": NEGATIVE_EDM}
@@ -158,3 +163,8 @@ def prediction_of(scheduler: Any, prediction: str | Prediction | None = None) ->
             raise ValueError(f"an EDM scheduler has prediction_type epsilon or v_prediction; got {found.name!r}.")
         return kinds[found.name]
     return found
+
+
+def _inverted(scheduler: Any) -> bool:
+    """Whether a flow-matching scheduler's sigmas are 1 - sigma, so that they run from noise, 0, to data, 1."""
+    return bool(config_value(scheduler, "invert_sigmas", False))

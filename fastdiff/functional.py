@@ -29,7 +29,7 @@ def q_sample(
     Args as in ``Objective.noise``. Ho et al. 2020, equation 4, for any process.
     """
     return (
-        _objective(process, "epsilon", None, "mse", "x0, t, process, noise")
+        _objective(process, "epsilon", None, "mse", None, "x0, t, process, noise")
         .noise(x0, t, noise, generator, dtype=dtype)
         .x_t
     )
@@ -49,13 +49,14 @@ def diffusion_loss(
     *,
     weight: Tensor | float | None = None,
     mask_normalization: str = "none",
+    error_space: str | Prediction | None = None,
 ) -> Tensor:
     """The loss of a network's output for x_t of (x0, noise, t): what a trainer computes after its network, in one call.
 
     Args as in ``Objective`` and ``Objective.loss``: ``prediction`` says what ``model_output``, shaped as x0, estimates.
     x_t itself is not needed.
     """
-    objective = _objective(process, prediction, weighting, loss, "model_output, x0, noise, t, process")
+    objective = _objective(process, prediction, weighting, loss, error_space, "model_output, x0, noise, t, process")
     try:
         check_floating(model_output=model_output, x0=x0, noise=noise)
         check_alike(x0=x0, noise=noise)
@@ -71,17 +72,17 @@ def diffusion_loss(
     return objective._loss(model_output, x0, noise, rows, t.shape, *how)
 
 
-def _objective(process, kind, weights, loss, order) -> Objective:
+def _objective(process, kind, weights, loss, error_space, order) -> Objective:
     try:
-        return _cached_objective(process, kind, weights, loss)
+        return _cached_objective(process, kind, weights, loss, error_space)
     except TypeError as error:
         if isinstance(process, Tensor):
             raise TypeError(f"{error} The order of the arguments is {order}.") from error
         if "unhashable" not in str(error):
             raise
-        return Objective(process, kind, weights, loss)
+        return Objective(process, kind, weights, loss, error_space=error_space)
 
 
 @lru_cache(maxsize=32)
-def _cached_objective(process, kind, weights, loss) -> Objective:
-    return Objective(process, kind, weights, loss)
+def _cached_objective(process, kind, weights, loss, error_space) -> Objective:
+    return Objective(process, kind, weights, loss, error_space=error_space)

@@ -259,7 +259,8 @@ def _nodes(
 ) -> list[Levels]:
     """The levels, each of shape [1], that the solver goes through, the cleanest first."""
     times = spaced(process, steps, timesteps=timesteps).flip(0)
-    first = torch.zeros_like(times[:1]) if process.discrete else torch.full_like(times[:1], process.t_min)
+    cleanest = process.t_max if process.data_at else process.t_min
+    first = torch.zeros_like(times[:1]) if process.discrete else torch.full_like(times[:1], cleanest)
     if times[0] != first and bool(_is_determined(process, prediction, first)):
         times = torch.cat([first, times])
     determined = _is_determined(process, prediction, times)

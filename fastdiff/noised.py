@@ -194,8 +194,8 @@ class Noised:
 
     @property
     def model_time(self) -> Tensor:
-        """The time that the network is called with, shaped as t: t itself; sigma for RectifiedFlow and VESDE;
-        ln(sigma) / 4 for "edm"."""
+        """The time that the network is called with, shaped as t: t itself; sigma for RectifiedFlow (1 - sigma with
+        ``data_at=1``) and VESDE; ln(sigma) / 4 for "edm"."""
         _, time = self._model_input()
         return time.to(self.rows.alpha.dtype) if time.is_floating_point() else time
 

@@ -104,6 +104,7 @@ class Process:
         noisiest_last: of a discrete process, that its timesteps count up from clean data to noise.
         t_is_sigma: the time t is the noise level sigma itself.
         sigma_data: the standard deviation of the data that preconditioning reckons with.
+        data_at: the t of clean data: 0, or 1 where t runs from noise, 0, to data, 1.
     """
 
     discrete = False
@@ -111,6 +112,7 @@ class Process:
     variance_preserving = straight = noisiest_last = t_is_sigma = False
     sigma_data = 0.5
     t_min, t_max = 0.0, 1.0
+    data_at = 0
     _changes = 0  # counts what is set, so that what was made from a process is made anew
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -144,15 +146,24 @@ class Process:
         return all(torch.equal(a, b) for a, b in zip(self.alpha_sigma(t), other.alpha_sigma(t)))
 
     def fraction(self, t: Tensor) -> Tensor:
-        """t as a fraction of the process, 0 for clean data (or ``t_min``) and 1 for noise. float64."""
-        t = as_float64(t)
+        """How far the process has gone at t, 0 for clean data (or ``t_min``) and 1 for noise. float64."""
+        t = self._turned(as_float64(t))
         return t if (self.t_min, self.t_max) == (0, 1) else (t - self.t_min) / (self.t_max - self.t_min)
 
     def time(self, fraction: Tensor) -> Tensor:
         """The inverse of ``fraction``: the process's own t for float64 fractions in [0, 1]."""
+        return self.time_at(self._turned(fraction))
+
+    def time_at(self, part: Tensor) -> Tensor:
+        """The process's own t for float64 parts in [0, 1] of its time, 0 for its least t and 1 for its greatest (for
+        tables of another library, clean and noise): densities of t are stated in these."""
         if (self.t_min, self.t_max) == (0, 1):
-            return fraction
-        return self.t_min + (self.t_max - self.t_min) * fraction
+            return part
+        return self.t_min + (self.t_max - self.t_min) * part
+
+    def _turned(self, t: Tensor) -> Tensor:
+        """t in [0, 1] as counted from the data; and from that t again."""
+        return 1 - t if self.data_at else t
 
     def model_time(self, levels: Levels) -> Tensor:
         """The time that a network is called with, shaped as t (unless its prediction is preconditioned): t by
@@ -228,6 +239,13 @@ class Process:
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self._arguments().items())
         return f"{type(self).__name__}({arguments})"
+
+    def _end(self, data_at: int) -> None:
+        """Set ``data_at``. Raises ValueError for what is neither 0 nor 1."""
+        if data_at not in (0, 1) or isinstance(data_at, bool):
+            raise ValueError(f"data_at is the t of clean data, 0 or 1; got {data_at!r}.")
+        if data_at:
+            self.data_at = 1
 
     def _begin(self, t_min: float) -> None:
         """Set ``t_min``. Raises ValueError for one outside [0, t_max)."""
@@ -401,9 +419,9 @@ class VariancePreserving(Process):
     def fraction(self, t: Tensor) -> Tensor:
         return as_float64(t) / self.steps
 
-    def time(self, fraction: Tensor) -> Tensor:
+    def time_at(self, part: Tensor) -> Tensor:
         # The clamp: a density that returns exactly 1 (SD3's "mode" at u = 0) must not index past the end.
-        return (fraction * self.steps).long().clamp(0, self.steps - 1)
+        return (part * self.steps).long().clamp(0, self.steps - 1)
 
     def check_t(self, t: Tensor) -> None:
         if t.dtype not in _INTEGERS:
@@ -427,35 +445,40 @@ class RectifiedFlow(Process):
 
     Args:
         shift: sigma = shift t / (1 + (shift - 1) t) for t in [0, 1] (Esser et al. 2024, equation 23). > 0.
-        sigma_min: noise left on the data at t = 0: the noise's factor is sigma + sigma_min (1 - sigma), in [0, 1).
+        sigma_min: noise left on the data: the noise's factor is sigma + sigma_min (1 - sigma), in [0, 1).
+        data_at: 1 for a t that runs from noise, 0, to data, 1 (Lipman et al. 2022; SiT): 1 - t takes the place of t.
+            The velocity by that t is the prediction "reversed_flow". Densities of t are of that t too; the noise level
+            sigma, the shift, and the fractions that weightings go by stay as they are.
 
-    A network is told that sigma (without sigma_min), not t, as in the trainers of SD3 and Flux (they pass 1000 sigma).
+    A network is told that sigma (without sigma_min), not t, as in the trainers of SD3 and Flux (they pass 1000 sigma);
+    with ``data_at=1`` it is told 1 - sigma, which is t where there is no shift.
     """
 
     straight = True
 
-    def __init__(self, shift: float = 1.0, sigma_min: float = 0.0):
+    def __init__(self, shift: float = 1.0, sigma_min: float = 0.0, data_at: int = 0):
         check_numbers(shift=shift, sigma_min=sigma_min)
         if not shift > 0 or not math.isfinite(shift):
             raise ValueError(f"shift must be a positive number; got {shift!r}.")
         if not 0 <= sigma_min < 1:
             raise ValueError(f"sigma_min must lie in [0, 1); got {sigma_min!r}.")
         self.shift, self.sigma_min = float(shift), float(sigma_min)
+        self._end(data_at)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = as_float64(t)
-        alpha, sigma = 1 - t, t
+        alpha, sigma = (t, 1 - t) if self.data_at else (1 - t, t)
         if self.shift != 1:
-            below = 1 + (self.shift - 1) * t
-            # alpha by its own formula: 1 - sigma would cancel near t = 1.
-            alpha, sigma = alpha / below, self.shift * t / below
+            below = 1 + (self.shift - 1) * sigma
+            # alpha by its own formula: 1 - sigma would cancel near pure noise.
+            alpha, sigma = alpha / below, self.shift * sigma / below
         return alpha, sigma + self.sigma_min * alpha if self.sigma_min else sigma
 
     def grid(self, steps: int) -> Tensor:
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
+        return self._turned(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1])
 
     def model_time(self, levels: Levels) -> Tensor:
-        return 1 - levels.alpha
+        return levels.alpha if self.data_at else 1 - levels.alpha
 
     def sigma_of_ratio(self, ratio: Tensor) -> Tensor:
         return ratio / (1 - self.sigma_min + ratio)
@@ -467,7 +490,7 @@ class RectifiedFlow(Process):
 
     def _time_at(self, sigma: Tensor) -> Tensor:
         level = (sigma - self.sigma_min) / (1 - self.sigma_min)
-        return level / (self.shift - (self.shift - 1) * level)
+        return self._turned(level / (self.shift - (self.shift - 1) * level))
 
 
 class EDM(Process):
@@ -495,66 +518,11 @@ class EDM(Process):
     def grid(self, steps: int) -> Tensor:
         return karras(steps)
 
-    def time(self, fraction: Tensor) -> Tensor:
+    def time_at(self, part: Tensor) -> Tensor:
         raise ValueError("EDM's t is sigma: draw it with timesteps=fastdiff.timesteps.LogNormal(), or pass t.")
 
     def _time_at(self, sigma: Tensor) -> Tensor:
         return sigma
-
-
-class TrigFlow(Process):
-    """x_t = cos(t) x0 + sigma_data sin(t) n, t in [0, pi / 2] (Lu and Song 2024, arXiv 2410.11081).
-
-    ``sigma_data`` is the standard deviation of the data; x_t has it at every t. The SNR at pi / 2 is exactly 0: there
-    "epsilon" and "score" do not determine x0, so with them samplers need timesteps that begin later.
-    """
-
-    t_max = math.pi / 2
-
-    def __init__(self, sigma_data: float = 0.5):
-        check_numbers(sigma_data=sigma_data)
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data must be positive; got {sigma_data!r}.")
-        self.sigma_data = float(sigma_data)
-
-    @property
-    def _rate(self) -> float:
-        """The angle a unit of t."""
-        return math.pi / 2 / self.t_max
-
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = as_float64(t)
-        # A sine of what is left, as the cosine of the float64 number pi / 2 is not 0.
-        rest = (self.t_max - t).clamp(min=0)
-        return torch.sin(rest * self._rate), self.sigma_data * torch.sin(t * self._rate)
-
-    def grid(self, steps: int) -> Tensor:
-        return torch.linspace(self.t_max, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
-
-    def diffusion_squared(self, t: Tensor) -> Tensor:
-        """g(t)^2 of the SDE dx = f dt + g dw, float64; infinite at the last t."""
-        alpha, sigma = self.alpha_sigma(t)
-        return 2 * self._rate * self.sigma_data * sigma / alpha
-
-    def _alpha_sigma_at(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = self.sigma_data / torch.hypot(sigma, torch.full_like(sigma, self.sigma_data))
-        return alpha, sigma * alpha
-
-    def _time_at(self, sigma: Tensor) -> Tensor:
-        return torch.atan(sigma / self.sigma_data) / self._rate
-
-
-class Cosine(TrigFlow):
-    """The continuous cosine process: alpha = cos(pi t / 2), sigma = sin(pi t / 2), t in [0, 1] (Salimans and Ho 2022).
-    It is ``TrigFlow(sigma_data=1.0)`` with another unit of time. The SNR at t = 1 is exactly 0.
-    """
-
-    t_max = 1.0
-    variance_preserving = True
-    sigma_data = 1.0
-
-    def __init__(self):
-        pass
 
 
 _SCHEDULES = {name: name for name in ("linear", "scaled_linear", "cosine")}

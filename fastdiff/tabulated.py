@@ -120,8 +120,8 @@ class _Indexed(Process):
     def fraction(self, t: Tensor) -> Tensor:
         return 1 - as_float64(t) / self.steps
 
-    def time(self, fraction: Tensor) -> Tensor:
-        return ((1 - fraction) * self.steps).long().clamp(0, self.steps - 1)
+    def time_at(self, part: Tensor) -> Tensor:
+        return ((1 - part) * self.steps).long().clamp(0, self.steps - 1)
 
     def model_time(self, levels: Levels) -> Tensor:
         return self._at("_model_times", levels.t)

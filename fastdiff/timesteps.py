@@ -1,7 +1,8 @@
 """Timestep samplers: pure functions from uniforms in (0, 1) to the times of a process (inverse distribution functions).
 
 The uniforms come from the same counter-based generator as the noise, so t too depends on (seed, sample index) alone.
-A sampler makes fractions of the process (0 clean, 1 noise), which the process turns into its own t; only LogNormal
+A sampler makes fractions of the process, which the process turns into its own t: 0 is clean and 1 noise, and the other
+way about for a process whose t runs from noise to data (``data_at=1``), since a density is one of t. Only LogNormal
 makes sigmas, for EDM, and UniformLogSNR signal-to-noise ratios.
 """
 
@@ -35,7 +36,7 @@ class Timesteps:
 
     def __call__(self, u: Tensor, process: Process) -> Tensor:
         """Times of ``process`` for uniforms ``u`` in (0, 1): int64 for discrete processes, else float64."""
-        return process.time(self.fraction(as_float64(u)))
+        return process.time_at(self.fraction(as_float64(u)))
 
 
 @dataclass(frozen=True)
@@ -279,8 +280,8 @@ class Mixture(Timesteps):
 
 @dataclass(frozen=True)
 class Function(Timesteps):
-    """A function of one's own: ``function(u)`` gives the fractions, 0 clean and 1 noise, for float64 uniforms [B]. A
-    plain function given as ``timesteps`` becomes one."""
+    """A function of one's own: ``function(u)`` gives the fractions for float64 uniforms [B]. A plain function given as
+    ``timesteps`` becomes one."""
 
     function: Callable[[Tensor], Tensor]
 
@@ -370,7 +371,7 @@ class UniformLogSNR(Timesteps):
     def normalizer(self, process: Process) -> float:
         """Z, the integral of g(t)^2 / sigma(t)^2 over the times that are drawn: the difference of the ends' log SNR."""
         most, least = self._ends(process)
-        return most - least
+        return abs(most - least)
 
     def density(self, t: Tensor, process: Process) -> Tensor:
         """The density of the times that are drawn, at times between the ends, for a process that has
@@ -382,7 +383,7 @@ class UniformLogSNR(Timesteps):
         if process.discrete:
             raise ValueError(f"UniformLogSNR needs a continuous process; got {process!r}.")
         ends = torch.tensor([self.low, self.high], dtype=torch.float64, device="cpu")
-        alpha, sigma = process.alpha_sigma(process.time(ends))
+        alpha, sigma = process.alpha_sigma(process.time_at(ends))
         most, least = (2 * (alpha.log() - sigma.log())).tolist()
         if math.isinf(most) or math.isinf(least):
             where = self.low if math.isinf(most) else self.high
@@ -471,7 +472,7 @@ def _has_every_ratio(process: Process) -> bool:
     """Whether sigma / alpha of a continuous process reaches from 0 to infinity."""
     ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64, device="cpu")
     alpha, sigma = process.alpha_sigma(ends)
-    return sigma[0].item() == 0 and alpha[1].item() == 0
+    return sigma.min().item() == 0 and alpha.min().item() == 0
 
 
 def _part_of_the_process(low: float, high: float) -> None:

@@ -162,6 +162,22 @@ def test_pseudo_huber_forms_and_schedules(form, schedule):
     np.testing.assert_allclose(to_numpy(got), expected.mean(1).astype(np.float64), rtol=1e-12)
 
 
+@pytest.mark.parametrize("process", [fastdiff.VariancePreserving(), fastdiff.RectifiedFlow(3.0), fastdiff.VPSDE()])
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+def test_the_scale_of_a_scheduled_c(schedule, process):
+    """It multiplies the c of each time, which scaled errors have before the root too."""
+    objective = fastdiff.Objective(process, "epsilon", loss=losses.PseudoHuber(0.1, "scaled", schedule, scale=3.0))
+    x0, m = torch.randn(2, 4, 6, dtype=torch.float64)
+    noised = objective.noise(x0)
+    alpha, sigma, steps = to_numpy(noised.alpha), to_numpy(noised.sigma), process.steps if process.discrete else 1
+    c = 3 * oracle.pseudo_huber_c(schedule, 0.1, t=noised.t.numpy(), steps=steps, alpha=alpha, sigma=sigma)
+    expected = oracle.loss_pseudo_huber(to_numpy(m - noised.noise), np.broadcast_to(c, (4,))[:, None], "scaled")
+    got = objective.loss(m, noised, reduction="none")
+    np.testing.assert_allclose(to_numpy(got), expected.mean(1).astype(np.float64), rtol=1e-12)
+    with pytest.raises(ValueError, match="scale must be positive; got 0"):
+        losses.PseudoHuber(scale=0.0)
+
+
 @pytest.mark.parametrize(
     ("loss", "function"),
     [
@@ -325,11 +341,28 @@ def test_a_seed_of_another_device_is_not_waited_for(monkeypatch):
     assert (asked["device"], asked["generator"]) == (torch.device("cuda"), None)
 
 
+def test_the_function_has_the_error_space_of_the_object():
+    """As SD3's scripts: x_t - sigma m is compared with x0."""
+    x0, n, m = torch.randn(3, 4, 3, 5, dtype=torch.float64)
+    t = torch.tensor([0.1, 0.4, 0.7, 1.0])
+    got = fastdiff.diffusion_loss(m, x0, n, t, fastdiff.RectifiedFlow(), "flow", error_space="sample")
+    s = t.view(-1, 1, 1).double()
+    expected = (((1 - s) * x0 + s * n - s * m - x0) ** 2).mean()
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=0)
+    with pytest.raises(ValueError, match="unknown prediction 'smaple'"):
+        fastdiff.diffusion_loss(m, x0, n, t, fastdiff.RectifiedFlow(), "flow", error_space="smaple")
+
+
 def test_functions_keep_their_objective(monkeypatch):
     """Whose tables are made once; a weighting that is no key is not kept."""
     made = []
     real = fastdiff.functional.Objective
-    monkeypatch.setattr(fastdiff.functional, "Objective", lambda *given: (made.append(given), real(*given))[1])
+
+    def make(*given, **how):
+        made.append(given)
+        return real(*given, **how)
+
+    monkeypatch.setattr(fastdiff.functional, "Objective", make)
     fastdiff.functional._cached_objective.cache_clear()
     process, x = fastdiff.VariancePreserving(steps=20), torch.ones(2, 3)
     t = torch.tensor([1, 5])

@@ -29,6 +29,7 @@ PROCESSES = [
     fastdiff.RectifiedFlow(),
     fastdiff.RectifiedFlow(shift=3.0),
     fastdiff.RectifiedFlow(sigma_min=1e-3),
+    fastdiff.RectifiedFlow(2.0, data_at=1),
     fastdiff.EDM(),
     fastdiff.VPSDE(),
     fastdiff.VESDE(),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import losses, timesteps, weighting
+from fastdiff import losses, timesteps, video, weighting
 from fastdiff.integrations.losses_per_timestep import TimestepLosses
 from fastdiff.tabulated import TabulatedFlow
 
@@ -83,6 +83,40 @@ def test_gradients_of_a_sigma():
     noised = fastdiff.Objective(fastdiff.RectifiedFlow(shift=3.0), "flow").noise(x0, noise=n, sigma=sigma)
     (noised.x_t * p).sum().backward()
     torch.testing.assert_close(sigma.grad, ((n - x0) * p).sum((1, 2, 3)))
+
+
+@pytest.mark.parametrize("data_at", [0, 1])
+def test_a_shift_of_one_a_sample(data_at):
+    """By the number of tokens of each: as three processes, each with its own shift, would noise them."""
+    x0, n, p = data()
+    t, shift = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), video.shifts.flux(torch.tensor([256, 1024, 4096]))
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(data_at=data_at), "flow")
+    noised = objective.noise(x0, sigma=video.shifts.shifted(t, shift), noise=n)
+    assert noised.sigma.diff().min() > 0.1
+    for k in range(3):
+        one = fastdiff.Objective(fastdiff.RectifiedFlow(shift=math.exp((0.5, 0.63, 1.15)[k])), "flow")
+        alone = one.noise(x0[k : k + 1], t[k : k + 1], n[k : k + 1])
+        torch.testing.assert_close(noised.x_t[k : k + 1], alone.x_t, rtol=1e-5, atol=1e-5)
+
+
+def test_a_strength_of_each_step():
+    """Set anew, it is that of the next batch; of a strength of 0 nothing is drawn."""
+    x0, t = data()[0], torch.tensor([3, 500, 998])
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    plain = objective.noise(x0, t, seed=1).noise
+    xi = objective.noise(x0, t, seed=1).x_t
+    for strength in (0.3, 0.05, 0.0):
+        objective.noise_offset = strength
+        again = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon", noise_offset=strength)
+        offset = objective.noise(x0, t, seed=1).noise - plain
+        torch.testing.assert_close(objective.noise(x0, t, seed=1).x_t, again.noise(x0, t, seed=1).x_t, rtol=0, atol=0)
+        assert offset.std((2, 3)).max() < 1e-6 and (offset.abs().max() > strength / 10 or strength == 0)
+        objective.input_perturbation = strength
+        seen = objective.noise(x0, t, seed=1)
+        torch.testing.assert_close(seen.noise, plain + offset)
+        assert (not torch.equal(seen.x_t, again.noise(x0, t, seed=1).x_t)) == (strength > 0)
+        objective.input_perturbation = 0.0
+    assert torch.equal(objective.noise(x0, t, seed=1).x_t, xi)
 
 
 # ------------------------------------------------------------------------------------------------------------- by sigma

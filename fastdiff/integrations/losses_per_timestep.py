@@ -27,8 +27,8 @@ class TimestepLosses:
     """Means of a loss in equal intervals of the process, since they were last asked for.
 
     Args:
-        buckets: number of intervals of the fraction t / T (t itself for processes on [0, 1]); 0 is clean data. For
-            processes without one (EDM), ``update`` needs ``fraction``.
+        buckets: number of intervals of the fraction t / T (t itself for processes on [0, 1]; 1 - t with their
+            ``data_at=1``); 0 is clean data. For processes without one (EDM), ``update`` needs ``fraction``.
         name: what the entries are called: "loss/t_0.00-0.10", ...; "loss/sigma_0.00-0.10" by sigma.
         by: "fraction", which is before the shift of a shifted flow, or "sigma", the noise level that its network is
             told.

@@ -87,17 +87,20 @@ class PseudoHuber(Loss):
     ``schedule`` makes c a function of the row: "constant"; "exponential" c^(t / T), falling from 1 to c; "snr"
     (1 - c) / (1 + sigma / alpha)^2 + c, falling from 1 to c (both after Khrapov et al. 2024). ``by="sigma"`` makes the
     exponential one c^sigma: of a shifted flow, t is the time before the shift, and trainers go by the sigma after it.
+    ``scale`` is a factor on the c that comes of this, whatever the schedule.
     """
 
     c: float = 0.1
     form: str = "plain"
     schedule: str = "constant"
     by: str = "fraction"
+    scale: float = 1.0
     function = "pseudo_huber"
 
     def __post_init__(self):
         super().__post_init__()
         _positive("c", self.c)
+        _positive("scale", self.scale)
         if self.form not in ("plain", "scaled", "normalized"):
             raise ValueError(f"form must be one of plain, scaled, normalized; got {self.form!r}.")
         if self.schedule not in ("constant", "exponential", "snr"):
@@ -114,6 +117,7 @@ class PseudoHuber(Loss):
         else:
             # 1 / (1 + sigma / alpha), written without the division by alpha = 0.
             c = (1 - self.c) * (levels.alpha / (levels.alpha + levels.sigma)) ** 2 + self.c
+        c = c if self.scale == 1 else self.scale * c
         return c, 1.0 if self.form == "plain" else 2.0 if self.form == "normalized" else 2 * c
 
 

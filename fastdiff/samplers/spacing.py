@@ -82,9 +82,10 @@ def times(
             return torch.tensor(checked_timesteps(timesteps, process.steps), device="cpu")
         given = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
         process.check_t(given)
-        if not len(given) or not bool((given.diff() < 0).all()):
+        way, falling = ("rise", -given) if process.data_at else ("fall", given)
+        if not len(given) or not bool((falling.diff() < 0).all()):
             shown = ", ".join(f"{t:g}" for t in given[:5].tolist())
-            raise ValueError(f"timesteps must fall strictly, the noisiest first; got {shown or 'none'}.")
+            raise ValueError(f"timesteps must {way} strictly, the noisiest first; got {shown or 'none'}.")
         return given
     if process.noisiest_last:
         steps = process.steps if steps is None else steps

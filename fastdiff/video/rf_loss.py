@@ -107,11 +107,16 @@ class RFLoss(Objective):
         """The objective of a flow-matching scheduler of the diffusers library, with its shift: a number, or where it
         shifts dynamically one by the number of tokens.
 
-        Raises TypeError for another scheduler.
+        Raises TypeError for another scheduler, ValueError for one that inverts its sigmas.
         """
         process = from_scheduler.process_of(scheduler)
         if not process.straight:
             raise TypeError(f"a flow-matching scheduler is needed; got {type(scheduler).__name__}.")
+        if process.data_at:
+            raise ValueError(
+                "the scheduler inverts its sigmas, and RFLoss has times from data, 0, to noise, 1: use "
+                "Objective.from_scheduler."
+            )
         options = {"shift": _shift_of_scheduler(scheduler, process.shift)} | options
         return cls(weighting, **options)
 

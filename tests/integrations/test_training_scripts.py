@@ -461,6 +461,9 @@ def test_flow_and_edm_schedulers():
     assert fastdiff.Objective.from_scheduler(dynamic).process.shift == 1.0
     unipc = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     assert fastdiff.Objective.from_scheduler(unipc).process.shift == 5.0
+    turned = fastdiff.Objective.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(), prediction="reversed_flow")
+    x0, n = torch.randn(2, *SHAPE)
+    torch.testing.assert_close(turned.noise(x0, torch.full((6,), 0.3), n).target, x0 - n)
     for kind, sign in (("epsilon", 1), ("v_prediction", -1)):
         scheduler = diffusers.EDMEulerScheduler(prediction_type=kind, sigma_data=0.7)
         edm = fastdiff.Objective.from_scheduler(scheduler, weighting="edm")
@@ -473,6 +476,28 @@ def test_flow_and_edm_schedulers():
             rtol=2e-6, atol=2e-6,
         )  # fmt: skip
         assert sign * float((noised.target * (noised.x0 - 0.49 / 9.49 * noised.x_t)).sum()) > 0
+
+
+def test_a_scheduler_that_inverts_its_sigmas():
+    """Mochi's: its sigma is 0 at noise and 1 at data, and its steps add (sigma' - sigma) times the output, x0 - n."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0, invert_sigmas=True)
+    objective = fastdiff.Objective.from_scheduler(scheduler)
+    assert objective.process.data_at == 1 and objective.prediction.name == "reversed_flow"
+    x = start = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    told, steps = [], 5
+
+    def network(x, t):
+        told.append(float(t[0]))
+        return torch.tanh(x + t.view(-1, 1, 1, 1).to(x.dtype))
+
+    # The scheduler's own grid ends before the data by its least sigma; give it the levels that FlowEuler visits.
+    scheduler.set_timesteps(sigmas=(1 - np.arange(steps) / steps).tolist())
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.double().expand(2) / 1000), t, x, return_dict=False)[0].double()
+    theirs, told[:] = list(told), []
+    ours = objective.sample(network, x.shape, "flow_euler", steps, x=start, progress=False, dtype=torch.float64)
+    assert told == pytest.approx(theirs, abs=1e-6)
+    torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
 
 
 def test_zero_terminal_snr_is_finite_where_the_script_is_not():
@@ -622,7 +647,7 @@ UNKNOWN = [
         ValueError,
         "set for inference",
     ),
-    (lambda: from_scheduler.prediction_of(KNOWN["flow sigmas"][0], "epsilon"), ValueError, "predicts the flow n - x0"),
+    (lambda: from_scheduler.prediction_of(KNOWN["flow sigmas"][0], "epsilon"), ValueError, "predicts 'flow', n - x0"),
     (lambda: from_scheduler.prediction_of(KNOWN["sigma_data"][0], "sample"), ValueError, "epsilon or v_prediction"),
 ]
 

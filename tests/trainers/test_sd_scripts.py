@@ -93,8 +93,11 @@ CASES = {
     "huber, exponential, v, zero terminal SNR": dict(
         loss_type="huber", huber_schedule="exponential", v_parameterization=True, zero_terminal_snr=True
     ),
-    "smooth l1, constant": dict(loss_type="smooth_l1", huber_schedule="constant", huber_c=0.3),
-    "smooth l1, snr, zero terminal SNR": dict(loss_type="smooth_l1", zero_terminal_snr=True, huber_c=0.05),
+    "huber, exponential, scaled": dict(loss_type="huber", huber_schedule="exponential", huber_scale=3.0),
+    "smooth l1, constant": dict(loss_type="smooth_l1", huber_schedule="constant", huber_c=0.3, huber_scale=0.5),
+    "smooth l1, snr, zero terminal SNR": dict(
+        loss_type="smooth_l1", zero_terminal_snr=True, huber_c=0.05, huber_scale=7.0
+    ),
     "input perturbation": dict(perturbation=0.1),
 }
 
@@ -118,9 +121,10 @@ def test_stable_diffusion(case, dtype):
         a, s = ((part**0.5)[timesteps].view(-1, 1, 1, 1) for part in (kept, 1 - kept))
         x_t = a * latents + s * (noise + perturbation * xi if perturbation else noise)
         target = a * noise - s * latents if args.v_parameterization else noise
-        c, kept = torch.full((6,), args.huber_c, dtype=single), trainer.scheduler.alphas_cumprod[timesteps].to(single)
+        c = torch.full((6,), args.huber_c * args.huber_scale, dtype=single)
+        kept = trainer.scheduler.alphas_cumprod[timesteps].to(single)
         if args.huber_schedule == "exponential":
-            c = torch.exp(math.log(args.huber_c) / 1000 * timesteps.to(single))
+            c = torch.exp(math.log(args.huber_c) / 1000 * timesteps.to(single)) * args.huber_scale
         elif args.huber_schedule == "snr":
             c = (1 - args.huber_c) / (1 + ((1 - kept) / kept) ** 0.5) ** 2 + args.huber_c
         loss = reduced(huber(args, m.to(single), target.to(single), c), batch)
@@ -143,8 +147,9 @@ def test_stable_diffusion(case, dtype):
 
 FLOWS = {
     "raw": {},
-    "raw, smooth l1": dict(loss_type="smooth_l1", huber_schedule="exponential"),
+    "raw, smooth l1": dict(loss_type="smooth_l1", huber_schedule="exponential", huber_scale=2.0),
     "raw, alpha masks": dict(mask="alpha_masks"),
+    "Lumina": dict(kind="lumina"),
     "additive": dict(kind="additive"),
     "sigma_scaled, none": dict(kind="sigma_scaled"),
     "sigma_scaled, sigma_sqrt": dict(kind="sigma_scaled", scheme="sigma_sqrt"),
@@ -175,13 +180,15 @@ def test_flows(case, dtype):
         target, weights = noise - latents, 1.0
         if kind == "additive":
             m = m + x_t
+        if kind == "lumina":
+            target = latents - noise
         if kind in ("sd3", "sigma_scaled"):
             m, target = m * -sigmas + x_t, latents if kind == "sd3" else target
             if scheme == "sigma_sqrt":
                 weights = (sigmas**-2.0).to(single)
             elif scheme == "cosmap":
                 weights = 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
-        c = torch.exp(math.log(args.huber_c) * sigmas.to(single))
+        c = torch.exp(math.log(args.huber_c) * sigmas.to(single)) * args.huber_scale
         loss = huber(args, m.to(single), target.to(single), c) * weights
         return {"x_t": x_t, "loss": reduced(loss, batch).mean()}
 
@@ -190,14 +197,20 @@ def test_flows(case, dtype):
     # What the page says to change in that block.
     how = scheduler.loss.keywords
     if args.loss_type != "l2":
-        how["loss"] = fastdiff.losses.PseudoHuber(args.huber_c, "normalized", args.huber_schedule)
+        how["loss"] = fastdiff.losses.PseudoHuber(
+            args.huber_c, "normalized", args.huber_schedule, scale=args.huber_scale
+        )
+    if kind == "lumina":
+        how["prediction"], prediction = "reversed_flow", -prediction
     if kind == "additive":
         how["prediction"] = names["ADDITIVE"]
     if kind == "sigma_scaled":
         how["prediction"] = names["SIGMA_SCALED"]
-    if kind in ("sd3", "sigma_scaled") and scheme == "none":
+    if kind == "sd3":
+        how |= dict(error_space="sample", weighting=None if scheme == "none" else scheme)
+    if kind == "sigma_scaled" and scheme == "none":
         how["weighting"] = lambda levels: levels.sigma**2
-    if scheme == "cosmap":
+    if kind == "sigma_scaled" and scheme == "cosmap":
         how["weighting"] = lambda levels: levels.sigma**2 * fastdiff.weighting.CosMap().formula(levels, None)
     names |= dict(torch=torch, args=args, apply_masked_loss=apply_masked_loss, latents=latents, batch=batch)
     names |= dict(sigmas=sigmas, noise=noise, target=noise, timesteps=sigmas.flatten())

@@ -433,6 +433,8 @@ def test_from_a_scheduler():
     assert objective.shift_of(VIDEO) == pytest.approx(video.RFLoss(shift="ltx").shift_of(VIDEO), rel=1e-14)
     with pytest.raises(TypeError, match="a flow-matching scheduler is needed; got DDPMScheduler"):
         video.RFLoss.from_scheduler(diffusers.DDPMScheduler())
+    with pytest.raises(ValueError, match=r"inverts its sigmas.*: use Objective.from_scheduler"):
+        video.RFLoss.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
 
 
 # --------------------------------------------------------------------------------------------- the rest of an Objective
