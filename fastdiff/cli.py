@@ -261,7 +261,11 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     )
     parser.set_defaults(command=_doctor)
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--verify", action="store_true", help="the status is 1 where fastdiff is less exact than eager")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="the status is 1 where fastdiff is less exact than eager steps, or its loss than rounding",
+    )
     parser.add_argument(
         "--shape", action="append", metavar="BxCxHxW", help="of the data, with --verify; may be repeated"
     )

@@ -35,7 +35,7 @@ from ..ops.checks import check_floating, compute_dtype
 from ..prediction import SAMPLE, Prediction
 from ..prediction import get as prediction_kind
 from ..tensors import cached, gather_rows
-from ..weighting import MinSNR, SigmaSqrt, WeightingLike
+from ..weighting import SNR, MinSNR, SigmaSqrt, WeightingLike
 
 __all__ = [
     "TrainingScript",
@@ -49,6 +49,7 @@ __all__ = [
     "sd3",
     "text_to_image",
     "text_to_image_sdxl",
+    "unconditional",
 ]
 
 # (batch size, device, generator) -> indices into the scheduler's tables, int64 [batch].
@@ -249,6 +250,24 @@ def text_to_image_sdxl(
 _SAMPLE_PLUS_NOISE = Prediction(
     "sample_plus_noise", lambda levels: (torch.ones_like(levels.alpha), torch.ones_like(levels.alpha))
 )
+
+
+def unconditional(scheduler: Any, *, own_noise: bool = False) -> TrainingScript:
+    """train_unconditional: images of a scheduler with ``alphas_cumprod``, epsilon or "sample" as the scheduler says.
+
+    The error of "sample" is weighted with the SNR alpha_bar / (1 - alpha_bar) of its timestep, which makes it that of
+    the noise (Salimans and Ho 2022, section 4). Raises ValueError for another prediction type, as the script does, and
+    TypeError for an unfit scheduler.
+    """
+    kind = config_value(scheduler, "prediction_type", "epsilon")
+    weighting = SNR() if kind == "sample" else None
+    script = _vp_script(scheduler, None, None, "paper", "mse", weighting=weighting, own_noise=own_noise)
+    if kind not in ("epsilon", "sample"):
+        raise ValueError(
+            f"train_unconditional trains prediction_type epsilon or sample; the scheduler's is {kind!r}, for which use "
+            f"text_to_image(scheduler)."
+        )
+    return script
 
 
 def dreambooth(

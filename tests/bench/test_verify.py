@@ -3,6 +3,7 @@
 import json
 import math
 import types
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import fastdiff
 from fastdiff import verify
 from fastdiff.cli import main
+from fastdiff.weighting import Weighting
 
 SHAPE = (3, 4, 16, 16)
 
@@ -65,7 +67,39 @@ PLANTED = {
         "Objective", lambda *how: types.SimpleNamespace(
             noise=fastdiff.Objective(*how).noise,
             loss=lambda m, noised: fastdiff.Objective(*how).loss(m, noised) * 1.0001), {"loss", "bias"}),
+    "another target": (
+        "Objective", lambda process, kind, *how: fastdiff.Objective(
+            process, "reversed_flow" if kind == "flow" else kind, *how), {"loss", "gradient", "cosine", "bias"}),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Epsilon(Weighting):
+    """min-SNR weights whose SNR is alpha^2 / (sigma^2 + 1e-8), so that nothing is divided by 0."""
+
+    gamma: float
+
+    def formula(self, levels, prediction):
+        snr = levels.alpha**2 / (levels.sigma**2 + 1e-8)
+        return snr.clamp(max=self.gamma) / (snr if prediction.name == "epsilon" else snr + 1)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_epsilon_in_the_snr_is_found(dtype, monkeypatch):
+    """1e-4 of the first time's weights, where float32's 1 - alpha_bar, which eager steps have, is off by 6e-4."""
+    monkeypatch.setattr(verify, "MinSNR", Epsilon)
+    found = verify.verify([(1, 4, 32, 32)], (dtype,))
+    assert [errors.worse for errors in found if errors.who == "fastdiff"] == [("loss",), ("loss",), ()]
+
+
+def test_each_time_has_its_turn():
+    """Batches that are too small for all the times make several steps, and the worst is told."""
+    assert [t.tolist() for t in verify._times(1)] == [[t] for t in verify.TIMES]
+    assert [len(t) for t in verify._times(3)] == [3, 3] and torch.cat(verify._times(3)).tolist()[:4] == [*verify.TIMES]
+    assert len(verify._times(64)) == 1 and len(verify._times(64)[0]) == 64
+    steps = [verify.Errors(SHAPE, "flow", "fp32", "eager", *row) for row in ((1, 2, 3, 4, -6), (2, math.nan, 1, 5, 5))]
+    worst = verify._worst(steps)
+    assert (worst.x_t, worst.gradient, worst.cosine, worst.bias) == (2, 3, 5, -6) and math.isnan(worst.loss)
 
 
 @pytest.mark.parametrize("case", PLANTED)

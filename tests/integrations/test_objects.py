@@ -394,6 +394,22 @@ def test_sit_transport(model, weight, linear):
         flow.fuse(object())
 
 
+@pytest.mark.parametrize("model", ["NOISE", "SCORE"])
+def test_sit_weights_next_to_the_data(model):
+    """cos(pi t / 2) of a float32 near 1 has lost digits, and weights divide by its square: here they are float64's."""
+    t, (x0, x1) = torch.tensor([0.998, 0.9995, 0.99998]), torch.randn(2, 3, 3, 4, 4)
+
+    def losses(fuse, dtype):
+        transport = fuse(Transport(model, "LIKELIHOOD", False))
+        transport.sample = lambda x: (t.to(dtype), x0.to(dtype), x)
+        return transport.training_losses(lambda x, t: torch.sin(3 * x), x1.to(dtype))["loss"].double()
+
+    exact = losses(lambda transport: transport, torch.float64)
+    theirs, ours = losses(lambda transport: transport, torch.float32), losses(flow.fuse, torch.float32)
+    off, off_theirs = (float(((found - exact) / exact).abs().max()) for found in (ours, theirs))
+    assert off < 1e-6 < 1e-4 < off_theirs
+
+
 def test_nothing_is_imported():
     """These modules know other packages by their interfaces alone."""
     modules = ("guided_diffusion", "k_diffusion.losses", "flow", "edm", "denoising_diffusion", "lightning", "objects")

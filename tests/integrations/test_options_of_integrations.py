@@ -172,6 +172,7 @@ def flow_scheduler():
 SCRIPTS = {
     "text_to_image": (training_scripts.text_to_image, ddpm, {}),
     "text_to_image_sdxl": (training_scripts.text_to_image_sdxl, ddpm, {}),
+    "unconditional": (training_scripts.unconditional, diffusers.DDPMScheduler, {}),
     "dreambooth": (training_scripts.dreambooth, ddpm, {}),
     "dreambooth_sdxl": (training_scripts.dreambooth_sdxl, ddpm, {}),
     "dreambooth_sdxl edm": (training_scripts.dreambooth_sdxl, diffusers.EDMEulerScheduler, {"edm_style": True}),
@@ -197,7 +198,8 @@ def test_own_noise_of_the_scripts(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in SCRIPTS if name not in ("text_to_image", "text_to_image_sdxl", "cogvideox")]
+    "name",
+    [name for name in SCRIPTS if name not in ("text_to_image", "text_to_image_sdxl", "unconditional", "cogvideox")],
 )
 def test_prior_loss_weight_of_the_scripts(name):
     """(mean of the first half) + w (mean of the second): what is left of a loss when the first half is right is w."""

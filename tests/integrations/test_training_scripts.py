@@ -89,6 +89,18 @@ def lines_vp(scheduler, x0, m, *, gamma=None, form="paper", offset=0.0, perturba
     return x_t, t, noise, xi, mean(m, target, weights(t_first)) + prior * mean(m_prior, target_prior, None)
 
 
+def lines_unconditional(scheduler, x0, m):
+    noise = torch.randn(x0.shape, dtype=x0.dtype)
+    t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x0),)).long()
+    x_t = scheduler.add_noise(x0, noise, t)
+    if scheduler.config.prediction_type == "epsilon":
+        loss = F.mse_loss(m.float(), noise.float())
+    else:
+        abar = spread(scheduler.alphas_cumprod[t].float(), x0)
+        loss = (abar / (1 - abar) * F.mse_loss(m.float(), x0.float(), reduction="none")).mean()
+    return x_t, t, noise, torch.zeros_like(noise), loss
+
+
 def lines_flow(scheduler, x0, m, *, scheme, precondition=False, prior=None):
     noise = torch.randn_like(x0)
     u = training_utils.compute_density_for_timestep_sampling(scheme, len(x0), 0.0, 1.0, 1.29)
@@ -158,6 +170,14 @@ def rows_vp(scheduler, t, *, gamma=None, form="paper", offset=0.0, perturbation=
     if prior is not None:
         weight = np.where(np.arange(len(t)) < len(t) // 2, 2 * weight, 2 * prior)
     return alpha, sigma, p, q, one, weight
+
+
+def rows_unconditional(scheduler, t):
+    abar = to_numpy(scheduler.alphas_cumprod)[t]
+    alpha, sigma, one = np.sqrt(abar), np.sqrt(1 - abar), np.ones_like(abar)
+    if scheduler.config.prediction_type == "epsilon":
+        return alpha, sigma, 0 * one, one, one, one
+    return alpha, sigma, one, 0 * one, one, abar / (1 - abar)
 
 
 def rows_flow(scheduler, t, *, scheme, precondition=False, prior=None):
@@ -235,6 +255,11 @@ case(
     "SDXL sample unweighted, offset", lambda: ddpm(prediction_type="sample"), lines_vp, rows_vp,
     lambda s: scripts.text_to_image_sdxl(s, noise_offset=0.05), offset=0.05,
 )  # fmt: skip
+for _kind in ("epsilon", "sample"):
+    case(
+        f"unconditional {_kind}", lambda k=_kind: diffusers.DDPMScheduler(prediction_type=k), lines_unconditional,
+        rows_unconditional, scripts.unconditional,
+    )  # fmt: skip
 for _scheme in ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap"):
     case(
         f"SD3 {_scheme}", lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), lines_flow, rows_flow,
@@ -527,6 +552,8 @@ def test_wrong_use():
     flow, euler = diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.EulerDiscreteScheduler()
     with pytest.raises(TypeError, match="alphas_cumprod"):
         scripts.text_to_image(flow)
+    with pytest.raises(ValueError, match=r"epsilon or sample; the scheduler's is 'v_prediction', .* text_to_image"):
+        scripts.unconditional(ddpm(prediction_type="v_prediction"))
     with pytest.raises(TypeError, match="flow-matching"):
         scripts.sd3(ddpm())
     with pytest.raises(TypeError, match="config"):
