@@ -34,10 +34,10 @@ def loss_and_gradient(
 
 
 def _checked(scale: Any, prediction: Tensor) -> Tensor | float:
-    """Raise TypeError or ValueError for what is no scale. Returns it, without a graph."""
+    """Raise TypeError or ValueError for what is no scale. Returns a number, or a tensor [] without a graph."""
     if not isinstance(scale, Tensor):
         check_numbers(scale=scale)
-        return scale
+        return scale if type(scale) is float or type(scale) is int else float(scale)
     if not scale.is_floating_point():
         raise TypeError(f"scale must be a number, or a floating-point tensor; got one of {scale.dtype}.")
     if scale.ndim:

@@ -78,7 +78,7 @@ OPTIONS = {
     "target": {"target": normals(*SHAPE, seed=4), "weight": 0.5},
     "third": {"y": normals(*SHAPE, seed=5), "r": torch.tensor([0.5, -1.0, 0.0])},
 }
-SCALES = [1.0, 0.3, torch.tensor(1024.0), torch.tensor(0.125, dtype=torch.float64)]
+SCALES = [1, np.array(0.3), torch.tensor(1024.0), torch.tensor(0.125, dtype=torch.float64)]
 # Triton's interpreter is slow: there each of the options has one of the dtypes.
 CASES = [(name, key, dtype) for name in BACKENDS for key in OPTIONS for dtype in DTYPES]
 CASES += [("triton", key, DTYPES[k % 4]) for k, key in enumerate(OPTIONS)]
