@@ -120,6 +120,12 @@ def cases() -> dict[str, Any]:
 
         return call
 
+    def at_once(dtype, n, scale):
+        """The loss of v along with its gradient for a scale that is given."""
+        prediction, x0 = meta(*SHAPE, dtype=dtype), meta(*SHAPE, dtype=dtype)
+        call = LossCall(prediction, x0, n, column[0], column[1], None, column[2])
+        return lambda: operations.backend.value_and_gradient(scale, call)
+
     def hybrid(dtype, n, bins, frozen=True):
         """Of epsilon: simple_weight e^2, and the bound of a variance that is learned. ``bins``: rows may be of bins."""
 
@@ -175,6 +181,7 @@ def cases() -> dict[str, Any]:
             found[f"noising, {rng}, {name}"] = noise(SHAPE, dtype, made)
             for kind in ("epsilon", "v"):
                 found[f"loss {kind}, {rng}, {name}"] = loss(dtype, made, kind == "v")
+            found[f"loss v at once, {rng}, {name}"] = at_once(dtype, made, meta())
             found[f"loss flow, {rng}, {name}"] = loss(dtype, made, True, rows=plain)
         found[f"noising, given, {name}"] = noise(SHAPE, dtype, given)
         for kind in ("epsilon", "v"):

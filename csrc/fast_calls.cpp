@@ -120,9 +120,9 @@ py::object noise(PyObject* const* a) {
 // loss(program, present, function, prediction, x0, n, t, scalar, gradient, threads, mask, normalization, reduction, weight,
 // upstream, starts) -> (loss, gradient or None), or None. program: of (p, q, scale, weight, c), of which those that the bits of
 // `present` name are used; x0 goes with p, n with q. scalar: a tensor of one number in the compute dtype, to make a reduced
-// loss like. weight: numbers in the compute dtype, one or one a sample, that the program's weight is multiplied by; or
-// None. upstream: the gradient of the loss, in the compute dtype, for a gradient alone: then the loss is None. starts: of
-// packed sequences, or None.
+// loss like; or None for a gradient alone: then the loss is None. weight: numbers in the compute dtype, one or one a
+// sample, that the program's weight is multiplied by; or None. upstream: the gradient of the loss, in the compute dtype;
+// None: 1. starts: of packed sequences, or None.
 py::object loss(PyObject* const* a) {
   const int64_t present = parse_integer("present", a[1]);
   BatchReader read(a[3], program_of(a[0], 5), a[6], present | kWeight, true, false, a[15]);
@@ -146,10 +146,10 @@ py::object loss(PyObject* const* a) {
   if (View upstream; a[14] != Py_None) {
     if (!tensors::view(a[14], upstream) || upstream.dtype != int(dtype) || upstream.elements != results) return py::none();
     call.upstream = {upstream.data, results > 1};
-  } else if (by_row) {
-    value = tensors::make_like(a[6], DType::u8, dtype, results, call.result);  // like t, whatever its dtype
-  } else {
-    value = tensors::make_like(a[7], dtype, dtype, results, call.result);
+  }
+  if (a[7] != Py_None) {  // rows are like t, whatever its dtype
+    value = by_row ? tensors::make_like(a[6], DType::u8, dtype, results, call.result)
+                   : tensors::make_like(a[7], dtype, dtype, results, call.result);
   }
   if (a[8] == Py_True) slope = make_like(read, a[3], call.kernel.prediction.dtype, call.kernel.gradient);
   run_unlocked(read, call, threads);

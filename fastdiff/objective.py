@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import converting, explaining, from_scheduler, loss_record, losses, ops, sampling
+from . import converting, explaining, from_scheduler, loss_gradient, loss_record, losses, ops, sampling
 from . import packed as sequences
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
@@ -20,7 +20,6 @@ from .calls import LossCall, NoiseCall, Packed, UniformCall
 from .coefficients import Coefficients, Rows, Traced, drawn
 from .distributed.noising import noise_of
 from .distributed.part import Part
-from .distributed.reducing import compare_loss, share, summed, whole_loss
 from .losses import Loss
 from .names import OF_OBJECTIVE, answers_keywords
 from .noised import Noised, check_noised, tensor_of
@@ -447,42 +446,55 @@ class Objective:
         and weight. Raises TypeError or ValueError for unfit inputs, RuntimeError if its times, or the seed of
         noise that is not kept, were written into since. Warns, on the CPU, of a mask that is 0 everywhere.
         """
-        check_noised(prediction, noised)
-        x0, n, t, rows = noised.x0, noised.noise_source, noised.t, noised.rows
-        noised.check_unchanged()
-        if (part := noised.part) is not None:
-            compare_loss(noised, prediction, mask, reduction, weight, mask_normalization)
-        if (tokens := noised.tokens) is not None:
-            x0, n, prediction, mask, weight, target, y = tokens.of_loss(x0, n, prediction, mask, weight, target, y)
-        packed = None if noised.packed is None else noised.packed_rows
-        if noised.objective is not self:
-            process = noised.objective.process
-            if not torch.compiler.is_compiling() and not self.process.has_levels_of(process):
-                raise ValueError(
-                    f"noised is of the process {process!r}, this objective of {self.process!r}: noise it anew."
-                )
-            rows = self._rows(t, x0, compute_dtype(x0, tensor_of(n), prediction), packed)
-        elif isinstance(prediction, Tensor) and prediction.dtype == torch.float64 != rows.dtype:
-            rows = self._rows(t, x0, torch.float64, packed)  # those of noising were rounded to float32
         how = mask, reduction, weight, mask_normalization
-        plain = mask is None and weight is None and reduction == "mean" and mask_normalization == "none"
-        own = part is None or (plain and share(part, x0.shape) == 1)
-        if own and target is None and y is None and r is None:
-            result = self._fast_loss(prediction, x0, n, t, rows, how, packed)
-            if result is not None:
-                return result if part is None else summed(result, part)
-        if rows.coefficients is not self._coefficients:  # the process was changed
-            rows = self._rows(t, x0, rows.dtype, packed)
-        more = {"target": target, "y": y, "r": r, "packed": noised.packed, "alone": part is None}
-        loss = partial(self._loss, prediction, x0, n, rows, t.shape, **more)
-        return loss(*how) if part is None else whole_loss(loss, part, tokens, prediction, t.shape, *how)
+        return loss_record.of_noised(self, prediction, noised, how, target, y, r)
+
+    def loss_and_gradient(
+        self,
+        prediction: Tensor,
+        noised: Noised,
+        scale: Tensor | float = 1.0,
+        mask: Tensor | None = None,
+        reduction: str = "mean",
+        *,
+        weight: Tensor | float | None = None,
+        mask_normalization: str = "none",
+        target: Tensor | None = None,
+        y: Tensor | None = None,
+        r: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and the gradient of scale * loss by the network's output, in one pass over the data::
+
+            loss, gradient = objective.loss_and_gradient(prediction, noised, scale=1 / accumulation_steps)
+            prediction.backward(gradient)
+
+        These are the numbers of ``loss`` and of its ``backward(scale)``, without their part of a graph: a launch and an
+        entry into autograd less, also in float16 and whatever the scale is.
+
+        Args:
+            prediction, noised: as in ``loss``. It does not matter whether prediction requires grad.
+            scale: a number, or a tensor [], floating point, on the device of prediction, which nothing waits for:
+                ``scaler.scale(torch.ones([], device=...))`` of a ``torch.amp.GradScaler``. It is multiplied in before
+                the gradient is rounded.
+            mask, weight, mask_normalization, target, y, r: as in ``loss``.
+            reduction: "mean" or "sum".
+
+        For data with a ``part`` it is the loss of the whole, and the gradient by the part of the prediction. Where a
+        mask's sum divides, a GPU takes two passes, and so do parts that are weighted, masked or of unequal sizes.
+
+        Returns (loss, gradient): the loss a scalar as ``loss`` gives it, detached; the gradient shaped as prediction,
+        in its dtype and memory layout. Raises TypeError or ValueError as ``loss`` does, for a scale or a reduction that
+        is none of these, and where anything but the prediction requires grad, because it would get none.
+        """
+        how = mask, reduction, weight, mask_normalization
+        return loss_gradient.loss_and_gradient(self, prediction, noised, scale, how, target, y, r)
 
     def _fast_loss(
         self, prediction: Any, x0: Tensor, noise: Any, t: Any, rows: Rows | None, how: tuple[Any, ...] = _PLAIN,
-        packed: Packed | None = None,
-    ) -> Tensor | None:  # fmt: skip
+        packed: Packed | None = None, upstream: Tensor | float | None = None,
+    ) -> Any:  # fmt: skip
         """The loss if a fast call of a backend can compute it, else None. rows: where there are some. how: (mask,
-        reduction, weight, mask_normalization)."""
+        reduction, weight, mask_normalization). With ``upstream``, (the loss, its gradient)."""
         if not isinstance(prediction, Tensor):
             return None
         backend = backend_of(prediction.device)
@@ -497,7 +509,8 @@ class Objective:
         record = partial(self._record, x0, noise, t, rows, how, packed)
         at_hand = rows.at_hand if rows is not None and rows.program is program else None
         function = self.loss_function.function
-        return fast.loss(program, self._made.present, function, prediction, x0_, n, t, at_hand, record, how, packed)
+        more = record, how, packed, upstream
+        return fast.loss(program, self._made.present, function, prediction, x0_, n, t, at_hand, *more)
 
     def _record(
         self, x0: Tensor, noise: Any, t: Any, rows: Rows | None, how: tuple[Any, ...], packed: Packed | None,
@@ -509,7 +522,7 @@ class Objective:
             rows = self._rows(t, x0, compute_dtype(x0, tensor_of(noise), prediction), packed)
         return loss_record.record(self, prediction, x0, noise, rows, t.shape, *how, packed=packed)
 
-    def _loss(self, *how: Any, **more: Any) -> Tensor:
+    def _loss(self, *how: Any, **more: Any) -> Any:
         """The general way: see ``loss_record.loss``."""
         return loss_record.loss(self, *how, **more)
 

@@ -78,6 +78,15 @@ def as_tensor(row: Tensor | Gathered) -> Tensor:
     return torch.where(inside, column[torch.where(inside, index, 0)], math.nan)
 
 
+def number(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number, or a tensor [] on ``device``, as a tensor [] of ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if torch.compiler.is_compiling():  # a factor stays an input of the graph, what fills a tensor would be a part of it
+        return (torch.ones((), dtype=torch.float64, device=device) * value).to(dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def with_entries(nested: Any, entries: list[Any]) -> Any:
     """A dict, tuple or list of the type of ``nested``, an ``OrderedDict`` or a named tuple too, that holds ``entries``
     in place of its own, in their order."""

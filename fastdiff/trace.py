@@ -25,7 +25,7 @@ from .backends.reference import Reference
 from .calls import Call
 from .objective import Objective
 
-_METHODS = ("noise", "loss", "convert")
+_METHODS = ("noise", "loss", "loss_and_gradient", "convert")
 _FUNCTIONS = {"q_sample": functional, "diffusion_loss": functional, "sample": sampling}  # and where they are defined
 # They give None where they do not do it.
 _FAST_CALLS = ((Objective, "_fast_noise"), (Objective, "_fast_loss"), (converting, "fast"))
@@ -51,7 +51,8 @@ class Trace:
             counted = self._counted(name, getattr(module, name))
             replaced += [(module, name, counted), (fastdiff, name, counted)]
         replaced += [(owner, name, self._fast(getattr(owner, name))) for owner, name in _FAST_CALLS]
-        replaced.append((Reference, "run", self._reference(Reference.run)))
+        for name in ("run", "value_and_gradient"):
+            replaced.append((Reference, name, self._reference(getattr(Reference, name))))
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
         for owner, name, function in replaced:
             setattr(owner, name, function)
@@ -89,10 +90,11 @@ class Trace:
         return call
 
     def _reference(self, own: Callable) -> Callable:
-        def operation(backend: Reference, call: Call) -> Any:
+        def operation(backend: Reference, *arguments: Any) -> Any:
+            call: Call = arguments[-1]
             if self._open and not self._open[-1] and call.operation in (*_METHODS, "step"):
                 self._open[-1].update(way=REFERENCE, reason=_why(call))
-            return own(backend, call)
+            return own(backend, *arguments)
 
         return operation
 

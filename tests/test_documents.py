@@ -177,6 +177,28 @@ def test_moments():
         np.testing.assert_allclose(got, value.astype(float), rtol=2e-6, atol=2e-6 * size, err_msg=name)
 
 
+def test_performance():
+    """The loop that has the gradient along with the loss learns what the usual one learns."""
+
+    def given():
+        network = Network()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        batch = dict(latents=data, condition=torch.arange(4.0).view(4, 1, 1, 1), accumulation_steps=2)
+        return batch | dict(torch=torch, network=network, optimizer=optimizer, scaler=scaler, objective=objective)
+
+    objective, data = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", "min_snr"), latents()
+    (names,) = run_blocks("docs/performance.md", {"The loss and its gradient at once": given()})
+    usual = SimpleNamespace(**given())
+    torch.manual_seed(0)
+    for part, labels in zip(usual.latents.chunk(2), usual.condition.chunk(2)):
+        noised = objective.noise(part)
+        loss = objective.loss(usual.network(noised.model_input, noised.model_time, labels), noised)
+        usual.scaler.scale(loss / 2).backward()
+    usual.scaler.step(usual.optimizer)
+    assert torch.equal(names["network"].weight, usual.network.weight) and usual.network.weight != 0.5
+
+
 def test_data():
     images, x0 = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), latents()
     network, transformer, packed = Network(), Network(), Network()
@@ -418,6 +440,7 @@ def test_every_block_is_one_that_runs():
         "docs/likelihood.md": 1,
         "docs/migrating.md": 7,
         "docs/moments.md": 9,
+        "docs/performance.md": 1,
         "docs/recipes.md": 18,
         "docs/trainers/ai_toolkit.md": 4,
         "docs/trainers/diffusion_pipe.md": 7,

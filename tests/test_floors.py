@@ -20,8 +20,8 @@ FLOORS = [
     "ops.",
     "constancy coefficients",
     "guidance samplers. sampling.",
-    "distributed. tokens packed noised uncertainty explaining converting element_weights loss_record objective "
-    "functional dropout pyramid pairing likelihood autoencoder losses. video.",
+    "distributed. tokens packed noised uncertainty explaining converting element_weights loss_record loss_gradient "
+    "objective functional dropout pyramid pairing likelihood autoencoder losses. video.",
     "integrations.",
     "trace doctor demo. bench. verify cli __main__",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Call, NoiseCall, NormalCall, Packed, RunCall, UniformCall
+from ..calls import Call, LossCall, NoiseCall, NormalCall, Packed, RunCall, UniformCall
 from ..philox import Philox, Stream, Window
 from ..program import Program
 from ..tensors import Gathered
@@ -77,7 +77,8 @@ class Backend:
 
         - ``declines(call)``: why it does not run this call; "" if it does;
         - ``run(call, backend)``: the result, as the record says. ``backend`` is the one that was asked;
-        - for losses, moments and a posterior, ``gradient(upstream, call, backend, *needed)``: see ``gradient``.
+        - for losses, moments and a posterior, ``gradient(upstream, call, backend, *needed)``: see ``gradient``;
+        - for losses, ``value_and_gradient(upstream, call, backend)``: see there.
 
         A record that the package has no module for is left to the fallback.
         """
@@ -108,6 +109,12 @@ class Backend:
         they are given; of row moments, those by a and by b, None where not needed.
         """
         return self.modules[type(call)].gradient(upstream, call, self, *needed)
+
+    def value_and_gradient(self, upstream: Tensor | float, call: LossCall) -> tuple[Tensor, Tensor]:
+        """(the result of a loss that it supports, its ``gradient``), neither recorded by autograd, which wants no
+        gradient of the tensors of ``call``. In one pass where no sums have to be known first. ``upstream`` may be a
+        number too."""
+        return self.modules[type(call)].value_and_gradient(upstream, call, self)
 
     # ---- abilities
 

@@ -26,7 +26,8 @@ _OF_EACH_KIND = (
 )
 # Those of a network's output of twice the channels: ``Operands.output``.
 OF_HALVES = ("hybrid loss", "latents", "divergence+gradient")
-OPERATIONS = (*_OF_EACH_KIND, *OF_HALVES, "noising images", "noising+loss of tokens")
+AT_ONCE = "loss and gradient"
+OPERATIONS = (*_OF_EACH_KIND, *OF_HALVES, "noising images", "noising+loss of tokens", AT_ONCE)
 PATCH = 2  # of tokens, which are packed as Flux packs them
 
 LATENT = (1, 4, 32, 32)
@@ -47,7 +48,8 @@ class Case:
             autoencoder's moments and noised, both noises made; the divergence is that of these moments from N(0, 1),
             with its gradient. The moments of rows are those of x0 and the prediction. The images are of uint8. The
             tokens are those that the network sees and predicts: x_t is packed, and the loss, with its gradient, takes
-            the prediction as it is; the noise is given.
+            the prediction as it is; the noise is given. "loss and gradient" is the loss with its gradient, ours by
+            ``Objective.loss_and_gradient``.
         kind: what the network predicts. The sampler is DDPM with a clamp; Euler for "flow".
         dtype: a key of ``DTYPES``.
         shape: [batch, ...].
@@ -110,6 +112,12 @@ _OTHER_DATA = tuple(
     for dtype in ("fp32", "bf16")
 )
 
+_AT_ONCE = tuple(
+    Case(AT_ONCE, "v_prediction", dtype, shape) for shape in (LATENT, LATENTS) for dtype in ("fp32", "bf16")
+)
+# Chunks of actions that policies for robots predict: of 16 actions by a 1-D U-Net, of 50 by a transformer.
+ACTIONS = ((64, 16, 7), (64, 16, 14), (256, 16, 14), (64, 50, 32), (1024, 16, 32))
+
 PRESETS = {
     "quick": Preset(
         (LATENT, LATENTS),
@@ -121,7 +129,7 @@ PRESETS = {
     ),
     "full": Preset(
         (LATENT, LATENTS, VIDEO, PIXELS),
-        extra=_LADDER + _LARGE + _HALVES + _OTHER_DATA,
+        extra=_LADDER + _LARGE + _HALVES + _OTHER_DATA + _AT_ONCE,
         seconds=60.0,
         compile_seconds=60.0,
     ),
@@ -129,7 +137,7 @@ PRESETS = {
     "flux": Preset(((1, 4096, 64), (8, 4096, 64)), ("flow",)),
     "video": Preset((VIDEO, (1, 16, 21, 60, 104)), ("v_prediction", "flow")),
     "pixel": Preset((PIXELS, LARGE), ("epsilon", "v_prediction")),
-    "policy": Preset(((64, 16, 7), (256, 16, 14), (1024, 16, 32)), ("epsilon", "flow")),
+    "policy": Preset(ACTIONS, ("epsilon", "flow"), (*_OF_EACH_KIND, AT_ONCE)),
     "sampler": Preset((LATENT, (4, 4, 128, 128), LATENTS, PIXELS), operations=("sampler step", "sampler step+noise")),
 }
 

@@ -43,6 +43,7 @@ def floor_bytes(case: Case) -> int:
         "noising": 3,  # x0, noise; x_t
         "loss": 2 + reads_x0,  # prediction, noise, and x0 where the target needs it
         "loss+gradient": 3 + reads_x0,
+        "loss and gradient": 3 + reads_x0,
         "hybrid loss": 5,  # both halves of the output, noise; the gradient's halves (x0 only where t is 0)
         "latents": 4,  # both halves of the moments; z, x_t
         "divergence+gradient": 4,  # both halves of the moments, and of their gradient
@@ -247,6 +248,21 @@ def recorded(call: Callable[[], Any]) -> Count | None:
     return Count(moved, len(records) + (others.launches or 0), "launch recorder")
 
 
+def profiled_launches(call: Callable[[], Any], device: torch.device) -> int | None:
+    """How many kernels, copies and fills of memory a call has a GPU do, by PyTorch's profiler; None where it sees
+    none."""
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            call()
+            torch.cuda.synchronize(device)
+        events = profiler.profiler.kineto_results.events()
+    except (AttributeError, RuntimeError):
+        return None
+    return sum(event.device_type() == torch.autograd.DeviceType.CUDA for event in events) or None
+
+
 def known_operands(case: Case, operands: Operands, result: Any) -> Count:
     """The tensors that one pass of ours reads and writes, from the tensors themselves. ``result`` is what the call
     returned: whether and how noise was kept is seen there."""
@@ -259,6 +275,8 @@ def known_operands(case: Case, operands: Operands, result: Any) -> Count:
         moved = o.prediction.nbytes + o.noise.nbytes + x0
     elif case.operation == "loss+gradient":
         moved = o.prediction.nbytes + o.noise.nbytes + x0 + gradient
+    elif case.operation == "loss and gradient":
+        moved = o.prediction.nbytes + o.noise.nbytes + x0 + result[1].nbytes
     elif case.operation == "hybrid loss":
         moved = o.output.nbytes + o.noise.nbytes + o.output.grad.nbytes
     elif case.operation == "latents":

@@ -144,7 +144,8 @@ def _figure(report: dict[str, Any], name: str, caption: str) -> str:
 
 def _main_table(report: dict[str, Any]) -> str:
     """What fits beside each other; the rest is among all measurements."""
-    columns = [column for column in table.columns(report["peers"]) if column.heading not in ELSEWHERE]
+    elsewhere = {*ELSEWHERE, *(f"{peer} {what}" for peer in report["peers"] for what in ("host", "launches"))}
+    columns = [column for column in table.columns(report["peers"]) if column.heading not in elsewhere]
     # What one looks for first comes first.
     columns.sort(key=lambda column: (column.heading not in ("case", "time"), not column.heading.endswith(" ×")))
     rows = [[column.cell(case) for column in columns] for case in report["cases"]]

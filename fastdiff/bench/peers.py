@@ -15,7 +15,7 @@ import fastdiff
 from fastdiff import ops
 
 from . import eager
-from .cases import PATCH, Case, Operands
+from .cases import AT_ONCE, PATCH, Case, Operands
 
 Call = Callable[[Operands], Any]
 
@@ -105,14 +105,19 @@ def _ours(case: Case, device: torch.device) -> Call:
         return _step_on_tokens(of_tokens)
     if case.operation == "row moments":
         return _no_grad(lambda o: ops.row_moments(o.x0, o.prediction)[:-1])
-    if case.operation in ("loss", "loss+gradient"):
+    if case.operation in ("loss", "loss+gradient", AT_ONCE):
         made: dict[int, fastdiff.Noised] = {}
 
-        def loss(o: Operands) -> Any:
+        def before(o: Operands) -> fastdiff.Noised:
             if id(o) not in made:  # a trainer has it from before the network
                 made[id(o)] = noised(o)
-            return objective.loss(o.prediction, made[id(o)])
+            return made[id(o)]
 
+        def loss(o: Operands) -> Any:
+            return objective.loss(o.prediction, before(o))
+
+        if case.operation == AT_ONCE:
+            return lambda o: objective.loss_and_gradient(o.prediction, before(o))
         return _without_gradient(loss) if case.operation == "loss" else _with_gradient(loss)
     if case.operation == "training step":
 
@@ -190,7 +195,7 @@ def _plain(case: Case, device: torch.device, prepare: Callable[[Callable], Calla
             return noising(o.x0, o.noise, how[0]), token_loss(o.tokens, o.x0, o.noise, *how)
 
         return _step_on_tokens(of_tokens)
-    if case.operation in ("loss", "loss+gradient", "training step"):
+    if case.operation in ("loss", "loss+gradient", AT_ONCE, "training step"):
         loss_function = prepare(loss_function)
 
         def loss_of(prediction, x0, noise, t):
@@ -257,6 +262,7 @@ def graphs(case: Case) -> list[tuple[str, str, tuple[int, ...], bool]]:
         "noising": [(noising, False)],
         "loss": [(f"loss_{case.kind}", False)],
         "loss+gradient": [(f"loss_{case.kind}", True)],
+        AT_ONCE: [(f"loss_{case.kind}", True)],
         "row moments": [("row_moments", False)],
         "training step": [(noising, False), (f"loss_{case.kind}", True)],
         "hybrid loss": [("hybrid_loss", True)],

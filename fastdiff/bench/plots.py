@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ MARKERS = {
     "noising": "o",
     "loss": "s",
     "loss+gradient": "D",
+    "loss and gradient": "h",
     "hybrid loss": "P",
     "latents": "X",
     "divergence+gradient": "d",
@@ -87,8 +89,9 @@ def plots(report: dict[str, Any]) -> dict[str, tuple[Plot, str]]:
     if _sizes(report)[1]:
         found["sizes"] = (
             sizes,
-            "Time against size. In the shaded region the host's time for the call is more than the memory would need: "
-            "there the number of launches decides, not their bytes.",
+            "Time against size. In the shaded region the host's time for a call of fastdiff is more than the device's, "
+            "or on a CPU than the memory would need: there the number of launches decides, not their bytes. On a GPU "
+            "the host's times are dashed.",
         )
     return found
 
@@ -212,6 +215,9 @@ def sizes(report: dict[str, Any], axes: Any, look: Look) -> None:
         found = [(case["elements"], case["peers"][peer]["seconds"]) for case in cases if case["peers"][peer]["seconds"]]
         if not found:
             continue
+        host = [(n, seconds * 1e6) for n, seconds in _of_host(report, cases, peer)]
+        if host:
+            axes.plot(*zip(*host), linewidth=0.9, linestyle="--", color=look.colour(peer))
         x = [elements for elements, _ in found]
         axes.plot(
             x,
@@ -225,9 +231,9 @@ def sizes(report: dict[str, Any], axes: Any, look: Look) -> None:
         low, high = ([seconds[end] * 1e6 for _, seconds in found] for end in ("p20", "p80"))
         axes.fill_between(x, low, high, color=look.colour(peer), alpha=0.2, linewidth=0)
     rate = report["ceiling"]["bytes_per_second"] if report["ceiling"] else None
+    x = [case["elements"] for case in cases]
     if rate:
         per_element = cases[-1]["floor_bytes"] / cases[-1]["elements"]
-        x = [case["elements"] for case in cases]
         axes.plot(
             x,
             [per_element * n / rate * 1e6 for n in x],
@@ -235,23 +241,56 @@ def sizes(report: dict[str, Any], axes: Any, look: Look) -> None:
             linestyle=":",
             label="least bytes at a copy's rate",
         )
-        host = cases[0]["peers"][OURS]["host_seconds"]
-        if host:
-            edge = host * rate / per_element
-            axes.axvspan(min(x) / 2, max(edge, min(x) / 2), color=look.faint, alpha=0.18, linewidth=0, zorder=0)
-            axes.text(
-                min(x) / 1.7,
-                0.97,
-                "launch-bound",
-                transform=axes.get_xaxis_transform(),
-                va="top",
-                fontsize=8,
-                color=look.ink,
-            )
-            axes.set_xlim(min(x) / 2, max(x) * 2)
+    edge = launch_bound(report, cases)
+    if edge is not None:
+        axes.axvspan(min(x) / 2, max(edge, min(x) / 2), color=look.faint, alpha=0.18, linewidth=0, zorder=0)
+        axes.text(
+            min(x) / 1.7,
+            0.97,
+            "launch-bound",
+            transform=axes.get_xaxis_transform(),
+            va="top",
+            fontsize=8,
+            color=look.ink,
+        )
+        axes.set_xlim(min(x) / 2, max(x) * 2)
     axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="time, microseconds")
     axes.set_title(title)
     _legend(axes, look, None, columns=2 if look.narrow else 3)
+
+
+def _of_host(report: dict[str, Any], cases: list[dict[str, Any]], peer: str) -> list[tuple[int, float]]:
+    """(elements, seconds until a call returns) by size, on a GPU; on a CPU that is the whole time."""
+    if report["device"]["name"] == "cpu":
+        return []
+    found = [(case["elements"], case["peers"][peer]["host_seconds"]) for case in cases]
+    return [(elements, seconds) for elements, seconds in found if seconds]
+
+
+def launch_bound(report: dict[str, Any], cases: list[dict[str, Any]]) -> float | None:
+    """Below how many elements the host's time for a call of fastdiff is more than the device's, by straight lines
+    between the logarithms of what was measured; on a CPU, than the memory would need. None where that is not known.
+
+    Args:
+        cases: of one operation, by size; each has a time of fastdiff's.
+    """
+    if report["device"]["name"] == "cpu":
+        on_one, ceiling = cases[0]["peers"][OURS]["host_seconds"], report["ceiling"]
+        if not on_one or not ceiling:
+            return None
+        return on_one * ceiling["bytes_per_second"] * cases[-1]["elements"] / cases[-1]["floor_bytes"]
+    device = {case["elements"]: case["peers"][OURS]["seconds"]["median"] for case in cases}
+    excess = [(math.log(n), math.log(host / device[n])) for n, host in _of_host(report, cases, OURS)]
+    if not excess:
+        return None
+    bound = [place for place, (_, more) in enumerate(excess) if more > 0]
+    if not bound:
+        return 0.0
+    size, more = excess[bound[-1]]
+    if bound[-1] + 1 == len(excess):
+        return 2.0 * math.exp(size)  # all of the sizes that are drawn
+    next_size, less = excess[bound[-1] + 1]
+    return math.exp(size + (next_size - size) * more / (more - less))
 
 
 def _bars(report: dict[str, Any]) -> list[dict[str, Any]]:

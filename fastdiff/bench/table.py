@@ -23,10 +23,13 @@ class Column:
 
 
 def columns(peers: list[str]) -> list[Column]:
-    """The columns: what fastdiff takes, then how many times as long the others take."""
+    """The columns: what fastdiff takes, then how many times as long the others take, and what they cost the host."""
 
     def ours(show: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
         return lambda case: show(case["peers"][OURS])
+
+    def theirs(peer: str, show: Callable[[Any], str], name: str) -> Callable[[dict[str, Any]], str]:
+        return lambda case: show(case["peers"].get(peer, {}).get(name))
 
     found = [
         Column("case", case_name),
@@ -43,6 +46,12 @@ def columns(peers: list[str]) -> list[Column]:
     for peer in peers:
         if peer != OURS:
             found.append(Column(f"{peer} ×", lambda case, peer=peer: ratio(case["peers"].get(peer))))
+    for peer in peers:
+        if peer != OURS:
+            found += [
+                Column(f"{peer} host", theirs(peer, time, "host_seconds"), 8),
+                Column(f"{peer} launches", theirs(peer, count, "launches"), 9),
+            ]
     return found
 
 
@@ -112,7 +121,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 LEGEND = (
-    "time: median of a call of fastdiff; host: until the call returns on a GPU, the call on one element on a CPU; "
+    "time: median of a call of fastdiff; host: until the call returns on a GPU; on a CPU, which does the work itself, "
+    "the call on one element; launches: of kernels, or operations of PyTorch; NAME host, NAME launches: those of NAME; "
     "moved: bytes counted; of copy: the least bytes there can be over the time, as a share of the measured copy; "
     "NAME ×: how many times as long NAME takes, medians of rounds in the same run; 'wide' and the spread where it "
     "varies too much."

@@ -42,6 +42,9 @@ class DiffusionTraining:
         per_timestep: the number of intervals of t in which the loss is logged too, every ``log_every_n_steps`` of the
             trainer; 0: none.
 
+    Lightning itself divides, scales and calls backward on the loss that ``training_step`` returns. So there is no place
+    for the gradient of ``Objective.loss_and_gradient``.
+
     Validation uses one seed for every batch index, so that its losses can be compared from epoch to epoch.
     """
 

@@ -147,6 +147,19 @@ class TrainingScript:
         weight = None if self.prior_loss_weight is None else self._halves(noised)
         return self.objective.loss(prediction, noised, reduction=reduction, weight=weight)
 
+    def loss_and_gradient(
+        self, prediction: Tensor, noised: Noised, scale: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """The script's loss, and the gradient of scale * loss by the network's output, in one pass: see
+        ``Objective.loss_and_gradient``.
+
+        ``prediction.backward(gradient)`` stands in place of ``accelerator.backward(loss)``, and ``scale`` is what that
+        multiplies the loss by: one over ``accelerator.gradient_accumulation_steps``, and with fp16
+        ``accelerator.scaler.scale`` of that as a tensor. Not with DeepSpeed, whose engine calls backward itself.
+        """
+        weight = None if self.prior_loss_weight is None else self._halves(noised)
+        return self.objective.loss_and_gradient(prediction, noised, scale, weight=weight)
+
     def _halves(self, noised: Noised) -> Tensor:
         """What the mean over the batch is weighted with to be (mean of the first half) + w (mean of the second)."""
         batch = len(noised.x0)

@@ -111,7 +111,8 @@ class Sum:
     ``objective.loss(prediction, noised)``. What it looks at is ``objective.predict_x0(prediction, noised)``, in the
     dtype of x_t and shaped as x0 (tokens are unpacked), made and decoded once for all terms, for the largest share
     among them. Terms of weight 0 cost nothing. Nothing waits for the device; the terms are ordinary PyTorch, so
-    autocast and ``torch.compile`` work.
+    autocast and ``torch.compile`` work. They may have parameters, whose gradients come by ``backward``: so a sum has no
+    ``loss_and_gradient``.
 
     Args:
         objective: the ``fastdiff.Objective``.

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends.interface import able
 from ..calls import LossCall, Packed
 from ..codes import REDUCTIONS
 from ..losses import FUNCTIONS, NEED_C
 from ..philox import Philox
 from ..showing import warn
-from ..tensors import as_tensor, value_checks_are_free
+from ..tensors import as_tensor, number, value_checks_are_free
 from . import dispatch
 from .checks import check_alike, check_floating, check_tensor, compute_dtype, is_image, place_all
 from .noise import check_noise
@@ -91,26 +92,65 @@ def loss(
 def normalized(call: LossCall, sequences: Packed | None = None) -> Tensor:
     """The loss of ``call``. "sample" is made of its means of rows, for all backends alike. With ``sequences``, rows are
     the tokens of packed sequences, and those are the samples."""
-    prediction, weight, mask = call.prediction, call.weight, call.mask
+    device = call.prediction.device
     if call.mask_normalization != "sample":
-        return dispatch.run(call, prediction.device)
-    shape, batch = prediction.shape, len(prediction)
-    weight = as_tensor(weight)
+        return dispatch.run(call, device)
+    return _of_samples(call, dispatch.run(_by_row(call), device), _sizes_of_samples(call, sequences), sequences)
+
+
+def normalized_with_gradient(
+    upstream: Tensor | float, call: LossCall, sequences: Packed | None = None
+) -> tuple[Tensor, Tensor]:
+    """(``normalized``, its gradient by the prediction times ``upstream``) of a mean or a sum, without autograd, which
+    would give the same bits."""
+    backend = dispatch.get(call.prediction.device)
+    if call.mask_normalization != "sample":
+        return able(backend, call).value_and_gradient(upstream, call)
+    shape, counts, call_of_rows = call.prediction.shape, _sizes_of_samples(call, sequences), _by_row(call)
+    rows = call_of_rows.weight.shape
+    upstream = number(upstream, call.weight.dtype, call.prediction.device).double()
+    each = upstream / (counts != 0).sum().clamp(min=1) / torch.where(counts == 0, 1.0, counts)
+    if sequences is not None:
+        each = sequences.spread(each, shape).expand(shape).sum_to_size(rows)
+    else:
+        each = (each * _elements(call, rows)).view(-1, *(1,) * (len(rows) - 1)).expand(rows)
+    each = each.to(call.weight.dtype)
+    found, gradient = able(backend, call_of_rows).value_and_gradient(each, call_of_rows)
+    return _of_samples(call, found, counts, sequences), gradient
+
+
+def _by_row(call: LossCall) -> LossCall:
+    """The means of rows that a loss of normalization "sample" is made of."""
+    weight, batch = as_tensor(call.weight), len(call.prediction)
     if weight.shape[0] != batch:  # rows that samples share
         weight = weight.expand(batch, *weight.shape[1:])
-    by_row = call._replace(weight=weight, mask_normalization="none", reduction="none")
-    rows = dispatch.run(by_row, prediction.device)
+    return call._replace(weight=weight, mask_normalization="none", reduction="none")
+
+
+def _elements(call: LossCall, rows: Sequence[int]) -> int:
+    """How many elements a row has, where ``rows`` is the shape of the rows."""
+    return math.prod(call.prediction.shape) // max(1, math.prod(rows))
+
+
+def _sizes_of_samples(call: LossCall, sequences: Packed | None) -> Tensor:
+    """The sum of the mask of each sample: float64 [samples]."""
+    prediction, mask, shape = call.prediction, call.mask, call.prediction.shape
     if sequences is not None:
-        kept = rows.new_ones(()) if mask is None else mask
-        sums, counts = (sequences.sums(values.double().expand(shape)) for values in (rows, kept))
+        kept = torch.ones((), dtype=call.weight.dtype, device=prediction.device) if mask is None else mask
+        return sequences.sums(kept.double().expand(shape))
+    if mask is None:
+        return torch.full(shape[:1], math.prod(shape[1:]), dtype=torch.float64, device=prediction.device)
+    own = mask.double().flatten(1).sum(1) if mask.ndim > 1 else mask.double()
+    return (own * (math.prod(shape[1:]) // max(1, math.prod(mask.shape[1:])))).expand(len(prediction))
+
+
+def _of_samples(call: LossCall, rows: Tensor, counts: Tensor, sequences: Packed | None) -> Tensor:
+    """The loss from its means of rows, and the sums of the masks of samples."""
+    if sequences is not None:
+        sums = sequences.sums(rows.double().expand(call.prediction.shape))
     else:
         sums = rows.double().flatten(1).sum(1) if rows.ndim > 1 else rows.double()
-        sums = sums * (math.prod(shape) // max(1, rows.numel()))  # elements in a row
-        if mask is None:
-            counts = torch.full_like(sums, math.prod(shape[1:]))
-        else:
-            own = mask.double().flatten(1).sum(1) if mask.ndim > 1 else mask.double()
-            counts = (own * (math.prod(shape[1:]) // max(1, math.prod(mask.shape[1:])))).expand(batch)
+        sums = sums * _elements(call, rows.shape)
     means = sums / torch.where(counts == 0, 1.0, counts)
     if call.reduction == "none":
         return means.to(rows.dtype)

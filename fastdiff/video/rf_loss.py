@@ -241,6 +241,31 @@ class RFLoss(Objective):
                 sum.
             options: ``target``, ``y``, ``r``: as in ``Objective.loss``.
         """
+        how = self._asked(prediction, noised, mask, reduction, weight, mask_normalization)
+        return super().loss(prediction, noised, **how, **options)
+
+    def loss_and_gradient(
+        self,
+        prediction: Tensor,
+        noised: Noised,
+        scale: Tensor | float = 1.0,
+        mask: Tensor | None = None,
+        reduction: str = "mean",
+        *,
+        weight: Tensor | float | None = None,
+        mask_normalization: str | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``Objective.loss_and_gradient``, with the arguments of ``loss``: rows that are kept clean have a gradient
+        of 0."""
+        how = self._asked(prediction, noised, mask, reduction, weight, mask_normalization)
+        return super().loss_and_gradient(prediction, noised, scale, **how, **options)
+
+    def _asked(
+        self, prediction: Tensor, noised: Noised, mask: Tensor | None, reduction: str, weight: Tensor | float | None,
+        mask_normalization: str | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The arguments of ``Objective.loss`` for the rows that are not clean."""
         check_noised(prediction, noised)
         noised.part = self._with_rows(noised.part, noised.t)
         if mask_normalization is None:
@@ -252,8 +277,7 @@ class RFLoss(Objective):
                 check_unambiguous("mask", mask.shape, noised.x0.shape)
             mask = check_loss(prediction, noised.x0, None, mask, mask_normalization, reduction, alone=False)
             mask, weight = _left(mask, noised.clean, prediction), _of_left(weight, noised.clean, prediction)
-        how = {"weight": weight, "mask_normalization": mask_normalization}
-        return super().loss(prediction, noised, mask, reduction, **how, **options)
+        return {"mask": mask, "reduction": reduction, "weight": weight, "mask_normalization": mask_normalization}
 
     def sample(
         self,

@@ -247,6 +247,22 @@ CASES = {
         lambda: (torch.tensor(0.5), *loss_arguments(given(), grad=False, packed=PACKED)),
     ),
     "gradient": (OPS.loss_gradient, lambda: (torch.tensor(0.5), *loss_arguments(given(), grad=False))),
+    "gradient along with the loss": (
+        OPS.loss_and_gradient,
+        lambda: (torch.tensor(0.5), *loss_arguments(given(), grad=False, dtype=torch.float16, third=True)),
+    ),
+    "gradient along with the means of rows, channels_last": (
+        OPS.loss_and_gradient,
+        lambda: (
+            rows(),
+            data(3, 2, 4, 5, channels_last=True),
+            *loss_arguments(MADE, grad=False, how=("mse", "none", "none"))[1:],
+        ),
+    ),
+    "gradient along with the loss, packed": (
+        OPS.loss_and_gradient,
+        lambda: (torch.tensor(0.5), *loss_arguments(given(), grad=False, packed=PACKED)),
+    ),
     "gradient of channels_last": (
         OPS.loss_gradient,
         lambda: (

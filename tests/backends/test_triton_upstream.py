@@ -216,6 +216,21 @@ def test_streams_share_no_cell(stream):
     assert of_stream[1].isdisjoint(of_stream[2])
 
 
+def test_numbers_that_are_given_are_kept_for_their_stream(monkeypatch, stream):
+    """Not those of a capture, whose graph reads them later; and only so many."""
+    monkeypatch.setattr(workspace, "_numbers", {})
+    first = workspace.single(0.25, CPU)
+    assert workspace.single(0.25, CPU) is first and float(first) == 0.25 and first.dtype == torch.float32
+    assert float(workspace.single(0.5, CPU)) == 0.5
+    stream["capturing"] = True
+    assert workspace.single(0.25, CPU) is not first
+    stream["capturing"], stream["stream"] = False, 2
+    assert workspace.single(0.25, CPU) is not first
+    for k in range(2 * workspace._MOST_NUMBERS):
+        assert float(workspace.single(float(k), CPU)) == k
+    assert len(workspace._numbers) <= workspace._MOST_NUMBERS
+
+
 def test_a_backward_on_another_stream_leaves_the_forwards_cell(stream):
     """Nor does one that is captured write where eager launches read, or the other way round."""
     for before, after in (((1, False), (2, False)), ((1, False), (1, True)), ((1, True), (1, False))):

@@ -97,6 +97,12 @@ class TestCases:
         assert [case.elements for case in chosen] == sorted(case.elements for case in chosen)
         assert choose(preset, ["fp16"]) == [] or {case.dtype for case in choose(preset, ["fp16"])} == {"fp16"}
 
+    def test_policies(self):
+        """Chunks of actions, small enough that the host's time is all there is, with the gradient both ways."""
+        chosen = choose("policy")
+        assert (64, 16, 14) in {case.shape for case in chosen} and max(case.elements for case in chosen) <= 2**19
+        assert {"loss+gradient", "loss and gradient"} <= {case.operation for case in chosen}
+
     def test_unknown(self):
         with pytest.raises(BenchError, match="unknown preset 'huge': use one of quick, full"):
             choose("huge")
@@ -222,6 +228,17 @@ class TestPeers:
         torch.testing.assert_close(o.prediction.grad, expected, rtol=1e-5, atol=1e-8)
 
     @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("peer", ["eager", "reference"])
+    def test_same_loss_and_gradient(self, peer, kind):
+        ours, o, case = call("fastdiff", "loss and gradient", kind)
+        loss, gradient = ours(o)
+        assert o.prediction.grad is None
+        found = peers.build(peer, case, CPU)(o)
+        found = found if peer == "reference" else (found.detach(), o.prediction.grad)
+        torch.testing.assert_close(found[0], loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(found[1], gradient, rtol=1e-5, atol=1e-8)
+
+    @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("peer", ["fastdiff", "eager", "reference", DIFFUSERS])
     def test_training_step(self, peer, kind):
         if peer == "diffusers" and kind == "flow":
@@ -341,6 +358,8 @@ class TestCounting:
             ("loss", "flow", 3),
             ("loss+gradient", "epsilon", 3),
             ("loss+gradient", "v_prediction", 4),
+            ("loss and gradient", "epsilon", 3),
+            ("loss and gradient", "flow", 4),
             ("hybrid loss", "epsilon", 5),
             ("latents", "epsilon", 4),
             ("divergence+gradient", "epsilon", 4),
@@ -366,6 +385,23 @@ class TestCounting:
             kept = result.noise_source.nbytes
         count = counting.known_operands(case, o, result)
         assert count.bytes == tensors * BYTES + kept and count.launches is None
+
+    @pytest.mark.parametrize("seen, expected", [(("CPU", "CUDA", "CPU", "CUDA"), 2), (("CPU",), None), (None, None)])
+    def test_launches_by_the_profiler(self, seen, expected, monkeypatch):
+        """What it saw the device do; a build without a profiler of GPUs sees nothing, or fails."""
+        types, called = torch.autograd.DeviceType, []
+
+        @contextlib.contextmanager
+        def profile(activities):
+            if seen is None:
+                raise RuntimeError("there is none")
+            events = [SimpleNamespace(device_type=lambda kind=kind: getattr(types, kind)) for kind in seen]
+            yield SimpleNamespace(profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events)))
+
+        monkeypatch.setattr(torch.profiler, "profile", profile)
+        monkeypatch.setattr(torch.cuda, "synchronize", called.append)
+        found = counting.profiled_launches(lambda: called.append("the call"), torch.device("cuda", 0))
+        assert found == expected and called == ([] if seen is None else ["the call", torch.device("cuda", 0)])
 
     def test_known_operands_without_kept_noise(self):
         ours, o, case = call("fastdiff", "training step", "epsilon")
@@ -711,6 +747,25 @@ class TestTimesOfAGpu:
         assert measured["eager"].ratio.median == pytest.approx(80 / 3)
         (note,) = made.notes
         assert note.startswith("diffusers: not all calls could be launched ahead of the device")
+
+    def test_launches_and_host_time_of_each(self, monkeypatch):
+        """Those that are recorded, or those that the profiler sees; and the time until a call returns."""
+        gpu = FakeGpu(monkeypatch)
+        monkeypatch.setattr(running, "Copy", lambda timer: None)
+        monkeypatch.setattr(counting, "peak_memory", lambda call, device: 5)
+        made = running.Run(TINY[3:], ("fastdiff", "eager"), CUDA, 1e-3, 0.0)
+        o, call = operands(TINY[3].shape, "bf16", CPU), gpu.call(3, 1e-6)
+        ours = lambda o: (call(), o.x0)[1]  # noqa: E731
+        for record, profiled, launches in ((None, 3, 3), (None, None, None), (counting.Count(9, 4, "recorded"), 7, 4)):
+            monkeypatch.setattr(counting, "recorded", lambda call, record=record: record)
+            monkeypatch.setattr(counting, "profiled_launches", lambda call, device, found=profiled: found)
+            found = running.Measurement()
+            made._count("fastdiff", TINY[3], ours, o, found)
+            assert found.count.launches == launches and found.host_seconds == pytest.approx(15e-6)
+            assert found.count.bytes == (9 if record else counting.floor_bytes(TINY[3]))
+        found = running.Measurement()
+        made._count("eager", TINY[3], lambda o: (gpu.launch(1e-6), o.x0 + 1, gpu.launch(1e-6), o.x0 * 2), o, found)
+        assert found.count.launches == 2 and found.host_seconds == pytest.approx(10e-6)
 
 
 # ---- a run
@@ -1311,6 +1366,12 @@ class TestKnownReport:
         "eager ×": "6.50",
         "compile ×": "wide 2.5-26.0",
         "diffusers ×": "-",
+        "eager host": "15.0 µs",
+        "eager launches": "16",
+        "compile host": "-",
+        "compile launches": "-",
+        "diffusers host": "-",
+        "diffusers launches": "-",
     }
 
     def test_table(self, known_report):
@@ -1462,6 +1523,35 @@ class TestKnownReport:
         ]
         assert lines[-2].startswith("2 of 6 times changed beyond the noise, 1 of 4 ratios did")
         assert lines[-1] == "1 cases are in one of them only."
+
+    def test_launch_bound(self, known_report):
+        """Where the host's and the device's time are as long; of a CPU, where the host's and the memory's are."""
+        first, second = known_report["cases"]
+        ours = [case["peers"]["fastdiff"] for case in (first, second)]
+        assert plots.launch_bound(known_report, [first, second]) == pytest.approx(4e-6 / (5 * 4 / 38.5e9))
+        known_report["device"]["name"] = "cuda:0"
+        for host, expected in (
+            ((4e-3, 2.5e-3), 2**20.5),  # twice the device's time, and half of it
+            ((4e-3, 10e-3), 2**22),  # all that are drawn
+            ((1e-3, 1e-3), 0.0),
+            ((1e-3, 20e-3), 2**22),
+        ):
+            for one, seconds, median in zip(ours, host, (2e-3, 5e-3)):
+                one |= {"host_seconds": seconds, "seconds": known_spread(median)}
+            assert plots.launch_bound(known_report, [first, second]) == pytest.approx(expected), host
+        for one in ours:
+            one["host_seconds"] = None
+        assert plots.launch_bound(known_report, [first, second]) is None
+
+    @pytest.mark.skipif(not PLOTS, reason="needs matplotlib")
+    def test_the_hosts_times_are_drawn_on_a_gpu(self, known_report):
+        from matplotlib.figure import Figure
+
+        for name, expected in (("cpu", []), ("cuda:0", [[4.0, 4.0], [15.0, 15.0]])):
+            known_report["device"]["name"], axes = name, Figure().subplots()
+            plots.sizes(known_report, axes, plots.Look())
+            dashed = [list(line.get_ydata()) for line in axes.lines if line.get_linestyle() == "--"]
+            assert dashed == [pytest.approx(line) for line in expected]
 
     @pytest.mark.skipif(not PLOTS, reason="needs matplotlib")
     def test_plots(self, known_report):
@@ -1855,11 +1945,11 @@ class TestTable:
     def test_what_is_dropped_first(self, known_report):
         """The least telling; never the case, the time, its share of a copy's and the ratios."""
         kept = table.text(known_report).splitlines()[0]
-        for heading in ("extra memory", "launches", "moved", "p20 to p80", "host", "GB/s", "images/s"):
+        others = [f"{peer} {what}" for what in ("launches", "host") for peer in ("eager", "compile", "diffusers")]
+        for heading in (*others, "extra memory", "launches", "moved", "p20 to p80", "host", "GB/s", "images/s"):
             narrower = table.text(known_report, max(map(len, table.text(known_report, len(kept)).splitlines())) - 1)
             assert heading in kept
-            assert heading not in narrower.splitlines()[0], heading
-            assert narrower.splitlines()[0].split() == kept.replace(heading, "").split()
+            assert narrower.splitlines()[0].split() == kept.replace(heading, "", 1).split(), heading
             kept = narrower.splitlines()[0]
         assert kept.split() == "case time of copy eager × compile × diffusers ×".split()
 

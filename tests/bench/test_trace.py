@@ -35,6 +35,21 @@ def traced(tmp_path, capsys, lines, *arguments):
             ["loss 1 in one call", "noise 1 in one call"],
         ),
         (
+            "o.loss_and_gradient(p, o.noise(x), 0.5)\no.loss_and_gradient(p, o.noise(x), target=x)",
+            [
+                "loss_and_gradient 1 by the operations of a backend: it has target",
+                "loss_and_gradient 1 in one call",
+                "noise 2 in one call",
+            ],
+        ),
+        (
+            "fastdiff.use_backend('reference'); o.loss_and_gradient(p, o.noise(x))",
+            [
+                "loss_and_gradient 1 by the reference: cpu has no other backend",
+                "noise 1 by the reference: cpu has no other backend",
+            ],
+        ),
+        (
             "o.loss(p, o.noise(x), mask=torch.ones(2), mask_normalization='sample')",
             ["loss 1 by the operations of a backend: it has mask_normalization='sample'", "noise 1 in one call"],
         ),

@@ -201,6 +201,10 @@ def check_losses(rank):
             (got * factors_here).sum().backward()
             scale = float(gradient.abs().max())
             close(prediction.grad / (part.size if part.averaged else 1), cut(gradient, start, sizes), scale, what)
+            if options["reduction"] != "none" and k % 3 == 0:
+                loss, at_once = objective.loss_and_gradient(prediction, noised, **mine)
+                same(loss, got.detach())
+                same(at_once, prediction.grad)
 
 
 def check_other_losses(rank):

@@ -89,6 +89,28 @@ def check_accumulation(rank):
         close(p.grad, want, float(want.abs().max()), "accumulation")
 
 
+def check_the_gradient_along_with_the_loss(rank):
+    """DDP's and FSDP's hooks hang on the network: ``prediction.backward(gradient)`` gives what ``loss.backward()``
+    does, to the bit, accumulated too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    def gradients(model, at_once):
+        for part in range(2):
+            noised = OBJECTIVE.noise(X0[2 * rank : 2 * rank + 2], seed=part, sample_offset=2 * rank)
+            prediction = model(noised.model_input, noised.model_time)
+            if at_once:
+                prediction.backward(OBJECTIVE.loss_and_gradient(prediction, noised, 1 / 2)[1])
+            else:
+                (OBJECTIVE.loss(prediction, noised) / 2).backward()
+        return [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()]
+
+    for wrap in (DistributedDataParallel, lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (4,)))):
+        found, expected = (gradients(wrap(network()), at_once) for at_once in (True, False))
+        assert all(map(torch.equal, found, expected)) and found[0].abs().sum() > 0
+
+
 def check_compiled(rank):
     """The network is compiled; noising and the loss run beside it."""
     assert dist.is_initialized()

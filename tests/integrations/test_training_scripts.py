@@ -545,6 +545,18 @@ def test_first_steps_in_bfloat16_are_noised():
     assert bool((scripts.text_to_image(ddpm()).noise(x0, t, n).x_t > 0).all())
 
 
+@pytest.mark.parametrize("prior", [None, 0.7])
+def test_the_gradient_along_with_the_loss(prior):
+    """In the place of ``accelerator.backward(loss)``, which divides by the accumulation steps."""
+    script = scripts.dreambooth(ddpm(prediction_type="v_prediction"), snr_gamma=5.0, prior_loss_weight=prior)
+    noised = script.noise(torch.randn(4, 4, 8, 8))
+    prediction = torch.randn(4, 4, 8, 8, requires_grad=True)
+    expected = script.loss(prediction, noised)
+    (expected / 2).backward()
+    loss, gradient = script.loss_and_gradient(prediction, noised, scale=1 / 2)
+    assert torch.equal(loss, expected) and torch.equal(gradient, prediction.grad)
+
+
 # --------------------------------------------------------------------------------------------------------- wrong use
 
 

@@ -438,6 +438,22 @@ def test_what_a_masked_or_weighted_loss_costs_the_host(how, backend):
     assert entered(scaled.backward) <= 6
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25, torch.tensor(512.0)])
+def test_what_a_loss_with_its_gradient_costs_the_host(scale, backend):
+    """Less than the loss, the scaling of it and the backward; and its operators of PyTorch are few."""
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "epsilon")
+    x0, _, m = batch()
+    noised = objective.noise(x0)
+    m.requires_grad_()
+    objective.loss_and_gradient(m, noised, scale)
+    assert entered(lambda: objective.loss_and_gradient(m, noised, scale)) <= 18
+    with torch.profiler.profile() as profile:
+        objective.loss_and_gradient(m, noised, scale)
+    called = {event.name for event in profile.events()}
+    assert called <= {"aten::detach", "detach", "aten::full", "aten::fill_", "aten::empty", "aten::empty_like",
+                      "aten::empty_strided", "aten::to", "[memory]"}, called  # fmt: skip
+
+
 def test_what_a_short_run_costs_the_host(backend):
     """``fastdiff.sample`` with two steps of DDPM: what is checked and prepared, and the steps."""
     process = fastdiff.VariancePreserving()

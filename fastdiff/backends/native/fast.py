@@ -14,6 +14,7 @@ from torch import Tensor
 from ...calls import LossCall, Packed
 from ...codes import DTYPES
 from ...program import OF_LOSS, OF_NOISE, Program
+from ...tensors import number
 from ...torch_access import _C, reads_tensors
 from .. import reference
 from .coefficients import handle
@@ -95,7 +96,8 @@ def loss(
     record: Callable[..., LossCall],
     how: tuple[Tensor | None, str, Tensor | float | None, str],
     packed: Packed | None = None,
-) -> Tensor | None:
+    upstream: Tensor | float | None = None,
+) -> Any:
     """The loss of a batch with one time a sample, recorded for autograd; or None.
 
     Args:
@@ -107,6 +109,8 @@ def loss(
             others are tensors that it holds itself, which have not been written into.
         how: (mask, reduction, weight, mask_normalization) as ``Objective.loss`` takes them.
         packed: as for ``noise``: then it is the plain mean that is computed.
+        upstream: the gradient of the loss, a number or a tensor []. With it the result is (the loss, its gradient by
+            the prediction), in one pass, and nothing is recorded.
     """
     if n is not None and not isinstance(n, Tensor):
         return None
@@ -115,7 +119,7 @@ def loss(
     further = mask is not None or weight is not None or reduction != "mean" or normalization != "none"
     if codes is None or (packed is not None and further):
         return None
-    recorded = prediction.requires_grad and _grad()
+    recorded = upstream is None and prediction.requires_grad and _grad()
     # A float16 loss is scaled, and losses of rows are weighted: a gradient for 1 would be of no use.
     ahead = recorded and prediction.dtype is not torch.float16 and reduction != "none"
     wide = torch.float64 in (prediction.dtype, getattr(x0, "dtype", None), getattr(n, "dtype", None))
@@ -123,17 +127,21 @@ def loss(
     source = program.kept.get(_OF_LOSS) or handle(program, OF_LOSS)
     if weight is not None and (type(weight) is float or type(weight) is int):
         weight = one.new_full((), weight)
+    if upstream is not None:
+        ahead, upstream = True, number(upstream, one.dtype, one.device)
     rho, (by, kind), starts = FUNCTIONS[function], codes, None if packed is None else packed.starts
     made = _C.fast_loss(
-        source, present, rho, prediction, x0, n, t, one, ahead, _threads(), mask, by, kind, weight, None, starts
+        source, present, rho, prediction, x0, n, t, one, ahead, _threads(), mask, by, kind, weight, upstream, starts
     )
+    if upstream is not None:
+        return made
     if made is None or not recorded:
         return None if made is None else made[0]
 
     def again(upstream, prediction, x0, n, t, mask=None, weight=None):
         upstream = upstream.contiguous()
         found = _C.fast_loss(
-            source, present, rho, prediction, x0, n, t, one, True, _threads(), mask, by, kind, weight, upstream, starts
+            source, present, rho, prediction, x0, n, t, None, True, _threads(), mask, by, kind, weight, upstream, starts
         )
         return found and found[1]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import modes
 from ...calls import LossCall, made_from
+from ...tensors import number
 from ...torch_access import _C
 from ..interface import COEFFICIENTS, Backend, differentiable
 from ..layout import memory_order
@@ -128,6 +129,13 @@ recorded = super(torch.autograd.Function, _Loss).apply
 def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
     """See ``Backend.gradient``."""
     return launch(call, upstream=upstream, value=False, gradient=True).gradient
+
+
+def value_and_gradient(upstream: Tensor | float, call: LossCall, backend: Backend) -> tuple[Tensor, Tensor]:
+    """See ``Backend.value_and_gradient``."""
+    upstream = number(upstream, call.weight.dtype, call.weight.device)
+    made = launch(call, upstream=upstream, gradient=True)
+    return made.value, made.gradient
 
 
 def launch(

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import modes
 from ...calls import LossCall, Packed
-from ...tensors import decoded
+from ...tensors import decoded, number
 from ..interface import Backend
 from .coefficients import rows
 from .error_functions import Error, error_derivative
@@ -55,6 +56,17 @@ def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
     for further in (None if mask is None else mask.to(dtype), scale):
         slope = slope if further is None else further * slope
     return torch.where(kept, slope, 0.0).to(prediction.dtype)
+
+
+def value_and_gradient(upstream: Tensor | float, call: LossCall, backend: Backend) -> tuple[Tensor, Tensor]:
+    """See ``Backend.value_and_gradient``: with the bits of autograd, where there is one."""
+    upstream = number(upstream, call.weight.dtype, call.prediction.device)
+    if modes.wrapping() is not None or torch.is_inference_mode_enabled():
+        return run(call, backend), gradient(upstream, call, backend)
+    with modes.gradients():
+        leaf = modes.plain(call.prediction.detach()).requires_grad_()
+        value = run(call._replace(prediction=leaf), backend)
+        return value.detach(), torch.autograd.grad(value, leaf, upstream)[0]
 
 
 def _noise_of(call: LossCall, backend: Backend) -> Tensor | None:

@@ -28,7 +28,7 @@ from .arguments import Seeded, samples_on, seed_of
 from .launch import Ready
 from .programs import coefficients, flat
 from .times import coefficients_launch, constants_of
-from .workspace import cell, of_this_stream
+from .workspace import cell, loss_workspace, of_this_stream, single
 
 _grad, _wrapping = torch.is_grad_enabled, modes.wrapping
 _MOST_SHAPES = 256  # an operation of an objective
@@ -235,10 +235,11 @@ def convert(program: Program, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
 
 
 class _Losses(NamedTuple):
-    """The launches of a loss at one shape. ``kind`` tells it apart from other losses, see ``workspace.cell``."""
+    """The launches of a loss at one shape; where the forward is given the upstream gradient, there is no backward.
+    ``kind`` tells it apart from other losses, see ``workspace.cell``."""
 
     forward: Ready
-    backward: Ready
+    backward: Ready | None
     kind: tuple
 
 
@@ -254,7 +255,8 @@ def loss(
     record: Callable[..., LossCall],
     how: tuple[Tensor | None, str, Tensor | float | None, str],
     packed: Any = None,
-) -> Tensor | None:
+    upstream: Tensor | float | None = None,
+) -> Any:
     """The mean loss of a batch with one time a sample, recorded for autograd; or None. See ``native/fast.py`` for the
     arguments.
 
@@ -279,10 +281,13 @@ def loss(
         how = kind, type(made.sample_offset), bool(made.offset), made.rng
     else:
         how = None if given is None else given.dtype
-    recorded = prediction.requires_grad and _grad()
+    both = upstream is not None
+    if both and not _plain(device, upstream := single(upstream, device)):
+        return None
+    recorded = not both and prediction.requires_grad and _grad()
     # A float16 loss is scaled; the size of its gradient is known only in the backward.
     ahead = recorded and prediction.dtype is not torch.float16
-    key = ("loss", shape, prediction.dtype, device, None if x0 is None else x0.dtype, how, ahead)
+    key = ("loss", shape, prediction.dtype, device, None if x0 is None else x0.dtype, how, ahead, both)
     store = _store(program)
     ready = store.get(key)
     if ready is None and not _fits(device, prediction, x0, given, images=True):
@@ -297,8 +302,11 @@ def loss(
         ready = _kept(
             store,
             key,
-            lambda: _ready_losses(program, names, function, prediction, x0, given, made, changing, ahead, key),
+            lambda: _ready_losses(program, names, function, prediction, x0, given, made, changing, ahead, both, key),
         )
+    if both:
+        d = torch.empty_like(prediction)
+        return _forward(ready, changing, prediction, x0, given, made, (d,), (upstream,)), d
     if not recorded:
         return _forward(ready, changing, prediction, x0, given, made)
     written, cells, there = (), (), None
@@ -330,7 +338,7 @@ def _names(present: int) -> tuple[str, ...]:
 _OPERANDS = {"loss_weight": "weight"}  # what the kernel calls a coefficient; any other has its own name
 
 
-def _ready_losses(program, names, function, prediction, x0, given, made, changing, ahead, key) -> _Losses:
+def _ready_losses(program, names, function, prediction, x0, given, made, changing, ahead, both, key) -> _Losses:
     device, own = prediction.device, (prediction.shape[0],) + (1,) * (prediction.ndim - 1)
     found = dict(zip(names, _placed(program, names, changing, own)))
     p, q, scale, weight, c = (found.get(name) for name in OF_LOSS)
@@ -349,6 +357,9 @@ def _ready_losses(program, names, function, prediction, x0, given, made, changin
         launched = general.loss_launch(laid, *how, d if gradient else None, **more)
         return Ready(general.loss, device, launched, ("prediction", *data), (*operands, *seed, *others), numbers)
 
+    if both:
+        others = "counters", "partials", "result", "upstream"
+        return _Losses(of(True, (*data, "gradient"), others, result=one, upstream=one), None, key)
     return _Losses(
         of(ahead, (*data, *written), ("counters", "partials", "result", *cells), result=one),
         of(True, (*data, "gradient"), ("upstream", *cells), upstream=one),
@@ -359,7 +370,7 @@ def _ready_losses(program, names, function, prediction, x0, given, made, changin
 def _forward(ready: _Losses, changing, prediction, x0, given, made, written=(), cells=()) -> Tensor:
     device, of = prediction.device, ready.forward
     result = torch.empty((), dtype=torch.float32, device=device)
-    space = general.loss_workspace(device, of["rows"], of["parts"], of["number"])
+    space = loss_workspace(device, of["rows"], of["parts"], of["number"])
     _launch(of, changing, prediction, x0, given, made, written, (*space, result, *cells))
     return result
 

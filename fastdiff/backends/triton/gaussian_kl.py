@@ -25,11 +25,11 @@ from .arguments import source_of, unsuited
 from .coefficients import arrange, shape_of
 from .functions import exp_excess, exponential, inverse, log_1_plus, logarithm
 from .launch import Kernel
-from .loss import ahead, float32, loss_workspace, own_rows
+from .loss import ahead, float32, own_rows
 from .plan import plan, tile_of
 from .reduction import reduce_terms
 from .tiles import coefficient, entry_of, halves_of, load, made_noise, place_of, prefetch, row_of, store
-from .workspace import Cell, cell, of_this_stream
+from .workspace import Cell, cell, loss_workspace, of_this_stream
 
 # Elements a tile where rows may be of bins, which take four times the registers.
 BIN_TILE = 1024

@@ -16,10 +16,11 @@ from .arguments import unsuited
 from .coefficients import arrange
 from .functions import exp_excess, exponential
 from .launch import Kernel
-from .loss import float32, loss_workspace, own_rows
+from .loss import float32, own_rows
 from .plan import plan, tile_of
 from .reduction import reduce_terms
 from .tiles import coefficient, halves_of, load, place_of, row_of, store
+from .workspace import loss_workspace
 
 
 @Kernel

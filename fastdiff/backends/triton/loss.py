@@ -50,7 +50,7 @@ from .tiles import (
     spot_of,
     store,
 )
-from .workspace import Cell, cell, of_this_stream, workspace
+from .workspace import Cell, cell, loss_workspace, of_this_stream, single
 
 _NO_STRIDES = (1,) * 3 + (0,) * 4
 
@@ -406,6 +406,16 @@ def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
     return _gradient(call, upstream, divisor, None)
 
 
+def value_and_gradient(upstream: Tensor | float, call: LossCall, backend: Backend) -> tuple[Tensor, Tensor]:
+    """See ``Backend.value_and_gradient``."""
+    call, upstream = _needed(call), single(upstream, call.prediction.device)
+    if not masks_divide(call):
+        made = _pass(call, gradient=True, upstream=upstream)
+        return made.value, made.written[0]
+    made = _pass(call)
+    return made.value, _gradient(call, upstream, made.divisor, None)
+
+
 def own_rows(shape: tuple[int, ...], own: tuple[int, ...], *others: Any) -> bool:
     """Whether the rows of the weight, and of the other coefficients, are rows of one layout: then each has one sum."""
     for other in others:
@@ -433,6 +443,12 @@ class Laid(NamedTuple):
     mask_strides: tuple[int, tuple[int, ...]]  # see ``plan.strided``; -1 dimensions where there is no mask
     order: str = "none"  # of the prediction in memory: see ``layout.order_of_tokens``
     packed: Packed | None = None
+
+    def ordered(self, tensor: Tensor) -> Tensor:
+        """A tensor of the caller's dimensions, or one number, in the kernel's order of them."""
+        if self.back is None or not tensor.ndim:
+            return tensor
+        return tensor.permute(sorted(range(len(self.back)), key=self.back.__getitem__))
 
 
 def lay(call: LossCall) -> Laid:
@@ -466,7 +482,7 @@ def lay(call: LossCall) -> Laid:
     return Laid(back, shape, own, data, placed, mask, strides, order, call.packed)
 
 
-def _pass(call: LossCall, *, means: bool = False, gradient: bool = False) -> Made:
+def _pass(call: LossCall, *, means: bool = False, gradient: bool = False, upstream: Tensor | None = None) -> Made:
     laid, how = lay(call), call[11:14]
     device, rows = call.prediction.device, laid.rows_shape
     function, normalization, reduction = how
@@ -477,13 +493,15 @@ def _pass(call: LossCall, *, means: bool = False, gradient: bool = False) -> Mad
     result = new(rows if reduction == "none" else ())
     row_means = new((2, *rows)) if means else None
     divisor = None if not masks_divide(call) else new(math.prod(rows) + 1 if normalization == "row" else 1)
-    d = used = last = assumed = None
-    if gradient:
-        d, used = _like_prediction(laid), new(1)
-        last = cell(device, _kind(laid, function, reduction))
+    used = last = assumed = None
+    d = _like_prediction(laid) if gradient else None
+    if upstream is not None:
+        upstream = laid.ordered(upstream).to(torch.float32)
+    elif gradient:
+        used, last = new(1), cell(device, _kind(laid, function, reduction))
         assumed = last.value
     launched = loss_launch(
-        laid, *how, d, used=used, assumed=assumed, result=result, means=row_means, divisor=divisor
+        laid, *how, d, used=used, assumed=assumed, upstream=upstream, result=result, means=row_means, divisor=divisor
     )  # fmt: skip
     loss(device, *launched)
     if laid.back is not None:
@@ -511,20 +529,15 @@ def _gradient(
 ) -> Tensor:
     """The gradient of the prediction for ``upstream``; ``written``: see ``Made``."""
     laid, prediction = lay(call), call.prediction
-    order = None if laid.back is None else sorted(range(len(laid.back)), key=laid.back.__getitem__)
     used = assumed = None
     if written is None:
         d = _like_prediction(laid)
     else:
         d, used, last = written
-        d = d if order is None else d.permute(order)
+        d = laid.ordered(d)
         assumed = of_this_stream(last, prediction.device).value
-    if call.reduction == "none" and order is not None:
-        upstream = upstream.permute(order)
-    upstream = upstream.to(torch.float32)
-    launched = loss_launch(
-        laid, *call[11:14], d, used=used, assumed=assumed, upstream=upstream, divisor=divisor
-    )  # fmt: skip
+    upstream = laid.ordered(upstream).to(torch.float32)
+    launched = loss_launch(laid, *call[11:14], d, used=used, assumed=assumed, upstream=upstream, divisor=divisor)
     loss(prediction.device, *launched)
     return d if laid.back is None else d.permute(laid.back)
 
@@ -579,9 +592,3 @@ def loss_launch(
             *(*how.constants, launch.has_approximate_instructions(device), launch.INTERPRETED),
         ),
     )
-
-
-def loss_workspace(device: torch.device, rows: int, parts: int, number: int) -> tuple[Tensor, Tensor]:
-    """(counters, partial sums) of a launch that gives a loss."""
-    space = workspace(device, 1 + rows, 4 * (rows * parts + number) + 2 * rows)
-    return space.counters, space.partials

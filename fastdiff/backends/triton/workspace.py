@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...modes import lasting
+from ...tensors import number
 from ..devices import is_capturing
 from .launch import current_stream
 
@@ -44,6 +46,12 @@ def workspace(device: torch.device, counters: int, partials: int) -> Workspace:
         found = _new(device, 1 << (counters - 1).bit_length(), 1 << max(10, (partials - 1).bit_length()))
         _workspaces[key] = found
     return found
+
+
+def loss_workspace(device: torch.device, rows: int, parts: int, number: int) -> tuple[Tensor, Tensor]:
+    """(counters, partial sums) of a launch that gives a loss."""
+    space = workspace(device, 1 + rows, 4 * (rows * parts + number) + 2 * rows)
+    return space.counters, space.partials
 
 
 def _new(device: torch.device, counters: int, partials: int) -> Workspace:
@@ -135,6 +143,29 @@ def of_this_stream(taken: Cell, device: torch.device) -> Cell:
     """``taken``, or, on another stream or in another kind of launch than it is for, one that nobody reads."""
     owner = _owner(device)
     return taken if taken.owner == owner else Cell(torch.empty(1, dtype=torch.float32, device=device), owner)
+
+
+# ---- upstream gradients that are given
+
+_numbers: dict[tuple, Tensor] = {}
+_MOST_NUMBERS = 256
+
+
+def single(value: Tensor | float, device: torch.device) -> Tensor:
+    """``value`` as float32 on ``device``. A number is kept for the next launches of the stream; it is written anew in a
+    capture, whose graph may outlive what is kept."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float32)
+    if is_capturing(device):
+        return number(value, torch.float32, device)
+    key = device, current_stream(device), value
+    found = _numbers.get(key)
+    if found is None:
+        if len(_numbers) >= _MOST_NUMBERS:
+            _numbers.clear()
+        with lasting():
+            found = _numbers[key] = number(value, torch.float32, device)
+    return found
 
 
 def _owner(device: torch.device) -> tuple:

@@ -11,6 +11,7 @@ from ...backends import reference
 from ...backends.interface import COEFFICIENTS, Backend, able, differentiable
 from ...backends.registry import get
 from ...calls import LossCall
+from ...tensors import number
 from .declaring import (
     PACKED,
     declare,
@@ -57,6 +58,17 @@ def _loss_gradient(upstream, prediction, *arguments):
     return strided(gradient, prediction)
 
 
+def _fake_both(upstream, prediction, weight, *arguments):
+    return _fake(prediction, weight, *arguments), torch.empty_like(prediction)
+
+
+@declare("loss_and_gradient", f"(Tensor upstream, {_ARGUMENTS}) -> (Tensor, Tensor)", _fake_both)
+def _loss_and_gradient(upstream, prediction, *arguments):
+    call = _call(prediction, *arguments)
+    value, gradient = able(get(prediction.device), call).value_and_gradient(upstream, call)
+    return value, strided(gradient, prediction)
+
+
 def _backward(ctx, upstream):
     arguments = kept_arguments(ctx)
     d_prediction = d_weight = None
@@ -87,7 +99,16 @@ def declines(call: LossCall) -> str:
 
 
 def run(call: LossCall, backend: Backend) -> Tensor:
+    return torch.ops.fastdiff.loss(*_arguments_of(call))
+
+
+def value_and_gradient(upstream: Tensor | float, call: LossCall, backend: Backend) -> tuple[Tensor, Tensor]:
+    upstream = number(upstream, call.weight.dtype, call.prediction.device)
+    return torch.ops.fastdiff.loss_and_gradient(upstream, *_arguments_of(call))
+
+
+def _arguments_of(call: LossCall) -> tuple[Any, ...]:
     prediction, x0, n, p, q, scale, weight, *others, packed = call
     made = parts(n if q is not None else None, prediction.device)
     x0 = x0 if p is not None else None
-    return torch.ops.fastdiff.loss(prediction, weight, x0, *made, p, q, scale, *others, *(packed or (None, None)))
+    return prediction, weight, x0, *made, p, q, scale, *others, *(packed or (None, None))
