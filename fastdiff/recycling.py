@@ -114,6 +114,11 @@ def release_memory() -> int:
     return released
 
 
+def reason() -> str:
+    """Why no memory is kept; empty if it is."""
+    return _reason
+
+
 def _trim() -> None:
     """Have the C library give back to the system what is free, where it has a function for that."""
     with contextlib.suppress(AttributeError, OSError):
@@ -123,7 +128,8 @@ def _trim() -> None:
 def _recycles() -> bool:
     """Whether a new tensor is no more than memory, whatever it holds: no mode of PyTorch looks on, and new memory need
     not be filled."""
-    return _USABLE and not _modes() and not (_deterministic() and torch.utils.deterministic.fill_uninitialized_memory)
+    filled = _deterministic() and torch.utils.deterministic.fill_uninitialized_memory
+    return not (_reason or filled or _modes())
 
 
 def _take(nbytes: int) -> _Kept | None:
@@ -187,6 +193,6 @@ def _sees_changes() -> bool:
         return False
 
 
-_USABLE = _sees_changes()
-if _USABLE:
+_reason = "" if _sees_changes() else "this PyTorch lays out its storages otherwise than is known"
+if not _reason:
     gc.callbacks.append(_look_if_due)
