@@ -93,9 +93,9 @@ py::object make_like(const Reader& read, PyObject* operand, DType dtype, Output&
   return tensors::make_like(operand, dtype, dtype, read.layout.elements, to);
 }
 
-// noise(program, x0, t, n, kept, dtype, threads, starts) -> x_t, or None.
-// program: of (alpha, sigma). x0: may be an image. n: a tensor, or as parse_noise takes it. kept: where to write the
-// noise that is made; or None. dtype: the code of that of x_t; or None for that of x0, which then is no image. starts: of packed
+// noise(program, x0, t, n, keep, dtype, threads, starts) -> (x_t, the noise that was made or None), or None.
+// program: of (alpha, sigma). x0: may be an image. n: a tensor, or as parse_noise takes it. keep: whether noise that is
+// made is returned. dtype: the code of that of x_t; or None for that of x0, which then is no image. starts: of packed
 // sequences, or None.
 py::object noise(PyObject* const* a) {
   BatchReader read(a[1], program_of(a[0], 2), a[2], -1, false, a[5] != Py_None, a[7]);
@@ -106,15 +106,13 @@ py::object noise(PyObject* const* a) {
   fill(read, from, call);
   if (!read.fits || tensors::transformed()) return py::none();
   const int threads = parse_threads(a[6]);
-  if (View kept; a[4] != Py_None) {
-    if (!tensors::view(a[4], kept) || kept.dtype != int(read.compute()) || kept.elements != read.layout.elements)
-      return py::none();
-    call.keep = kept.output();
-  }
   const DType dtype = a[5] == Py_None ? call.x0.dtype : DType(parse_code("dtype", a[5], int(DType::u8)));
-  py::object result = tensors::make_like(a[1], call.x0.dtype, dtype, read.layout.elements, call.x_t);
+  const int64_t elements = read.layout.elements;
+  py::object result = tensors::make_like(a[1], call.x0.dtype, dtype, elements, call.x_t), kept = py::none();
+  if (a[4] == Py_True && call.n.kind == Noise::made)
+    kept = tensors::make_like(a[1], call.x0.dtype, read.compute(), elements, call.keep);
   run_unlocked(read, call, threads);
-  return result;
+  return py::make_tuple(std::move(result), std::move(kept));
 }
 
 // loss(program, present, function, prediction, x0, n, t, scalar, gradient, threads, mask, normalization, reduction, weight,

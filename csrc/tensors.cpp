@@ -40,7 +40,9 @@ constexpr int kMostKinds = 4;
 const Functions* functions = nullptr;
 PyObject* kinds[kMostKinds];
 PyObject* dtypes[4];
-PyObject *dtype_names, *empty_like_function, *grad_enabled_function, *transform_function, *requires_grad;
+PyObject *dtype_names, *empty_like_function, *large_empty_like_function, *grad_enabled_function, *transform_function,
+    *requires_grad;
+int64_t large_bytes;
 
 int dtype_of(DataType type) {
   if (type.lanes != 1) return -1;
@@ -62,7 +64,7 @@ bool is_true(PyObject* value) {
 }  // namespace
 
 void enable(py::capsule table, py::tuple classes, py::tuple kinds_of_number, py::function empty_like,
-            py::function grad_enabled, py::function transform) {
+            py::tuple large, py::function grad_enabled, py::function transform) {
   const auto* found = (const Functions*)PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api");
   if (!found) throw py::error_already_set();
   if (found->major != 1 || !found->view) throw py::value_error("table: expected one of DLPack 1, with views");
@@ -74,6 +76,8 @@ void enable(py::capsule table, py::tuple classes, py::tuple kinds_of_number, py:
   for (size_t k = 0; k < 4; ++k) dtypes[k] = py::object(kinds_of_number[k]).release().ptr();
   dtype_names = py::make_tuple("dtype").release().ptr();
   empty_like_function = empty_like.release().ptr();
+  large_empty_like_function = py::function(large[0]).release().ptr();
+  large_bytes = large[1].cast<int64_t>();
   grad_enabled_function = grad_enabled.release().ptr();
   transform_function = transform.release().ptr();
   requires_grad = py::object(classes[0].attr("requires_grad")).release().ptr();
@@ -127,8 +131,9 @@ bool same_shape(const View& a, const View& b) {
 
 py::object make_like(PyObject* tensor, DType has, DType dtype, int64_t elements, Output& to) {
   PyObject* const arguments[] = {tensor, dtypes[int(dtype)]};
-  py::object made = owned(has == dtype ? PyObject_CallOneArg(empty_like_function, tensor)
-                                       : PyObject_Vectorcall(empty_like_function, arguments, 1, dtype_names));
+  PyObject* const make = int64_t(size_of(int(dtype))) * elements < large_bytes ? empty_like_function : large_empty_like_function;
+  py::object made = owned(has == dtype ? PyObject_CallOneArg(make, tensor)
+                                       : PyObject_Vectorcall(make, arguments, 1, dtype_names));
   View found;
   if (!view(made.ptr(), found) || found.dtype != int(dtype) || found.elements != elements) throw NotPlain();
   to = found.output();

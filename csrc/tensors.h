@@ -15,6 +15,11 @@ namespace tensors {
 // The DType of a tensor, or kIndex for int64.
 constexpr int kIndex = kInt64;
 
+// The bytes of a number of a DType, or kIndex.
+inline size_t size_of(int dtype) {
+  return dtype == int(DType::f64) || dtype == kIndex ? 8 : dtype == int(DType::f32) ? 4 : dtype == int(DType::u8) ? 1 : 2;
+}
+
 struct View {
   void* data;
   int dtype;
@@ -23,18 +28,16 @@ struct View {
   int64_t elements;      // at least 1
 
   bool floating() const { return dtype <= int(DType::f16); }
-  size_t item_size() const {
-    return dtype == int(DType::f64) || dtype == kIndex ? 8 : dtype == int(DType::f32) ? 4 : dtype == int(DType::u8) ? 1 : 2;
-  }
+  size_t item_size() const { return size_of(dtype); }
   Input input() const { return {data, DType(dtype)}; }
   Output output() const { return {data, DType(dtype), false}; }
 };
 
 // Makes the functions below work. `table`: the capsule of DLPack's functions; `kinds`: the classes, all others are
-// refused; `dtypes`: PyTorch's, by DType; the rest are functions of PyTorch. Raises ValueError for a table of another
-// version.
-void enable(py::capsule table, py::tuple kinds, py::tuple dtypes, py::function empty_like, py::function grad_enabled,
-            py::function transform);
+// refused; `dtypes`: PyTorch's, by DType; `large`: what takes the place of `empty_like` for results of at least so many
+// bytes, and how many; the rest are functions of PyTorch. Raises ValueError for a table of another version.
+void enable(py::capsule table, py::tuple kinds, py::tuple dtypes, py::function empty_like, py::tuple large,
+            py::function grad_enabled, py::function transform);
 bool enabled();
 
 // Whether a torch.func transform is at work, whose tensors have no memory of their own.

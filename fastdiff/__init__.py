@@ -30,6 +30,7 @@ from .objective import Objective
 from .prediction import Prediction
 from .process import EDM, Process, RectifiedFlow, VariancePreserving
 from .pyramid import pyramid_noise
+from .recycling import release_memory
 from .sampling import sample
 from .sdes import VESDE, VPSDE, Cosine, SubVPSDE, TrigFlow
 from .tokens import Tokens
@@ -102,6 +103,7 @@ __all__ = [
     "pairing",
     "pyramid_noise",
     "q_sample",
+    "release_memory",
     "sample",
     "samplers",
     "timesteps",

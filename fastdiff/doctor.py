@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, torch_randn
+from . import __version__, backends, recycling, torch_randn
 
 OPTIONAL = ("triton", "numpy", "scikit-learn", "matplotlib", "pillow", "tqdm", "diffusers")
 
@@ -42,6 +42,7 @@ def report() -> dict[str, Any]:
             for status in backends.status()
         ],
         "torch_randn": torch_randn.reason(),
+        "new_memory": {"fastdiff": _new_results(chosen["cpu"]), "pytorch": _freed_memory()},
         "chosen": chosen,
     }
 
@@ -64,6 +65,9 @@ def show(as_json: bool) -> None:
     )
     _print_table("backend chosen for", found["chosen"])
     drawn = f"torch.randn ({found['torch_randn']})" if found["torch_randn"] else "the native backend, the same numbers"
+    new = found["new_memory"]
+    ours = f"new every time ({new['fastdiff']})" if new["fastdiff"] else "used again, from 1 MiB on"
+    _print_table("memory of results on a CPU", {"fastdiff's": ours, "PyTorch's": new["pytorch"]})
     _print_table("drawn like torch.randn, on a CPU, by", {"float32": drawn})
 
 
@@ -101,6 +105,24 @@ def _devices() -> list[dict[str, Any]]:
     if torch.backends.mps.is_available():
         devices.append({"name": "mps", "description": "Apple Metal", "model": "Apple Metal"})
     return devices
+
+
+def _new_results(chosen: str) -> str:
+    """Why the results of the backend that is chosen for a CPU lie in new memory every time; empty if they do not."""
+    return recycling.reason() if chosen == "native" else f"the {chosen} backend leaves that to PyTorch"
+
+
+def _freed_memory() -> str:
+    """What becomes of memory that PyTorch frees on a CPU, as far as the settings of this process tell."""
+    loaded = os.environ.get("LD_PRELOAD", "")
+    for name in ("tcmalloc", "jemalloc", "mimalloc"):
+        if name in loaded:
+            return f"{name} decides how much is used again"
+    if platform.libc_ver()[0] != "glibc":
+        return "the C library decides how much is used again"
+    if os.environ.get("MALLOC_MMAP_MAX_") == "0" and "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        return "used again, as MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_ say"
+    return "often new; docs/performance.md says what to set"
 
 
 def _cpu_model() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import converting, explaining, from_scheduler, loss_gradient, loss_record, losses, ops, sampling
+from . import converting, explaining, from_scheduler, loss_gradient, loss_record, losses, ops, recycling, sampling
 from . import packed as sequences
 from . import prediction as kinds
 from . import timesteps as samplers_of_t
@@ -370,7 +370,7 @@ class Objective:
             return None
         x_t, n, t, known = done
         if data is not x0:  # a channels_last network gets a channels_last x_t
-            x_t = torch.empty_like(x0, dtype=x_t.dtype).copy_(x_t)
+            x_t = recycling.empty_like(x0, dtype=x_t.dtype).copy_(x_t)
         if noise is not None:
             n = noise
         elif n is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .codes import DATA, DTYPES
 from .extension import load
 from .modes import wrapping
+from .recycling import LEAST, empty_like
 
 _C, unavailable_because = load()
 
@@ -19,14 +20,21 @@ def _enable() -> bool:
     """Show ``fastdiff._C`` what it needs; whether it can read tensors itself, which takes PyTorch 2.10."""
     if _C is None:
         return False
-    empty_like, threads = torch.empty_like, torch.get_num_threads
     dtypes = tuple(sorted(DATA, key=DTYPES.__getitem__))
-    _C.enable_step_tables(torch.Generator, torch.default_generator, threads)
+    _C.enable_step_tables(torch.Generator, torch.default_generator, torch.get_num_threads)
     functions = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if functions is None:
         return False
     try:
-        _C.enable_tensors(functions, (Tensor, torch.nn.Parameter), dtypes, empty_like, torch.is_grad_enabled, wrapping)
+        _C.enable_tensors(
+            functions,
+            (Tensor, torch.nn.Parameter),
+            dtypes,
+            torch.empty_like,
+            (empty_like, LEAST),
+            torch.is_grad_enabled,
+            wrapping,
+        )
     except ValueError:  # of another version
         return False
     return True

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import recycling
 from .codes import DTYPES
 from .modes import wrapping
 from .torch_access import _C, unavailable_because
@@ -118,7 +119,7 @@ def randn(
 def randn_like(x: Tensor, *, generator: Any = None) -> Tensor:
     """``torch.randn_like(x)``, on a generator if one is given."""
     if _plain():
-        z = torch.empty_like(x)
+        z = recycling.empty_like(x) if x.nbytes >= recycling.LEAST else torch.empty_like(x)
         if _fills(z, generator):
             return z
     if generator is None:

@@ -13,8 +13,8 @@ PACKAGE = Path(fastdiff.__file__).parent
 # The lowest first. A name ending with "." is a folder, of whose files each may import the others but in a circle.
 FLOORS = [
     # The ground: noise as data, names, numbers, lookups, and what kernels and Python call alike.
-    "codes extension names showing files modes tensors philox numeric calls program sigma_schedules torch_access "
-    "torch_randn",
+    "codes extension names showing files modes tensors philox numeric calls program sigma_schedules recycling "
+    "torch_access torch_randn",
     "backends.",
     "process sdes prediction weighting losses losses.error_functions quantiles timesteps tabulated from_scheduler",
     "ops.",

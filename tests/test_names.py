@@ -331,6 +331,7 @@ def test_every_name_is_asked():
         "pairing",
         "pyramid_noise",
         "q_sample",
+        "release_memory",
         "sample",
         "to_bits_per_dim",
         "uncertainty",

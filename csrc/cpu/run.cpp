@@ -71,9 +71,10 @@ void parallel(const Layout& layout, int threads, Body body) {
 // of a result, or more) leaves little of the result there; written past the caches, its memory need not be read first.
 constexpr int64_t kCache = int64_t(32) << 20;
 
-// From this size on, the C library gives a tensor fresh memory from the system every time. The system hands that out as
-// it is first written, 4 KiB at a time, which takes longer than the writing; it is asked for large pages where it has them.
-constexpr int64_t kAlwaysFresh = int64_t(32) << 20;
+// The system hands memory out as it is first written, 4 KiB at a time, which takes longer than the writing, and later
+// every page has to be looked up. For a result of this size, which has one of 2 MiB in it wherever it begins, the system is
+// asked for large pages where it has them.
+constexpr int64_t kLargePages = int64_t(4) << 20;
 
 void ask_for_large_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -89,7 +90,7 @@ Output placed(Output output, const Layout& layout, int64_t cache = kCache) {
   const int64_t size = output.dtype == DType::f64 ? 8 : output.dtype == DType::f32 ? 4 : 2;
   const int64_t bytes = size * layout.elements;
   output.streamed = output.data && 3 * bytes > cache;
-  if (output.data && bytes >= kAlwaysFresh) ask_for_large_pages(output.data, bytes);
+  if (output.data && bytes >= kLargePages) ask_for_large_pages(output.data, bytes);
   return output;
 }
 

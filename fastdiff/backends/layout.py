@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import recycling
+
 
 def stored_elements(tensor: Tensor) -> int:
     """The distinct elements of a tensor: an expanded dimension counts once."""
@@ -43,8 +45,10 @@ def empty_in_order(shape: tuple[int, ...], order: tuple[int, ...] | None, dtype:
     """A new tensor of ``shape`` whose dimensions lie in memory in ``order``; None: as they are."""
     if order is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return torch.empty([shape[d] for d in order], dtype=dtype, device=device).permute(back)
+    back, sizes = sorted(range(len(order)), key=order.__getitem__), [shape[d] for d in order]
+    on_cpu = torch.device(device).type == "cpu"
+    made = recycling.empty(sizes, dtype) if on_cpu else torch.empty(sizes, dtype=dtype, device=device)
+    return made.permute(back)
 
 
 @lru_cache(maxsize=256)

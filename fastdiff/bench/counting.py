@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..backends.layout import stored_elements
+from ..recycling import release_memory
 from .cases import DTYPES, Case, Operands
 
 
@@ -319,6 +320,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
         return None
     from torch.profiler import ProfilerActivity, profile
 
+    release_memory()  # what comes from kept memory is not allocated
     try:
         with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             result = call()

@@ -467,6 +467,8 @@ class TestDoctor:
             (torch.backends.mps, "is_available", lambda: False),
             (doctor.backends, "choose", lambda device: {"cpu": "slow", "cuda": "quick"}[device.type]),
             (doctor.torch_randn, "reason", lambda: "because"),
+            (doctor.platform, "libc_ver", lambda: ("glibc", "2.36")),
+            (doctor.os, "environ", {"MALLOC_MMAP_MAX_": "1"}),
         ):
             monkeypatch.setattr(target, name, value)
         assert main(["doctor"]) == 0
@@ -484,11 +486,37 @@ class TestDoctor:
             "cpu slow",
             "cuda:0 quick",
             "float32 torch.randn (because)",
+            "fastdiff's new every time (the slow backend leaves that to PyTorch)",
+            "PyTorch's often new; docs/performance.md says what to set",
         ):
             assert line in lines
         for status in statuses:
             said = f"{'available' if status.available else 'not available'} ({status.reason})"
             assert f"{status.name} {said}" in lines
+
+    @pytest.mark.parametrize(
+        ("libc", "settings", "said"),
+        [
+            ("glibc", {}, "often new; docs/performance.md says what to set"),
+            ("glibc", {"MALLOC_MMAP_MAX_": "0"}, "often new; docs/performance.md says what to set"),
+            (
+                "glibc",
+                {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1099511627776"},
+                "used again, as MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_ say",
+            ),
+            ("glibc", {"LD_PRELOAD": "/usr/lib/libtcmalloc.so.4"}, "tcmalloc decides how much is used again"),
+            ("", {}, "the C library decides how much is used again"),
+        ],
+    )
+    def test_what_becomes_of_freed_memory(self, libc, settings, said, monkeypatch):
+        monkeypatch.setattr(doctor.platform, "libc_ver", lambda: (libc, "2"))
+        monkeypatch.setattr(doctor.os, "environ", settings)
+        assert doctor._freed_memory() == said
+
+    @pytest.mark.parametrize(("chosen", "why", "said"), [("native", "", ""), ("native", "so", "so")])
+    def test_which_results_lie_in_new_memory(self, chosen, why, said, monkeypatch):
+        monkeypatch.setattr(doctor.recycling, "_reason", why)
+        assert doctor._new_results(chosen) == said
 
     def test_works_with_torch_alone(self):
         """Neither the import nor the doctor needs an extra; the demo says which it needs."""

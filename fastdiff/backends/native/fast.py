@@ -70,18 +70,10 @@ def noise(
         t = torch.empty(samples, dtype=torch.int64 if program.index else torch.float64, device="cpu")
         times = draw[0].kept.get(_OF_T) or handle(draw[0], _T)
         t = _C.fast_times(times, t, made[0], draw[1], made[2])
-    kept = None
-    if n is None:
-        n = made
-        if keep:
-            wide = x0.dtype is torch.float64
-            kept = torch.empty_like(
-                x0, dtype=torch.float64 if wide else torch.float32, memory_format=torch.contiguous_format
-            )
     source = program.kept.get(_OF_NOISE) or handle(program, OF_NOISE)
     code, starts = None if dtype is None else DTYPES[dtype], None if packed is None else packed.starts
-    x_t = _C.fast_noise(source, x0, t, n, kept, code, _threads(), starts)
-    return None if x_t is None else (x_t, kept, t, None)
+    done = _C.fast_noise(source, x0, t, made if n is None else n, keep, code, _threads(), starts)
+    return done and (*done, t, None)
 
 
 def loss(

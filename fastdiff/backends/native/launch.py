@@ -7,12 +7,15 @@ strides, x_t and the prediction of a loss may lie in another order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import recycling
 from ...calls import Packed
 from ...codes import DTYPES
 from ...modes import wrapping
@@ -27,6 +30,7 @@ FUNCTIONS, REDUCTIONS, NORMALIZATIONS = (
 
 MOST_DIMS = 8  # of a tensor that does not lie in memory in its own order
 
+empty_on_cpu = partial(torch.empty, device="cpu")  # for small results, in fewer calls than ``recycling.empty``
 _is_compiling, _Parameter = torch.compiler.is_compiling, torch.nn.Parameter
 
 
@@ -60,6 +64,8 @@ def contiguous(tensor: Any) -> Any:
 
 def empty(shape: torch.Size, dtype: torch.dtype, like: Tensor) -> Tensor:
     """A contiguous tensor to write to. ``like`` is on the CPU; if it has the same shape and dtype, that saves time."""
+    if math.prod(shape) * dtype.itemsize >= recycling.LEAST:
+        return recycling.empty(shape, dtype)
     if dtype == like.dtype and like.is_contiguous() and shape == like.shape:
         return torch.empty_like(like)
     return like.new_empty(shape, dtype=dtype)
@@ -69,7 +75,7 @@ def in_format_of(tensor: Tensor, result: Tensor | None) -> Tensor | None:
     """``result`` in the memory format of ``tensor``: a channels_last network gets a channels_last x_t."""
     if result is None or tensor.is_contiguous():
         return result
-    return torch.empty_like(tensor, dtype=result.dtype).copy_(result)
+    return recycling.empty_like(tensor, dtype=result.dtype).copy_(result)
 
 
 def arrange(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import modes
+from ... import modes, recycling
 from ...calls import LossCall, made_from
 from ...tensors import number
 from ...torch_access import _C
@@ -165,7 +165,7 @@ def launch(
     order = (tuple(shape), prediction.stride()) if elsewhere else None
     m, d = prediction if elsewhere else contiguous(prediction), None
     if gradient:
-        d = torch.empty_strided(shape, m.stride(), dtype=m.dtype) if elsewhere else empty(shape, m.dtype, m)
+        d = recycling.empty(shape, m.dtype, m.stride()) if elsewhere else empty(shape, m.dtype, m)
     # What is pointed at must be held until the call returns.
     x0, n, y = contiguous(x0), contiguous(n), contiguous(y)
     if mask is not None and mask.dtype == torch.int64:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ... import recycling
 from ...calls import NormalCall
 from ...codes import DATA
 from ...torch_access import _C
 from ..interface import Backend
-from .launch import arrange, makes, memory, samples
+from .launch import arrange, empty_on_cpu, makes, memory, samples
 
 
 def declines(call: NormalCall) -> str:
@@ -21,7 +24,8 @@ def declines(call: NormalCall) -> str:
 
 def run(call: NormalCall, backend: Backend) -> Tensor:
     """See ``NormalCall``."""
-    z = torch.empty(call.shape, dtype=call.dtype, device="cpu")
+    large = math.prod(call.shape) * call.dtype.itemsize >= recycling.LEAST
+    z = (recycling.empty if large else empty_on_cpu)(call.shape, dtype=call.dtype)
     layout, _ = arrange(z.shape, packed=call.packed)
     source = int(call.seed), call.stream, samples(call.sample_offset), 0.0
     window = call.window and call.window.runs(z.shape[1:])

@@ -30,7 +30,7 @@ def _launch(call: PosteriorCall) -> tuple[Tensor, Tensor | None, Any]:
     shape, n = call.shape, call.n
     layout, (shift, scale, alpha, sigma) = arrange(shape, call.shift, call.scale, call.alpha, call.sigma)
     z = empty(shape, call.dtype, call.moments)
-    x_t, kept = None if n is None else torch.empty_like(z), n
+    x_t, kept = None if n is None else empty(shape, call.dtype, z), n
     if call.keep_noise and n is not None and not isinstance(n, Tensor):
         kept = empty(shape, scale.dtype, z)
     # What is pointed at must be held until the call returns.

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import recycling
 from ...calls import RunCall, made_from
 from ...codes import DATA, DTYPES
 from ...torch_access import _C
 from .. import reference
 from ..interface import Backend
 from ..layout import layout_of
-from .launch import arrange, masked, memory, samples, source, unsuited
+from .launch import arrange, empty_on_cpu, masked, memory, samples, source, unsuited
 
 _ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
@@ -40,6 +41,7 @@ class Trajectory(reference.Trajectory):
             return
         placed, shape = self._placed, x.shape
         self._shape, self._both, self._elements = shape, (2 * shape[0], *shape[1:]), x.numel()
+        self._empty = recycling.empty if x.nbytes >= recycling.LEAST else empty_on_cpu
         self._code, self._size = DTYPES[x.dtype], x.element_size()
         ones = (1,) * len(shape)
         if isinstance(guidance, Tensor):
@@ -53,7 +55,7 @@ class Trajectory(reference.Trajectory):
         known_noise = known_noise.contiguous() if isinstance(known_noise, Tensor) else known_noise
         made = None if philox is None else (int(philox.seed), 0, samples(philox.sample_offset), philox.offset)
         count = max(self.reads, default=0)
-        history = torch.empty((count, *shape), dtype=placed.dtype, device="cpu") if count else None
+        history = self._empty((count, *shape), dtype=placed.dtype) if count else None
         self._held = (
             x,
             placed,
@@ -130,7 +132,7 @@ class Trajectory(reference.Trajectory):
         held = [None if tensor is None else _data(tensor) for tensor in (m, log_variance)]
         held += [None if tensor is None else tensor.contiguous() for tensor in (threshold, row)]
         past = None if history is None else [_data(entry) for entry in history]
-        x0 = torch.empty(self._shape, dtype=self.x.dtype, device="cpu") if want_x0 else None
+        x0 = self._empty(self._shape, dtype=self.x.dtype) if want_x0 else None
         rest = (*map(memory, held[1:]), None if past is None else tuple(map(memory, past)), memory(x0))
         if not self._launch(k, memory(held[0]), guided, noise, *rest):
             apart = held[0].clone()  # it shared memory with x, in another arrangement
@@ -157,7 +159,7 @@ class Trajectory(reference.Trajectory):
     def _buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
         found = self._buffers.get(name) if self._reuse else None
         if found is None:
-            found = torch.empty(shape, dtype=self.x.dtype, device="cpu")
+            found = self._empty(shape, dtype=self.x.dtype)
             if self._reuse:
                 self._buffers[name] = found
         return found
