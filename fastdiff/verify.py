@@ -88,7 +88,7 @@ def _times(batch: int) -> tuple[Tensor, ...]:
     """t of each step, int64 [batch]: ``TIMES``, and behind them whatever comes."""
     steps = -(-len(TIMES) // batch)
     t = torch.randint(0, 1000, (steps * batch,), generator=torch.Generator("cpu").manual_seed(_SEED), device="cpu")
-    t[: len(TIMES)] = torch.tensor(TIMES)
+    t[: len(TIMES)] = torch.tensor(TIMES, device="cpu")
     return t.split(batch)
 
 
