@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Call, NoiseCall, NormalCall, Packed, RunCall, UniformCall
+from ..calls import Call, LossCall, NoiseCall, NormalCall, Packed, RunCall, UniformCall
 from ..philox import Philox, Stream, Window
 from ..program import Program
 from ..tensors import Gathered
@@ -32,6 +32,11 @@ def differentiable(*tensors: Any) -> bool:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 return True
     return False
+
+
+def weight_of_elements(call: LossCall) -> tuple[Any, ...]:
+    """The weight of a loss by elements, whose gradient the kernels do not make: that of sums is made of the sums."""
+    return (call.weight,) if call.reduction == "elements" else ()
 
 
 class Backend:

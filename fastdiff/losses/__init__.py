@@ -5,13 +5,14 @@ an objective."""
 import importlib
 from typing import Any
 
-from .error_functions import FUNCTIONS, L1, MSE, NEED_C, Huber, LogCosh, Loss, PseudoHuber, SmoothL1, get
+from .error_functions import FUNCTIONS, L1, MSE, NEED_C, Combined, Huber, LogCosh, Loss, PseudoHuber, SmoothL1, get
 
 __all__ = [
     "FUNCTIONS",
     "L1",
     "MSE",
     "NEED_C",
+    "Combined",
     "Huber",
     "LogCosh",
     "Loss",

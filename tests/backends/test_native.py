@@ -609,7 +609,10 @@ class TestBinding:
                       self.ORDER, 1],
             "convert": [self.LAYOUT, self.GOOD, self.GOOD, self.ROWS, self.ROWS, self.GOOD, 1],
             "loss": [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, *(None,) * 4, 0, 0, 0,
-                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, self.ORDER, 1],
+                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, None, None, self.ORDER, 1],
+            "loss of elements": [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, self.ROWS,
+                                 *(None,) * 3, (0.5, 0.0, 1.0, 1.0, 0.0, 0.3, None), 0, 1, None, None, None,
+                                 self.GOOD, self.GOOD, self.GOOD, self.ORDER, 1],
             "gaussian_kl": [self.LAYOUT, (self.X.data_ptr(), 0, 128), self.GOOD, (1, 0, 0, 0.0), self.ROWS, self.ROWS,
                             self.ROWS, self.ROWS, self.ROWS, self.ROWS, self.ROWS, self.ROWS, None, 1, 0, None,
                             (self.X.data_ptr(), 0, 1), (self.X.data_ptr(), 0, 128), 1],
@@ -628,13 +631,14 @@ class TestBinding:
         }  # fmt: skip
         name = data.draw(st.sampled_from(sorted(good)))
         arguments = list(good[name])
-        getattr(_C, name)(*arguments)  # these are taken
+        operation = getattr(_C, name.split()[0])
+        operation(*arguments)  # these are taken
         for _ in range(data.draw(st.integers(1, 2))):
             arguments[data.draw(st.integers(0, len(arguments) - 1))] = data.draw(junk)
         if any(a == self.X.data_ptr() or (isinstance(a, tuple) and -1 in a[:1]) for a in arguments):
             return  # the address as a count, or as a seed: harmless, and nothing to learn
         try:
-            made = getattr(_C, name)(*arguments)
+            made = operation(*arguments)
             if name == "trajectory":
                 self.use(made, data, junk)
         except (ValueError, TypeError, OverflowError):
@@ -746,7 +750,7 @@ class TestBinding:
     def test_masks_of_sizes_beyond_64_bits(self, sizes, strides):
         """Refused by their products, none of which overflows on the way (``make sanitize`` sees that)."""
         arguments = [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, *(None,) * 4, 0, 0, 0,
-                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, self.ORDER, 1]  # fmt: skip
+                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, None, None, self.ORDER, 1]  # fmt: skip
         arguments[9] = (self.X.data_ptr(), 0, 64, sizes, strides)
         with pytest.raises(ValueError, match="mask"):
             _C.loss(*arguments)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import LossCall, Packed
+from ...calls import Combination, LossCall, Packed
 from ...codes import DTYPES
 from ...program import OF_LOSS, OF_NOISE, Program
 from ...torch_access import _C, reads_tensors
@@ -86,7 +86,7 @@ def noise(
 def loss(
     program: Program,
     present: int,
-    function: str,
+    function: str | Combination,
     prediction: Tensor,
     x0: Tensor | None,
     n: Any,
@@ -123,7 +123,7 @@ def loss(
     source = program.kept.get(_OF_LOSS) or handle(program, OF_LOSS)
     if weight is not None and (type(weight) is float or type(weight) is int):
         weight = one.new_full((), weight)
-    rho, (by, kind), starts = FUNCTIONS[function], codes, None if packed is None else packed.starts
+    rho, (by, kind), starts = FUNCTIONS.get(function, function), codes, None if packed is None else packed.starts
     made = _C.fast_loss(
         source, present, rho, prediction, x0, n, t, one, ahead, _threads(), mask, by, kind, weight, None, starts
     )

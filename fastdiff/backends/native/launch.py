@@ -25,6 +25,7 @@ FUNCTIONS, REDUCTIONS, NORMALIZATIONS = (
     for what in ("functions", "reductions", "normalizations")
 )
 
+
 MOST_DIMS = 8  # of a tensor that does not lie in memory in its own order
 
 _is_compiling, _Parameter = torch.compiler.is_compiling, torch.nn.Parameter
