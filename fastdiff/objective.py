@@ -62,7 +62,8 @@ class Objective:
             "score", "previous_sample", "edm" (Karras et al.'s F), "trigflow" (cos(t) sigma_data n - sin(t) x0), or a
             ``Prediction``.
         weighting: None (uniform), a weighting such as ``MinSNR(5.0)``, its name, or a callable of the ``Levels``.
-        loss: "mse", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh", or an object of ``fastdiff.losses``.
+        loss: "mse", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh", or an object of ``fastdiff.losses``, such
+            as ``losses.Combined(mse=0.5, l1=0.3)``, a weighted sum.
         timesteps: how t is drawn when it is not given: an object of ``fastdiff.timesteps`` or its name; None: uniform,
             and EDM's lognormal for EDM.
         error_space: the prediction kind in which the error is taken; None: the network's own. "sample" is what SD3's

@@ -1,6 +1,6 @@
-"""Losses: the error functions; ``fastdiff.losses.vlb``, the variational bound; ``fastdiff.losses.autoencoder``; and
-``Sum``, which adds losses of the x0 estimate (``fastdiff.losses.features``, ``fastdiff.losses.adversarial``) to that of
-an objective."""
+"""Losses: the error functions, and ``Combined``, weighted sums of them; ``fastdiff.losses.vlb``, the variational bound;
+``fastdiff.losses.autoencoder``; and ``Sum``, which adds losses of the x0 estimate (``fastdiff.losses.features``,
+``fastdiff.losses.adversarial``) to that of an objective."""
 
 import importlib
 from typing import Any

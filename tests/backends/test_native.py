@@ -755,6 +755,30 @@ class TestBinding:
         with pytest.raises(ValueError, match="mask"):
             _C.loss(*arguments)
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({12: (1.0,) * 6}, "function: expected strengths and constants"),
+            ({12: (1.0, "half", *(1.0,) * 5)}, "function: must be a number"),
+            ({8: None}, "c: this error function needs its constant"),
+            ({14: 0}, "errors: are those of elements"),
+            ({16: (X.data_ptr(), 0, 1)}, "errors: are those of elements"),
+            ({19: (GOOD[0], 0, 63)}, "errors: has 63"),
+            ({19: (GOOD[0], 2, 64)}, "errors: must be float32"),
+            ({20: (GOOD[0], 0, 65)}, "d_errors: has 65"),
+            ({20: None}, "d_errors: is needed"),
+        ],
+    )
+    def test_messages_of_errors_by_element(self, change, message):
+        arguments = [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, self.ROWS,
+                     *(None,) * 3, (0.5, 0.0, 1.0, 1.0, 0.0, 0.3, None), 0, 1, None, None, None,
+                     self.GOOD, self.GOOD, self.GOOD, self.ORDER, 1]  # fmt: skip
+        _C.loss(*arguments)
+        for k, value in change.items():
+            arguments[k] = value
+        with pytest.raises(ValueError, match=message):
+            _C.loss(*arguments)
+
     def test_more_dimensions_than_there_is_room_for(self):
         layout, memory = (512, 1, 1, 1, 512, 1), (self.X.data_ptr(), 0, 512)
         rows, order = (self.R.data_ptr(), 0, 1), ((2,) * 9, tuple(2**d for d in range(9)))

@@ -87,7 +87,7 @@ def test_the_loss_and_its_backward(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loss_by_elements(dtype):
-    """The errors are written in one pass. One more reads the upstream gradient, of each or of a row, and writes its own."""
+    """The errors are written in one pass. One more reads the upstream gradient, of each or of a row."""
     full, stored = ELEMENTS * dtype.itemsize, ELEMENTS * 4
     prediction, x0, n = data(dtype).requires_grad_(), data(dtype), data(dtype)
     how = *gathered(0, 1), None, *gathered(2), None, None, "mse", "none", "elements"

@@ -81,8 +81,8 @@ def loss(
     ``used``. In a backward pass it is made for ``upstream``. If a forward pass wrote a gradient and ``upstream`` equals
     ``used``, that gradient is right, and nothing is done. Prediction and gradient may lie in another ORDER.
 
-    If there are ``errors``, the weighted error of each element is stored there. ``d_errors`` is the upstream gradient of
-    each of them. Both lie as the prediction does.
+    If there are ``errors``, the weighted error of each element is stored there. ``d_errors``: the upstream gradient of
+    each. Both lie as the prediction does.
 
     Args:
         number: how many sums the last stage adds up.
