@@ -179,7 +179,7 @@ class Combined(Loss):
         for strength, loss in self.parts:
             function, (c, factor) = loss.function, loss.numbers()
             if factor is None:
-                hint = ' form="normalized" has none.' if isinstance(loss, PseudoHuber) else ""
+                hint = ' That of form="normalized" does not.' if isinstance(loss, PseudoHuber) else ""
                 raise ValueError(f"{loss!r} has a factor that follows the level, and cannot be combined.{hint}")
             if loss.uses_c:
                 other, of = constants.setdefault(function, (c, loss))

@@ -233,6 +233,10 @@ def test_an_error_function_of_ones_own(everywhere):
     np.testing.assert_allclose(to_numpy(objective.loss(m, noised)), truth.mean().astype(float), rtol=1e-13)
 
 
+class OwnSmooth(Own):
+    function = "smooth_l1"
+
+
 WRONG = {
     "nothing": (lambda: Combined(), ValueError, "strength above 0"),
     "all of strength 0": (lambda: Combined(mse=0, l1=0.0), ValueError, "strength above 0"),
@@ -251,6 +255,11 @@ WRONG = {
     "two schedules": (
         lambda: Combined((1, PseudoHuber(0.1, schedule="snr")), (1, PseudoHuber(0.2, schedule="snr"))),
         ValueError, "two constants"),
+    "two of one's own": (
+        lambda: Combined((1, Own()), (1, OwnSmooth())), ValueError, "only one part of a Combined may"),
+    "half the mean squared error in a variational bound": (
+        lambda: fastdiff.VariationalBound(fastdiff.Objective(fastdiff.VariancePreserving(), loss=Combined(mse=0.5))),
+        ValueError, "must be 'mse'; got Combined"),
     "a factor that follows the level": (
         lambda: Combined((1, "mse"), (1, PseudoHuber(0.1, "scaled", "snr"))), ValueError, "normalized"),
     "one's own factor": (lambda: Combined((1, "l1"), (1, Unsteady())), ValueError, "factor that follows the level"),

@@ -43,20 +43,8 @@ POINTERS = {
 _INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_offset"} | {
     *("first", "t1", "t2", "t3", "t4"),
 }
-_FLOATS = {
-    "strength",
-    "xi_strength",
-    "gamma",
-    "size",
-    "size_low",
-    "mean",
-    "both",
-    "clip",
-    "guidance",
-    "least",
-    "most",
-} | {
-    *("mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh", "c_smooth_l1", "c_pseudo_huber"),
+_FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance", "least"} | {
+    *("most", "mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh", "c_smooth_l1", "c_pseudo_huber"),
 }
 # Sizes, counts and strides; with the two above, what is never a tensor.
 _NUMBERS = {"steps", "stride", "units", "runs", "blocks", "per", "frames", "shared", "sample_runs", "channel_runs"} | {

@@ -27,16 +27,16 @@ from .declaring import run as runs
 
 _ARGUMENTS = (
     f"Tensor prediction, Tensor weight, Tensor? x0, {noise_arguments('n')}, Tensor? p, Tensor? q, Tensor? scale, "
-    "Tensor? c, Tensor? mask, Tensor? y, Tensor? r, str function, float[] parts, str normalization, str reduction, "
+    "Tensor? c, Tensor? mask, Tensor? y, Tensor? r, str function, float[] combined, str normalization, str reduction, "
     f"{PACKED}"
 )
 
 
 def _call(prediction: Tensor, weight: Tensor, x0: Tensor | None, *arguments: Any) -> LossCall:
     """A loss from the arguments of its operator."""
-    n, (p, q, scale, c, mask, y, r, function, parts, *how, starts, dim) = source(arguments)
-    if parts:
-        function = Combination(*(None if math.isnan(part) else part for part in parts))
+    n, (p, q, scale, c, mask, y, r, function, combined, *how, starts, dim) = source(arguments)
+    if combined:
+        function = Combination(*(None if math.isnan(number) else number for number in combined))
     return LossCall(prediction, x0, n, p, q, scale, weight, c, mask, y, r, function, *how, packed_of(starts, dim))
 
 
@@ -94,10 +94,10 @@ def declines(call: LossCall) -> str:
 
 def run(call: LossCall, backend: Backend) -> Tensor:
     prediction, x0, n, p, q, scale, weight, c, mask, y, r, function, *how, packed = call
-    parts_of, name = [], function
+    combined = []
     if isinstance(function, Combination):
-        parts_of, name = [math.nan if part is None else part for part in function], "combined"
+        function, combined = "combined", [math.nan if number is None else number for number in function]
     made = parts(n if q is not None else None, prediction.device)
     x0 = x0 if p is not None else None
-    how = c, mask, y, r, name, parts_of, *how
+    how = c, mask, y, r, function, combined, *how
     return torch.ops.fastdiff.loss(prediction, weight, x0, *made, p, q, scale, *how, *(packed or (None, None)))
