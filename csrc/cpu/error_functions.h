@@ -71,7 +71,7 @@ FASTDIFF_INLINE V error(V e, V c, const Parts<C>* parts) {
     return error<function>(e, c);
   } else {
     V total{};
-#define FASTDIFF_ADD(name)                                         \
+#define FASTDIFF_ADD(name)                                                     \
   if (const C strength = parts->strengths[int(Function::name)]; strength != 0) \
     total = total + strength * error<Function::name>(e, fill(parts->constants[int(Function::name)]));
     FASTDIFF_FUNCTIONS(FASTDIFF_ADD)
@@ -86,7 +86,7 @@ FASTDIFF_INLINE V derivative(V e, V c, const Parts<C>* parts) {
     return derivative<function>(e, c);
   } else {
     V total{};
-#define FASTDIFF_ADD(name)                                         \
+#define FASTDIFF_ADD(name)                                                     \
   if (const C strength = parts->strengths[int(Function::name)]; strength != 0) \
     total = total + strength * derivative<Function::name>(e, fill(parts->constants[int(Function::name)]));
     FASTDIFF_FUNCTIONS(FASTDIFF_ADD)

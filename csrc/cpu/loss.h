@@ -80,9 +80,9 @@ struct ErrorBlock {
   const N* n;
   const C* mask;
   D* gradient;
-  const Parts<C>* parts;
   C p, q, scale, c, factor;
   int count;
+  const Parts<C>* parts;  // of a weighted sum of error functions
 };
 
 template <class D, class N, Function function, bool has_x0, bool has_n, bool has_mask, bool value, bool gradient>

@@ -35,7 +35,15 @@ class Loss:
 
     def numbers(self) -> tuple[float | None, float | None]:
         """(c, factor); c is None where there is none, and both are None where they follow the level."""
-        return None, 1.0 if type(self).rows is Loss.rows else None
+        return None, 1.0
+
+    @property
+    def fixed(self) -> tuple[float | None, float | None]:
+        """``numbers``; (None, None) where a class has ``rows`` of its own without them."""
+        rows, numbers = (
+            next(k for k, base in enumerate(type(self).__mro__) if name in vars(base)) for name in ("rows", "numbers")
+        )
+        return self.numbers() if numbers <= rows else (None, None)
 
     def rows(self, levels: Levels) -> tuple[Tensor | None, Tensor | float]:
         """(c or None, factor): float64 of the levels' shape (or a number); the error is factor * function(e; c)."""
@@ -177,13 +185,13 @@ class Combined(Loss):
         strengths: dict[str, float] = {}
         constants: dict[str, tuple[float | None, Loss]] = {}
         for strength, loss in self.parts:
-            function, (c, factor) = loss.function, loss.numbers()
+            function, (c, factor) = loss.function, loss.fixed
             if factor is None:
                 hint = ' That of form="normalized" does not.' if isinstance(loss, PseudoHuber) else ""
                 raise ValueError(f"{loss!r} has a factor that follows the level, and cannot be combined.{hint}")
             if loss.uses_c:
                 other, of = constants.setdefault(function, (c, loss))
-                if (c != other) or (c is None and of is not loss and of != loss):
+                if c != other or (c is None and of != loss):
                     raise ValueError(f"{of!r} and {loss!r} are one function with two constants: combine one of them.")
             strengths[function] = strengths.get(function, 0.0) + strength * factor
         if sum(c is None for c, _ in constants.values()) > 1:
@@ -202,7 +210,7 @@ class Combined(Loss):
         if len(self.parts) > 1:
             return None, 1.0
         ((strength, loss),) = self.parts
-        c, factor = loss.numbers()
+        c, factor = loss.fixed
         return c, None if factor is None else strength * factor
 
     def rows(self, levels: Levels) -> tuple[Tensor | None, Tensor | float]:

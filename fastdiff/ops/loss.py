@@ -99,7 +99,7 @@ def _parameters(loss: Loss, c: Any, weight: Any) -> tuple[Any, float | None, Any
     """(function, c, weight) of an error function that has its constants itself."""
     if c is not None:
         raise ValueError(f"{loss!r} has its constant itself: leave c out, or name the function.")
-    c, factor = loss.numbers()
+    c, factor = loss.fixed
     if factor is None or (loss.uses_c and c is None):
         raise ValueError(f"{loss!r} follows the noise level, which an operation does not know: use an Objective.")
     return loss.function, c, weight if factor == 1 else weight * factor

@@ -233,6 +233,13 @@ def test_an_error_function_of_ones_own(everywhere):
     np.testing.assert_allclose(to_numpy(objective.loss(m, noised)), truth.mean().astype(float), rtol=1e-13)
 
 
+class Scheduled(Huber):
+    """One's own: what the class that it is made of says of numbers is not true of it."""
+
+    def rows(self, levels):
+        return levels.sigma + self.delta, 1.0
+
+
 class OwnSmooth(Own):
     function = "smooth_l1"
 
@@ -262,6 +269,9 @@ WRONG = {
         ValueError, "must be 'mse'; got Combined"),
     "a factor that follows the level": (
         lambda: Combined((1, "mse"), (1, PseudoHuber(0.1, "scaled", "snr"))), ValueError, "normalized"),
+    "rows of one's own": (lambda: Combined((1, "l1"), (1, Scheduled())), ValueError, "factor that follows the level"),
+    "one's own in an operation": (
+        lambda: ops.loss(torch.ones(2, 3), None, None, function=Scheduled()), ValueError, "use an Objective"),
     "one's own factor": (lambda: Combined((1, "l1"), (1, Unsteady())), ValueError, "factor that follows the level"),
     "a constant beside it": (
         lambda: ops.loss(torch.ones(2, 3), None, None, function=Combined(mse=1, l1=1), c=0.5),
