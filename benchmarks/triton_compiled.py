@@ -37,7 +37,7 @@ from fastdiff.backends.triton import launch, normal
 from fastdiff.backends.triton.programs import coefficients, flat
 from fastdiff.backends.triton.times import coefficients_launch
 from fastdiff.backends.triton.traffic import Launch
-from fastdiff.calls import LossCall, NoiseCall, NormalCall, Packed
+from fastdiff.calls import Combination, LossCall, NoiseCall, NormalCall, Packed
 from fastdiff.program import OPERATIONS, Program
 from fastdiff.tensors import Gathered
 
@@ -53,6 +53,8 @@ EVERYWHERE = {
     *("latents and noising, exact, bf16", "latents and noising, given, fp32", "divergence from N(0, 1), bf16"),
     *("moments, bf16", "loss, mask's mean, given, bf16", "step, exact, bf16", "uniforms", "rows of a flow"),
     "normals of a slice",
+    "loss combined, given, bf16",
+    "loss by elements, given, bf16",
     *("noising images, exact, bf16", "noising into tokens, exact, bf16", "loss flow of tokens, exact, bf16"),
     *("coefficients of SD3, drawn", "coefficients of EDM, drawn", "coefficients of VPSDE, drawn"),
     *("operations of angles", "all other operations"),
@@ -105,18 +107,19 @@ def cases() -> dict[str, Any]:
         alpha, sigma = column[:2] if shape == SHAPE else (meta(shape[0], 1, 1, 1), meta(shape[0], 1, 1, 1))
         return lambda: operations.noise(meta(*shape, dtype=dtype), n, alpha, sigma, 0.0, None, kept)
 
-    def loss(dtype, n, p, function="mse", mask=None, normalization="none", gradient=True, rows=column, x0=None):
+    def loss(dtype, n, p, function="mse", mask=None, normalization="none", gradient=True, rows=column, x0=None,
+             reduction="mean"):  # fmt: skip
         """``p``: the target has x0 in it. v takes its rows from a table; those of a flow, a continuous process, are
         numbers a sample."""
 
         def call():
             prediction = meta(*SHAPE, dtype=dtype).requires_grad_(gradient)
-            c = rows[3] if function in ("smooth_l1", "pseudo_huber") else None
+            c = rows[3] if function in ("smooth_l1", "pseudo_huber") or getattr(function, "uses_c", False) else None
             data = None if not p else meta(*SHAPE, dtype=dtype) if x0 is None else x0
-            how = function, normalization, "mean"
+            how = function, normalization, reduction
             out = operations.loss(prediction, data, n, rows[0] if p else None, rows[1], None, rows[2], c, mask, *how)
             if gradient:
-                out.backward()
+                out.backward(meta(*out.shape))
 
         return call
 
@@ -211,9 +214,19 @@ def cases() -> dict[str, Any]:
         for x0 in (False, True):
             name = f"loss {'flow' if x0 else 'epsilon'} of tokens, {rng}, bf16"
             found[name] = of_tokens(patches, order, source, x0)
+        name = f"loss by elements of tokens, {rng}, bf16"
+        found[name] = of_tokens(patches, order, source, reduction="elements")
     for function in ("l1", "smooth_l1", "pseudo_huber", "log_cosh"):
         found[f"loss {function}, given, bf16"] = loss(bf16, given, False, function)
+    for name, c in (("", 0.1), (" with a row's c", None)):
+        combined = Combination(0.5, 0.4, 0.3, 0.2, 0.1, 0.1, c)
+        found[f"loss combined{name}, given, bf16"] = loss(bf16, given, False, combined)
     mask = meta(SHAPE[0], 1, *SHAPE[2:], dtype=torch.bool)
+    for dtype, name in ((bf16, "bf16"), (torch.float32, "fp32")):
+        found[f"loss by elements, given, {name}"] = loss(dtype, meta(*SHAPE, dtype=dtype), False, reduction="elements")
+    found["loss by elements, mask, combined, given, bf16"] = loss(
+        bf16, given, False, combined, mask=mask, reduction="elements"
+    )
     found["loss, mask, given, bf16"] = loss(bf16, given, False, mask=mask)
     found["loss, mask's mean, given, bf16"] = loss(bf16, given, False, mask=mask, normalization="row")
     found["loss v, exact, fp16"] = loss(torch.float16, made, True)
@@ -325,7 +338,9 @@ def program_of(*names: str) -> Program:
     return Program(tuple(code), (0.5,), names, tuple(range(2, len(code))))
 
 
-def of_tokens(shape: tuple[int, ...], order: tuple[int, ...], source: Any, x0=True, noising=False) -> Any:
+def of_tokens(
+    shape: tuple[int, ...], order: tuple[int, ...], source: Any, x0=True, noising=False, reduction="mean"
+) -> Any:
     """Noising, or the loss and its gradient, where x_t and the prediction lie in another order than x0."""
     row, data = meta(shape[0], *(1,) * (len(shape) - 1)), meta(*shape, dtype=torch.bfloat16)
     if noising:
@@ -333,8 +348,9 @@ def of_tokens(shape: tuple[int, ...], order: tuple[int, ...], source: Any, x0=Tr
 
     def call():
         prediction = data.permute(order).contiguous().permute([order.index(d) for d in range(6)]).requires_grad_()
-        how = row if x0 else None, row, None, row, None, None, "mse", "none", "mean"
-        operations.loss(prediction, data if x0 else None, source, *how).backward()
+        how = row if x0 else None, row, None, row, None, None, "mse", "none", reduction
+        out = operations.loss(prediction, data if x0 else None, source, *how)
+        out.backward(torch.empty_like(out))
 
     return call
 

@@ -103,6 +103,28 @@ double parse_clip(Reader& read, py::handle value) {
   return bound;
 }
 
+// A weighted sum of error functions: the strength of each, then the constants of those that have one, None for the row's.
+// Returns whether a row's is used.
+template <class Reader>
+bool parse_combination(Reader& read, PyObject* value, Combination& to) {
+  int at = kFunctions;
+  bool of_row = false;
+  for (int k = 0; k < kFunctions; ++k) at += needs_c(Function(k));
+  if (PyTuple_GET_SIZE(value) != at) return read.refuse("function", "expected strengths and constants"), false;
+  at = kFunctions;
+  for (int k = 0; k < kFunctions; ++k) {
+    to.strengths[k] = read.number("function", PyTuple_GET_ITEM(value, k));
+    to.constants[k] = 1;
+    to.of_row[k] = false;
+    if (!needs_c(Function(k))) continue;
+    PyObject* const constant = PyTuple_GET_ITEM(value, at++);
+    to.of_row[k] = constant == Py_None;
+    if (!to.of_row[k]) to.constants[k] = read.number("function", constant);
+    of_row = of_row || (to.of_row[k] && to.strengths[k] != 0);
+  }
+  return of_row;
+}
+
 // How many entries a tuple has.
 template <class Reader>
 int count_history(Reader& read, py::handle value) {

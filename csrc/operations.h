@@ -17,7 +17,7 @@ struct ConvertOperands {
 };
 struct LossOperands {
   PyObject *prediction, *x0, *n, *p, *q, *scale, *weight, *c, *mask, *y, *r, *function, *normalization, *reduction,
-      *upstream, *result, *means, *gradient, *order;
+      *upstream, *result, *means, *gradient, *errors, *d_errors, *order;
 };
 struct GaussianOperands {
   PyObject *output, *x0, *n, *p, *q, *scale, *l_0, *l_v, *l_q, *half_width, *weight, *simple_weight, *freeze_mean,
@@ -88,18 +88,31 @@ void fill(Reader& read, const LossOperands& from, LossCall& call) {
   if (!to.r.data != !to.y.data) read.refuse("y", "goes with r, both or neither");
   if (!to.q.data != (to.n.kind == Noise::none)) read.refuse("n", "goes with q, both or neither");
   if (given(from.mask)) read.mask(from.mask, to.mask);
-  to.function = Function(parse_code("function", from.function, kFunctions));
-  if (needs_c(to.function) && !to.c.data) read.refuse("c", "this error function needs its constant");
+  bool constant;
+  if (PyTuple_Check(from.function)) {
+    to.function = Function::combined;
+    constant = parse_combination(read, from.function, to.parts);
+  } else {
+    to.function = Function(parse_code("function", from.function, kFunctions));
+    constant = needs_c(to.function);
+  }
+  if (constant && !to.c.data) read.refuse("c", "this error function needs its constant");
   if (from.normalization) call.normalization = Normalization(parse_code("normalization", from.normalization, 3));
   if (from.reduction) call.reduction = Reduction(parse_code("reduction", from.reduction, 3));
   const bool reduced = call.reduction != Reduction::none;
-  if (call.upstream.stride && layout.rows > 1 && reduced)
+  // A sum whose value is not wanted may be over errors that are reduced elsewhere, with a gradient for each row.
+  if (call.upstream.stride && layout.rows > 1 && reduced && (call.reduction == Reduction::mean || given(from.result)))
     read.refuse("upstream", "a reduced loss has one upstream gradient");
   optional_output("result", from.result, reduced ? 1 : layout.rows, call.result, read.compute());
   Output means{};
   optional_output("means", from.means, layout.rows, means, DType::f64);
   call.means = (double*)means.data;
   optional_output("gradient", from.gradient, layout.elements, to.gradient);
+  optional_output("errors", from.errors, layout.elements, to.errors, read.compute());
+  if (given(from.d_errors)) read.input("d_errors", from.d_errors, to.d_errors);
+  if ((to.errors.data || to.d_errors.data) && (call.reduction != Reduction::sum || call.result.data || call.means))
+    read.refuse("errors", "are those of elements: they go with the reduction sum, without result and means");
+  if (to.errors.data && to.gradient.data && !to.d_errors.data) read.refuse("d_errors", "is needed with a gradient beside errors");
   if (given(from.order)) to.order = parse_order(from.order, layout);
   to.layout = layout;
 }

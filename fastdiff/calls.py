@@ -130,13 +130,32 @@ class NoiseCall(NamedTuple):
         return self.x0.dtype if self.dtype is None else self.dtype
 
 
+class Combination(NamedTuple):
+    """A weighted sum of error functions: the strength of each, in the order of ``fastdiff.losses.FUNCTIONS``, and the
+    constants of those that have one. One of strength 0 is left out."""
+
+    mse: float = 0.0
+    l1: float = 0.0
+    smooth_l1: float = 0.0
+    pseudo_huber: float = 0.0
+    log_cosh: float = 0.0
+    c_smooth_l1: float | None = 1.0  # None: the row's c
+    c_pseudo_huber: float | None = 1.0
+
+    @property
+    def uses_c(self) -> bool:
+        """Whether a function takes the row's c."""
+        of_row = (self.smooth_l1, self.c_smooth_l1), (self.pseudo_huber, self.c_pseudo_huber)
+        return any(strength != 0 and c is None for strength, c in of_row)
+
+
 class LossCall(NamedTuple):
     """weight * mask * rho(scale * (prediction - (p x0 + q n + r y)); c), summed row by row in float64, then reduced.
 
     The shape of ``weight`` says what a row is. The result has the compute dtype: that shape for reduction "none", a
-    scalar for "mean" and "sum". An element under a mask of 0, and a row of weight 0, add 0, whatever they hold. An
-    error in another error space is the same operation with another ``scale``. The prediction may lie in memory in
-    another order than x0; its gradient lies as it does."""
+    scalar for "mean" and "sum", that of the prediction for "elements", which sums nothing up. An element under a mask
+    of 0, and a row of weight 0, add 0, whatever they hold. An error in another error space is the same operation with
+    another ``scale``. The prediction may lie in memory in another order than x0; its gradient lies as it does."""
 
     prediction: Tensor  # [batch, ...]
     x0: Tensor | None  # [batch, ...]; uint8: images, as in NoiseCall
@@ -149,7 +168,7 @@ class LossCall(NamedTuple):
     mask: Tensor | None = None  # broadcasts to the prediction
     y: Tensor | None = None  # [batch, ...]
     r: Any = None  # placed
-    function: str = "mse"
+    function: str | Combination = "mse"
     mask_normalization: str = "none"
     reduction: str = "mean"
     packed: Packed | None = None

@@ -69,8 +69,9 @@ def of_noised(
     if rows.coefficients is not objective._coefficients:  # the process was changed
         rows = objective._rows(t, x0, rows.dtype, packed)
     more = {"target": target, "y": y, "r": r, "packed": noised.packed, "alone": part is None}
-    if part is None:
-        return objective._loss(prediction, x0, n, rows, t.shape, *how, upstream=upstream, **more)
+    if part is None or reduction == "elements":
+        made = objective._loss(prediction, x0, n, rows, t.shape, *how, upstream=upstream, **more)
+        return tokens.joined(made) if tokens is not None and reduction == "elements" else made
 
     def whole(prediction: Tensor, **more: Any) -> Tensor:
         loss = partial(objective._loss, prediction, x0, n, rows, t.shape, **more)

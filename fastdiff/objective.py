@@ -61,7 +61,8 @@ class Objective:
             "score", "previous_sample", "edm" (Karras et al.'s F), "trigflow" (cos(t) sigma_data n - sin(t) x0), or a
             ``Prediction``.
         weighting: None (uniform), a weighting such as ``MinSNR(5.0)``, its name, or a callable of the ``Levels``.
-        loss: "mse", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh", or an object of ``fastdiff.losses``.
+        loss: "mse", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh", or an object of ``fastdiff.losses``, such
+            as ``losses.Combined(mse=0.5, l1=0.3)``, a weighted sum.
         timesteps: how t is drawn when it is not given: an object of ``fastdiff.timesteps`` or its name; None: uniform,
             and EDM's lognormal for EDM.
         error_space: the prediction kind in which the error is taken; None: the network's own. "sample" is what SD3's
@@ -426,7 +427,8 @@ class Objective:
                 [batch], or [batch, frames]; see ``mask_normalization``. What it leaves out with 0, and
                 rows of weight 0, add 0 to the loss and to the gradient, whatever they hold.
             reduction: "mean" over all elements, "sum", or "none": one mean a row (the shape of t), or a sample with
-                mask_normalization="sample". Of packed sequences with one time each, a row is a sequence: the mean over
+                mask_normalization="sample"; or "elements": the weighted error of each element, for a reduction of your
+                own. Of packed sequences with one time each, a row is a sequence: the mean over
                 the sequences' own means is mask_normalization="row", with or without a mask.
             weight: further weights, one a row or a number (prior preservation, learned uncertainty); may require grad.
                 Or one an element: floating point without a gradient, with as many dimensions as prediction, 1 where
@@ -440,9 +442,11 @@ class Objective:
                 (another output of the network, a target of another sample); r is a number (None: 1), or one a row.
 
         For data with a ``part`` this is the loss of the whole, on every rank that shares it; "none" gives the rows of
-        which this rank has something, each over all of its elements. Masks and weights are those of the part.
+        which this rank has something, each over all of its elements, "elements" the errors of the part, from which no
+        rank learns of another. Masks and weights are those of the part.
 
-        Returns float32 (float64 with float64 inputs), differentiable in prediction, x0, noise, target, y
+        Returns float32 (float64 with float64 inputs): a scalar, or for "none" and "elements" as said, the latter shaped
+        as prediction; differentiable in prediction, x0, noise, target, y
         and weight. Raises TypeError or ValueError for unfit inputs, RuntimeError if its times, or the seed of
         noise that is not kept, were written into since. Warns, on the CPU, of a mask that is 0 everywhere.
         """

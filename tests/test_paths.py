@@ -55,6 +55,7 @@ LOSSES = [
     "log_cosh",
     losses.PseudoHuber(0.2),
     losses.PseudoHuber(schedule="snr"),
+    losses.Combined((0.5, "mse"), (0.3, "huber"), (0.7, losses.PseudoHuber(0.2, schedule="snr"))),
 ]
 SHAPES = [(3, 4, 8, 8)] * 4 + [(2, 3, 5), (4, 7), (6,), (1, 1), (2, 3, 4, 6, 6), (2, 16, 8), (5, 3, 1, 9)]
 DTYPES = [torch.float32] * 5 + [torch.bfloat16, torch.float16, torch.float64]
@@ -101,8 +102,8 @@ class Case:
             self.options["mask_normalization"] = pick(["none", "row", "global", "sample"])
         if r.random() < 0.3:
             self.options["weight"] = pick([0.5, torch.rand(self.t.shape, generator=g) + 0.1])
-        self.options["reduction"] = pick(["mean", "mean", "none", "sum"])
-        if self.options["reduction"] == "sum":
+        self.options["reduction"] = pick(["mean", "mean", "none", "sum", "elements"])
+        if self.options["reduction"] in ("sum", "elements"):
             self.options.pop("mask_normalization", None)
         self.upstream = pick([1.0, 1.0, 0.25])
 
@@ -272,6 +273,6 @@ def test_the_cases_reach_everything():
     cases = [Case(seed) for seed in range(400)]
     assert {case.kind for case in cases} == set(KINDS) and len({repr(case.process) for case in cases}) == len(PROCESSES)
     assert {case.p.dtype for case in cases} == set(DTYPES) and {case.shape for case in cases} == set(SHAPES)
-    assert {case.options["reduction"] for case in cases} == {"mean", "none", "sum"}
+    assert {case.options["reduction"] for case in cases} == {"mean", "none", "sum", "elements"}
     assert sum("mask" in case.options for case in cases) > 100 and not math.isnan(sum(c.x0.sum().item() for c in cases))
     assert weighting.get("bell") in [weighting.get(case.how["weighting"]) for case in cases]

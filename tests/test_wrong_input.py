@@ -98,7 +98,10 @@ CASES = {
     "mask complex": (lambda: loss(mask=torch.ones(4, dtype=torch.complex64)), TypeError, "complex"),
     "normalised sum": (
         lambda: loss(mask=torch.ones(2), mask_normalization="row", reduction="sum"), ValueError, "divides by nothing"),
-    "unknown reduction": (lambda: loss(reduction="avg"), ValueError, "mean, sum, none; got 'avg'"),
+    "unknown reduction": (lambda: loss(reduction="avg"), ValueError, "mean, sum, none, elements; got 'avg'"),
+    "normalised elements": (
+        lambda: loss(mask=torch.ones(2), mask_normalization="sample", reduction="elements"),
+        ValueError, "divides by nothing.*got 'sample'.*by the mask's sum"),
     "unknown mask normalisation": (lambda: loss(mask_normalization="all"), ValueError, "none, row, sample, global"),
     "weights of a wrong length": (lambda: loss(weight=torch.ones(3)), ValueError, r"weight has shape \(3,\)"),
     "unknown prediction": (lambda: objective(prediction="epsilons"), ValueError, "epsilon, sample, v_prediction"),

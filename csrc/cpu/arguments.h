@@ -123,6 +123,12 @@ struct ConvertArguments {
   Output out;
 };
 
+// A weighted sum of error functions.
+struct Combination {
+  double strengths[kFunctions], constants[kFunctions];
+  bool of_row[kFunctions];  // the constant is the row's c
+};
+
 struct LossArguments {
   Layout layout;
   Input prediction, x0, y;
@@ -132,10 +138,13 @@ struct LossArguments {
   Rows factor;  // of the gradient: upstream * weight / divisor
   Mask mask;
   Function function;
+  Combination parts;  // where the function is `combined`
   double* sums;    // one a unit of work, or null where no value is wanted
   bool every_sum;  // also those of rows of weight 0
   Output gradient;
-  Order order;  // of prediction and gradient
+  Output errors;   // weight mask rho(e; c) of each element, in the compute dtype
+  Input d_errors;  // the upstream gradient of these: then `factor` is not read
+  Order order;     // of prediction, gradient, errors and d_errors
 };
 
 struct GaussianArguments {

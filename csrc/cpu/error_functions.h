@@ -7,7 +7,7 @@
 namespace fastdiff {
 
 #define FASTDIFF_NAME(name) name,
-enum class Function : int { FASTDIFF_FUNCTIONS(FASTDIFF_NAME) };
+enum class Function : int { FASTDIFF_FUNCTIONS(FASTDIFF_NAME) combined };  // combined: a weighted sum of the others
 #undef FASTDIFF_NAME
 
 #define FASTDIFF_ONE(name) +1
@@ -56,6 +56,43 @@ FASTDIFF_INLINE V derivative(V e, V c) {
     return root == V{} + __builtin_inf() ? sign(e) : e / root;
   }
   if constexpr (function == Function::log_cosh) return hyperbolic_tangent(e);
+}
+
+// The strength and the constant of each function in a weighted sum. One of strength 0 is left out.
+template <class C>
+struct Parts {
+  C strengths[kFunctions], constants[kFunctions];
+};
+
+// As above, of one function or, where it is `combined`, of the weighted sum.
+template <Function function, class V, class C>
+FASTDIFF_INLINE V error(V e, V c, const Parts<C>* parts) {
+  if constexpr (function != Function::combined) {
+    return error<function>(e, c);
+  } else {
+    V total{};
+#define FASTDIFF_ADD(name)                                                     \
+  if (const C strength = parts->strengths[int(Function::name)]; strength != 0) \
+    total = total + strength * error<Function::name>(e, fill(parts->constants[int(Function::name)]));
+    FASTDIFF_FUNCTIONS(FASTDIFF_ADD)
+#undef FASTDIFF_ADD
+    return total;
+  }
+}
+
+template <Function function, class V, class C>
+FASTDIFF_INLINE V derivative(V e, V c, const Parts<C>* parts) {
+  if constexpr (function != Function::combined) {
+    return derivative<function>(e, c);
+  } else {
+    V total{};
+#define FASTDIFF_ADD(name)                                                     \
+  if (const C strength = parts->strengths[int(Function::name)]; strength != 0) \
+    total = total + strength * derivative<Function::name>(e, fill(parts->constants[int(Function::name)]));
+    FASTDIFF_FUNCTIONS(FASTDIFF_ADD)
+#undef FASTDIFF_ADD
+    return total;
+  }
 }
 
 }  // namespace FASTDIFF_VARIANT

@@ -82,6 +82,7 @@ struct ErrorBlock {
   D* gradient;
   C p, q, scale, c, factor;
   int count;
+  const Parts<C>* parts;  // of a weighted sum of error functions
 };
 
 template <class D, class N, Function function, bool has_x0, bool has_n, bool has_mask, bool value, bool gradient>
@@ -98,8 +99,8 @@ void error_block(const ErrorBlock<D, N>& block, Sums<D>& total) {
     if constexpr (!has_x0 && has_n) target = b.q * n;
     const V e = b.scale * (m - target);
     if constexpr (has_mask) strength = mask * strength;
-    if constexpr (gradient) slope = strength * derivative<function>(e, c) * b.scale;
-    if constexpr (value) rho = error<function>(e, c);
+    if constexpr (gradient) slope = strength * derivative<function>(e, c, b.parts) * b.scale;
+    if constexpr (value) rho = error<function>(e, c, b.parts);
     if constexpr (value && has_mask) rho = mask * rho;
     // What is masked out adds 0, whatever it holds.
     if constexpr (gradient && has_mask) slope = mask != 0 ? slope : V{};
@@ -178,7 +179,7 @@ ErrorKernel<D, N> error_kernel(const LossArguments& a) {
 #define FASTDIFF_CASE(name) \
   case Function::name:      \
     return error_kernel<D, N, Function::name>(a);
-      FASTDIFF_FUNCTIONS(FASTDIFF_CASE)
+      FASTDIFF_FUNCTIONS(FASTDIFF_CASE) FASTDIFF_CASE(combined)
 #undef FASTDIFF_CASE
     }
   }
@@ -189,6 +190,15 @@ ErrorKernel<D, N> error_kernel(const LossArguments& a) {
 template <class C>
 FASTDIFF_APART void add_third(C p, const C* x0, C r, const C* y, int count, C* out) {
   for (int k = 0; k < padded(count); ++k) out[k] = p * x0[k] + r * y[k];
+}
+
+// The parts of a weighted sum of error functions, for a row whose constant is c.
+template <class C>
+FASTDIFF_APART void set_parts(const Combination& from, C c, Parts<C>& to) {
+  for (int k = 0; k < kFunctions; ++k) {
+    to.strengths[k] = C(from.strengths[k]);
+    to.constants[k] = from.of_row[k] ? c : C(from.constants[k]);
+  }
 }
 
 template <class D, class N>
@@ -202,8 +212,10 @@ void loss_blocks(const LossArguments& a, int64_t begin, int64_t end, int most) {
   alignas(64) const D no_x0[kBlock] = {};
   alignas(64) const N no_noise[kBlock] = {};
   ErrorBlock<D, N> b{};
+  Parts<C> parts;
   b.x0 = no_x0;
   b.n = no_noise;
+  b.parts = &parts;
   for_units(a.layout, begin, end, [&](const Unit& unit) {
     Sums<D> sums{};
     b.p = a.y.data ? C(1) : a.p.data ? at<C>(a.p, unit.row) : C(0);
@@ -211,6 +223,7 @@ void loss_blocks(const LossArguments& a, int64_t begin, int64_t end, int most) {
     b.scale = a.scale.data ? at<C>(a.scale, unit.row) : C(1);
     b.c = a.c.data ? at<C>(a.c, unit.row) : C(1);
     b.factor = a.factor.data ? at<C>(a.factor, unit.row) : C(0);
+    if (a.function == Function::combined) set_parts(a.parts, b.c, parts);
     // A row of weight 0 adds 0, whatever it holds. Its sum may be asked for all the same: the weight's gradient is made
     // of it.
     const bool left_out = at<C>(a.weight, unit.row) == C(0), read = !left_out || a.every_sum;
@@ -251,6 +264,97 @@ void loss_units(const LossArguments& a, int64_t begin, int64_t end) {
     const bool buffered = made || a.mask.tensor.data || a.gradient.streamed || !(has_x0 || has_n) || a.order.at.dims;
     const bool direct = data == kCode<D> && noise == kCode<N> && !buffered;
     loss_blocks<D, N>(a, begin, end, direct ? kUnit : kBlock);
+  });
+}
+
+// Without sums: the errors of the elements, weight mask rho(e; c), or the gradient for an upstream gradient of each of
+// them. What is absent is a block of zeros, or of ones for a mask.
+template <class C>
+struct ElementBlock {
+  const C *prediction, *x0, *n, *mask, *d_errors;
+  C *errors, *gradient;
+  const Parts<C>* parts;
+  C p, q, scale, c, weight;
+  int count;
+};
+
+template <class C, Function function>
+void element_block(const ElementBlock<C>& block) {
+  typedef Vector<C> V;
+  const ElementBlock<C> b = block;
+  const V c = fill(b.c);
+  for (int k = 0; k < b.count; k += kWidth<C>) {
+    const V mask = load(b.mask + k), target = b.p * load(b.x0 + k) + b.q * load(b.n + k);
+    const V e = b.scale * (load(b.prediction + k) - target);
+    if (b.errors) {
+      const V rho = b.weight * (mask * error<function>(e, c, b.parts));
+      store(b.errors + k, mask != 0 ? rho : V{});
+    }
+    if (b.gradient) {
+      const V strength = mask * (load(b.d_errors + k) * b.weight);
+      const V slope = strength * derivative<function>(e, c, b.parts) * b.scale;
+      store(b.gradient + k, mask != 0 ? slope : V{});
+    }
+  }
+}
+
+template <class C>
+void (*element_kernel(Function function))(const ElementBlock<C>&) {
+  switch (function) {
+#define FASTDIFF_CASE(name) \
+  case Function::name:      \
+    return element_block<C, Function::name>;
+    FASTDIFF_FUNCTIONS(FASTDIFF_CASE) FASTDIFF_CASE(combined)
+#undef FASTDIFF_CASE
+  }
+  return element_block<C, Function::mse>;
+}
+
+template <class C>
+void element_units(const LossArguments& a, int64_t begin, int64_t end) {
+  alignas(64) C prediction_buffer[kBlock], x0_buffer[kBlock], y_buffer[kBlock], known[kBlock], mask_buffer[kBlock];
+  alignas(64) C d_errors_buffer[kBlock], errors_buffer[kBlock], gradient_buffer[kBlock], ones[kBlock];
+  alignas(64) const C zeros[kBlock] = {};
+  NoiseBuffer<C> n_buffer;
+  Packed packed, d_errors_packed;
+  Parts<C> parts;
+  const auto kernel = element_kernel<C>(a.function);
+  for (C& one : ones) one = C(1);
+  ElementBlock<C> b{};
+  b.x0 = b.n = zeros;
+  b.mask = ones;
+  b.parts = &parts;
+  for_units(a.layout, begin, end, [&](const Unit& unit) {
+    const C p = a.p.data ? at<C>(a.p, unit.row) : C(0);
+    b.p = a.y.data ? C(1) : p;
+    b.q = a.q.data ? at<C>(a.q, unit.row) : C(0);
+    b.scale = a.scale.data ? at<C>(a.scale, unit.row) : C(1);
+    b.c = a.c.data ? at<C>(a.c, unit.row) : C(1);
+    b.weight = at<C>(a.weight, unit.row);
+    if (a.function == Function::combined) set_parts(a.parts, b.c, parts);
+    for_blocks(unit, kBlock, [&](int64_t start, int count) {
+      b.count = count;
+      b.errors = a.errors.data ? place(a.errors, a.order, start, count, errors_buffer) : nullptr;
+      b.gradient = a.gradient.data ? place(a.gradient, a.order, start, count, gradient_buffer) : nullptr;
+      if (b.weight == C(0)) {  // the row adds 0, whatever it holds
+        if (b.errors) memset(b.errors, 0, size_t(count) * sizeof(C));
+        if (b.gradient) memset(b.gradient, 0, size_t(count) * sizeof(C));
+      } else {
+        b.prediction = view(a.prediction, a.order, start, count, prediction_buffer, packed);
+        if (a.x0.data) b.x0 = view(a.x0, start, count, x0_buffer);
+        if (a.y.data) {
+          const C* const y = view(a.y, start, count, y_buffer);
+          add_third(p, a.x0.data ? b.x0 : zeros, at<C>(a.r, unit.row), y, count, known);
+          b.x0 = known;
+        }
+        if (a.n.kind != Noise::none) b.n = view(a.n, a.layout, start, count, n_buffer);
+        if (a.mask.tensor.data) b.mask = view(a.mask, start, count, mask_buffer);
+        if (a.d_errors.data) b.d_errors = view(a.d_errors, a.order, start, count, d_errors_buffer, d_errors_packed);
+        kernel(b);
+      }
+      if (b.errors) commit(a.errors, a.order, start, count, b.errors, packed);
+      if (b.gradient) commit(a.gradient, a.order, start, count, b.gradient, packed);
+    });
   });
 }
 

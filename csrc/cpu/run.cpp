@@ -259,6 +259,14 @@ void run(StepArguments& arguments, bool wide, int threads) {
 }
 
 void run(LossCall& call, bool wide, int threads) {
+  LossArguments& arguments = call.kernel;
+  if (arguments.errors.data || arguments.d_errors.data) {
+    arguments.errors = placed(arguments.errors, arguments.layout);
+    arguments.gradient = placed(arguments.gradient, arguments.layout, kGradientCache);
+    const auto kernel = chosen().table->elements[wide];
+    parallel(arguments.layout, threads, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+    return;
+  }
   call.kernel.every_sum = call.means;
   in_units(call, call.kernel, chosen().table->loss[wide], wide, threads);
 }

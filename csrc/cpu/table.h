@@ -12,6 +12,7 @@ struct Table {
   void (*noise[2])(const NoiseArguments&, int64_t begin, int64_t end);
   void (*convert[2])(const ConvertArguments&, int64_t begin, int64_t end);
   void (*loss[2])(const LossArguments&, int64_t begin, int64_t end);
+  void (*elements[2])(const LossArguments&, int64_t begin, int64_t end);
   void (*gaussian[2])(const GaussianArguments&, int64_t begin, int64_t end);
   void (*posterior[2])(const PosteriorArguments&, int64_t begin, int64_t end);
   void (*posterior_gradient[2])(const PosteriorGradientArguments&, int64_t begin, int64_t end);

@@ -19,6 +19,7 @@ const Table table = {
     {noise_units<float>, noise_units<double>},
     {convert_units<float>, convert_units<double>},
     {loss_units<float>, loss_units<double>},
+    {element_units<float>, element_units<double>},
     {gaussian_units<float>, gaussian_units<double>},
     {posterior_units<float>, posterior_units<double>},
     {posterior_gradient_units<float>, posterior_gradient_units<double>},

@@ -34,6 +34,11 @@ def differentiable(*tensors: Any) -> bool:
     return False
 
 
+def weight_of_elements(call: LossCall) -> tuple[Any, ...]:
+    """The weight of a loss by elements, whose gradient the kernels do not make: that of sums is made of the sums."""
+    return (call.weight,) if call.reduction == "elements" else ()
+
+
 class Backend:
     """One implementation of the operations: a package with a module for each. What it does not support, its fallback,
     ``otherwise``, is asked.

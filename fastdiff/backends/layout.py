@@ -28,6 +28,19 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     return order if tensor.permute(order).is_contiguous() else None
 
 
+def of_rows(upstream: Tensor, rows: tuple[int, ...], packed: Any = None) -> Tensor | None:
+    """A full-size ``upstream`` as one number, or one for each of the placed ``rows``, where it repeats those in memory:
+    that of a mean or a sum of elements does. Otherwise None."""
+    if not upstream.numel():
+        return None
+    held = [size != 1 and stride != 0 for size, stride in zip(upstream.shape, upstream.stride())]
+    if any(held) and (packed is not None or any(h and r != s for h, r, s in zip(held, rows, upstream.shape))):
+        return None
+    for d, h in enumerate(held):
+        upstream = upstream if h else upstream.narrow(d, 0, 1)
+    return upstream
+
+
 # The orders of the dimensions of [B, C, h, p, w, q] in memory, where they are packed tokens, by that within a token.
 TOKENS = {"c p q": (0, 2, 4, 1, 3, 5), "p q c": (0, 2, 4, 3, 5, 1)}
 

@@ -1,17 +1,18 @@
-"""Losses: the error functions; ``fastdiff.losses.vlb``, the variational bound; ``fastdiff.losses.autoencoder``; and
-``Sum``, which adds losses of the x0 estimate (``fastdiff.losses.features``, ``fastdiff.losses.adversarial``) to that of
-an objective."""
+"""Losses: the error functions, and ``Combined``, weighted sums of them; ``fastdiff.losses.vlb``, the variational bound;
+``fastdiff.losses.autoencoder``; and ``Sum``, which adds losses of the x0 estimate (``fastdiff.losses.features``,
+``fastdiff.losses.adversarial``) to that of an objective."""
 
 import importlib
 from typing import Any
 
-from .error_functions import FUNCTIONS, L1, MSE, NEED_C, Huber, LogCosh, Loss, PseudoHuber, SmoothL1, get
+from .error_functions import FUNCTIONS, L1, MSE, NEED_C, Combined, Huber, LogCosh, Loss, PseudoHuber, SmoothL1, get
 
 __all__ = [
     "FUNCTIONS",
     "L1",
     "MSE",
     "NEED_C",
+    "Combined",
     "Huber",
     "LogCosh",
     "Loss",

@@ -96,8 +96,9 @@ class VariationalBound:
             raise ValueError(f"variance must be one of {', '.join(VARIANCES)}; got {variance!r}.")
         if bins is not None and (type(bins) is not int or bins < 2):
             raise ValueError(f"bins must be the number of values of the data, at least 2, or None; got {bins!r}.")
-        if objective.loss_function.function != "mse":
-            raise ValueError(f"the error function of the objective must be 'mse'; got {objective.loss_function!r}.")
+        error = objective.loss_function
+        if error.function != "mse" or error.fixed[1] != 1:
+            raise ValueError(f"the error function of the objective must be 'mse'; got {error!r}.")
         self.objective, self.variance, self.bins = objective, variance, bins
         self._made: tuple[Any, Program] | None = None
         self._program()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..backends.interface import able
 from ..calls import LossCall, Packed
 from ..codes import REDUCTIONS
-from ..losses import FUNCTIONS, NEED_C
+from ..losses import FUNCTIONS, NEED_C, Loss
 from ..philox import Philox
 from ..showing import warn
 from ..tensors import as_tensor, number, value_checks_are_free
@@ -35,7 +36,7 @@ def loss(
     y: Tensor | None = None,  # [B, ...]
     r: Tensor | float | None = None,  # as p
     mask: Tensor | None = None,  # broadcasts to [B, ...]
-    function: str = "mse",
+    function: str | Loss = "mse",
     mask_normalization: str = "none",
     reduction: str = "mean",
     row_shape: tuple[int, ...] | None = None,
@@ -52,28 +53,34 @@ def loss(
         mask: bool or float, broadcastable to prediction. One with fewer dimensions is aligned at the left: [batch], or
             [batch, frames]. An element under a mask of 0, and a row of weight 0, add 0 to the loss and to the gradient,
             whatever they hold.
-        function: "mse" e^2, "l1" abs(e), "smooth_l1" and "pseudo_huber" with constant c, "log_cosh".
+        function: "mse" e^2, "l1" abs(e), "smooth_l1" and "pseudo_huber" with constant c, "log_cosh". Or an object of
+            ``fastdiff.losses`` that has its constants itself: ``Huber(0.1)``, ``Combined(mse=0.5, l1=0.3)``.
         mask_normalization: what the sum of the errors is divided by:
             "none": the number of elements.
             "row": each row by the sum of its mask. A row with an empty mask is 0, and is left out of the mean.
             "sample": each sample by the sum of its mask. The rows of a sample (frames, tokens) then count by how much
             is in their masks. A sample with an empty mask is left out of the mean.
             "global": the sum of the whole mask.
-        reduction: "mean" over all; "sum" without any division; "none": one mean a row, [batch] with "sample".
+        reduction: "mean" over all; "sum" without any division; "none": one mean a row, [batch] with "sample";
+            "elements": the error of each element, to be reduced by the caller; with mask_normalization "none".
         row_shape: the shape of "none"'s result and of the rows; default: that of ``weight``, or [batch].
 
-    Returns a scalar, or ``row_shape``: float32 (float64 with float64 inputs). Sums are taken in float64. Differentiable
-    in prediction, a floating x0, n, y and weight. A batch of size 0 has the sum 0 and, as in PyTorch, the mean NaN.
+    Returns a scalar, ``row_shape``, or the shape of prediction: float32 (float64 with float64 inputs). Sums are taken
+    in float64. Differentiable in prediction, a floating x0, n, y and weight. A batch of size 0 has the sum 0 and, as in
+    PyTorch, the mean NaN.
 
     Raises TypeError or ValueError for unfit inputs. Warns, on the CPU, where looking costs nothing, of a mask that is 0
     everywhere: the loss and its gradient are 0.
     """
     x0, n, y = (x0 if p is not None else None), (n if q is not None else None), (y if r is not None else None)
     mask = check_loss(prediction, x0, n, mask, mask_normalization, reduction, y)
-    _one_of("function", function, FUNCTIONS)
-    if function in NEED_C and c is None:
-        raise ValueError(f"{function} needs its constant c.")
-    c = c if function in NEED_C else None
+    if isinstance(function, Loss):
+        function, c, weight = _parameters(function, c, weight)
+    else:
+        _one_of("function", function, FUNCTIONS)
+        if function in NEED_C and c is None:
+            raise ValueError(f"{function} needs its constant c.")
+        c = c if function in NEED_C else None
     given = n if isinstance(n, Tensor) else None
     dtype = compute_dtype(prediction, x0, given, y)
     shape, device = prediction.shape, prediction.device
@@ -87,6 +94,16 @@ def loss(
         LossCall(prediction, x0, n, p, q, scale, weight, c, mask, y, r, function, mask_normalization, reduction)
     )
     return result.reshape(row_shape) if reduction == "none" and mask_normalization != "sample" else result
+
+
+def _parameters(loss: Loss, c: Any, weight: Any) -> tuple[Any, float | None, Any]:
+    """(function, c, weight) of an error function that has its constants itself."""
+    if c is not None:
+        raise ValueError(f"{loss!r} has its constant itself: leave c out, or name the function.")
+    c, factor = loss.fixed
+    if factor is None or (loss.uses_c and c is None):
+        raise ValueError(f"{loss!r} follows the noise level, which an operation does not know: use an Objective.")
+    return loss.function, c, weight if factor == 1 else weight * factor
 
 
 def normalized(call: LossCall, sequences: Packed | None = None) -> Tensor:
@@ -182,8 +199,13 @@ def check_loss(
         check_noise(packed, prediction=prediction, noise=n)
     if not prediction.ndim:
         raise ValueError("prediction must have a batch dimension; got a scalar.")
-    _one_of("reduction", reduction, REDUCTIONS)
+    _one_of("reduction", reduction, (*REDUCTIONS, "elements"))
     _one_of("mask_normalization", mask_normalization, MASK_NORMALIZATIONS)
+    if reduction == "elements" and mask_normalization != "none":
+        raise ValueError(
+            f"reduction='elements' divides by nothing: use mask_normalization='none' with it; got "
+            f"{mask_normalization!r}. Divide what you sum up by the mask's sum."
+        )
     if mask is not None:
         return _placed_mask(mask, mask_normalization, reduction, prediction, alone)
     return None

@@ -238,7 +238,7 @@ class RFLoss(Objective):
                 "sample": each video's own number, then the mean of the videos; "row": each frame's or token's own, then
                 the mean of those that have any; "none": the number of all elements, clean ones too. None: "global" for
                 a mean (without a mask it is over the rows that are not clean), "row" for reduction "none", "none" for a
-                sum.
+                sum and for "elements".
             options: ``target``, ``y``, ``r``: as in ``Objective.loss``.
         """
         how = self._asked(prediction, noised, mask, reduction, weight, mask_normalization)

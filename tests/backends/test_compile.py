@@ -1,12 +1,14 @@
 """The operators that torch.compile sees: opcheck of each, and compiled training steps against eager ones."""
 
+import math
+
 import pytest
 import torch
 from devices import in_turn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiff
-from fastdiff.calls import ConvertCall, NoiseCall
+from fastdiff.calls import Combination, ConvertCall, NoiseCall
 from fastdiff.ops import operators as compiled
 from fastdiff.ops.operators import declaring
 from fastdiff.philox import Window
@@ -36,7 +38,8 @@ def given(*, grad=False, dtype=torch.float32):
 
 UNPACKED = None, None
 PACKED = torch.tensor([0, 40, 40, 120]), 0  # in data of [3, 2, 4, 5]: sequences of one, no and two tokens
-SMOOTH = ("smooth_l1", "none", "sum")
+SMOOTH = ("smooth_l1", [], "none", "sum")
+COMBINED = [0.5, 0.0, 0.3, 0.2, 0.1, 0.4, math.nan]  # strengths and constants: that of pseudo-Huber is the row's
 IDS = torch.tensor([7, 2**40, 7])
 MADE, NONE = (None, SEED, 0, 5, None, 0.1, "exact"), (None, None, 0, 0, None, 0.0, "exact")
 XI = (None, SEED, 2, 5, None, 0.0, "exact")
@@ -46,13 +49,14 @@ BY_ID = (None, SEED, 0, 0, IDS, 0.1, "exact")
 
 def loss_arguments(
     n, *, weight=None, mask=None, how=("mse", "none", "mean"), dtype=torch.float32, grad=True, third=False, x0=None,
-    packed=UNPACKED,
+    packed=UNPACKED, parts=(),
 ):  # fmt: skip
-    c = rows() if how[0] == "pseudo_huber" else None
+    c = rows() if how[0] in ("pseudo_huber", "combined") else None
     weight = rows() if weight is None else weight
     prediction, x0 = data(3, 2, 4, 5, dtype=dtype, grad=grad), data(3, 2, 4, 5) if x0 is None else x0
     y, r = (data(3, 2, 4, 5), rows()) if third else (None, None)
-    return (prediction, weight, x0, *n, rows(), rows(), None, c, mask, y, r, *how, *packed)
+    function, *how = how
+    return (prediction, weight, x0, *n, rows(), rows(), None, c, mask, y, r, function, list(parts), *how, *packed)
 
 
 def gaussian_arguments(n, *, learned=True, grad=True, how=(False, "mean"), dtype=torch.float32, channels_last=False):
@@ -75,8 +79,8 @@ def patch_rows():
     return torch.rand(3, 1, 1, 1, 1, 1) + 0.5
 
 
-def of_tokens():
-    return patch_rows(), patch_rows(), *(None,) * 5, "mse", "none", "mean", *UNPACKED
+def of_tokens(reduction="mean"):
+    return patch_rows(), patch_rows(), *(None,) * 5, "mse", [], "none", reduction, *UNPACKED
 
 
 CASES = {
@@ -179,6 +183,47 @@ CASES = {
             *MADE,
             *of_tokens(),
         ),
+    ),
+    "loss of tokens by elements": (
+        OPS.loss,
+        lambda: (
+            as_tokens(data(*PATCHES)).requires_grad_(),
+            patch_rows(),
+            data(*PATCHES),
+            *MADE,
+            *of_tokens("elements"),
+        ),
+    ),
+    "gradient of tokens by elements": (
+        OPS.loss_gradient,
+        lambda: (
+            as_tokens(data(*PATCHES)),
+            as_tokens(data(*PATCHES)),
+            patch_rows(),
+            data(*PATCHES),
+            *MADE,
+            *of_tokens("elements"),
+        ),
+    ),
+    "loss by elements": (
+        OPS.loss,
+        lambda: loss_arguments(
+            MADE, mask=torch.rand(3, 1, 4, 5) > 0.5, how=("l1", "none", "elements"), dtype=torch.bfloat16
+        ),
+    ),
+    "gradient by elements": (
+        OPS.loss_gradient,
+        lambda: (data(3, 2, 4, 5), *loss_arguments(given(), how=("mse", "none", "elements"), grad=False)),
+    ),
+    "loss combined": (
+        OPS.loss,
+        lambda: loss_arguments(
+            given(), weight=rows().requires_grad_(), how=("combined", "none", "mean"), parts=COMBINED
+        ),
+    ),
+    "loss combined, by elements": (
+        OPS.loss,
+        lambda: loss_arguments(given(), how=("combined", "none", "elements"), parts=COMBINED, packed=PACKED),
     ),
     "loss of images": (OPS.loss, lambda: loss_arguments(MADE, x0=images())),
     "loss": (OPS.loss, lambda: loss_arguments(given())),
@@ -457,7 +502,10 @@ def _reference(operator, *arguments):
         n, others = source(arguments[3:])
         return (reference.gaussian_kl(output, x0, n, *others[:7], weight, *others[7:]),)
     prediction, weight, x0 = arguments[:3]
-    n, (p, q, scale, c, mask, y, r, *how, starts, dim) = source(arguments[3:])
+    n, (p, q, scale, c, mask, y, r, function, parts, *how, starts, dim) = source(arguments[3:])
+    if parts:
+        function = Combination(*(None if math.isnan(number) else number for number in parts))
+    how = [function, *how]
     how.append(declaring.packed_of(starts, dim))
     return (reference.loss(prediction, x0, n, p, q, scale, weight, c, mask, *how, y=y, r=r),)
 
@@ -523,6 +571,36 @@ def test_images_and_tokens_compile_whole_and_once(kind, compiler, data, backend)
         for found, expected in zip(run(whole, *arguments), run(step, *arguments)):
             assert torch.equal(found, expected)
     assert counter.frame_count == 1
+
+
+@both_backends
+def test_a_combined_loss_by_elements_compiles_whole_and_once(backend):
+    """As one operator each way, with the eager bits."""
+    loss = fastdiff.losses.Combined(
+        (0.5, "mse"), (0.3, "huber"), (0.2, fastdiff.losses.PseudoHuber(0.1, schedule="snr"))
+    )
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", loss=loss)
+
+    def step(x0, m, t, seed, weights):
+        noised = objective.noise(x0, t, seed=seed)
+        elements = objective.loss(m, noised, reduction="elements")
+        return elements.detach(), (elements.mean((1, 2, 3)) * weights).sum()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    whole = torch.compile(step, fullgraph=True, backend=counter)
+    for k in range(3):
+        x0, m = torch.randn(2, 4, 3, 8, 8)
+        arguments = x0, m.requires_grad_(), torch.randint(0, 1000, (4,)), torch.tensor([k]), torch.rand(4)
+        (expected, mean), (found, total) = step(*arguments), whole(*arguments)
+        assert torch.equal(found, expected) and torch.equal(total, mean)
+        gradients = [torch.autograd.grad(loss, arguments[1])[0] for loss in (mean, total)]
+        assert torch.equal(*gradients)
+    assert counter.frame_count == 1
+    called = {
+        str(node.target) for graph in counter.graphs for node in graph.graph.nodes if "fastdiff" in str(node.target)
+    }
+    assert "fastdiff.loss" in called or "fastdiff.loss.default" in called
 
 
 def test_the_graph_holds_operators(backend):

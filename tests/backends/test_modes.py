@@ -243,7 +243,7 @@ def test_gradients_of_t(backend, name):
     assert time.grad.sum().item() == pytest.approx(difference, rel=1e-4)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "none", "elements"])
 @pytest.mark.parametrize("learned", [False, True])
 def test_several_gradients_at_once(backend, make, reduction, learned):
     objective = make()

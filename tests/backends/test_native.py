@@ -609,7 +609,10 @@ class TestBinding:
                       self.ORDER, 1],
             "convert": [self.LAYOUT, self.GOOD, self.GOOD, self.ROWS, self.ROWS, self.GOOD, 1],
             "loss": [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, *(None,) * 4, 0, 0, 0,
-                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, self.ORDER, 1],
+                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, None, None, self.ORDER, 1],
+            "loss of elements": [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, self.ROWS,
+                                 *(None,) * 3, (0.5, 0.0, 1.0, 1.0, 0.0, 0.3, None), 0, 1, None, None, None,
+                                 self.GOOD, self.GOOD, self.GOOD, self.ORDER, 1],
             "gaussian_kl": [self.LAYOUT, (self.X.data_ptr(), 0, 128), self.GOOD, (1, 0, 0, 0.0), self.ROWS, self.ROWS,
                             self.ROWS, self.ROWS, self.ROWS, self.ROWS, self.ROWS, self.ROWS, None, 1, 0, None,
                             (self.X.data_ptr(), 0, 1), (self.X.data_ptr(), 0, 128), 1],
@@ -628,13 +631,14 @@ class TestBinding:
         }  # fmt: skip
         name = data.draw(st.sampled_from(sorted(good)))
         arguments = list(good[name])
-        getattr(_C, name)(*arguments)  # these are taken
+        operation = getattr(_C, name.split()[0])
+        operation(*arguments)  # these are taken
         for _ in range(data.draw(st.integers(1, 2))):
             arguments[data.draw(st.integers(0, len(arguments) - 1))] = data.draw(junk)
         if any(a == self.X.data_ptr() or (isinstance(a, tuple) and -1 in a[:1]) for a in arguments):
             return  # the address as a count, or as a seed: harmless, and nothing to learn
         try:
-            made = getattr(_C, name)(*arguments)
+            made = operation(*arguments)
             if name == "trajectory":
                 self.use(made, data, junk)
         except (ValueError, TypeError, OverflowError):
@@ -746,9 +750,33 @@ class TestBinding:
     def test_masks_of_sizes_beyond_64_bits(self, sizes, strides):
         """Refused by their products, none of which overflows on the way (``make sanitize`` sees that)."""
         arguments = [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, *(None,) * 4, 0, 0, 0,
-                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, self.ORDER, 1]  # fmt: skip
+                     None, (self.X.data_ptr(), 0, 1), None, self.GOOD, None, None, self.ORDER, 1]  # fmt: skip
         arguments[9] = (self.X.data_ptr(), 0, 64, sizes, strides)
         with pytest.raises(ValueError, match="mask"):
+            _C.loss(*arguments)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({12: (1.0,) * 6}, "function: expected strengths and constants"),
+            ({12: (1.0, "half", *(1.0,) * 5)}, "function: must be a number"),
+            ({8: None}, "c: this error function needs its constant"),
+            ({14: 0}, "errors: are those of elements"),
+            ({16: (X.data_ptr(), 0, 1)}, "errors: are those of elements"),
+            ({19: (GOOD[0], 0, 63)}, "errors: has 63"),
+            ({19: (GOOD[0], 2, 64)}, "errors: must be float32"),
+            ({20: (GOOD[0], 0, 65)}, "d_errors: has 65"),
+            ({20: None}, "d_errors: is needed"),
+        ],
+    )
+    def test_messages_of_errors_by_element(self, change, message):
+        arguments = [self.LAYOUT, self.GOOD, None, self.GOOD, None, self.ROWS, None, self.ROWS, self.ROWS,
+                     *(None,) * 3, (0.5, 0.0, 1.0, 1.0, 0.0, 0.3, None), 0, 1, None, None, None,
+                     self.GOOD, self.GOOD, self.GOOD, self.ORDER, 1]  # fmt: skip
+        _C.loss(*arguments)
+        for k, value in change.items():
+            arguments[k] = value
+        with pytest.raises(ValueError, match=message):
             _C.loss(*arguments)
 
     def test_more_dimensions_than_there_is_room_for(self):

@@ -36,6 +36,7 @@ TOKENS = {
 # In bfloat16, with the noise given: error functions and masks cost few instructions more than a square. And moments.
 FUNCTIONS = {
     "loss epsilon, given": 10, "loss smooth_l1, given": 14, "loss pseudo_huber, given": 20, "loss log_cosh, given": 42,
+    "loss combined, given": 88, "loss by elements, given": 10,
     "loss, mask, given": 25, "loss, mask's mean, given": 32, "moments": 26, "moments of one": 10,
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.backends.layout import TOKENS, empty_in_order
 from fastdiff.backends.reference import philox
-from fastdiff.calls import NoiseCall
+from fastdiff.calls import Combination, NoiseCall
 from fastdiff.tensors import Gathered, as_tensor, decoded
 
 pytest.importorskip("triton")
@@ -58,6 +58,7 @@ RNG_TOLERANCE = 1e-3
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FUNCTIONS = ["mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh"]
+COMBINED = Combination(0.5, 0.4, 0.3, 0.2, 0.1, c_smooth_l1=0.3, c_pseudo_huber=None)
 # (shape, rows): leading, frames behind channels, one for all, one an element, odd sizes, rows of several tiles.
 LAYOUTS = [
     ((3, 4, 8, 8), (3, 1, 1, 1)),
@@ -562,11 +563,13 @@ def loss_arguments(shape, rows, dtype, mask, made=False):
 def run_loss(backend, arguments, convert, how, **third):
     third = {name: convert(tensor) for name, tensor in third.items()}
     values = [convert(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
-    values[0], values[6] = values[0].requires_grad_(), values[6].requires_grad_()
+    learned = [values[0]] if how[2] == "elements" else [values[0], values[6]]  # that loss leaves a learned weight aside
+    for leaf in learned:
+        leaf.requires_grad_()
     loss = backend.loss(*values, *how, **third)
     upstream = torch.linspace(0.5, 2, max(1, loss.numel())).to(loss)[: loss.numel()].view_as(loss)
     loss.backward(upstream)
-    return loss.detach(), values[0].grad, values[6].grad
+    return loss.detach(), *(leaf.grad for leaf in learned)
 
 
 def compare_losses(arguments, how, **third):
@@ -580,9 +583,10 @@ def compare_losses(arguments, how, **third):
 
 @diagonal(
     8,
-    case=[(*LAYOUTS[0], function) for function in FUNCTIONS] + [(*layout, "mse") for layout in LAYOUTS[1:]],
+    case=[(*LAYOUTS[0], function) for function in (*FUNCTIONS, COMBINED)]
+    + [(*layout, "mse") for layout in LAYOUTS[1:]],
     dtype=DTYPES,
-    reduction=["mean", "sum", "none"],
+    reduction=["mean", "sum", "none", "elements"],
 )
 def test_loss_and_gradients(case, dtype, reduction):
     shape, rows, function = case

@@ -85,6 +85,22 @@ def test_the_loss_and_its_backward(dtype):
     assert moved(call) == [("loss", 3 * full + rows, ROWS), backward]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_by_elements(dtype):
+    """The errors are written in one pass. One more reads the upstream gradient, of each or of a row."""
+    full, stored = ELEMENTS * dtype.itemsize, ELEMENTS * 4
+    prediction, x0, n = data(dtype).requires_grad_(), data(dtype), data(dtype)
+    how = *gathered(0, 1), None, *gathered(2), None, None, "mse", "none", "elements"
+    read = 3 * full + 3 * ROWS + INDEX
+    for upstream, more in (
+        (data(), stored),
+        (row().expand(SHAPE), ROWS),
+        (torch.tensor(0.5, device=DEVICE).expand(SHAPE), 4),
+    ):
+        call = lambda upstream=upstream: triton.loss(prediction, x0, n, *how).backward(upstream)  # noqa: E731
+        assert moved(call) == [("loss", read, stored), ("loss", read + more, full)]
+
+
 def test_masks_count_as_what_they_store():
     prediction, n = data().requires_grad_(), data()
     mask, full = torch.ones(1, 1, 8, 8, dtype=torch.bool, device=DEVICE), ELEMENTS * 4

@@ -154,7 +154,8 @@ def losses():
         )
         for reduction in (("mean", "none") if k % 2 else ("mean",))
     ]
-    for k, (kind, mask, normalization, reduction) in enumerate(plain + masked):
+    elements = [(kind, "none", "none", "elements") for kind in t_of]
+    for k, (kind, mask, normalization, reduction) in enumerate(plain + masked + elements):
         t, options = t_of[kind], {"mask": masks[mask], "mask_normalization": normalization, "reduction": reduction}
         if k % 3 == 1:
             options["weight"] = draw(t.shape)
@@ -200,8 +201,9 @@ def check_losses(rank):
             close(got.detach(), want, float(value.abs().max()), what)
             (got * factors_here).sum().backward()
             scale = float(gradient.abs().max())
-            close(prediction.grad / (part.size if part.averaged else 1), cut(gradient, start, sizes), scale, what)
-            if options["reduction"] != "none" and k % 3 == 0:
+            averaged = part.averaged and options["reduction"] != "elements"  # which the caller reduces
+            close(prediction.grad / (part.size if averaged else 1), cut(gradient, start, sizes), scale, what)
+            if options["reduction"] not in ("none", "elements") and k % 3 == 0:
                 loss, at_once = objective.loss_and_gradient(prediction, noised, **mine)
                 same(loss, got.detach())
                 same(at_once, prediction.grad)
@@ -380,6 +382,7 @@ def check_one_all_reduce(rank):
     try:
         for how, numbers in (
             ({}, [1]), ({"reduction": "sum"}, [1]), ({"reduction": "none"}, []),
+            ({"reduction": "elements"}, []),
             *(({"mask": mask, "mask_normalization": name}, [2]) for name in ("row", "sample", "global")),
             ({"mask": mask}, [1]), ({"mask": mask, "mask_normalization": "row", "reduction": "none"}, []),
         ):  # fmt: skip

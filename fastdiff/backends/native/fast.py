@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import LossCall, Packed
+from ...calls import Combination, LossCall, Packed
 from ...codes import DTYPES
 from ...program import OF_LOSS, OF_NOISE, Program
 from ...tensors import number
@@ -79,7 +79,7 @@ def noise(
 def loss(
     program: Program,
     present: int,
-    function: str,
+    function: str | Combination,
     prediction: Tensor,
     x0: Tensor | None,
     n: Any,
@@ -121,7 +121,7 @@ def loss(
         weight = one.new_full((), weight)
     if upstream is not None:
         ahead, upstream = True, number(upstream, one.dtype, one.device)
-    rho, (by, kind), starts = FUNCTIONS[function], codes, None if packed is None else packed.starts
+    rho, (by, kind), starts = FUNCTIONS.get(function, function), codes, None if packed is None else packed.starts
     made = _C.fast_loss(
         source, present, rho, prediction, x0, n, t, one, ahead, _threads(), mask, by, kind, weight, upstream, starts
     )

@@ -16,8 +16,8 @@ from ... import modes, recycling
 from ...calls import LossCall, made_from
 from ...tensors import number
 from ...torch_access import _C
-from ..interface import COEFFICIENTS, Backend, differentiable
-from ..layout import memory_order
+from ..interface import COEFFICIENTS, Backend, differentiable, weight_of_elements
+from ..layout import memory_order, of_rows
 from ..reference import rows_of_mean
 from ..saving import save, saved
 from .launch import (
@@ -42,7 +42,7 @@ def declines(call: LossCall) -> str:
     because = unsuited(prediction, x0, n, p, q, scale, weight, c, mask, *made_from(n), y, r)
     if because:
         return because
-    if differentiable(x0, n, p, q, scale, c, mask, y, r):
+    if differentiable(x0, n, p, q, scale, c, mask, y, r, *weight_of_elements(call)):
         return COEFFICIENTS
     if call.packed is None and not fits(prediction.shape, weight, p, q, scale, c, r):
         return "rows that alternate too often for a layout"
@@ -50,8 +50,8 @@ def declines(call: LossCall) -> str:
 
 
 class Made(NamedTuple):
-    """The results of one pass: the loss; and, if they were asked for, the mean of each row and the gradient by the
-    prediction."""
+    """The results of one pass: the loss (of elements: their errors); and, if they were asked for, the mean of each row
+    and the gradient by the prediction."""
 
     value: Tensor | None
     means: Tensor | None
@@ -63,7 +63,7 @@ def run(call: LossCall, backend: Backend) -> Tensor:
     prediction, weight = call.prediction, call.weight
     if not differentiable(prediction, weight):
         return launch(call).value
-    made = launch(call, means=differentiable(weight), gradient=ahead(prediction) and call.reduction != "none")
+    made = launch(call, means=differentiable(weight), gradient=ahead(prediction) and call.reduction in ("mean", "sum"))
     how = call[11:]
     return recorded(prediction, weight, made, call[:11], lambda *tensors: LossCall(*tensors, *how), backend.otherwise)
 
@@ -150,22 +150,29 @@ def launch(
     wanted."""
     prediction, x0, n, p, q, scale, weight, c, mask, y, r, function, normalization, reduction, packed = call
     dtype, shape = weight.dtype, prediction.shape
-    if reduction == "none" and upstream is not None:
-        layout, (w, p_, q_, scale_, c_, r_, up) = arrange(
-            shape, weight, p, q, scale, c, r, upstream.to(dtype), packed=packed
-        )
-    else:
-        layout, (w, p_, q_, scale_, c_, r_) = arrange(shape, weight, p, q, scale, c, r, packed=packed)
-        up = upstream if upstream is None or upstream.dtype == dtype else upstream.to(dtype)
+    elements, d_errors = reduction == "elements", None
+    if upstream is not None:
+        upstream = upstream.to(dtype)
+        if elements and (by_row := of_rows(upstream, weight.shape, packed)) is None:
+            upstream, d_errors = None, upstream
+        elif elements:
+            upstream = by_row
+    layout, (w, p_, q_, scale_, c_, r_, up) = arrange(shape, weight, p, q, scale, c, r, upstream, packed=packed)
     rows = weight.shape
-    result = weight.new_empty(rows if reduction == "none" else ()) if value else None
+    result = weight.new_empty(rows if reduction == "none" else ()) if value and not elements else None
     row_means = weight.new_empty(rows, dtype=torch.float64) if means else None
     # A prediction in another order is read, and its gradient written, where it lies.
     elsewhere = prediction.ndim <= MOST_DIMS and memory_order(prediction) is not None
     order = (tuple(shape), prediction.stride()) if elsewhere else None
-    m, d = prediction if elsewhere else contiguous(prediction), None
+    m, d, errors = prediction if elsewhere else contiguous(prediction), None, None
     if gradient:
         d = recycling.empty(shape, m.dtype, m.stride()) if elsewhere else empty(shape, m.dtype, m)
+    if elements and value:
+        errors = recycling.empty(shape, dtype, m.stride()) if elsewhere else empty(shape, dtype, m)
+    if d_errors is not None and not elsewhere:
+        d_errors = contiguous(d_errors)
+    elif d_errors is not None and d_errors.stride() != m.stride():
+        d_errors = recycling.empty(shape, dtype, m.stride()).copy_(d_errors)
     # What is pointed at must be held until the call returns.
     x0, n, y = contiguous(x0), contiguous(n), contiguous(y)
     if mask is not None and mask.dtype == torch.int64:
@@ -183,14 +190,16 @@ def launch(
         masked(mask, shape),
         memory(y) if r_ is not None else None,
         memory(r_),
-        FUNCTIONS[function],
+        FUNCTIONS.get(function, function),  # of a weighted sum its numbers
         NORMALIZATIONS[normalization],
-        REDUCTIONS[reduction],
+        REDUCTIONS["sum" if elements else reduction],
         memory(up),
         memory(result),
         memory(row_means),
         memory(d),
+        memory(errors),
+        memory(d_errors),
         order,
         torch.get_num_threads(),
     )
-    return Made(result, row_means, d)
+    return Made(errors if elements else result, row_means, d)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...calls import Combination
+
+_FUNCTIONS = [name for name in Combination._fields if not name.startswith("c_")]
 
 
 class Error(torch.autograd.Function):
@@ -15,7 +20,7 @@ class Error(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(e: Tensor, c: Tensor | None, function: str) -> Tensor:
+    def forward(e: Tensor, c: Tensor | None, function: str | Combination) -> Tensor:
         return error_function(e, c, function)
 
     @staticmethod
@@ -40,8 +45,20 @@ class Error(torch.autograd.Function):
         return sum(parts[1:], parts[0])
 
 
-def error_function(e: Tensor, c: Any, function: str) -> Tensor:
+def _combined(of: Callable[..., Tensor], e: Tensor, c: Any, parts: Combination) -> Tensor:
+    """The weighted sum of ``of(e, c, function)``."""
+    terms = []
+    for function in _FUNCTIONS:
+        strength, own = getattr(parts, function), getattr(parts, f"c_{function}", 1.0)
+        if strength != 0:
+            terms.append(strength * of(e, c if own is None else e.new_full((), own), function))
+    return sum(terms[1:], terms[0])
+
+
+def error_function(e: Tensor, c: Any, function: str | Combination) -> Tensor:
     """rho(e; c), elementwise; c is None for a function without a constant."""
+    if isinstance(function, Combination):
+        return _combined(error_function, e, c, function)
     if function == "mse":
         return e * e
     size = e.abs()
@@ -60,8 +77,10 @@ def error_function(e: Tensor, c: Any, function: str) -> Tensor:
     raise AssertionError(function)
 
 
-def error_derivative(e: Tensor, c: Any, function: str) -> Tensor:
+def error_derivative(e: Tensor, c: Any, function: str | Combination) -> Tensor:
     """d rho / d e; 0 at the corner of |e|."""
+    if isinstance(function, Combination):
+        return _combined(error_derivative, e, c, function)
     if function == "mse":
         return 2 * e
     if function == "l1":
@@ -77,8 +96,12 @@ def error_derivative(e: Tensor, c: Any, function: str) -> Tensor:
     raise AssertionError(function)
 
 
-def _derivative_by_c(e: Tensor, c: Tensor, function: str) -> Tensor:
-    """d rho / d c of the functions that have a constant."""
+def _derivative_by_c(e: Tensor, c: Tensor, function: str | Combination) -> Tensor:
+    """d rho / d c of the functions that have a constant; of a weighted sum, those that have the row's."""
+    if isinstance(function, Combination):
+        of_row = [name for name in _FUNCTIONS if getattr(function, f"c_{name}", 1.0) is None]
+        terms = [getattr(function, name) * _derivative_by_c(e, c, name) for name in of_row]
+        return sum(terms[1:], terms[0])
     size = e.abs()
     if function == "smooth_l1":
         return torch.where(size < c, -0.5 * (e / c) ** 2, torch.where(e.isnan(), e, -0.5))

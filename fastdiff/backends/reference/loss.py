@@ -30,6 +30,8 @@ def run(call: LossCall, backend: Backend) -> Tensor:
     error = Error.apply(e, c, function)
     if mask is not None:
         error = mask.to(weight.dtype) * error
+    if call.reduction == "elements":
+        return _spread(call, weight)[0] * error
     sums = weight * _sums(call, error)
     if call.reduction == "sum":
         return sums.sum().to(weight.dtype)
@@ -44,12 +46,16 @@ def gradient(upstream: Tensor, call: LossCall, backend: Backend) -> Tensor:
     weight, mask = rows(call.weight, call.mask)
     call = call._replace(weight=weight, mask=mask)
     dtype = weight.dtype
-    factor = upstream * sum_rows(weight, weight.shape)
-    if call.reduction != "sum":
-        divisor, count = _divisor(call)
-        factor = factor / divisor
-        factor = factor / count if call.reduction == "mean" and weight.numel() else factor
-    scale, c, spread, factor = _spread(call, call.scale, call.c, weight, factor.to(dtype))
+    scale, c, spread = _spread(call, call.scale, call.c, weight)
+    if call.reduction == "elements":
+        factor = (upstream * spread).to(dtype)
+    else:
+        factor = upstream * sum_rows(weight, weight.shape)
+        if call.reduction != "sum":
+            divisor, count = _divisor(call)
+            factor = factor / divisor
+            factor = factor / count if call.reduction == "mean" and weight.numel() else factor
+        (factor,) = _spread(call, factor.to(dtype))
     kept = _kept(spread, mask)
     e = _scaled_error(call, n, scale, dtype, kept)
     slope = factor * error_derivative(e, c, call.function)

@@ -187,3 +187,46 @@ def derivative(e, inverse_c, FUNCTION: tl.constexpr, ASM: tl.constexpr):
     else:
         tl.static_assert(FUNCTION == "log_cosh")
         return _tanh(e, ASM)
+
+
+@triton.jit
+def _constant(own, of_row):
+    """The constant of a function in a weighted sum; NaN stands for the row's."""
+    return tl.where(own != own, of_row, own)
+
+
+@triton.jit
+def combined_error(e, c, mse, l1, smooth_l1, pseudo_huber, log_cosh, c_smooth_l1, c_pseudo_huber, ASM: tl.constexpr):
+    """The weighted sum of rho(e; c) over the functions whose strength is not 0."""
+    total = tl.zeros_like(e)
+    if mse != 0:
+        total += mse * error(e, c, c, "mse", ASM)
+    if l1 != 0:
+        total += l1 * error(e, c, c, "l1", ASM)
+    if smooth_l1 != 0:
+        own = _constant(c_smooth_l1, c)
+        total += smooth_l1 * error(e, own, reciprocal(own), "smooth_l1", ASM)
+    if pseudo_huber != 0:
+        own = _constant(c_pseudo_huber, c)
+        total += pseudo_huber * error(e, own, reciprocal(own), "pseudo_huber", ASM)
+    if log_cosh != 0:
+        total += log_cosh * error(e, c, c, "log_cosh", ASM)
+    return total
+
+
+@triton.jit
+def combined_derivative(e, c, mse, l1, smooth_l1, pseudo_huber, log_cosh, c_smooth_l1, c_pseudo_huber,
+                        ASM: tl.constexpr):  # fmt: skip
+    """The weighted sum of d rho / d e."""
+    total = tl.zeros_like(e)
+    if mse != 0:
+        total += mse * derivative(e, c, "mse", ASM)
+    if l1 != 0:
+        total += l1 * derivative(e, c, "l1", ASM)
+    if smooth_l1 != 0:
+        total += smooth_l1 * derivative(e, reciprocal(_constant(c_smooth_l1, c)), "smooth_l1", ASM)
+    if pseudo_huber != 0:
+        total += pseudo_huber * derivative(e, reciprocal(_constant(c_pseudo_huber, c)), "pseudo_huber", ASM)
+    if log_cosh != 0:
+        total += log_cosh * derivative(e, c, "log_cosh", ASM)
+    return total

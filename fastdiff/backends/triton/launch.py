@@ -43,7 +43,9 @@ POINTERS = {
 _INT64 = {"seed", "xi_seed", "stream", "xi_stream", "sample_offset", "xi_sample_offset"} | {
     *("first", "t1", "t2", "t3", "t4"),
 }
-_FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance", "least", "most"}
+_FLOATS = {"strength", "xi_strength", "gamma", "size", "size_low", "mean", "both", "clip", "guidance", "least"} | {
+    *("most", "mse", "l1", "smooth_l1", "pseudo_huber", "log_cosh", "c_smooth_l1", "c_pseudo_huber"),
+}
 # Sizes, counts and strides; with the two above, what is never a tensor.
 _NUMBERS = {"steps", "stride", "units", "runs", "blocks", "per", "frames", "shared", "sample_runs", "channel_runs"} | {
     *("m1", "m2", "m3", "s0", "s1", "s2", "s3", "s4", "rows", "parts", "number", "width", "total", "each", "averaged"),
@@ -53,7 +55,7 @@ _SEEDS = {"seed", "xi_seed"}  # a tensor, or a number
 # Full-size data, which is loaded by vectors where it is aligned to 16 bytes.
 _DATA = {"out", "kept", "u", "v", "xi", "prediction", "x0", "n", "gradient", "x", "m", "y", "entry", "log_variance"} | {
     "target", "uncond", "h1", "h2", "h3", "h4", "x0_out", "seen", "mask", "d_u", "d_v",
-    *("moments", "z", "x_t", "d_z", "d_x_t"),
+    *("moments", "z", "x_t", "d_z", "d_x_t", "errors", "d_errors"),
 }  # fmt: skip
 
 _records: list[Launch] | None = None

@@ -8,7 +8,8 @@ and no float64.
 The gradient is written in the same pass where it can be: for the upstream gradient that came last to this loss (1 at
 first), so a loss that is divided or scaled alike each time costs nothing more. That upstream gradient is kept on the
 device (``workspace.Cell``). Backward is one launch that compares on the device, and computes the gradient again if
-another upstream gradient has come. Float16, and masks that normalise, compute the gradient in the backward.
+another upstream gradient has come. Float16, and masks that normalise, compute the gradient in the backward; so does a
+loss by elements, whose errors are stored and not summed.
 """
 
 from __future__ import annotations
@@ -19,21 +20,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ... import modes
-from ...calls import LossCall, Packed
+from ...calls import Combination, LossCall, Packed
 from ...tensors import Gathered
-from ..interface import COEFFICIENTS, Backend, differentiable
-from ..layout import TOKENS, empty_in_order, layout_of, order_of_tokens
+from ..interface import COEFFICIENTS, Backend, differentiable, weight_of_elements
+from ..layout import TOKENS, empty_in_order, layout_of, of_rows, order_of_tokens
 from ..reference import rows_of_mean
 from ..saving import save, saved
 from . import launch
 from .arguments import TYPES, permuted, source_of, starts_on, too_many, unsuited
 from .coefficients import arrange, is_one, shape_of
-from .functions import derivative, error, reciprocal
+from .functions import combined_derivative, combined_error, derivative, error, reciprocal
 from .launch import Kernel
 from .plan import mask_of, order_of, plan, plan_of_sequences, strided, tile_of
 from .reduction import finish, is_last, store_pair, tile_sum, total_of
@@ -42,6 +42,7 @@ from .tiles import (
     entry_of,
     laid_out,
     load,
+    load_mask,
     made_noise,
     place_of,
     place_packed,
@@ -55,41 +56,12 @@ from .workspace import Cell, cell, loss_workspace, of_this_stream, single
 _NO_STRIDES = (1,) * 3 + (0,) * 4
 
 
-@triton.jit
-def _mask(mask, start, place, inside, sizes, strides, DIMS: tl.constexpr, TOGETHER: tl.constexpr, UNIT: tl.constexpr,
-          EVEN: tl.constexpr):  # fmt: skip
-    """The mask of each element: laid out as the data (DIMS = 0), or strided in up to four dimensions. TOGETHER: whether
-    the elements of a unit share their divisions, and are neighbours in memory (see ``plan.Mask``)."""
-    if DIMS == 0:
-        pointer = mask + start + place
-    else:
-        offset = start + place
-        # Sizes are below 2^31 but where offsets have 64 bits; the division of unsigned numbers is the shorter one.
-        rest = offset if offset.dtype == tl.int64 else offset.to(tl.uint32)
-        if TOGETHER != "none":
-            rest = rest // UNIT
-        at = rest * 0
-        for k in tl.static_range(DIMS - 1):
-            size = sizes[2 - k].to(rest.dtype)
-            at += rest % size * strides[3 - k].to(rest.dtype)
-            rest = rest // size
-        at += rest * strides[4 - DIMS].to(rest.dtype)
-        if TOGETHER == "apart":
-            at = at + place % UNIT * strides[4].to(rest.dtype)
-        pointer = mask + at.to(offset.dtype)
-        if TOGETHER == "neighbours":
-            pointer = mask + at.to(offset.dtype) * UNIT + place % UNIT
-    if EVEN:
-        return tl.load(pointer).to(tl.float32)
-    else:
-        return tl.load(pointer, mask=inside, other=0).to(tl.float32)
-
-
 @Kernel
 def loss(
-    prediction, x0, n, third, gradient, mask, p, q, scale, weight, c, r, index, seed, ids, starts,
+    prediction, x0, n, third, gradient, mask, errors, d_errors, p, q, scale, weight, c, r, index, seed, ids, starts,
     upstream, used, assumed, result, means, divisor, counters, partials,
     stream, sample_offset, strength, size, size_low, mean, both,
+    mse, l1, smooth_l1, pseudo_huber, log_cosh, c_smooth_l1, c_pseudo_huber,
     m1, m2, m3, s0, s1, s2, s3, s4, rows, averaged, parts, number,
     steps, stride, units, runs, blocks, per, frames, shared, sample_runs, channel_runs,
     c_size, c_factor, c_shift, h_size, h_factor, h_shift, w_size, w_factor, w_shift,
@@ -109,10 +81,15 @@ def loss(
     ``used``. In a backward pass it is made for ``upstream``. If a forward pass wrote a gradient and ``upstream`` equals
     ``used``, that gradient is right, and nothing is done. Prediction and gradient may lie in another ORDER.
 
+    If there are ``errors``, the weighted error of each element is stored there. ``d_errors``: the upstream gradient of
+    each. Both lie as the prediction does.
+
     Args:
         number: how many sums the last stage adds up.
         size, size_low: how many elements a row has, as a pair of float32; 1 for reduction "sum". OWN: each packed
             sequence has its own ("yes"), an empty one that of one element ("or one"); otherwise "no".
+        mse, ..., log_cosh, c_smooth_l1, c_pseudo_huber: the strengths and constants of a weighted sum of error
+            functions, of FUNCTION "combined"; a constant of NaN is the row's.
         averaged: how many rows a mean is over where no mask's sum divides.
         mean: 1 / averaged for reduction "mean", otherwise 1.
         both: mean / size.
@@ -201,12 +178,16 @@ def loss(
         constant = coefficient(c, row, entry, found, stride, C_KIND)
         inverse = reciprocal(constant)
     if MASK_DIMS >= 0:
-        kept = _mask(mask, start, place, inside, (m1, m2, m3), (s0, s1, s2, s3, s4), MASK_DIMS, TOGETHER, UNIT, EVEN)
+        kept = load_mask(
+            mask, start, place, inside, (m1, m2, m3), (s0, s1, s2, s3, s4), MASK_DIMS, TOGETHER, UNIT, EVEN
+        )
     if WEIGHT_KIND != "none":
         strong = coefficient(weight, row, entry, found, stride, WEIGHT_KIND)
 
     if gradient is not None:
-        if UPSTREAM != "none":
+        if d_errors is not None:
+            outer = load(d_errors, own_start, own_place, inside, EVEN, UNIT, ASM, EMULATE)
+        elif UPSTREAM != "none":
             outer = coefficient(upstream, row, entry, found, stride, UPSTREAM)
         else:
             outer = tl.load(assumed)
@@ -224,6 +205,9 @@ def loss(
             k = k * factor
         if FUNCTION == "mse":
             slope = (2.0 * k) * e
+        elif FUNCTION == "combined":
+            slope = k * combined_derivative(e, constant, mse, l1, smooth_l1, pseudo_huber, log_cosh, c_smooth_l1,
+                                            c_pseudo_huber, ASM)  # fmt: skip
         else:
             slope = k * derivative(e, inverse, FUNCTION, ASM)
         if MASK_DIMS >= 0:
@@ -237,10 +221,19 @@ def loss(
         store(gradient, own_start, own_place, slope, learns, False, EMULATE)
         store(gradient, own_start, own_place, tl.zeros_like(slope), left_out, False, EMULATE)
 
-    if result is not None:
-        value = error(e, constant, inverse, FUNCTION, ASM)
+    if result is not None or errors is not None:
+        if FUNCTION == "combined":
+            value = combined_error(e, constant, mse, l1, smooth_l1, pseudo_huber, log_cosh, c_smooth_l1,
+                                   c_pseudo_huber, ASM)  # fmt: skip
+        else:
+            value = error(e, constant, inverse, FUNCTION, ASM)
         if MASK_DIMS >= 0:
             value = tl.where(kept == 0, 0.0, value * kept)
+
+    if errors is not None:
+        store(errors, own_start, own_place, tl.where(strong == 0, 0.0, strong * value), inside, EVEN, EMULATE)
+
+    if result is not None:
         if not EVEN:
             value = tl.where(inside, value, 0.0)
         if R > 1:
@@ -292,7 +285,8 @@ def declines(call: LossCall) -> str:
     because = unsuited(prediction.device, (prediction, x0, n, y), (p, q, scale, weight, c, r), images=True)
     if because:
         return because
-    if differentiable(x0, n, p, q, scale, c, mask, y, r) or (isinstance(weight, Gathered) and differentiable(weight)):
+    fixed = x0, n, p, q, scale, c, mask, y, r, *weight_of_elements(call)
+    if differentiable(*fixed) or (isinstance(weight, Gathered) and differentiable(weight)):
         return COEFFICIENTS
     if call.packed is not None and (because := too_many(call.packed)):
         return because
@@ -321,7 +315,7 @@ class Made(NamedTuple):
     """The results of one pass.
 
     Attributes:
-        value: the loss.
+        value: the loss; of elements, their errors.
         means: the mean of each row, as pairs of float32 [2, rows]; None if it was not asked for.
         divisor: the factors of gradients where the mask's sum divides; otherwise None.
         written: the gradient by the prediction, the upstream gradient that it was made for, and the cell that this came
@@ -340,7 +334,7 @@ def run(call: LossCall, backend: Backend) -> Tensor:
     prediction, weight = call.prediction, call.weight
     if not differentiable(prediction, weight):
         return _pass(call).value
-    written = ahead(prediction) and call.reduction != "none" and not masks_divide(call)
+    written = ahead(prediction) and call.reduction in ("mean", "sum") and not masks_divide(call)
     made, how = _pass(call, means=differentiable(weight), gradient=written), call[11:]
     divisor = made.divisor  # of ``made`` no more is held: its cell is waiting as long as somebody holds it
 
@@ -490,7 +484,9 @@ def _pass(call: LossCall, *, means: bool = False, gradient: bool = False, upstre
     def new(shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    result = new(rows if reduction == "none" else ())
+    elements = reduction == "elements"
+    errors = _like_prediction(laid, torch.float32) if elements else None
+    result = None if elements else new(rows if reduction == "none" else ())
     row_means = new((2, *rows)) if means else None
     divisor = None if not masks_divide(call) else new(math.prod(rows) + 1 if normalization == "row" else 1)
     used = last = assumed = None
@@ -501,9 +497,12 @@ def _pass(call: LossCall, *, means: bool = False, gradient: bool = False, upstre
         used, last = new(1), cell(device, _kind(laid, function, reduction))
         assumed = last.value
     launched = loss_launch(
-        laid, *how, d, used=used, assumed=assumed, upstream=upstream, result=result, means=row_means, divisor=divisor
+        laid, *how, d, used=used, assumed=assumed, upstream=upstream, result=result, means=row_means, divisor=divisor,
+        errors=errors,
     )  # fmt: skip
     loss(device, *launched)
+    if elements:
+        return Made(errors if laid.back is None else errors.permute(laid.back))
     if laid.back is not None:
         result = result.permute(laid.back).contiguous() if reduction == "none" else result
         row_means = row_means if row_means is None else row_means.permute(0, *(1 + k for k in laid.back))
@@ -511,13 +510,13 @@ def _pass(call: LossCall, *, means: bool = False, gradient: bool = False, upstre
     return Made(result, row_means, divisor, None if d is None else (d, used, last))
 
 
-def _like_prediction(laid: Laid) -> Tensor:
-    """New memory for its gradient, in the same order."""
+def _like_prediction(laid: Laid, dtype: torch.dtype | None = None) -> Tensor:
+    """New memory for its gradient, or in ``dtype``, in the same order."""
     prediction = laid.data[0]
-    return empty_in_order(laid.shape, TOKENS.get(laid.order), prediction.dtype, prediction.device)
+    return empty_in_order(laid.shape, TOKENS.get(laid.order), dtype or prediction.dtype, prediction.device)
 
 
-def _kind(laid: Laid, function: str, reduction: str) -> tuple:
+def _kind(laid: Laid, function: str | Combination, reduction: str) -> tuple:
     """A key that tells a loss apart from others. It is a hint, see ``workspace.cell``."""
     types = (t.dtype if isinstance(t, Tensor) else type(t) for t in laid.data)
     tables = (c.column.data_ptr() for c in laid.coefficients if isinstance(c, Gathered))
@@ -536,15 +535,28 @@ def _gradient(
         d, used, last = written
         d = laid.ordered(d)
         assumed = of_this_stream(last, prediction.device).value
-    upstream = laid.ordered(upstream).to(torch.float32)
-    launched = loss_launch(laid, *call[11:14], d, used=used, assumed=assumed, upstream=upstream, divisor=divisor)
+    upstream, d_errors = laid.ordered(upstream).to(torch.float32), None
+    if call.reduction == "elements":
+        by_row = of_rows(upstream, laid.rows_shape, laid.packed)
+        upstream, d_errors = by_row, _as_prediction(laid, upstream) if by_row is None else None
+    launched = loss_launch(
+        laid, *call[11:14], d, used=used, assumed=assumed, upstream=upstream, divisor=divisor, d_errors=d_errors
+    )  # fmt: skip
     loss(prediction.device, *launched)
     return d if laid.back is None else d.permute(laid.back)
 
 
+def _as_prediction(laid: Laid, upstream: Tensor) -> Tensor:
+    """``upstream``, lying in memory as the prediction does."""
+    if laid.order == "none":
+        return upstream.contiguous()
+    same = order_of_tokens(upstream) == laid.order
+    return upstream if same else _like_prediction(laid, upstream.dtype).copy_(upstream)
+
+
 def loss_launch(
     laid: Laid, function, normalization, reduction, gradient, *,
-    used=None, assumed=None, upstream=None, result=None, means=None, divisor=None,
+    used=None, assumed=None, upstream=None, result=None, means=None, divisor=None, errors=None, d_errors=None,
 ) -> tuple[tuple[int, int], tuple, tuple]:  # fmt: skip
     """The launch of a loss, of its gradient, or of both: (grid, arguments, constants)."""
     prediction, x0, n, y = laid.data
@@ -573,16 +585,19 @@ def loss_launch(
     counters = partials = None
     if result is not None:
         counters, partials = loss_workspace(device, how.rows, how.parts, number)
-    size = 1.0 if reduction == "sum" else elements / how.rows
+    size = 1.0 if reduction in ("sum", "elements") else elements / how.rows
     mean = 1.0 / averaged if reduction == "mean" else 1.0
     *pointers, up = rows.pointers
+    strengths = (None,) * len(Combination._fields)
+    if isinstance(function, Combination):
+        strengths, function = tuple(math.nan if number is None else number for number in function), "combined"
     return (
         how.grid,
         (
-            *(prediction, x0, n if kind == "tensor" else None, y, gradient, laid.mask),
+            *(prediction, x0, n if kind == "tensor" else None, y, gradient, laid.mask, errors, d_errors),
             *(*pointers, rows.index, *source[:2], starts),
             *(up, used, assumed, result, means, divisor, counters, partials),
-            *(*source[2:], high := float32(size), size - high, mean, mean / size),
+            *(*source[2:], high := float32(size), size - high, mean, mean / size, *strengths),
             *(*mask.numbers, how.rows, averaged, how.parts, number),
             *(rows.steps, rows.stride, *how.numbers, how.sample_runs, how.channel_runs, *numbers),
         ),

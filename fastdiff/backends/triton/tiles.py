@@ -196,6 +196,36 @@ def load(pointer, start, place, inside, EVEN: tl.constexpr, UNIT: tl.constexpr, 
 
 
 @triton.jit
+def load_mask(mask, start, place, inside, sizes, strides, DIMS: tl.constexpr, TOGETHER: tl.constexpr,
+              UNIT: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """The mask of each element: laid out as the data (DIMS = 0), or strided in up to four dimensions. TOGETHER: whether
+    the elements of a unit share their divisions, and are neighbours in memory (see ``plan.Mask``)."""
+    if DIMS == 0:
+        pointer = mask + start + place
+    else:
+        offset = start + place
+        # Sizes are below 2^31 but where offsets have 64 bits; the division of unsigned numbers is the shorter one.
+        rest = offset if offset.dtype == tl.int64 else offset.to(tl.uint32)
+        if TOGETHER != "none":
+            rest = rest // UNIT
+        at = rest * 0
+        for k in tl.static_range(DIMS - 1):
+            size = sizes[2 - k].to(rest.dtype)
+            at += rest % size * strides[3 - k].to(rest.dtype)
+            rest = rest // size
+        at += rest * strides[4 - DIMS].to(rest.dtype)
+        if TOGETHER == "apart":
+            at = at + place % UNIT * strides[4].to(rest.dtype)
+        pointer = mask + at.to(offset.dtype)
+        if TOGETHER == "neighbours":
+            pointer = mask + at.to(offset.dtype) * UNIT + place % UNIT
+    if EVEN:
+        return tl.load(pointer).to(tl.float32)
+    else:
+        return tl.load(pointer, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
 def store(pointer, start, place, value, inside, EVEN: tl.constexpr, EMULATE: tl.constexpr):
     stored = narrow(value, pointer.dtype.element_ty, EMULATE)
     if EVEN:

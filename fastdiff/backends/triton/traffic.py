@@ -10,6 +10,7 @@ from torch import Tensor
 from ..layout import stored_elements
 
 _WRITTEN = {"out", "kept", "target", "gradient", "used", "result", "means", "y", "x0_out", "entry", "seen"} | {
+    "errors",
     *("columns", "drawn", "d_u", "d_v", "z", "x_t"),
     *("sum_uu", "sum_uv", "sum_vv", "sum_ss", "sum_l1", "sum_v1", "sum_u", "sum_v"),
 }

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...backends import reference
-from ...backends.interface import COEFFICIENTS, Backend, able, differentiable
+from ...backends.interface import COEFFICIENTS, Backend, able, differentiable, weight_of_elements
 from ...backends.registry import get
-from ...calls import LossCall
+from ...calls import Combination, LossCall
 from ...tensors import number
 from .declaring import (
     PACKED,
@@ -27,24 +28,29 @@ from .declaring import run as runs
 
 _ARGUMENTS = (
     f"Tensor prediction, Tensor weight, Tensor? x0, {noise_arguments('n')}, Tensor? p, Tensor? q, Tensor? scale, "
-    "Tensor? c, Tensor? mask, Tensor? y, Tensor? r, str function, str normalization, str reduction, "
+    "Tensor? c, Tensor? mask, Tensor? y, Tensor? r, str function, float[] combined, str normalization, str reduction, "
     f"{PACKED}"
 )
 
 
 def _call(prediction: Tensor, weight: Tensor, x0: Tensor | None, *arguments: Any) -> LossCall:
     """A loss from the arguments of its operator."""
-    n, (p, q, scale, *others, starts, dim) = source(arguments)
-    return LossCall(prediction, x0, n, p, q, scale, weight, *others, packed_of(starts, dim))
+    n, (p, q, scale, c, mask, y, r, function, combined, *how, starts, dim) = source(arguments)
+    if combined:
+        function = Combination(*(None if math.isnan(number) else number for number in combined))
+    return LossCall(prediction, x0, n, p, q, scale, weight, c, mask, y, r, function, *how, packed_of(starts, dim))
 
 
 def _fake(prediction, weight, *arguments):
+    if arguments[-3] == "elements":
+        return torch.empty_like(prediction, dtype=weight.dtype)
     return weight.new_empty(weight.shape if arguments[-3] == "none" else ())
 
 
 @declare("loss", f"({_ARGUMENTS}) -> Tensor", _fake)
 def _loss(prediction, *arguments):
-    return runs(_call(prediction, *arguments), prediction)
+    result = runs(_call(prediction, *arguments), prediction)
+    return strided(result, prediction) if arguments[-3] == "elements" else result
 
 
 def _fake_gradient(upstream, prediction, *arguments):
@@ -95,7 +101,7 @@ torch.library.register_autograd("fastdiff::loss", _backward, setup_context=keep_
 
 def declines(call: LossCall) -> str:
     operands = (call.x0, call.n, call.p, call.q, call.scale, call.c, call.mask, call.y, call.r)
-    return COEFFICIENTS if differentiable(*operands) else ""
+    return COEFFICIENTS if differentiable(*operands, *weight_of_elements(call)) else ""
 
 
 def run(call: LossCall, backend: Backend) -> Tensor:
@@ -108,7 +114,11 @@ def value_and_gradient(upstream: Tensor | float, call: LossCall, backend: Backen
 
 
 def _arguments_of(call: LossCall) -> tuple[Any, ...]:
-    prediction, x0, n, p, q, scale, weight, *others, packed = call
+    prediction, x0, n, p, q, scale, weight, c, mask, y, r, function, *how, packed = call
+    combined = []
+    if isinstance(function, Combination):
+        function, combined = "combined", [math.nan if number is None else number for number in function]
     made = parts(n if q is not None else None, prediction.device)
     x0 = x0 if p is not None else None
-    return prediction, weight, x0, *made, p, q, scale, *others, *(packed or (None, None))
+    how = c, mask, y, r, function, combined, *how
+    return prediction, weight, x0, *made, p, q, scale, *how, *(packed or (None, None))
