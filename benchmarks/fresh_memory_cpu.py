@@ -161,14 +161,14 @@ def load() -> str:
     return ", ".join(f"{average:.1f}" for average in os.getloadavg())
 
 
-def report(preload: list[str], compiled: bool) -> None:
+def report(all_threads: list[int], preload: list[str], compiled: bool) -> None:
     before, start = load(), time.perf_counter()
     ways = {"The C library as it is": {}, "The C library keeps what is freed": KEPT_HEAP}
     ways.update({f"{Path(library).name} in its place": {"LD_PRELOAD": library} for library in preload})
     tables = {}
     for way, settings in ways.items():
         names = ["fastdiff", "eager"] + ["torch.compile"] * (compiled and not settings)
-        tables[way] = names, [row for threads in (1, 2) for row in measured(names, threads, settings)]
+        tables[way] = names, [row for threads in all_threads for row in measured(names, threads, settings)]
     grown = growth()
     print("# New memory in a training step on a CPU\n")
     print(f"`{COMMAND}`, {datetime.date.today()}: {platform.machine()}, {os.cpu_count()} cores,")
@@ -193,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=COMMAND, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="how many a step has (1 2)")
     parser.add_argument("--preload", nargs="*", default=[], metavar="LIBRARY", help="paths, as of libtcmalloc.so")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--serve", nargs=2, metavar=("WHO", "THREADS"), help="be one of the processes")
@@ -200,7 +201,7 @@ def main() -> None:
     if given.serve is not None:
         serve(given.serve[0], int(given.serve[1]))
     else:
-        report(given.preload, not given.no_compile)
+        report(given.threads, given.preload, not given.no_compile)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ bool same_shape(const View& a, const View& b) {
 
 py::object make_like(PyObject* tensor, DType has, DType dtype, int64_t elements, Output& to) {
   PyObject* const arguments[] = {tensor, dtypes[int(dtype)]};
-  PyObject* const make = int64_t(size_of(int(dtype))) * elements < large_bytes ? empty_like_function : large_empty_like_function;
+  const bool large = int64_t(size_of(int(dtype))) * elements >= large_bytes;
+  PyObject* const make = large ? large_empty_like_function : empty_like_function;
   py::object made = owned(has == dtype ? PyObject_CallOneArg(make, tensor)
                                        : PyObject_Vectorcall(make, arguments, 1, dtype_names));
   View found;

@@ -121,7 +121,7 @@ def reason() -> str:
 
 def _trim() -> None:
     """Have the C library give back to the system what is free, where it has a function for that."""
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -166,9 +166,11 @@ def _look_if_due(*_: Any) -> None:
     for kept in tuple(_kept):
         if kept.held():
             kept.unused_since = None
-        elif kept.unused_since is None and kept.free():
+            continue
+        free, since = kept.free(), kept.unused_since  # both once: another thread may take it at any time
+        if free and since is None:
             kept.unused_since = now
-        elif not kept.free() or now - kept.unused_since > SECONDS:
+        elif not free or now - since > SECONDS:
             with contextlib.suppress(ValueError):
                 _kept.remove(kept)
 
