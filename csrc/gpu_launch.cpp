@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "fastcall.h"
+#include "philox.h"
 #include "tensors.h"
 
 namespace fastdiff {
@@ -402,12 +403,30 @@ void keep(py::capsule sequences, py::tuple given, py::tuple launches, py::tuple 
   all.kept[arguments.key] = kept;
 }
 
+// ---- a generator of a GPU
+
+py::object ask(py::handle generator, const char* method) { return owned(PyObject_CallMethod(generator.ptr(), method, nullptr)); }
+
+// draw_seed(generator) -> what torch.randint(-2**63, 2**63 - 1, (1,)) draws from it on a GPU, which takes the first two words of
+// Philox4x32-10 at its offset and moves that on by four. One call, so that no other Python thread comes between.
+int64_t draw_seed(py::handle generator) {
+  const uint64_t seed = PyLong_AsUnsignedLongLongMask(ask(generator, "initial_seed").ptr());
+  const uint64_t offset = PyLong_AsUnsignedLongLong(ask(generator, "get_offset").ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  owned(PyObject_CallMethod(generator.ptr(), "set_offset", "K", (unsigned long long)(offset + 4)));
+  // The counter counts groups of four words: its lower half stands where our noise has group and stream.
+  const philox::Words words = philox::words(seed, uint32_t(offset / 4), uint32_t((offset / 4) >> 32), 0);
+  const uint64_t bits = uint64_t(words.o[0]) << 32 | words.o[1];
+  return int64_t((bits == ~uint64_t(0) ? 0 : bits) + (uint64_t(1) << 63));
+}
+
 }  // namespace
 
 void bind_gpu_launch(py::module_& module) {
   module.def("gpu_open", open);
   module.def("gpu_sequences", sequences);
   module.def("gpu_keep", keep);
+  module.def("draw_seed", draw_seed);
 }
 
 }  // namespace fastdiff

@@ -5,12 +5,15 @@ Kernels are not compiled here, but in ``test_triton_launchers.py``: a function o
 
 import ctypes
 import itertools
+import random as randoms
 import struct
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "stand_in"))
@@ -18,7 +21,7 @@ import driver
 
 import fastdiff
 from fastdiff import objective as objectives
-from fastdiff import process, torch_access
+from fastdiff import philox, process, torch_access
 from fastdiff.backends.triton import arguments as taken
 from fastdiff.backends.triton import fast, launch, sequence, workspace
 from fastdiff.backends.triton.affine import affine
@@ -258,6 +261,222 @@ def test_what_a_training_step_costs_the_host(gpu, kind):
     # 41, 31 and 23, and room for another PyTorch.
     most = {"noise": 46, "loss": 36, "backward": 28}
     assert all(entered[name] <= most[name] for name in most), entered
+
+
+def odd(shape, dtype):
+    """Contiguous, and not aligned to 16 bytes."""
+    return torch.zeros(1 + torch.Size(shape).numel(), dtype=dtype)[1:].view(shape)
+
+
+def some_tensor(random, shape, dtype):
+    """Of a shape, or like it: not aligned, not contiguous, of another size, an expanded one, empty, of a class."""
+    rare = "odd", "strided", "longer", "shorter", "expanded", "empty", "parameter", "grad"
+    kind = random.choice(rare) if random.random() < 0.15 else "plain"
+    shape = tuple(shape)
+    if kind == "odd":
+        return odd(shape, dtype)
+    if kind == "strided":
+        return torch.zeros(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+    if kind == "longer":
+        return torch.zeros(*shape, 2, dtype=dtype)
+    if kind == "shorter":
+        return torch.zeros(shape[:-1], dtype=dtype)
+    if kind == "expanded":
+        return torch.zeros((), dtype=dtype).expand(shape)
+    if kind == "empty":
+        return torch.zeros(0, *shape[1:], dtype=dtype)
+    made = torch.zeros(shape, dtype=dtype)
+    if kind == "parameter":
+        return torch.nn.Parameter(made, requires_grad=dtype.is_floating_point)
+    return made.requires_grad_() if kind == "grad" and dtype.is_floating_point else made
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_what_is_wrong_or_rare_ends_as_by_python(gpu, monkeypatch, start):
+    """Calls with arguments of any kind: the same launches, or the same error and none."""
+    random, shapes = randoms.Random(start), [(2, 3, 8), (1, 4, 4, 4), (5, 7), (3,), (2, 2, 31)]
+    objectives = [KINDS[kind]() for kind in ("v, min-SNR", "SD3")]
+    floating = [*DATA, torch.float64, torch.int64, torch.uint8]
+    by_cpp, raised, both = 0, 0, Both(gpu, monkeypatch, {})
+    for _ in range(60):
+        objective, shape = random.choice(objectives), random.choice(shapes)
+        dtype = random.choice(DATA) if random.random() < 0.8 else random.choice(floating)
+        x0, prediction = some_tensor(random, shape, dtype), some_tensor(random, shape, random.choice(DATA))
+        if random.random() < 0.8 and prediction.is_leaf and prediction.is_floating_point():
+            prediction = prediction.detach().requires_grad_()
+        seeds = [0, -1, 2**63, 2**64 - 1, 2**64, None, 1.5, torch.tensor([4]), torch.tensor([4, 5])]
+        how = {"seed": random.choice(seeds) if random.random() < 0.5 else 7}
+        if random.random() < 0.5:
+            discrete = objective.process.discrete
+            kinds = [torch.int64] * 3 + [torch.float32] if discrete else [torch.float64, torch.float32, torch.int64]
+            how["t"] = some_tensor(random, shape[:1], random.choice(kinds))
+        if random.random() < 0.3:
+            how["noise"] = some_tensor(random, shape, random.choice([*DATA, torch.float64]))
+        if random.random() < 0.3:
+            ids = torch.arange(shape[0])
+            how |= random.choice([{"sample_offset": 2**62}, {"sample_offset": 2**70}, {"ids": ids}, {"ids": ids + 1}])
+        if random.random() < 0.2:
+            how["rng"] = random.choice(["fast", "exact", "slow"])
+        if random.random() < 0.2:
+            how["dtype"] = random.choice(DATA)
+        objective.noise_offset = random.choice([0.0, 0.0, 0.25])
+        given = {"x0": x0, "prediction": prediction, **how}
+        named = {v.data_ptr(): name for name, v in given.items() if isinstance(v, torch.Tensor) and v.numel()}
+        both.named = named
+        state = torch.get_rng_state()
+
+        def noise(objective=objective, x0=x0, how=how, state=state):
+            torch.set_rng_state(state)
+            return objective.noise(x0, **how)
+
+        failed, _, noised, by = both(noise)
+        raised, by_cpp = raised + (failed is not None), by_cpp + by
+        if noised is not None:
+            failed, _, value, by = both(lambda o=objective, p=prediction, n=noised: o.loss(p, n))
+            raised, by_cpp = raised + (failed is not None), by_cpp + by
+            if failed is None and value.requires_grad:
+                values = iter([objective.loss(prediction, noised) for _ in range(3)])
+                both(lambda values=values: next(values).backward(retain_graph=True))
+                prediction.grad = None
+    assert by_cpp > 20 and raised > 5, (by_cpp, raised)
+
+
+def test_data_that_is_not_aligned_and_other_contexts_are_for_python(gpu, monkeypatch):
+    """And what is collected, traced or captured. Launches are made all the same; those of C++ go on afterwards."""
+    objective, shape = KINDS["v, min-SNR"](), (2, 4, 8, 8)
+    x0, wrong = torch.zeros(shape), odd(shape, torch.float32)
+    both = Both(gpu, monkeypatch, {x0.data_ptr(): "x0", wrong.data_ptr(): "wrong"})
+    library = gpu.library
+
+    def by_cpp(x0=x0):
+        """What the function of C++ returned; launches were two, on the stream and the GPU that are current."""
+        both.by_cpp.clear()
+        since = library.stand_in_launched()
+        objective.noise(x0, seed=1)
+        assert len(gpu.written(since)) == 2
+        return both.by_cpp
+
+    assert by_cpp() == [None] and type(by_cpp()[0]) is tuple
+    assert by_cpp(wrong) == [False] == by_cpp(wrong)
+    with launch.launches() as found:
+        assert by_cpp() == [] and found == ["coefficients", "affine"]
+    library.stand_in_here(0, 8, 0, 0)  # another stream
+    since = library.stand_in_launched()
+    assert type(by_cpp()[0]) is tuple and [how[4] for how, *_ in gpu.written(since)] == [8, 8]
+    library.stand_in_here(1, 8, 0, 0)  # another GPU: it is another call
+    since = library.stand_in_launched()
+    assert by_cpp() == [None] and type(by_cpp()[0]) is tuple
+    assert {how[5] for how, *_ in gpu.written(since)} == {1}
+    library.stand_in_here(0, 7, 0, 0)
+    with fastdiff.modes.forward_ad.dual_level():
+        assert both.by_cpp.clear() is None and objective.noise(x0, seed=1) and both.by_cpp == [False]
+    assert type(by_cpp()[0]) is tuple
+
+
+class Made(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "detach" not in function.name():
+            self.made.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_was_warmed_up_is_captured(gpu, monkeypatch, kind):
+    """With seeds that are drawn on the host before: all kernels that take one from the GPU are loaded. C++ makes no
+    tensor; what Python makes, PyTorch takes from the graph's memory. Nothing is looked at or copied."""
+    objective = KINDS[kind]()
+    x0, prediction = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8).requires_grad_()
+    capturing, one = False, torch.tensor(1.0)
+    monkeypatch.setattr(philox, "_drawn_on_host", True)
+    drawn = lambda generator, device: None if capturing else 5  # noqa: E731
+    monkeypatch.setattr(philox, "_draw_on_host", drawn)
+    for module in (launch, workspace):
+        monkeypatch.setattr(module, "is_capturing", lambda device: capturing)
+    both = Both(gpu, monkeypatch, {})
+
+    def step():
+        noised = objective.noise(x0)
+        torch.autograd.grad(objective.loss(prediction, noised), prediction, one)
+        return noised
+
+    torch.use_deterministic_algorithms(False)
+    for _ in range(2):
+        assert type(step().noise_source.seed) is int
+    capturing, compiled = True, len(gpu.kernels)
+    gpu.library.stand_in_here(0, 7, 1, 0)
+    both.by_cpp.clear()
+    since = gpu.library.stand_in_launched()
+    with Made() as found:
+        noised = step()
+    assert both.by_cpp == [None] * 3 and len(gpu.written(since)) == 4 and len(gpu.kernels) == compiled
+    assert isinstance(noised.noise_source.seed, torch.Tensor)
+    made = {
+        "aten::empty.memory_format",
+        "aten::empty_like",
+        "aten::zeros",
+        "aten::randint.low_generator",
+        "aten::split.Tensor",
+    }
+    assert set(found.made) <= made, set(found.made) - made
+    capturing = False
+    gpu.library.stand_in_here(0, 7, 0, 0)
+    assert type(step().noise_source.seed) is int and {type(value) for value in both.by_cpp[3:]} == {tuple}
+
+
+def test_threads_streams_and_devices_do_not_meet(gpu):
+    """Eight threads on four streams and two GPUs, each with tensors of its own."""
+    objective = KINDS["SD3"]()
+    problems, barrier = [], threading.Barrier(8)
+
+    def work(number):
+        device, stream = number % 2, 100 + number % 4
+        gpu.library.stand_in_here(device, stream, 0, number)
+        x0 = torch.zeros(2, 4, 8, 8)
+        prediction = torch.zeros(2, 4, 8, 8).requires_grad_()
+        own[number] = x0, prediction
+        try:
+            barrier.wait()
+            with fastdiff.use_backend("triton"):
+                for k in range(25):
+                    noised = objective.noise(x0, seed=1000 * number + k)
+                    objective.loss(prediction, noised).backward()
+        except Exception as error:
+            problems.append(error)
+
+    own = {}
+    since = gpu.library.stand_in_launched()
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    written = gpu.written(since)
+    assert len(written) == 8 * 25 * 4
+    shared = {}
+    for (_, _, _, _, stream, device), arguments, thread in written:
+        assert (stream, device) == (100 + thread % 4, thread % 2)
+        values = {name: value for name, (_, value) in arguments.items()}
+        x0, prediction = own[thread]
+        assert values.get("u", x0.data_ptr()) == values.get("x0", x0.data_ptr()) == x0.data_ptr()
+        assert values.get("prediction", prediction.data_ptr()) == prediction.data_ptr()
+        assert "seed" not in values or values["seed"] // 1000 == thread
+        for name in ("counters", "partials", "assumed"):
+            if name in values:
+                shared.setdefault((name, values[name]), set()).add(stream)
+    assert all(len(streams) == 1 for streams in shared.values()), shared
+
+
+def test_a_launch_that_the_driver_refuses(gpu, monkeypatch):
+    objective, x0 = KINDS["epsilon"](), torch.zeros(2, 4, 8, 8)
+    monkeypatch.setattr(Compiled, "packed_metadata", (5, 1, 0))  # the stand-in takes four warps
+    objective.noise(x0, seed=1)
+    with pytest.raises(RuntimeError, match=r"not launched: the stand-in refuses this \(CUDA error 1\)"):
+        objective.noise(x0, seed=1)
 
 
 def test_explain_says_what_is_launched_by_python_and_why(gpu, monkeypatch):

@@ -322,8 +322,8 @@ def test_what_a_training_step_costs_the_host(direct, kind, monkeypatch):
             "loss": python_calls(lambda: objective.loss(prediction, noised)),
             "backward": python_calls(loss.backward),
         }
-    # By Python: 65, 83 and 49, and room for another PyTorch. (By C++: see test_gpu_launch.py.)
-    most = {"noise": 70, "loss": 88, "backward": 54}
+    # By Python: 71, 87 and 50, and room for another PyTorch. (By C++: see test_gpu_launch.py.)
+    most = {"noise": 78, "loss": 94, "backward": 56}
     assert all(entered[name] <= most[name] for name in most), entered
 
 

@@ -96,14 +96,14 @@ def _add_rows(to: Launches, program: Program, values: dict[str, Any], draw: Prog
     samples, joined, drawn, columns = len(next(iter(values.values()))), program, None, None
     if draw is not None:
         joined = draw if program.index else program.after(draw)
-        drawn = _example(to, "drawn", values, (samples,), torch.int64 if program.index else torch.float64)
+        drawn = _small(to, "drawn", values, (samples,), torch.int64 if program.index else torch.float64)
         changing = {"drawn": Value("drawn"), **_of_seed(values, "stream_of_t")}
     elif program.index:
         return
     else:
         changing = {"times": Value("t")}
     if not program.index:
-        columns = _example(to, "columns", values, (len(program.outputs), samples))
+        columns = _small(to, "columns", values, (len(program.outputs), samples))
         changing["columns"] = Value("columns")
     seeded = (None, 0, 0) if draw is None else (values["seed"], values["stream_of_t"], values["sample_offset"])
     seed, stream, first = seeded
@@ -148,13 +148,12 @@ def _made(values: dict[str, Any]) -> Seeded:
     return Seeded(seed, stream, samples, strength, "fast" if values["fast"] else "exact")
 
 
-def _example(
+def _small(
     to: Launches, name: str, values: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Has a small tensor made, and adds an example of it to ``values``."""
-    values[name] = torch.empty(shape, dtype=dtype, device=to.device)
-    to.made[name] = values[name], dtype
-    return values[name]
+    to.made[name] = shape, dtype
+    return to.make(name, values)
 
 
 def _like(to: Launches, name: str, values: dict[str, Any], argument: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -388,11 +387,11 @@ def _losses(
     prediction, x0, n = (values[name] for name in _LOSS[:3])
     gradient = values.get("gradient")
     if not backward:
-        what = {"result": _example(to, "result", values, ())}
+        what = {"result": _small(to, "result", values, ())}
         changing = {name: Value(name) for name in ("result", "counters", "partials")}
         if ahead:
             gradient = _like(to, "gradient", values, "prediction")
-            what["used"] = what["assumed"] = _example(to, "used", values, (1,))
+            what["used"] = what["assumed"] = _small(to, "used", values, (1,))
             changing |= {name: Value(name) for name in ("gradient", "used", "assumed")}
     else:
         what = {name: values[name] for name in ("used", "assumed", "upstream")}

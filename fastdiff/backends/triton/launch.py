@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ... import philox
 from ..devices import is_capturing
 from .functions import error
 from .traffic import Launch
@@ -156,7 +157,23 @@ class Kernel:
             with _on(device), _unseen():
                 self.function[grid](*arguments, *constants, **self.options(constants))
             return None
-        # The same distinctions as ``key`` makes, from as few looks as there can be.
+        values, types, aligned = self._looked_at(arguments)
+        short = (*types, aligned, device.index, constants)
+        variant = self._variants.get(short)
+        if variant is None or not is_current(device):
+            with _on(device):
+                if variant is None:
+                    variant = self._variants[short] = self._loaded(device, self.key(arguments, constants, device.index))
+                    if philox.draws_on_host() and not is_capturing(device):
+                        self._prepare_capture(device, arguments, constants)
+                variant(grid, _stream(device), values, constants)
+        else:
+            variant(grid, _stream(device), values, constants)
+        return variant
+
+    def _looked_at(self, arguments: tuple) -> tuple[list, list, bool]:
+        """(the arguments as the kernel gets them, what tells variants apart as ``key`` does, from as few looks as there
+        can be, and whether all data is aligned)."""
         values, types, bits = list(arguments), [], 0
         for k in self._vectors:
             a = arguments[k]
@@ -173,17 +190,22 @@ class Kernel:
                 types.append(a.dtype)
             else:
                 types.append(a is None)
-        index = device.index
-        short = (*types, bits % 16 == 0, index, constants)
-        variant = self._variants.get(short)
-        if variant is None or not is_current(device):
-            with _on(device):
-                if variant is None:
-                    variant = self._variants[short] = self._loaded(device, self.key(arguments, constants, index))
-                variant(grid, _stream(device), values, constants)
-        else:
-            variant(grid, _stream(device), values, constants)
-        return variant
+        return values, types, bits % 16 == 0
+
+    def _prepare_capture(self, device: torch.device, arguments: tuple, constants: tuple) -> None:
+        """Load the variant that takes seeds from the device too: seeds that are drawn on the host are drawn there while
+        a CUDA graph is captured, when nothing can be loaded."""
+        seeded = list(arguments)
+        for name in _SEEDS.intersection(self.runtime):
+            k = self.runtime.index(name)
+            if type(arguments[k]) is int:
+                seeded[k] = torch.empty(1, dtype=torch.int64, device=device)
+                place = self.constants.index(name.upper())
+                constants = (*constants[:place], "tensor", *constants[place + 1 :])
+        _, types, aligned = self._looked_at(tuple(seeded))
+        short = (*types, aligned, device.index, constants)
+        if short not in self._variants:
+            self._variants[short] = self._loaded(device, self.key(tuple(seeded), constants, device.index))
 
     def _loaded(self, device: torch.device, key: tuple) -> _Direct:
         """The kernel of a key, compiled and loaded on ``device``, which is current."""

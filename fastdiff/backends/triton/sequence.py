@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...torch_access import _C, never
+from ..devices import is_capturing
 from .launch import Kernel, is_current
 
 _MOST_KEPT = 256
@@ -56,8 +57,8 @@ class Launches:
     """A sequence of launches on a device.
 
     Attributes:
-        made: the tensors that are made, by name: the name of the argument that it is like, or an example of it, which
-            is small and contiguous; and its dtype.
+        made: the tensors that are made, by name: the name of the argument that it is like, or for a small one its
+            shape; and its dtype.
         launches: in order.
         returned: the names of the values that a call returns; None for None.
         shares: see ``Shares``; or None.
@@ -65,7 +66,7 @@ class Launches:
 
     def __init__(self, device: torch.device, returned: Sequence[str | None] = (), shares: Shares | None = None):
         self.device, self.returned, self.shares = device, tuple(returned), shares
-        self.made: dict[str, tuple[str | Tensor, torch.dtype]] = {}
+        self.made: dict[str, tuple[str | tuple[int, ...], torch.dtype]] = {}
         self.launches: list[Launched] = []
 
     def add(self, kernel: Kernel, how: tuple[tuple[int, int], tuple, tuple], changing: dict[str, Value]) -> None:
@@ -80,7 +81,10 @@ class Launches:
     def make(self, name: str, values: dict[str, Any]) -> Tensor:
         """What is ``made`` by this name, put among ``values``."""
         like, dtype = self.made[name]
-        values[name] = torch.empty_like(values[like] if type(like) is str else like, dtype=dtype)
+        if type(like) is str:
+            values[name] = torch.empty_like(values[like], dtype=dtype)
+        else:
+            values[name] = torch.empty(like, dtype=dtype, device=self.device)
         return values[name]
 
     def run(self, values: dict[str, Any]) -> tuple[tuple, list]:
@@ -123,7 +127,7 @@ class Kept:
     def keep(self, sequence: Launches, names: Sequence[str], given: tuple, values: dict, variants: list) -> None:
         """Tell C++ to run ``sequence`` for arguments like ``given``, called ``names``; it had these ``values``,
         and launched the kernels ``variants``, on the current device."""
-        if self.declined or not is_current(sequence.device):
+        if self.declined or not is_current(sequence.device) or is_capturing(sequence.device):
             return
         if None in variants:
             self.declined = "C++ launches only what Triton 3.6 compiled for an NVIDIA GPU"
@@ -151,9 +155,11 @@ class Kept:
         if any(given[k].data_ptr() % 16 for k in aligned):
             return
         made = []
-        for like, dtype in sequence.made.values():
-            first = values[like] if type(like) is str else like
-            made.append((slots[like] if type(like) is str else like, None if first.dtype is dtype else dtype))
+        for name, (like, dtype) in sequence.made.items():
+            if type(like) is str:
+                made.append((slots[like], None if values[like].dtype is dtype else dtype))
+            else:
+                made.append((torch.empty_like(values[name]), None))
         returned = [-1 if name is None else slots[name] for name in sequence.returned]
         space, cell = (None, None) if shares is None else shares
         _C.gpu_keep(self._told, given, tuple(packed), tuple(made), sorted(aligned), returned, space, cell, held)
