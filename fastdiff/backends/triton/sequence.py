@@ -62,10 +62,11 @@ class Launches:
         launches: in order.
         returned: the names of the values that a call returns; None for None.
         shares: see ``Shares``; or None.
+        packs: whether its values can be packed as C++ does it; until that is known, True.
     """
 
     def __init__(self, device: torch.device, returned: Sequence[str | None] = (), shares: Shares | None = None):
-        self.device, self.returned, self.shares = device, tuple(returned), shares
+        self.device, self.returned, self.shares, self.packs = device, tuple(returned), shares, True
         self.made: dict[str, tuple[str | tuple[int, ...], torch.dtype]] = {}
         self.launches: list[Launched] = []
 
@@ -124,45 +125,51 @@ class Kept:
             found = self._sequences[key] = make()
         return found
 
-    def keep(self, sequence: Launches, names: Sequence[str], given: tuple, values: dict, variants: list) -> None:
+    def keep(self, sequence: Launches, names: Sequence[str], given: tuple, values: dict, variants: list) -> bool:
         """Tell C++ to run ``sequence`` for arguments like ``given``, called ``names``; it had these ``values``,
-        and launched the kernels ``variants``, on the current device."""
-        if self.declined or not is_current(sequence.device) or is_capturing(sequence.device):
-            return
+        and launched the kernels ``variants``, on the current device. Returns whether it was told."""
+        if self.declined or not sequence.packs or not is_current(sequence.device) or is_capturing(sequence.device):
+            return False
         if None in variants:
             self.declined = "C++ launches only what Triton 3.6 compiled for an NVIDIA GPU"
         else:
             self.declined = native_because() or next((v.unknown for v in variants if v.unknown), "")
         if self.declined:
-            return
+            return False
         if self._told is None:
             self.run, self._told = _C.gpu_sequences()
-        shares = sequence.shares
         slots = {name: k for k, name in enumerate((*names, *sequence.made))}
-        if shares is not None:
+        space, cell = sequence.shares or (None, None)
+        if space is not None:
             for name in ("counters", "partials", "assumed"):
                 slots.setdefault(name, len(slots))
-        arguments = dict(zip(names, given))
-        packed, aligned, held = [], set(), []
-        for launched, variant in zip(sequence.launches, variants):
-            parts = _packed(launched, variant, slots, arguments, values)
-            if parts is None:
-                return
-            packed.append(parts)
-            held.append((variant, launched.arguments))
-            own = (launched.changing[k].name for k in launched.kernel.data if k in launched.changing)
-            aligned |= {slots[name] for name in own if name in arguments}
-        if any(given[k].data_ptr() % 16 for k in aligned):
-            return
-        made = []
-        for name, (like, dtype) in sequence.made.items():
-            if type(like) is str:
-                made.append((slots[like], None if values[like].dtype is dtype else dtype))
-            else:
-                made.append((torch.empty_like(values[name]), None))
+        arguments, data = dict(zip(names, given)), []
+        for launched in sequence.launches:
+            data += [launched.changing[k] for k in launched.kernel.data if k in launched.changing]
+        aligned = {slots[value.name] for value in data if value.name in arguments}
+        if any(given[k].data_ptr() % 16 for k in aligned) or any(_offset(value, values) % 16 for value in data):
+            return False  # other variants are for other data
+        how = zip(sequence.launches, variants)
+        packed = [_packed(launched, variant, slots, arguments, values) for launched, variant in how]
+        sequence.packs = None not in packed
+        if not sequence.packs:
+            return False
+        made = [
+            (slots[like], None if values[like].dtype is dtype else dtype)
+            if type(like) is str
+            else (torch.empty_like(values[name]), None)
+            for name, (like, dtype) in sequence.made.items()
+        ]
         returned = [-1 if name is None else slots[name] for name in sequence.returned]
-        space, cell = (None, None) if shares is None else shares
+        held = variants, [launched.arguments for launched in sequence.launches]
         _C.gpu_keep(self._told, given, tuple(packed), tuple(made), sorted(aligned), returned, space, cell, held)
+        return True
+
+
+def _offset(value: Value, values: dict[str, Any]) -> int:
+    """Bytes from the start of a tensor to the row that is meant."""
+    tensor = values[value.name]
+    return 0 if value.row is None else value.row * tensor.stride(0) * tensor.element_size()
 
 
 _TAKEN = {"Q": (Tensor, tuple), "q": (int,), "f": (float,), "i": ()}  # of arguments, by what they are packed as
@@ -178,11 +185,10 @@ def _packed(launched: Launched, variant: Any, slots: dict, arguments: dict, valu
         buffer += bytes(-len(buffer) % size)
         places.append(len(buffer))
         if k in launched.changing:
-            name, row = launched.changing[k]
+            name = launched.changing[k].name
             if name in arguments and type(arguments[name]) not in _TAKEN[kind]:
                 return None
-            plus = 0 if row is None else row * values[name].stride(0) * values[name].element_size()
-            changes.append((len(buffer), slots[name], plus, kind == "f"))
+            changes.append((len(buffer), slots[name], _offset(launched.changing[k], values), kind == "f"))
             a = 0
         buffer += struct.pack(kind, a.data_ptr() if isinstance(a, Tensor) else a)
     return (variant.function, *launched.grid, variant.threads, variant.shared, bytes(buffer), places, tuple(changes))
