@@ -166,7 +166,7 @@ def seeded(
             raise ValueError("pass a generator or a seed, not both.")
         check_seed(seed)
     elif needed:
-        seed = _draw_on_host(generator, device)
+        seed = _draw_on_host(generator, device) if device.type == "cuda" else None
         if seed is None:
             seed = draw_seed(generator, device)
     if ids is None and sample_offset is None:
@@ -260,18 +260,17 @@ def draws_on_host() -> bool:
 
 
 def _draw_on_host(generator: torch.Generator | None, device: torch.device) -> int | None:
-    """The number that ``draw_seed`` draws on an NVIDIA GPU, without a launch: it is computed from the generator's seed
+    """The number that ``draw_seed`` draws on a CUDA device, without a launch: it is computed from the generator's seed
     and offset, and the offset moves on as by the draw. None where the draw is another's: of another device, captured,
     traced, or watched by a mode of PyTorch."""
     global _drawn_on_host
-    if device.type != "cuda" or _C is None or torch.version.hip is not None:
+    if _C is None or torch.version.hip is not None or torch.compiler.is_compiling() or modes.any_mode():
         return None
-    if torch.compiler.is_compiling() or modes.any_mode() or torch.cuda.is_current_stream_capturing():
-        return None
-    if device.index not in (None, torch.cuda.current_device()):  # whose stream may be captured
+    here = torch.cuda.current_device()
+    if torch.cuda.is_current_stream_capturing() or device.index not in (None, here):  # whose stream may be captured
         return None
     if generator is None:
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator = torch.cuda.default_generators[here]
     elif not isinstance(generator, torch.Generator) or generator.device.type != "cuda":
         return None
     _drawn_on_host = True

@@ -392,8 +392,9 @@ def test_a_step_that_was_warmed_up_is_captured(gpu, monkeypatch, kind):
     x0, prediction = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8).requires_grad_()
     capturing, one = False, torch.tensor(1.0)
     monkeypatch.setattr(philox, "_drawn_on_host", True)
-    drawn = lambda generator, device: None if capturing else 5  # noqa: E731
-    monkeypatch.setattr(philox, "_draw_on_host", drawn)
+    on_gpu = philox.draw_seed
+    drawn = lambda generator, device: on_gpu(generator, device) if capturing else 5  # noqa: E731
+    monkeypatch.setattr(philox, "draw_seed", drawn)
     for module in (launch, workspace):
         monkeypatch.setattr(module, "is_capturing", lambda device: capturing)
     both = Both(gpu, monkeypatch, {})
