@@ -111,9 +111,14 @@ class GPU:
         return found
 
 
+_libraries = []  # of a process: fastdiff._C opens one
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return driver.build(tmp_path_factory.mktemp("driver"))
+    if not _libraries:
+        _libraries.append(driver.build(tmp_path_factory.mktemp("driver")))
+    return _libraries[0]
 
 
 @pytest.fixture
