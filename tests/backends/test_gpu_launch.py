@@ -6,6 +6,7 @@ Kernels are not compiled here, but in ``test_triton_launchers.py``: a function o
 import ctypes
 import itertools
 import random as randoms
+import shutil
 import struct
 import sys
 import threading
@@ -29,8 +30,8 @@ from fastdiff.backends.triton.loss import loss
 from fastdiff.backends.triton.programs import coefficients
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not torch_access.reads_tensors,
-    reason="needs a machine without a GPU, the native extension, and PyTorch 2.10",
+    torch.cuda.is_available() or not torch_access.reads_tensors or sys.platform != "linux" or not shutil.which("cc"),
+    reason="needs Linux without a GPU, a C compiler, the native extension, and PyTorch 2.10",
 )
 DATA = torch.float32, torch.bfloat16, torch.float16
 

@@ -3,6 +3,7 @@ places. Kernels are compiled, in another process, and launched into a stand-in f
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ STAND_IN = Path(__file__).parents[1] / "bench" / "stand_in"
 def test_a_training_step_is_launched_as_by_triton():
     if not triton.__version__.startswith("3.6.") or torch.cuda.is_available() or not torch_access.reads_tensors:
         pytest.skip("needs Triton 3.6, PyTorch 2.10, the native extension, and no GPU")
+    if sys.platform != "linux" or not shutil.which("cc"):
+        pytest.skip("needs Linux and a C compiler")
     root = str(STAND_IN.parents[2])
     done = subprocess.run(
         [sys.executable, STAND_IN / "launchers.py"],
