@@ -246,7 +246,10 @@ def launched(run: bool = True) -> Iterator[list[tuple[launch.Kernel, tuple]]]:
     before = launch.Kernel.__call__
 
     def call(self, device, grid, arguments, constants, *more, **options):
-        found.append((self, self.key(arguments, constants, None)))
+        key = self.key(arguments, constants, None)
+        found.append((self, key))
+        if philox.draws_on_host() and (captured := self.of_capture(key)) is not None:
+            found.append((self, captured))  # which is loaded along
         if run:
             return before(self, device, grid, arguments, constants, *more, **options)
         if self is coefficients and arguments[1] is not None:

@@ -140,6 +140,7 @@ def gpu(library, monkeypatch):
         monkeypatch.setattr(module, "value_checks_are_free", lambda tensor: False)
     for kernel in (affine, coefficients, loss):
         monkeypatch.setattr(kernel, "_variants", {})
+    launch._unprepared.clear()
     api = ctypes.pythonapi
     pointer_of, capsule_of = api.PyCapsule_GetPointer, api.PyCapsule_New
     pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
@@ -397,6 +398,9 @@ def test_a_step_that_was_warmed_up_is_captured(gpu, monkeypatch, kind):
     objective = KINDS[kind]()
     x0, prediction = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8).requires_grad_()
     capturing, one = False, torch.tensor(1.0)
+    monkeypatch.setattr(philox, "_drawn_on_host", False)
+    objective.explain(x0)  # with a seed that is given: nothing more is loaded
+    given = len(gpu.kernels)
     monkeypatch.setattr(philox, "_drawn_on_host", True)
     on_gpu = philox.draw_seed
     drawn = lambda generator, device: on_gpu(generator, device) if capturing else 5  # noqa: E731
@@ -414,6 +418,7 @@ def test_a_step_that_was_warmed_up_is_captured(gpu, monkeypatch, kind):
     for _ in range(2):
         assert type(step().noise_source.seed) is int
     capturing, compiled = True, len(gpu.kernels)
+    assert compiled > given
     gpu.library.stand_in_here(0, 7, 1, 0)
     both.by_cpp.clear()
     since = gpu.library.stand_in_launched()

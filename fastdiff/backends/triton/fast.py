@@ -24,7 +24,7 @@ from . import arguments
 from . import loss as general
 from .affine import affine, affine_launch
 from .arguments import Seeded, samples_on, seed_of
-from .launch import are_recorded, current_stream
+from .launch import _unprepared, are_recorded, current_stream, prepare_captures
 from .programs import coefficients, flat
 from .sequence import Kept, Launches, Shares, Value
 from .times import coefficients_launch, constants_of
@@ -182,6 +182,8 @@ def noise(
     if packed is not None:  # it takes the general way
         return None
     given = ("noise", x0, t, n, *made, *(draw or (None, 0)), keep, rng == "fast", dtype)
+    if _unprepared:
+        prepare_captures()
     kept, done = _kept(program), False
     if not are_recorded():
         done = kept.run(*given)

@@ -163,12 +163,15 @@ class Kernel:
         if variant is None or not is_current(device):
             with _on(device):
                 if variant is None:
-                    variant = self._variants[short] = self._loaded(device, self.key(arguments, constants, device.index))
-                    if philox.draws_on_host() and not is_capturing(device):
-                        self._prepare_capture(device, arguments, constants)
+                    key = self.key(arguments, constants, device.index)
+                    variant = self._variants[short] = self._loaded(device, key)
+                    if self.of_capture(key) is not None:
+                        _unprepared.append((self, device, short, key))
                 variant(grid, _stream(device), values, constants)
         else:
             variant(grid, _stream(device), values, constants)
+        if _unprepared:
+            prepare_captures()
         return variant
 
     def _looked_at(self, arguments: tuple) -> tuple[list, list, bool]:
@@ -192,20 +195,26 @@ class Kernel:
                 types.append(a is None)
         return values, types, bits % 16 == 0
 
-    def _prepare_capture(self, device: torch.device, arguments: tuple, constants: tuple) -> None:
-        """Load the variant that takes seeds from the device too: seeds that are drawn on the host are drawn there while
-        a CUDA graph is captured, when nothing can be loaded."""
-        seeded = list(arguments)
+    def of_capture(self, key: tuple) -> tuple | None:
+        """The key of the variant that takes from the device what seeds are numbers in ``key``; None without such."""
+        types, aligned, constants, device = key
+        types, constants = list(types), list(constants)
         for name in _SEEDS.intersection(self.runtime):
             k = self.runtime.index(name)
-            if type(arguments[k]) is int:
-                seeded[k] = torch.empty(1, dtype=torch.int64, device=device)
-                place = self.constants.index(name.upper())
-                constants = (*constants[:place], "tensor", *constants[place + 1 :])
-        _, types, aligned = self._looked_at(tuple(seeded))
-        short = (*types, aligned, device.index, constants)
-        if short not in self._variants:
-            self._variants[short] = self._loaded(device, self.key(tuple(seeded), constants, device.index))
+            if types[k] is int:
+                types[k], constants[self.constants.index(name.upper())] = torch.int64, "tensor"
+        return None if tuple(types) == key[0] else (tuple(types), aligned, tuple(constants), device)
+
+    def _prepare_capture(self, device: torch.device, short: tuple, key: tuple) -> None:
+        """Load the variant ``of_capture(key)``, which is found by ``short`` but for the seeds."""
+        types, _, constants, _ = wanted = self.of_capture(key)
+        found = list(short)
+        for place, k in enumerate((*self._vectors, *self._scalars)):
+            if types[k] is not key[0][k]:
+                found[place] = types[k]
+        found[-1] = constants
+        if tuple(found) not in self._variants:
+            self._variants[tuple(found)] = self._loaded(device, wanted)
 
     def _loaded(self, device: torch.device, key: tuple) -> _Direct:
         """The kernel of a key, compiled and loaded on ``device``, which is current."""
@@ -249,6 +258,19 @@ class _Direct:
 
     def __call__(self, grid: tuple[int, int], stream: int, values: list, constants: tuple) -> None:
         self._launch(*grid, 1, stream, *self._head, *values, *constants)
+
+
+# Variants that take seeds as numbers: (kernel, device, what it is found by, key).
+_unprepared: list[tuple[Kernel, torch.device, tuple, tuple]] = []
+
+
+def prepare_captures() -> None:
+    """Where seeds are drawn on the host, load for each variant that took one the variant that takes it from the device:
+    there seeds are drawn while a CUDA graph is captured, when nothing can be loaded."""
+    while _unprepared and philox.draws_on_host() and not is_capturing(_unprepared[-1][1]):
+        kernel, device, short, key = _unprepared.pop()
+        with _on(device):
+            kernel._prepare_capture(device, short, key)
 
 
 _SIZES = {"u64": 8, "s64": 8, "b64": 8, "u32": 4, "s32": 4, "b32": 4, "f32": 4}  # of PTX
