@@ -45,7 +45,7 @@ from triton_compiled import machine_code
 from triton_kernels import KERNELS
 
 import fastdiff
-from fastdiff import doctor, ops
+from fastdiff import doctor, ops, philox
 from fastdiff.backends.layout import TOKENS, empty_in_order
 from fastdiff.backends.triton import launch
 from fastdiff.backends.triton.programs import coefficients
@@ -246,11 +246,15 @@ def launched(run: bool = True) -> Iterator[list[tuple[launch.Kernel, tuple]]]:
     before = launch.Kernel.__call__
 
     def call(self, device, grid, arguments, constants, *more, **options):
-        found.append((self, self.key(arguments, constants, None)))
+        key = self.key(arguments, constants, None)
+        found.append((self, key))
+        if philox.draws_on_host() and (captured := self.of_capture(key)) is not None:
+            found.append((self, captured))  # which is loaded along
         if run:
-            before(self, device, grid, arguments, constants, *more, **options)
-        elif self is coefficients and arguments[1] is not None:
+            return before(self, device, grid, arguments, constants, *more, **options)
+        if self is coefficients and arguments[1] is not None:
             arguments[1].zero_()  # times, which are looked up
+        return None
 
     launch.Kernel.__call__ = call
     try:
@@ -282,6 +286,7 @@ def needed(exponents: Sequence[int]) -> tuple[dict[str, tuple[str, tuple]], list
             call(m.name, lambda: calls(m, 1, filled=False)[0]())  # noqa: B023, it is called at once
         for case in step_cases(exponents):
             call(case.name, lambda: _step("fastdiff", case, 1)[0]())  # noqa: B023
+            call(f"sampler step {case.name}", lambda: _sampler_step(case, 0)())  # noqa: B023
     return {name_of(kernel, key): (kernel.name, key) for kernel, key in found}, errors
 
 
@@ -577,6 +582,14 @@ def _step(peer: str, case: Case, sets: int) -> list[Call]:
     return [partial(call, operands(case.shape, case.dtype, DEVICE, seed)) for seed in range(sets)]
 
 
+def _sampler_step(case: Case, seed: int) -> Call:
+    """The same step again and again of a run, as ``fastdiff.sample`` makes it, with noise."""
+    made, middle = operands(case.shape, case.dtype, DEVICE, seed), 5
+    table = peers.sampling_plan("v_prediction").table
+    run = ops.trajectory(made.x0, table, clip=1.0, philox=ops.Philox(seed), reuse=True)
+    return lambda: run.step(middle, made.prediction, False, philox.Stream.STEP + middle, 1)
+
+
 def steps(exponents: Sequence[int], compile_seconds: float) -> bool:
     """``compile_seconds``: torch.compile begins no further step after so many seconds of this command."""
     begun, bursts, passed = time.perf_counter(), Bursts(), True
@@ -598,6 +611,13 @@ def steps(exponents: Sequence[int], compile_seconds: float) -> bool:
         for case in cases:
             for peer in ("fastdiff", "eager"):
                 passed &= measure(case, peer)
+        for case in dict.fromkeys((cases[0], cases[-1])):  # large data, and one sample
+            made_of = {"kind": case.kind, "dtype": case.dtype, "shape": case.shape, "elements": case.elements}
+            count = min(8, sets_for(3 * case.tensor_bytes))
+            ready = [_sampler_step(case, seed) for seed in range(count)]
+            values = made_of | bursts.measure(ready, 3 * case.tensor_bytes / 1e12, most=10)
+            gpu_records.append("sampler step", **values)
+            print(json.dumps(values))
     with peers.many_graphs():
         for case in cases:
             if time.perf_counter() - begun < compile_seconds:

@@ -10,6 +10,7 @@
 #include "cpu/table.h"
 #include "fast_calls.h"
 #include "fastcall.h"
+#include "gpu_launch.h"
 #include "operations.h"
 #include "philox.h"
 #include "step_table.h"
@@ -133,6 +134,7 @@ PYBIND11_MODULE(_C, module) {
   bind_trajectory(module);
   bind_step_table(module);
   bind_schedulers(module);
+  bind_gpu_launch(module);
   module.def("simd", [] { return chosen().name; });
   module.def("simd_variants", simd_names);
   module.def("set_simd", set_simd);

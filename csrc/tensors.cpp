@@ -10,9 +10,6 @@ namespace tensors {
 namespace {
 
 // DLPack's structures, as its specification lays them out in memory.
-struct Device {
-  int32_t type, id;
-};
 struct DataType {
   uint8_t code, bits;
   uint16_t lanes;
@@ -30,7 +27,7 @@ struct Functions {
   Functions* older;
   void *allocate, *own, *give;
   int (*view)(void* tensor, DLTensor* out);
-  void* stream;
+  int (*stream)(int32_t type, int32_t id, void** stream);
 };
 constexpr int32_t kCpu = 1;
 enum TypeCode { kInt = 0, kUnsigned = 1, kFloat = 2, kBrainFloat = 4, kBool = 6 };
@@ -95,11 +92,10 @@ bool transformed() {
   return !none;
 }
 
-bool view(PyObject* tensor, View& out, bool bools) {
-  PyObject* kind = (PyObject*)Py_TYPE(tensor);
-  int k = 0;
-  while (k < kMostKinds && kinds[k] != kind) ++k;
-  if (k == kMostKinds) return false;
+namespace {
+
+// A contiguous tensor, whatever its class.
+bool read(PyObject* tensor, View& out, Device& device, bool bools) {
   DLTensor found;
   if (functions->view(tensor, &found) != 0) {
     PyErr_Clear();
@@ -107,7 +103,8 @@ bool view(PyObject* tensor, View& out, bool bools) {
   }
   if (bools && found.dtype.code == kBool) found.dtype.code = kUnsigned;
   out.dtype = dtype_of(found.dtype);
-  if (out.dtype < 0 || found.device.type != kCpu) return false;
+  device = found.device;
+  if (out.dtype < 0) return false;
   out.dims = found.dims;
   out.sizes = found.sizes;
   out.elements = 1;
@@ -119,11 +116,35 @@ bool view(PyObject* tensor, View& out, bool bools) {
   return out.elements > 0 && found.data;
 }
 
-bool differentiable(PyObject* tensor) {
+}  // namespace
+
+bool view(PyObject* tensor, View& out, bool bools) {
+  PyObject* kind = (PyObject*)Py_TYPE(tensor);
+  int k = 0;
+  while (k < kMostKinds && kinds[k] != kind) ++k;
+  Device device;
+  return k < kMostKinds && read(tensor, out, device, bools) && device.type == kCpu;
+}
+
+bool is_tensor(PyObject* object) { return (PyObject*)Py_TYPE(object) == kinds[0]; }
+
+bool view_anywhere(PyObject* tensor, View& out, Device& device) { return is_tensor(tensor) && read(tensor, out, device, false); }
+
+bool current_stream(Device device, void*& stream) {
+  if (functions->stream && functions->stream(device.type, device.id, &stream) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool requires_gradient(PyObject* tensor) {
   // All kinds have the descriptor of the first: asking it saves the search for it.
   PyObject* const kind = (PyObject*)Py_TYPE(tensor);
-  return is_true(Py_TYPE(requires_grad)->tp_descr_get(requires_grad, tensor, kind)) && is_true(PyObject_CallNoArgs(grad_enabled_function));
+  return is_true(Py_TYPE(requires_grad)->tp_descr_get(requires_grad, tensor, kind));
 }
+
+bool gradients_are_recorded() { return is_true(PyObject_CallNoArgs(grad_enabled_function)); }
+
+bool differentiable(PyObject* tensor) { return requires_gradient(tensor) && gradients_are_recorded(); }
 
 bool same_shape(const View& a, const View& b) {
   return a.dims == b.dims && std::memcmp(a.sizes, b.sizes, sizeof(int64_t) * size_t(a.dims)) == 0;

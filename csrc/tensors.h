@@ -43,11 +43,27 @@ bool enabled();
 // Whether a torch.func transform is at work, whose tensors have no memory of their own.
 bool transformed();
 
+// Where a tensor lies, in DLPack's numbers.
+struct Device {
+  int32_t type, id;
+
+  bool operator==(const Device& other) const { return type == other.type && id == other.id; }
+};
+
 // A contiguous CPU tensor of a dtype that we know, of one of the classes, with elements. `bools`: one of bool too, as uint8.
 bool view(PyObject* tensor, View& view, bool bools = false);
 
+// The same on any device, of the first of the classes alone.
+bool is_tensor(PyObject* object);
+bool view_anywhere(PyObject* tensor, View& view, Device& device);
+
+// PyTorch's current stream on a device; false where it cannot be had.
+bool current_stream(Device device, void*& stream);
+
 // Whether an operation on a tensor must be recorded for its gradient.
 bool differentiable(PyObject* tensor);
+bool requires_gradient(PyObject* tensor);
+bool gradients_are_recorded();
 
 bool same_shape(const View& a, const View& b);
 

@@ -43,13 +43,14 @@ def _of_batch(objective: Any, x0: Tensor) -> list[str]:
     dtype = torch.bfloat16 if x0.dtype == torch.uint8 else None
     noised = objective.noise(x0.detach(), seed=0, dtype=dtype)
     n, rows, t = noised.noise_source, noised.rows, noised.t
-    fast = "one fast call of the backend {}"
+    fast = "one fast call of the backend {}{}"
     keep = not remakes_noise(x0.device)
     done = None
     if backend.fast is not None and not objective.input_perturbation and t.ndim == 1:
         done = objective._fast_noise(backend.fast, backend, x0, None, None, 0, 0, keep, "exact", dtype)
     call: Call = NoiseCall(x0, Philox(0), rows.alpha, rows.sigma, objective.input_perturbation, None, keep, dtype)
-    lines = ["noise: " + (fast.format(backend.name) if done is not None else _way(backend, call))]
+    way = fast.format(backend.name, _slower(backend, objective)) if done is not None else _way(backend, call)
+    lines = ["noise: " + way]
     prediction = noised.x_t.detach().requires_grad_()
     done = objective._fast_loss(prediction, x0, n, t, rows)
     p, q, scale, weight, c = objective._rows_of_loss(rows)
@@ -57,7 +58,14 @@ def _of_batch(objective: Any, x0: Tensor) -> list[str]:
         prediction, x0 if p is not None else None, n if q is not None else None, p, q, scale, weight, c,
         function=objective.loss_function.function,
     )  # fmt: skip
-    return [*lines, "loss: " + (fast.format(backend.name) if done is not None else _way(backend, call))]
+    way = fast.format(backend.name, _slower(backend, objective)) if done is not None else _way(backend, call)
+    return [*lines, "loss: " + way]
+
+
+def _slower(backend: Backend, objective: Any) -> str:
+    """Why the host takes longer than it would for fast calls, in brackets; empty if nothing does."""
+    because = backend.fast.declined(objective._program(of_noise=True))
+    return f" (launched by Python: {because})" if because else ""
 
 
 def _way(backend: Backend, call: Call) -> str:

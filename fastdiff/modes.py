@@ -47,6 +47,12 @@ def wrapping() -> Any:
     return True if forward_ad._current_level >= 0 else fake_mode()
 
 
+def any_mode() -> bool:
+    """Whether a transform, forward-mode derivatives or any dispatch mode of PyTorch is on, which may see or change what
+    is drawn."""
+    return _modes() > 0 or wrapping() is not None
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether a number can be read from a tensor: not where it stands for a batch (``vmap``), for other numbers
     (``Recording``), or is fake."""

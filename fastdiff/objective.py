@@ -264,7 +264,7 @@ class Objective:
             if t is not None:
                 raise ValueError("t and sigma both say which noise level: pass one of them.")
             t = self.process.time_of(sigma.to(x0.device) if isinstance(sigma, Tensor) else sigma)
-        packed, by_token, samples = None, False, len(x0)
+        packed, by_token, samples = None, False, x0.shape[0]
         if lengths is not None:
             if part is not None:
                 raise ValueError("packed sequences are shared out whole: leave part out, and pass ids= of this rank's.")
@@ -350,7 +350,7 @@ class Objective:
         program = self._program(of_noise=True)
         if program is None:
             return None
-        if noise is None and x0.numel() > MOST_OF_SAMPLE * len(x0):
+        if noise is None and x0.numel() > MOST_OF_SAMPLE * x0.shape[0]:
             return None
         draw, offset = None, self.noise_offset
         if t is None:

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import modes
 from .codes import OFFSET_STREAM
 from .showing import brief, brief_fields
+from .torch_access import _C
 
 # Counters have 32 bits for the group of four elements, and 8 more for the groups of a sample that is in slices.
 MOST_OF_SAMPLE, MOST_OF_WHOLE = 2**34, 2**42
@@ -164,7 +166,9 @@ def seeded(
             raise ValueError("pass a generator or a seed, not both.")
         check_seed(seed)
     elif needed:
-        seed = draw_seed(generator, device)
+        seed = _draw_on_host(generator, device) if device.type == "cuda" else None
+        if seed is None:
+            seed = draw_seed(generator, device)
     if ids is None and sample_offset is None:
         return seed, 0 if given or not (_initialized() or _ranks) else first_sample()
     return seed, samples_of(ids, sample_offset, batch, device)
@@ -245,3 +249,29 @@ def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor
     source = device if generator is None else generator.device
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=source, generator=generator)
     return seed.to(device, non_blocking=True)
+
+
+_drawn_on_host = False
+
+
+def draws_on_host() -> bool:
+    """Whether seeds of a GPU's generator are drawn on the host: one was."""
+    return _drawn_on_host
+
+
+def _draw_on_host(generator: torch.Generator | None, device: torch.device) -> int | None:
+    """The number that ``draw_seed`` draws on a CUDA device, without a launch: it is computed from the generator's seed
+    and offset, and the offset moves on as by the draw. None where the draw is another's: of another device, captured,
+    traced, or watched by a mode of PyTorch."""
+    global _drawn_on_host
+    if _C is None or torch.version.hip is not None or torch.compiler.is_compiling() or modes.any_mode():
+        return None
+    here = torch.cuda.current_device()
+    if torch.cuda.is_current_stream_capturing() or device.index not in (None, here):  # whose stream may be captured
+        return None
+    if generator is None:
+        generator = torch.cuda.default_generators[here]
+    elif not isinstance(generator, torch.Generator) or generator.device.type != "cuda":
+        return None
+    _drawn_on_host = True
+    return _C.draw_seed(generator)

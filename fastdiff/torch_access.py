@@ -20,24 +20,22 @@ def _enable() -> bool:
     """Show ``fastdiff._C`` what it needs; whether it can read tensors itself, which takes PyTorch 2.10."""
     if _C is None:
         return False
-    dtypes = tuple(sorted(DATA, key=DTYPES.__getitem__))
     _C.enable_step_tables(torch.Generator, torch.default_generator, torch.get_num_threads)
     functions = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if functions is None:
         return False
     try:
-        _C.enable_tensors(
-            functions,
-            (Tensor, torch.nn.Parameter),
-            dtypes,
-            torch.empty_like,
-            (empty_like, LEAST),
-            torch.is_grad_enabled,
-            wrapping,
-        )
+        show_tensors(functions)
     except ValueError:  # of another version
         return False
     return True
+
+
+def show_tensors(functions: Any) -> None:
+    """Have ``fastdiff._C`` read tensors by this table of DLPack's functions."""
+    dtypes = tuple(sorted(DATA, key=DTYPES.__getitem__))
+    classes, large = (Tensor, torch.nn.Parameter), (empty_like, LEAST)
+    _C.enable_tensors(functions, classes, dtypes, torch.empty_like, large, torch.is_grad_enabled, wrapping)
 
 
 def never(*_: Any) -> None:

@@ -5,7 +5,7 @@ import torch
 from asked import reference
 
 import fastdiff
-from fastdiff import ops
+from fastdiff import ops, philox
 from fastdiff.tensors import Gathered
 
 pytest.importorskip("triton")
@@ -216,3 +216,45 @@ def test_more_than_2_to_the_31_elements():
     assert torch.equal(x_t[-1:], last)
     loss = triton.loss(x_t, None, x0, None, rows * 0, None, rows * 0 + 1, None, None, "mse", "none", "none")
     torch.testing.assert_close(loss[-1], (last.float() ** 2).mean(1, keepdim=True)[0], rtol=1e-6, atol=0)
+
+
+def test_seeds_are_those_that_the_gpu_draws():
+    """On the host: the numbers of torch.randint, which leave the generator where that does."""
+    between = -(2**63), 2**63 - 1, (1,)
+    for seed in (0, 7, 2**63 - 1):
+        generators = [torch.Generator(CUDA).manual_seed(seed) for _ in range(2)]
+        for generator in generators:
+            torch.rand(1000, device=CUDA, generator=generator)
+        for _ in range(100):
+            on_host, samples = philox.seeded(None, generators[0], None, None, 2, CUDA)
+            assert type(on_host) is int and samples == 0
+            assert on_host == torch.randint(*between, device=CUDA, generator=generators[1]).item()
+        assert torch.equal(*(torch.rand(100, device=CUDA, generator=generator) for generator in generators))
+
+
+def test_a_graph_of_a_step_that_was_warmed_up_draws_anew():
+    """Seeds are drawn on the host before, and on the GPU while the step is captured."""
+    objective = fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", fastdiff.MinSNR(5.0))
+    x0, prediction = batch((4, 4, 24, 24)), batch((4, 4, 24, 24)).requires_grad_()
+
+    def step():
+        prediction.grad = None
+        noised = objective.noise(x0)
+        objective.loss(prediction, noised).backward()
+        return noised
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        noised = step()
+    found = []
+    for _ in range(3):
+        graph.replay()
+        found.append((noised.x_t.clone(), prediction.grad.clone()))
+        again = objective.noise(x0, noised.t, seed=int(noised.noise_source.seed))
+        assert torch.equal(again.x_t, noised.x_t)
+    assert len({x_t.sum().item() for x_t, _ in found}) == len({d.sum().item() for _, d in found}) == 3

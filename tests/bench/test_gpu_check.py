@@ -360,7 +360,9 @@ def test_what_is_measured_on_a_stand_in(tmp_path):
     nothing_is_compiled(records)
     steps = {record["peer"]: record for record in of_kind(records, "step")}
     assert steps.keys() == {"fastdiff", "eager"} and steps["fastdiff"]["gpu_us"] == pytest.approx(4 * 2.0)
-    assert all(record["wall_us"] > 0 and record["host_us"] > 0 for record in steps.values())
+    (run,) = of_kind(records, "sampler step")
+    assert run["gpu_us"] == pytest.approx(2.0) and run["shape"] == steps["fastdiff"]["shape"]
+    assert all(record["wall_us"] > 0 and record["host_us"] > 0 for record in (*steps.values(), run))
 
 
 @nightly

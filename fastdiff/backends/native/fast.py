@@ -37,6 +37,11 @@ _CODES = {
 _ONE = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
+def declined(program: Program) -> str:
+    """Why the calls of a program take the host longer than they need; they do not."""
+    return ""
+
+
 def noise(
     program: Program,
     draw: tuple[Program, int] | None,

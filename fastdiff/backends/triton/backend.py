@@ -46,6 +46,12 @@ class Triton(Backend):
         return times
 
     @cached_property
+    def _trajectory(self) -> ModuleType:
+        from . import trajectory
+
+        return trajectory
+
+    @cached_property
     def fast(self) -> ModuleType:
         from . import fast
 
@@ -55,7 +61,7 @@ class Triton(Backend):
         return self.modules[NoiseCall].noise_and_target(call, p, q) or super().noise_and_target(call, p, q)
 
     def trajectory(self, call: RunCall) -> reference.Trajectory:
-        return reference.Trajectory(self, call)
+        return self._trajectory.Trajectory(self, call)
 
     def evaluate(self, program: Program, t: Tensor, dtype: torch.dtype) -> Sequence[Any] | None:
         found = self._times.evaluate(program, t, dtype)

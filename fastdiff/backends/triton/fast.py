@@ -1,4 +1,4 @@
-"""Fast calls on a GPU: launches that are kept by dtypes and shape (``launch.Ready``), of which only pointers and
+"""Fast calls on a GPU: sequences of launches that are kept by dtypes and shape (``sequence.py``), of which pointers and
 numbers change from step to step. They are the launches of the general way. The arguments are those of
 ``backends/native/fast.py``; a call that is not supported returns None, and the general way does it, or refuses it.
 
@@ -8,10 +8,9 @@ gradient, and the backward, which compares.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from operator import itemgetter
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,24 +24,20 @@ from . import arguments
 from . import loss as general
 from .affine import affine, affine_launch
 from .arguments import Seeded, samples_on, seed_of
-from .launch import Ready
+from .laid import lay
+from .launch import _unprepared, are_recorded, current_stream, prepare_captures
 from .programs import coefficients, flat
+from .sequence import Kept, Launches, Shares, Value
 from .times import coefficients_launch, constants_of
 from .workspace import cell, loss_workspace, of_this_stream, single
 
 _grad, _wrapping = torch.is_grad_enabled, modes.wrapping
-_MOST_SHAPES = 256  # an operation of an objective
-_MADE, _NUMBERS = ("seed", "ids"), ("stream", "sample_offset", "strength")  # of noise, the arguments that change
-
-
-def _kept(store: dict, key: tuple, make: Callable[[], Any]) -> Any:
-    """``store[key]``, made by ``make`` if it is not there. A store with too many shapes is emptied first."""
-    found = store.get(key)
-    if found is None:
-        if len(store) >= _MOST_SHAPES:
-            store.clear()
-        found = store[key] = make()
-    return found
+# The arguments of a call, beside its name, which is the first.
+_NOISE = "x0", "t", "n", "seed", "stream", "sample_offset", "strength", "draw", "stream_of_t", "keep", "fast", "dtype"
+_LOSS = "prediction", "x0", "n", "t", "columns", "seed", "stream", "sample_offset", "strength", "fast"
+_BOTH = *_LOSS, "upstream"
+_BACKWARD = *_BOTH, "gradient", "used", "assumed"
+_CONVERT = "m", "x_t", "t"
 
 
 def _plain(device: torch.device, *tensors: Any) -> bool:
@@ -62,81 +57,111 @@ def _has_time(program: Program, t: Any, data: Tensor) -> bool:
     return not value_checks_are_free(t) or all(program.low <= time <= program.high for time in t.tolist())
 
 
-def _store(program: Program) -> dict[tuple, Any]:
-    """The launches that are kept for a program."""
-    found = program.kept.get(_store)
+def _kept(program: Program) -> Kept:
+    """The sequences of a program."""
+    found = program.kept.get(_kept)
     if found is None:
-        found = program.kept[_store] = {}
+        found = program.kept[_kept] = Kept()
     return found
 
 
-# ---- coefficients
+def declined(program: Program) -> str:
+    """Why C++ does not launch the kernels of a program; empty if it does, or none was launched yet."""
+    return _kept(program).declined
 
 
-def _compute(
-    program: Program, device: torch.device, t: Tensor | None, seed: Any, stream: int, sample_offset: int | Tensor,
-    columns: Tensor | None, drawn: Tensor | None,
-) -> None:  # fmt: skip
-    """The launch that computes ``columns`` at ``t``, or ``drawn`` times and ``columns`` from uniforms."""
-    written = tuple(tensor for tensor in (columns, drawn) if tensor is not None)
-    samples = written[0].shape[-1]
-    if t is None:
-        seed, kind = seed_of(seed, device)
-        first, ids = samples_on(device, sample_offset)
-        given, others, kind = (seed, ids), _MADE, (kind, ids is None)
+def _fits(device: torch.device, *data: Tensor | None, images: bool = False) -> bool:
+    return arguments.runs_on(device) and arguments.fits(*data, images=images) and bool(data[0].numel())
+
+
+# ---- the parts of sequences
+
+
+def _seed(values: dict[str, Any], device: torch.device) -> str:
+    """The kind of the seed among ``values``; it becomes what a kernel takes."""
+    values["seed"], kind = seed_of(values["seed"], device)
+    if isinstance(values["sample_offset"], Tensor):
+        _, values["sample_offset"] = samples_on(device, values["sample_offset"])
+    return kind
+
+
+def _of_seed(values: dict[str, Any], stream: str = "stream") -> dict[str, Value]:
+    """What changes of noise, or of uniforms, that are made from ``values``."""
+    samples = "ids" if isinstance(values["sample_offset"], Tensor) else "sample_offset"
+    return {"seed": Value("seed"), "stream": Value(stream), samples: Value("sample_offset")}
+
+
+def _add_rows(to: Launches, program: Program, values: dict[str, Any], draw: Program | None = None) -> None:
+    """The launch that draws t, if there is a ``draw``, and computes all coefficients of a program at t. What is looked
+    up by t needs none. Adds examples of what it makes to ``values``."""
+    t, device, changing = values["t"], to.device, {}
+    samples, joined, drawn, columns = len(next(iter(values.values()))), program, None, None
+    if draw is not None:
+        joined = draw if program.index else program.after(draw)
+        drawn = _small(to, "drawn", values, (samples,), torch.int64 if program.index else torch.float64)
+        changing = {"drawn": Value("drawn"), **_of_seed(values, "stream_of_t")}
+    elif program.index:
+        return
     else:
-        given, others, kind, first = (t,), ("times",), t.dtype, 0
-    key = "coefficients", samples, kind, device, columns is None, None if drawn is None else drawn.dtype
-
-    def make() -> Ready:
-        constants = constants_of(program, device)
-        how = columns, drawn, t, seed if t is None else None, constants, stream, sample_offset, samples
-        names = tuple(n for n, tensor in (("columns", columns), ("drawn", drawn)) if tensor is not None)
-        launched = coefficients_launch(*how, flat(program.code), program.outputs)
-        return Ready(coefficients, device, launched, (), (*names, *others), ("stream", "sample_offset"))
-
-    _kept(_store(program), key, make)((), (*written, *given), (stream, first))
-
-
-def _columns(program: Program, t: Tensor) -> Tensor:
-    """All that the program computes at the times ``t``: [outputs, batch], float32."""
-    columns = torch.empty((len(program.outputs), len(t)), dtype=torch.float32, device=t.device)
-    _compute(program, t.device, t, None, 0, 0, columns, None)
-    return columns
-
-
-def _draw(
-    program: Program, draw: tuple[Program, int], made: tuple, samples: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Times, and ``_columns`` at them where they are not looked up."""
-    t = torch.empty(samples, dtype=torch.int64 if program.index else torch.float64, device=device)
-    if program.index:
-        _compute(draw[0], device, None, made[0], draw[1], made[2], None, t)
-        return t, None
-    columns = torch.empty((len(program.outputs), samples), dtype=torch.float32, device=device)
-    _compute(program.after(draw[0]), device, None, made[0], draw[1], made[2], columns, t)
-    return t, columns
-
-
-def _changing(program: Program, names: tuple[str, ...], t: Tensor, columns: Tensor | None) -> tuple[Tensor, ...]:
-    """The arguments of a launch that change with the times: the index into a table, or the coefficients ``names``."""
-    if columns is None:
-        return (t,)
-    chosen = program.kept.get((itemgetter, names))
-    if chosen is None:
-        places = [program.names.index(name) for name in names]
-        chosen = program.kept[itemgetter, names] = itemgetter(*places, 0)  # of two or more: a tuple
-    return chosen(columns.unbind(0))[:-1]
+        changing = {"times": Value("t")}
+    if not program.index:
+        columns = _small(to, "columns", values, (len(program.outputs), samples))
+        changing["columns"] = Value("columns")
+    seeded = (None, 0, 0) if draw is None else (values["seed"], values["stream_of_t"], values["sample_offset"])
+    seed, stream, first = seeded
+    how = columns, drawn, t, seed, constants_of(joined, device), stream, first, samples
+    to.add(coefficients, coefficients_launch(*how, flat(joined.code), joined.outputs), changing)
 
 
 def _placed(
-    program: Program, names: tuple[str, ...], changing: Sequence[Tensor], shape: tuple[int, ...]
-) -> Sequence[Any]:
-    """The coefficients, placed to broadcast to [B, ...]."""
-    if not program.index:
-        return [row.view(shape) for row in changing]
-    index = changing[0].view(shape)
-    return [Gathered(column, index) for column in program.of(*names).columns(index.device, torch.float32).unbind(1)]
+    program: Program, names: tuple[str, ...], values: dict[str, Any], shape: tuple[int, ...], operands: tuple[str, ...]
+) -> tuple[list[Any], dict[str, Value]]:
+    """The coefficients ``names``, placed to broadcast to [B, ...], and what changes of a launch that calls them
+    ``operands``."""
+    time = "drawn" if values["t"] is None else "t"
+    if program.index:
+        index = values[time].view(shape)
+        table = program.of(*names).columns(index.device, torch.float32)
+        return [Gathered(column, index) for column in table.unbind(1)], {"index": Value(time)}
+    rows = [program.names.index(name) for name in names]
+    changing = {operand: Value("columns", row) for operand, row in zip(operands, rows)}
+    return [values["columns"][row].view(shape) for row in rows], changing
+
+
+def _add_affine(to: Launches, placed: tuple[list[Any], dict[str, Value]], values: dict[str, Any], n: Any) -> None:
+    """The launch of x_t = a x0 + b n, kept = n, where n is given or made."""
+    (a, b), changing = placed
+    out, kept, x0 = (values.get(name) for name in ("x_t", "kept", "x0"))
+    how = affine_launch(tuple(x0.shape), to.device, x0, a, n, b, out, kept)
+    changing |= {"out": Value("x_t"), "u": Value("x0")}
+    if kept is not None:
+        changing["kept"] = Value("kept")
+    changing |= {"v": Value("n")} if isinstance(n, Tensor) else _of_noise(values)
+    to.add(affine, how, changing)
+
+
+def _of_noise(values: dict[str, Any]) -> dict[str, Value]:
+    return _of_seed(values) | {"strength": Value("strength")}
+
+
+def _made(values: dict[str, Any]) -> Seeded:
+    """The noise that is made from ``values``."""
+    seed, stream, samples, strength = (values[name] for name in ("seed", "stream", "sample_offset", "strength"))
+    return Seeded(seed, stream, samples, strength, "fast" if values["fast"] else "exact")
+
+
+def _small(
+    to: Launches, name: str, values: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Has a small tensor made, and adds an example of it to ``values``."""
+    to.made[name] = shape, dtype
+    return to.make(name, values)
+
+
+def _like(to: Launches, name: str, values: dict[str, Any], argument: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Has a tensor made like an argument, in its dtype or another, and adds an example of it to ``values``."""
+    to.made[name] = argument, dtype or values[argument].dtype
+    return to.make(name, values)
 
 
 # ---- noise
@@ -156,91 +181,82 @@ def noise(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
     """(x_t, the noise if it was made and kept, the times, the coefficients if they are not looked up), with one time a
     sample; or None. See ``native/fast.py`` for the arguments."""
-    device, shape = x0.device, x0.shape
     if packed is not None:  # it takes the general way
         return None
+    given = ("noise", x0, t, n, *made, *(draw or (None, 0)), keep, rng == "fast", dtype)
+    if _unprepared:
+        prepare_captures()
+    kept, done = _kept(program), False
+    if not are_recorded():
+        done = kept.run(*given)
+        if type(done) is tuple:
+            return done
+    device, shape = x0.device, x0.shape
     if not _plain(device, x0, n, t) or (n is not None and n.shape != shape) or (n is None and made[3] and x0.ndim < 3):
         return None
     if t is not None and not _has_time(program, t, x0):
         return None
     if _grad() and (x0.requires_grad or (n is not None and n.requires_grad)):
         return None
-    seeded = None
-    if n is None:
-        seed, kind = seed_of(made[0], device)
-        seeded = Seeded(seed, *made[1:], rng)
-        how = kind, type(seeded.sample_offset), bool(seeded.offset), rng
-    else:
-        how = n.dtype
-    key = ("noise", shape, x0.dtype, dtype, device, how, keep)
-    store = _store(program)
-    ready = store.get(key)
-    if ready is None and not _fits(device, x0, n, images=dtype is not None):
+    values = dict(zip(_NOISE, given[1:]))
+    kind = None if n is not None and t is not None else _seed(values, device)
+    samples = type(values["sample_offset"])
+    how = bool(made[3]), rng if n is None else n.dtype, None if t is None else t.dtype
+    key = ("noise", shape, x0.dtype, dtype, device, kind, samples, *how, keep, values["draw"])
+    if not _fits(device, x0, n, images=dtype is not None):
         return None
-    columns = None
-    if t is None:
-        t, columns = _draw(program, draw, made, shape[0], device)
-    elif not program.index:
-        columns = _columns(program, t)
-    changing = _changing(program, OF_NOISE, t, columns)
-    x_t = torch.empty_like(x0, dtype=dtype)
-    kept = torch.empty(shape, dtype=torch.float32, device=device) if keep and seeded is not None else None
-    if ready is None:
-        ready = _kept(store, key, lambda: _ready_affine(program, OF_NOISE, changing, x_t, kept, x0, n, seeded))
-    data = (x_t, x0) if kept is None else (x_t, x0, kept)
-    if seeded is None:
-        ready((*data, n), changing)
-    else:
-        first, ids = samples_on(device, seeded.sample_offset)
-        ready(data, (*changing, seeded.seed, ids), (seeded.stream, first, seeded.offset))
-    return x_t, kept, t, columns
+    sequence = kept.get(key, lambda: _noising(program, device, dict(values)))
+    done_here, variants = sequence.run(values)
+    if done is None:
+        kept.keep(sequence, ("", *_NOISE), given, values, variants)
+    return done_here
 
 
-def _fits(device: torch.device, *data: Tensor | None, images: bool = False) -> bool:
-    return arguments.runs_on(device) and arguments.fits(*data, images=images) and bool(data[0].numel())
-
-
-def _ready_affine(program, names, changing, out, kept, u, given, made) -> Ready:
-    """The launch of out = a u + b n, kept = n, where n is given or made."""
-    shape = (u.shape[0],) + (1,) * (u.ndim - 1)
-    a, b = _placed(program, names, changing, shape)
-    n = made if given is None else given
-    how = affine_launch(tuple(u.shape), u.device, u, a, n, b, out, kept)
-    data = ("out", "u") if kept is None else ("out", "u", "kept")
-    others = ("index",) if program.index else ("a", "b")
-    if made is None:
-        return Ready(affine, u.device, how, (*data, "v"), others)
-    return Ready(affine, u.device, how, data, (*others, *_MADE), _NUMBERS)
+def _noising(program: Program, device: torch.device, values: dict[str, Any]) -> Launches:
+    x0, n, kept = values["x0"], values["n"], values["keep"] and values["n"] is None
+    returned = (
+        *("x_t", "kept" if kept else None, "drawn" if values["t"] is None else "t"),
+        None if program.index else "columns",
+    )
+    to = Launches(device, returned)
+    _add_rows(to, program, values, values["draw"] if values["t"] is None else None)
+    _like(to, "x_t", values, "x0", values["dtype"])
+    if kept:
+        _like(to, "kept", values, "x0", torch.float32)
+    own = (len(x0),) + (1,) * (x0.ndim - 1)
+    _add_affine(to, _placed(program, OF_NOISE, values, own, ("a", "b")), values, _made(values) if n is None else n)
+    return to
 
 
 def convert(program: Program, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
     """k_x x_t + k_m m in the dtype of m, one row (k_x, k_m) of a table a sample."""
+    given, kept, done = ("convert", m, x_t, t), _kept(program), False
+    if not are_recorded():
+        done = kept.run(*given)
+        if type(done) is tuple:
+            return done[0]
     device, shape = m.device, m.shape
     if not _plain(device, m, x_t, t) or not _has_time(program, t, m) or x_t.shape != shape:
         return None
-    if _grad() and (m.requires_grad or x_t.requires_grad):
+    if (_grad() and (m.requires_grad or x_t.requires_grad)) or not _fits(device, m, x_t):
         return None
-    key, store = ("convert", shape, m.dtype, x_t.dtype, device), _store(program)
-    ready = store.get(key)
-    if ready is None and not _fits(device, m, x_t):
-        return None
-    out = torch.empty_like(m)
-    if ready is None:
-        ready = _kept(store, key, lambda: _ready_affine(program, program.names, (t,), out, None, x_t, m, None))
-    ready((out, x_t, m), (t,))
+    values = {"x0": x_t, "n": m, "t": t}
+
+    def make() -> Launches:
+        to, own = Launches(device, ("x_t",)), (len(m),) + (1,) * (m.ndim - 1)
+        example = dict(values)
+        _like(to, "x_t", example, "n")
+        _add_affine(to, _placed(program, program.names, example, own, ("a", "b")), example, m)
+        return to
+
+    sequence = kept.get(("convert", shape, m.dtype, x_t.dtype, device), make)
+    (out,), variants = sequence.run(values)
+    if done is None:
+        kept.keep(sequence, ("", "n", "x0", "t"), given, values, variants)
     return out
 
 
 # ---- loss
-
-
-class _Losses(NamedTuple):
-    """The launches of a loss at one shape; where the forward is given the upstream gradient, there is no backward.
-    ``kind`` tells it apart from other losses, see ``workspace.cell``."""
-
-    forward: Ready
-    backward: Ready | None
-    kind: tuple
 
 
 def loss(
@@ -265,69 +281,96 @@ def loss(
         columns: the coefficients that ``noise`` has computed, float32 [names of ``program``, batch]; or None.
     """
     mask, reduction, weight, normalization = how
-    if mask is not None or reduction != "mean" or weight is not None or normalization != "none":
+    if mask is not None or reduction != "mean" or weight is not None or normalization != "none" or packed is not None:
         return None
-    device, shape = prediction.device, prediction.shape
-    given = n if isinstance(n, Tensor) else None
-    if packed is not None or not _plain(device, prediction, x0, given, t) or not _has_time(program, t, prediction):
-        return None
-    for data in (x0, given):
-        if data is not None and (data.shape != shape or (data.requires_grad and _grad())):
-            return None
-    made = None
-    if n is not None and given is None:
-        seed, kind = seed_of(n.seed, device)
-        made = Seeded(seed, n.stream, n.sample_offset, n.offset, n.rng)
-        how = kind, type(made.sample_offset), bool(made.offset), made.rng
+    if n is None or isinstance(n, Tensor):
+        given, source = n, (None, 0, 0, 0.0, False)
     else:
-        how = None if given is None else given.dtype
-    both = upstream is not None
-    if both and not _plain(device, upstream := single(upstream, device)):
-        return None
-    recorded = not both and prediction.requires_grad and _grad()
-    # A float16 loss is scaled; the size of its gradient is known only in the backward.
-    ahead = recorded and prediction.dtype is not torch.float16
-    key = ("loss", shape, prediction.dtype, device, None if x0 is None else x0.dtype, how, ahead, both)
-    store = _store(program)
-    ready = store.get(key)
-    if ready is None and not _fits(device, prediction, x0, given, images=True):
-        return None
-    if ready is None and made is not None and made.offset and len(shape) < 3:
-        return None
-    names = _names(present)
-    if columns is None and not program.index:
-        columns = _columns(program, t)
-    changing = _changing(program, names, t, columns)
-    if ready is None:
-        ready = _kept(
-            store,
-            key,
-            lambda: _ready_losses(program, names, function, prediction, x0, given, made, changing, ahead, both, key),
-        )
-    if both:
-        d = torch.empty_like(prediction)
-        return _forward(ready, changing, prediction, x0, given, made, (d,), (upstream,)), d
-    if not recorded:
-        return _forward(ready, changing, prediction, x0, given, made)
-    written, cells, there = (), (), None
-    if ahead:
-        d, used = torch.empty_like(prediction), torch.empty(1, dtype=torch.float32, device=device)
-        last = cell(device, ready.kind)
-        written, cells, there = (d,), (used, last.value), (d, used, last)
-    value = _forward(ready, changing, prediction, x0, given, made, written, cells)
-    tensors = () if made is None else [v for v in (made.seed, made.sample_offset) if isinstance(v, Tensor)]
+        given, source = None, (n.seed, n.stream, n.sample_offset, n.offset, n.rng == "fast")
+    given, done = ("loss", prediction, x0, given, t, columns, *source), False
+    if upstream is not None:
+        given = ("both", *given[1:], single(upstream, prediction.device))
+    if not are_recorded():
+        done = _kept(program).run(*given)
+    if type(done) is not tuple:
+        done = _loss(program, present, function, given, done is None)
+    if done is None or upstream is not None:
+        return done
+    value, *there, columns = done
+    if not (prediction.requires_grad and _grad()):
+        return value
+    there = None if there[0] is None else there
+    kept = (prediction, x0, given[3], t, *[v for v in source[:3] if isinstance(v, Tensor)])
 
     def again(tensors, upstream, there):
-        if there is None or not _plain(device, upstream) or upstream.dtype is not torch.float32:
-            return general.gradient(upstream, record(*tensors), reference.backend)
-        d, used, last = there
-        prediction, x0, given, *_ = tensors
-        cells = used, of_this_stream(last, device).value
-        _launch(ready.backward, changing, prediction, x0, given, made, (d,), (upstream, *cells))
-        return d
+        if there is not None:
+            found = _backward(
+                program, present, function, ("backward", *tensors[:4], columns, *source, upstream, *there)
+            )
+            if found is not None:
+                return found
+        return general.gradient(upstream, record(*tensors), reference.backend)
 
-    kept = (prediction, x0, given, t, *tensors)
     return general.recorded(prediction, None, (value, None, None, there), kept, record, again, reference.backend)
+
+
+def _loss(program: Program, present: int, function: str, given: tuple, tell: bool) -> tuple | None:
+    """(the loss; the gradient, the upstream gradient that it is for and its cell, or three None; the coefficients
+    if they are not looked up); with an upstream gradient given, (the loss, the gradient); or None. ``tell``: C++ has
+    not been told how."""
+    names = _LOSS if given[0] == "loss" else _BOTH
+    values = dict(zip(names, given[1:]))
+    prediction, x0, n, t = (values[name] for name in _LOSS[:4])
+    device, shape, makes = prediction.device, prediction.shape, values["seed"] is not None
+    if not _plain(device, prediction, x0, n, t, values.get("upstream")) or not _has_time(program, t, prediction):
+        return None
+    for data in (x0, n):
+        if data is not None and (data.shape != shape or (data.requires_grad and _grad())):
+            return None
+    if (makes and values["strength"] and len(shape) < 3) or not _fits(device, prediction, x0, n, images=True):
+        return None
+    # A float16 loss is scaled; the size of its gradient is known only in the backward.
+    ahead = names is _LOSS and prediction.requires_grad and _grad() and prediction.dtype is not torch.float16
+    key = (given[0], *_kind(values, device), ahead)
+    kept = _kept(program)
+    sequence = kept.get(key, lambda: _losses(program, present, function, dict(values), device, ahead, key))
+    (values["counters"], values["partials"]), token = sequence.shares.space()[2], None
+    if ahead:
+        token = sequence.shares.cell()
+        values["assumed"] = token[2].value
+    done, variants = sequence.run(values)
+    if tell:
+        kept.keep(sequence, ("", *names), given, values, variants)
+    return (*done[:3], token, done[4]) if names is _LOSS else done
+
+
+def _backward(program: Program, present: int, function: str, given: tuple) -> Tensor | None:
+    """The gradient for an upstream gradient; None where that is not plain."""
+    kept, done = _kept(program), False
+    if not are_recorded():
+        done = kept.run(*given)
+        if type(done) is tuple:
+            return done[0]
+    values = dict(zip(_BACKWARD, given[1:]))
+    device, upstream = values["prediction"].device, values["upstream"]
+    if not _plain(device, upstream) or upstream.dtype is not torch.float32:
+        return None
+    key = "backward", *_kind(values, device)
+    values["assumed"] = of_this_stream(values["assumed"][2], device).value
+    sequence = kept.get(key, lambda: _losses(program, present, function, dict(values), device))
+    (gradient,), variants = sequence.run(values)
+    if done is None:
+        kept.keep(sequence, ("", *_BACKWARD), given, values, variants)
+    return gradient
+
+
+def _kind(values: dict[str, Any], device: torch.device) -> tuple:
+    """What sequences of a loss are told apart by. The seed among ``values`` becomes what a kernel takes."""
+    prediction, x0, n, t = (values[name] for name in _LOSS[:4])
+    kind = None if values["seed"] is None else _seed(values, device)
+    types = [None if data is None else data.dtype for data in (prediction, x0, n, t)]
+    samples, strength = type(values["sample_offset"]), bool(values["strength"])
+    return prediction.shape, device, *types, kind, samples, strength, values["fast"], values["columns"] is None
 
 
 @lru_cache
@@ -338,47 +381,58 @@ def _names(present: int) -> tuple[str, ...]:
 _OPERANDS = {"loss_weight": "weight"}  # what the kernel calls a coefficient; any other has its own name
 
 
-def _ready_losses(program, names, function, prediction, x0, given, made, changing, ahead, both, key) -> _Losses:
-    device, own = prediction.device, (prediction.shape[0],) + (1,) * (prediction.ndim - 1)
-    found = dict(zip(names, _placed(program, names, changing, own)))
-    p, q, scale, weight, c = (found.get(name) for name in OF_LOSS)
-    n = made if given is None else given
-    laid = general.lay(LossCall(prediction, x0, n, p, q, scale, weight, c))
-    how = function, "none", "mean"
-    d, one = torch.empty_like(prediction), torch.empty((), dtype=torch.float32, device=device)
-    used = one.view(1)
-    data = tuple(name for name, there in (("x0", x0), ("n", given)) if there is not None)
-    operands = ("index",) if program.index else tuple(_OPERANDS.get(name, name) for name in names)
-    seed, numbers = ((), ()) if made is None else (_MADE, _NUMBERS)
-    written, cells = (("gradient",), ("used", "assumed")) if ahead else ((), ())
-
-    def of(gradient: bool, data: tuple, others: tuple, **more: Any) -> Ready:
-        more |= {"used": used, "assumed": used} if ahead else {}
-        launched = general.loss_launch(laid, *how, d if gradient else None, **more)
-        return Ready(general.loss, device, launched, ("prediction", *data), (*operands, *seed, *others), numbers)
-
-    if both:
-        others = "counters", "partials", "result", "upstream"
-        return _Losses(of(True, (*data, "gradient"), others, result=one, upstream=one), None, key)
-    return _Losses(
-        of(ahead, (*data, *written), ("counters", "partials", "result", *cells), result=one),
-        of(True, (*data, "gradient"), ("upstream", *cells), upstream=one),
-        (id(program), *key),  # a hint: another objective's losses are others
-    )
-
-
-def _forward(ready: _Losses, changing, prediction, x0, given, made, written=(), cells=()) -> Tensor:
-    device, of = prediction.device, ready.forward
-    result = torch.empty((), dtype=torch.float32, device=device)
-    space = loss_workspace(device, of["rows"], of["parts"], of["number"])
-    _launch(of, changing, prediction, x0, given, made, written, (*space, result, *cells))
-    return result
-
-
-def _launch(ready: Ready, changing, prediction, x0, given, made, written, others) -> None:
-    data = tuple(tensor for tensor in (prediction, x0, given, *written) if tensor is not None)
-    if made is None:
-        ready(data, (*changing, *others))
+def _losses(
+    program: Program, present: int, function: str, values: dict[str, Any], device: torch.device,
+    ahead: bool = False, kind: tuple = (),
+) -> Launches:  # fmt: skip
+    """The sequence of a loss, with its gradient if that is written ``ahead``, or if an upstream gradient is among
+    ``values``; or, where a gradient is there already, of the gradient alone. ``kind`` tells a loss apart from others,
+    see ``workspace.cell``."""
+    backward, both = "gradient" in values, "upstream" in values
+    columns = None if program.index else "columns"
+    written = ("gradient", "used", "assumed") if ahead else (None,) * 3
+    returned = ("result", "gradient") if both else ("result", *written, columns)
+    to = Launches(device, ("gradient",) if backward else returned)
+    if values["columns"] is None:
+        _add_rows(to, program, values)
+    prediction, x0, n = (values[name] for name in _LOSS[:3])
+    gradient = values.get("gradient")
+    if not backward:
+        what = {"result": _small(to, "result", values, ())}
+        changing = {name: Value(name) for name in ("result", "counters", "partials")}
+        if ahead or both:
+            gradient = _like(to, "gradient", values, "prediction")
+            changing["gradient"] = Value("gradient")
+        if both:
+            what["upstream"], changing["upstream"] = values["upstream"], Value("upstream")
+        if ahead:
+            what["used"] = what["assumed"] = _small(to, "used", values, (1,))
+            changing |= {name: Value(name) for name in ("used", "assumed")}
     else:
-        first, ids = samples_on(prediction.device, made.sample_offset)
-        ready(data, (*changing, made.seed, ids, *others), (made.stream, first, made.offset))
+        what = {name: values[name] for name in ("used", "assumed", "upstream")}
+        changing = {name: Value(name) for name in ("gradient", *what)}
+    names, own = _names(present), (len(prediction),) + (1,) * (prediction.ndim - 1)
+    placed, of_rows = _placed(program, names, values, own, tuple(_OPERANDS.get(name, name) for name in names))
+    p, q, scale, weight, c = (dict(zip(names, placed)).get(name) for name in OF_LOSS)
+    changing |= of_rows | {name: Value(name) for name in ("prediction", "x0", "n") if values[name] is not None}
+    if values["seed"] is not None:
+        n, changing = _made(values), changing | _of_noise(values)
+    laid = lay(LossCall(prediction, x0, n, p, q, scale, weight, c))
+    launched = general.loss_launch(laid, function, "none", "mean", gradient, **what)
+    to.add(general.loss, launched, changing)
+    if not backward:
+        sizes = (launched[1][general.loss.runtime.index(name)] for name in ("rows", "parts", "number"))
+        to.shares = Shares(
+            partial(_space, device, *sizes), partial(_token, device, (id(program), *kind)) if ahead else None
+        )
+    return to
+
+
+def _space(device: torch.device, *sizes: int) -> tuple[int, int, Any]:
+    space = loss_workspace(device, *sizes)
+    return space[0].data_ptr(), space[1].data_ptr(), space
+
+
+def _token(device: torch.device, kind: tuple) -> tuple[int, int, Any]:
+    taken = cell(device, kind)  # of another objective it is another
+    return taken.value.data_ptr(), current_stream(device), taken

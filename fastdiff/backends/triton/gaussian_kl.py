@@ -24,8 +24,9 @@ from . import launch
 from .arguments import source_of, unsuited
 from .coefficients import arrange, shape_of
 from .functions import exp_excess, exponential, inverse, log_1_plus, logarithm
+from .laid import own_rows
 from .launch import Kernel
-from .loss import ahead, float32, own_rows
+from .loss import ahead, float32
 from .plan import plan, tile_of
 from .reduction import reduce_terms
 from .tiles import coefficient, entry_of, halves_of, load, made_noise, place_of, prefetch, row_of, store

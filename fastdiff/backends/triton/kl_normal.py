@@ -15,8 +15,9 @@ from . import launch
 from .arguments import unsuited
 from .coefficients import arrange
 from .functions import exp_excess, exponential
+from .laid import own_rows
 from .launch import Kernel
-from .loss import float32, own_rows
+from .loss import float32
 from .plan import plan, tile_of
 from .reduction import reduce_terms
 from .tiles import coefficient, halves_of, load, place_of, row_of, store

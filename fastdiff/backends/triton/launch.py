@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ... import philox
 from ..devices import is_capturing
 from .functions import error
 from .traffic import Launch
@@ -102,20 +105,33 @@ class Kernel:
 
     def source(self, types: tuple, aligned: bool, constants: tuple) -> ASTSource:
         """The source that is compiled for a key."""
-        number = "i64" if self.wide is not None and constants[self.wide] else "i32"
-        signature, attributes = {}, {}
+        signature, attributes = self._signature(types, constants), {}
         values = dict(zip(((len(self.runtime) + k,) for k in range(len(constants))), constants))
-        for k, (name, kind) in enumerate(zip(self.runtime, types)):
+        for k, kind in enumerate(types):
             if kind is None:
-                signature[name], values[(k,)] = "constexpr", None
+                values[(k,)] = None
+            elif kind is not int and aligned and k in self.data:
+                attributes[(k,)] = [["tt.divisibility", 16]]
+        signature |= dict.fromkeys(self.constants, "constexpr")
+        return ASTSource(fn=self.function, signature=signature, constexprs=values, attrs=attributes)
+
+    def _signature(self, types: tuple, constants: tuple) -> dict[str, str]:
+        """What Triton is told that each argument is."""
+        number = "i64" if self.wide is not None and constants[self.wide] else "i32"
+        signature = {}
+        for name, kind in zip(self.runtime, types):
+            if kind is None:
+                signature[name] = "constexpr"
             elif kind is int:
                 signature[name] = "i64" if name in _INT64 else "fp32" if name in _FLOATS else number
             else:
                 signature[name] = POINTERS[kind]
-                if aligned and k in self.data:
-                    attributes[(k,)] = [["tt.divisibility", 16]]
-        signature |= dict.fromkeys(self.constants, "constexpr")
-        return ASTSource(fn=self.function, signature=signature, constexprs=values, attrs=attributes)
+        return signature
+
+    def layout(self, types: tuple, constants: tuple) -> list[str | None]:
+        """What each argument is packed as: see ``_Direct``."""
+        packed = {"constexpr": None, "i64": "q", "i32": "i", "fp32": "f"}
+        return [packed.get(kind, "Q") for kind in self._signature(types, constants).values()]
 
     def options(self, constants: tuple) -> dict[str, Any]:
         """How a variant is compiled. Only where no bits are promised may products and sums be contracted: where noise
@@ -143,7 +159,26 @@ class Kernel:
             with _on(device), _unseen():
                 self.function[grid](*arguments, *constants, **self.options(constants))
             return None
-        # The same distinctions as ``key`` makes, from as few looks as there can be.
+        values, types, aligned = self._looked_at(arguments)
+        short = (*types, aligned, device.index, constants)
+        variant = self._variants.get(short)
+        if variant is None or not is_current(device):
+            with _on(device):
+                if variant is None:
+                    key = self.key(arguments, constants, device.index)
+                    variant = self._variants[short] = self._loaded(device, key)
+                    if self.of_capture(key) is not None:
+                        _unprepared.append((self, device, short, key))
+                variant(grid, _stream(device), values, constants)
+        else:
+            variant(grid, _stream(device), values, constants)
+        if _unprepared:
+            prepare_captures()
+        return variant
+
+    def _looked_at(self, arguments: tuple) -> tuple[list, list, bool]:
+        """(the arguments as the kernel gets them, what tells variants apart as ``key`` does, from as few looks as there
+        can be, and whether all data is aligned)."""
         values, types, bits = list(arguments), [], 0
         for k in self._vectors:
             a = arguments[k]
@@ -160,20 +195,35 @@ class Kernel:
                 types.append(a.dtype)
             else:
                 types.append(a is None)
-        index = device.index
-        short = (*types, bits % 16 == 0, index, constants)
-        variant = self._variants.get(short)
-        with _on(device):
-            if variant is None:
-                variant = self._variants[short] = self._loaded(device, self.key(arguments, constants, index))
-            variant(grid, _stream(device), values, constants)
-        return variant
+        return values, types, bits % 16 == 0
+
+    def of_capture(self, key: tuple) -> tuple | None:
+        """The key of the variant that takes from the device what seeds are numbers in ``key``; None without such."""
+        types, aligned, constants, device = key
+        types, constants = list(types), list(constants)
+        for name in _SEEDS.intersection(self.runtime):
+            k = self.runtime.index(name)
+            if types[k] is int:
+                types[k], constants[self.constants.index(name.upper())] = torch.int64, "tensor"
+        return None if tuple(types) == key[0] else (tuple(types), aligned, tuple(constants), device)
+
+    def _prepare_capture(self, device: torch.device, short: tuple, key: tuple) -> None:
+        """Load the variant ``of_capture(key)``, which is found by ``short`` but for the seeds."""
+        types, _, constants, _ = wanted = self.of_capture(key)
+        found = list(short)
+        for place, k in enumerate((*self._vectors, *self._scalars)):
+            if types[k] is not key[0][k]:
+                found[place] = types[k]
+        found[-1] = constants
+        if tuple(found) not in self._variants:
+            self._variants[tuple(found)] = self._loaded(device, wanted)
 
     def _loaded(self, device: torch.device, key: tuple) -> _Direct:
         """The kernel of a key, compiled and loaded on ``device``, which is current."""
         capturing = is_capturing(device)
         try:
-            return _Direct(self.compile(key, triton.runtime.driver.active.get_current_target()))
+            compiled = self.compile(key, triton.runtime.driver.active.get_current_target())
+            return _Direct(compiled, self.layout(key[0], key[2]))
         except Exception as error:
             if not capturing:
                 raise
@@ -185,10 +235,21 @@ class Kernel:
 
 class _Direct:
     """A compiled kernel, called with pointers and numbers, without looking at them again. No launch metadata, and no
-    hooks on entry or exit."""
+    hooks on entry or exit.
 
-    def __init__(self, compiled: Any):
+    Attributes:
+        layout: what each argument is packed as, as in ``struct``; None for one that is no parameter.
+        function, threads, shared: the driver's handle, the size of a block, and its bytes of shared memory; where
+        unknown: why these do not say all of a launch, if they do not; otherwise empty.
+    """
+
+    def __init__(self, compiled: Any, layout: Sequence[str | None]):
         run = compiled.run  # loads the binary, so it comes first
+        self.layout = layout
+        self.unknown = _unknown_because(compiled, run, layout)
+        if not self.unknown:
+            warps, _, self.shared = compiled.packed_metadata
+            self.function, self.threads = compiled.function, 32 * warps
         function, metadata = compiled.function, compiled.packed_metadata
         sizes = getattr(run, "global_scratch_size", None), getattr(run, "profile_scratch_size", None)
         if sizes == (0, 0):  # what Triton's launcher would do before its own function is to allocate these
@@ -201,62 +262,37 @@ class _Direct:
         self._launch(*grid, 1, stream, *self._head, *values, *constants)
 
 
-class Ready:
-    """A launch that is repeated with other tensors of the same dtypes and shapes, and with other numbers.
+# Variants that take seeds as numbers: (kernel, device, what it is found by, key).
+_unprepared: list[tuple[Kernel, torch.device, tuple, tuple]] = []
 
-    Args:
-        kernel, device: what is launched, and where.
-        how: (grid, arguments, constants) of one such launch.
-        data, others, numbers: the names of the arguments that change: full-size data, other tensors, numbers.
-    """
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        device: torch.device,
-        how: tuple[tuple[int, int], tuple, tuple],
-        data: Sequence[str],
-        others: Sequence[str] = (),
-        numbers: Sequence[str] = (),
-    ):
-        self._kernel, self._device = kernel, device
-        self._grid, arguments, self._constants = how
-        self._data, self._others, self._numbers = (
-            [kernel.runtime.index(name) for name in names] for names in (data, others, numbers)
-        )
-        changing = {*self._data, *self._others, *self._numbers}
-        assert all(k in changing or arguments[k] is None for k in kernel.data)
-        self._kept = [None if k in changing else a for k, a in enumerate(arguments)]
-        self._values = [a.data_ptr() if isinstance(a, Tensor) else a for a in self._kept]
-        self._index = device.index if device.type == "cuda" else None
-        self._variant: _Direct | None = None
+def prepare_captures() -> None:
+    """Where seeds are drawn on the host, load for each variant that took one the variant that takes it from the device:
+    there seeds are drawn while a CUDA graph is captured, when nothing can be loaded."""
+    while _unprepared and philox.draws_on_host() and not is_capturing(_unprepared[-1][1]):
+        kernel, device, short, key = _unprepared.pop()
+        with _on(device):
+            kernel._prepare_capture(device, short, key)
 
-    def __getitem__(self, name: str) -> Any:
-        """An argument that does not change."""
-        return self._kept[self._kernel.runtime.index(name)]
 
-    def __call__(self, data: Sequence[Tensor], others: Sequence[Any] = (), numbers: Sequence[Any] = ()) -> None:
-        """Launch with these on the device's current stream. Where a seed is a number it is one of ``others``."""
-        variant = self._variant
-        if variant is not None and _records is None:
-            values, bits = self._values.copy(), 0
-            for k, tensor in zip(self._data, data):
-                values[k] = pointer = tensor.data_ptr()
-                bits |= pointer
-            if not bits % 16 and (self._index is None or self._index == _current_device()):
-                for k, tensor in zip(self._others, others):
-                    values[k] = tensor.data_ptr() if isinstance(tensor, Tensor) else tensor
-                for k, number in zip(self._numbers, numbers):
-                    values[k] = number
-                variant(self._grid, _stream(self._device), values, self._constants)
-                return
-        arguments = self._kept.copy()
-        for places, changing in ((self._data, data), (self._others, others), (self._numbers, numbers)):
-            for k, value in zip(places, changing):
-                arguments[k] = value
-        variant = self._kernel(self._device, self._grid, tuple(arguments), self._constants)
-        if all(tensor.data_ptr() % 16 == 0 for tensor in data):
-            self._variant = variant
+_SIZES = {"u64": 8, "s64": 8, "b64": 8, "u32": 4, "s32": 4, "b32": 4, "f32": 4}  # of PTX
+
+
+def _unknown_because(compiled: Any, run: Any, layout: Sequence[str | None]) -> str:
+    """Why a launch of a compiled kernel is more than its function, a grid of blocks and these parameters, with two null
+    pointers for scratch memory behind them; empty if it is not."""
+    try:
+        _, ctas, _ = compiled.packed_metadata
+        ordinary = run.global_scratch_size, run.profile_scratch_size, run.launch_cooperative_grid, run.launch_pdl
+        declared = re.findall(r"\.param\s+\.(\w+)", compiled.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0])
+        found = [_SIZES[kind] for kind in declared]
+    except Exception as error:
+        return f"a kernel is not described as Triton 3.6 does it ({type(error).__name__}: {error})"
+    if ctas != 1 or any(ordinary):
+        return "a kernel takes clusters, scratch memory or a cooperative launch"
+    if found != [struct.calcsize(kind) for kind in (*layout, "Q", "Q") if kind is not None]:
+        return "a kernel takes other parameters than its signature says"
+    return ""
 
 
 _NVIDIA = torch.version.hip is None
@@ -273,6 +309,16 @@ def has_approximate_instructions(device: torch.device) -> bool:
 
 
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)  # of CUDA that is initialised
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether a CUDA device is the current one."""
+    return device.type != "cuda" or device.index == _current_device()
+
+
+def are_recorded() -> bool:
+    """Whether launches are collected (``launches``)."""
+    return _records is not None
 
 
 def _on(device: torch.device) -> Any:

@@ -24,18 +24,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import modes
-from ...calls import Combination, LossCall, Packed
+from ...calls import Combination, LossCall
 from ...tensors import Gathered
 from ..interface import COEFFICIENTS, Backend, differentiable, weight_of_elements
-from ..layout import TOKENS, empty_in_order, layout_of, of_rows, order_of_tokens
+from ..layout import of_rows
 from ..reference import rows_of_mean
 from ..saving import save, saved
 from . import launch
-from .arguments import TYPES, permuted, source_of, starts_on, too_many, unsuited
-from .coefficients import arrange, is_one, shape_of
+from .arguments import TYPES, source_of, starts_on, too_many, unsuited
+from .coefficients import arrange, shape_of
 from .functions import combined_derivative, combined_error, derivative, error, reciprocal
+from .laid import Laid, as_prediction, lay, like_prediction, own_rows
 from .launch import Kernel
-from .plan import mask_of, order_of, plan, plan_of_sequences, strided, tile_of
+from .plan import mask_of, order_of, plan, plan_of_sequences, tile_of
 from .reduction import finish, is_last, store_pair, tile_sum, total_of
 from .tiles import (
     coefficient,
@@ -52,8 +53,6 @@ from .tiles import (
     store,
 )
 from .workspace import Cell, cell, loss_workspace, of_this_stream, single
-
-_NO_STRIDES = (1,) * 3 + (0,) * 4
 
 
 @Kernel
@@ -410,70 +409,8 @@ def value_and_gradient(upstream: Tensor | float, call: LossCall, backend: Backen
     return made.value, _gradient(call, upstream, made.divisor, None)
 
 
-def own_rows(shape: tuple[int, ...], own: tuple[int, ...], *others: Any) -> bool:
-    """Whether the rows of the weight, and of the other coefficients, are rows of one layout: then each has one sum."""
-    for other in others:
-        rows = shape_of(other)
-        if rows and rows != own:
-            spread = other.index if isinstance(other, Gathered) else other
-            if not is_one(spread):
-                return False
-    return layout_of(shape, own)[1] == own
-
-
 def float32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
-
-
-class Laid(NamedTuple):
-    """The operands of a loss, laid out for the kernel. ``back`` leads from its order of dimensions to the caller's."""
-
-    back: tuple[int, ...] | None
-    shape: tuple[int, ...]
-    rows_shape: tuple[int, ...]
-    data: list
-    coefficients: list
-    mask: Tensor | None
-    mask_strides: tuple[int, tuple[int, ...]]  # see ``plan.strided``; -1 dimensions where there is no mask
-    order: str = "none"  # of the prediction in memory: see ``layout.order_of_tokens``
-    packed: Packed | None = None
-
-    def ordered(self, tensor: Tensor) -> Tensor:
-        """A tensor of the caller's dimensions, or one number, in the kernel's order of them."""
-        if self.back is None or not tensor.ndim:
-            return tensor
-        return tensor.permute(sorted(range(len(self.back)), key=self.back.__getitem__))
-
-
-def lay(call: LossCall) -> Laid:
-    """The operands of ``call``."""
-    prediction, x0, n, p, q, scale, weight, c, mask, y, r = call[:11]
-    operands, coefficients = (prediction, x0, n, y), (weight, p, q, scale, c, r)
-    own, shape = shape_of(weight), tuple(prediction.shape)
-    order = order_of_tokens(prediction) if call.packed is None else "none"
-    if order == "none" and call.packed is None:
-        back, data, placed = permuted(operands, coefficients)
-    else:  # rows that are packed sequences have no other order
-        others = (t.contiguous() if isinstance(t, Tensor) else t for t in (x0, n, y))
-        first = prediction.contiguous() if order == "none" else prediction
-        back, data, placed = None, [first, *others], list(coefficients)
-    if back is not None and not own_rows(tuple(data[0].shape), shape_of(placed[0])):
-        data, placed, back = [t if t is None else t.contiguous() for t in operands], list(coefficients), None
-    if back is not None:
-        shape, own = tuple(data[0].shape), shape_of(placed[0])
-    strides = -1, _NO_STRIDES
-    if mask is not None:
-        if mask.dtype == torch.float64:
-            mask = mask.float()
-        elif mask.dtype == torch.bool:
-            mask = mask.view(torch.uint8)
-        mask = mask.expand(prediction.shape)
-        if back is not None:
-            mask = mask.permute(sorted(range(len(back)), key=back.__getitem__))
-        strides = strided(shape, mask.stride())
-        if strides is None:
-            mask, strides = mask.contiguous(), (0, _NO_STRIDES)
-    return Laid(back, shape, own, data, placed, mask, strides, order, call.packed)
 
 
 def _pass(call: LossCall, *, means: bool = False, gradient: bool = False, upstream: Tensor | None = None) -> Made:
@@ -485,12 +422,12 @@ def _pass(call: LossCall, *, means: bool = False, gradient: bool = False, upstre
         return torch.empty(shape, dtype=dtype, device=device)
 
     elements = reduction == "elements"
-    errors = _like_prediction(laid, torch.float32) if elements else None
+    errors = like_prediction(laid, torch.float32) if elements else None
     result = None if elements else new(rows if reduction == "none" else ())
     row_means = new((2, *rows)) if means else None
     divisor = None if not masks_divide(call) else new(math.prod(rows) + 1 if normalization == "row" else 1)
     used = last = assumed = None
-    d = _like_prediction(laid) if gradient else None
+    d = like_prediction(laid) if gradient else None
     if upstream is not None:
         upstream = laid.ordered(upstream).to(torch.float32)
     elif gradient:
@@ -510,12 +447,6 @@ def _pass(call: LossCall, *, means: bool = False, gradient: bool = False, upstre
     return Made(result, row_means, divisor, None if d is None else (d, used, last))
 
 
-def _like_prediction(laid: Laid, dtype: torch.dtype | None = None) -> Tensor:
-    """New memory for its gradient, or in ``dtype``, in the same order."""
-    prediction = laid.data[0]
-    return empty_in_order(laid.shape, TOKENS.get(laid.order), dtype or prediction.dtype, prediction.device)
-
-
 def _kind(laid: Laid, function: str | Combination, reduction: str) -> tuple:
     """A key that tells a loss apart from others. It is a hint, see ``workspace.cell``."""
     types = (t.dtype if isinstance(t, Tensor) else type(t) for t in laid.data)
@@ -530,7 +461,7 @@ def _gradient(
     laid, prediction = lay(call), call.prediction
     used = assumed = None
     if written is None:
-        d = _like_prediction(laid)
+        d = like_prediction(laid)
     else:
         d, used, last = written
         d = laid.ordered(d)
@@ -538,20 +469,12 @@ def _gradient(
     upstream, d_errors = laid.ordered(upstream).to(torch.float32), None
     if call.reduction == "elements":
         by_row = of_rows(upstream, laid.rows_shape, laid.packed)
-        upstream, d_errors = by_row, _as_prediction(laid, upstream) if by_row is None else None
+        upstream, d_errors = by_row, as_prediction(laid, upstream) if by_row is None else None
     launched = loss_launch(
         laid, *call[11:14], d, used=used, assumed=assumed, upstream=upstream, divisor=divisor, d_errors=d_errors
     )  # fmt: skip
     loss(prediction.device, *launched)
     return d if laid.back is None else d.permute(laid.back)
-
-
-def _as_prediction(laid: Laid, upstream: Tensor) -> Tensor:
-    """``upstream``, lying in memory as the prediction does."""
-    if laid.order == "none":
-        return upstream.contiguous()
-    same = order_of_tokens(upstream) == laid.order
-    return upstream if same else _like_prediction(laid, upstream.dtype).copy_(upstream)
 
 
 def loss_launch(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -115,9 +118,7 @@ def declines(call: StepCall) -> str:
 
 def run(call: StepCall, backend: Backend) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See ``StepCall``."""
-    x, m, row, uncond, guidance, clip, history, noise, log_variance = call[:9]
-    seen = call.model_input
-    device = x.device
+    x, m, row, uncond, guidance, _, history, noise, log_variance = call[:9]
     scale = guidance if isinstance(guidance, Tensor) and uncond is not None else None
     each = row.ndim > 1 or (scale is not None and not is_one(scale))
     operands = (x, m, uncond, *history, *(None,) * (KEPT_STEPS - len(history)), noise, log_variance)
@@ -127,28 +128,43 @@ def run(call: StepCall, backend: Backend) -> tuple[Tensor, Tensor | None, Tensor
     y = torch.empty_like(data)
     x0 = torch.empty_like(data) if call.want_x0 else None
     entry = torch.empty_like(data, dtype=torch.float32) if call.want_entry else None
-    source, (kind, seed_kind, offset) = source_of(noise, device)
+    step(x.device, *step_launch(call, operands, (y, x0, entry, call.model_input), each))
+    if back is not None:
+        return y.permute(back), x0 if x0 is None else x0.permute(back), entry if entry is None else entry.permute(back)
+    return in_format_of(x, y), in_format_of(x, x0), in_format_of(x, entry)
+
+
+def step_launch(
+    call: StepCall, operands: Sequence[Any], results: tuple[Tensor | None, ...], each: bool = False
+) -> tuple[tuple[int, int], tuple, tuple]:
+    """The launch of a step: (grid, arguments, constants).
+
+    Args:
+        operands: x, m, uncond, four history entries, noise and log-variance of ``call``, contiguous in one order.
+        results: y, x0 estimate, history entry and model input.
+        each: a sample has a row, or a guidance scale, of its own.
+    """
+    row, uncond, guidance, clip = call.row, call.uncond, call.guidance, call.clip
+    data, device, seen = operands[0], call.x.device, results[3]
+    scale = guidance if isinstance(guidance, Tensor) and uncond is not None else None
+    source, (kind, seed_kind, offset) = source_of(call.noise, device)
     tile = tile_of(data.numel(), data.element_size())
     laid = (data.shape[0],) + (1,) * (data.ndim - 1) if each else (1,) * data.ndim
     how = plan(tuple(data.shape), laid, tile, kind in ("exact", "fast"), offset)
     guided = "none" if uncond is None else "number" if scale is None else "one" if is_one(scale) else "row"
-    step(
-        device,
+    return (
         how.grid,
         (
-            *(y, x0, entry, seen, *operands[:7], operands[7] if kind == "tensor" else None, operands[8]),
+            *(*results, *operands[:7], operands[7] if kind == "tensor" else None, operands[8]),
             *(row.contiguous(), scale if scale is None or guided == "one" else scale.contiguous(), *source),
             *(float(guidance) if guided == "number" else 1.0, 0.0 if clip is None else float(clip)),
-            *(row.shape[-1] if row.ndim > 1 else 0, x.numel(), *how.numbers, how.sample_runs, how.channel_runs),
+            *(row.shape[-1] if row.ndim > 1 else 0, data.numel(), *how.numbers, how.sample_runs, how.channel_runs),
         ),
         (
-            *(guided, kind, seed_kind, offset, clip is not None, seen is not None and len(seen) > len(x)),
+            *(guided, kind, seed_kind, offset, clip is not None, seen is not None and len(seen) > data.shape[0]),
             *(*how.constants, launch.has_approximate_instructions(device), launch.INTERPRETED),
         ),
     )
-    if back is not None:
-        return y.permute(back), x0 if x0 is None else x0.permute(back), entry if entry is None else entry.permute(back)
-    return in_format_of(x, y), in_format_of(x, x0), in_format_of(x, entry)
 
 
 def _in_order(tensors: tuple) -> tuple[None, list, list]:

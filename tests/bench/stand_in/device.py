@@ -15,7 +15,6 @@ import contextlib
 import ctypes
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from driver import build  # noqa: E402
+
 LAUNCH_SECONDS, COPY_SECONDS = 2e-6, 4e-6
 FEW = ("copy, bf16", "noising, exact, bf16", "loss v, fast, bf16", "step, given, bf16", "noising images, exact, bf16")
 os.environ["TRITON_INTERPRET"] = "0"
@@ -31,14 +33,8 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 def driver(folder: Path) -> ctypes.CDLL:
     """The stand-in for libcuda.so.1, built in ``folder`` and found by Triton and its launchers."""
-    import triton
-
-    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    library = folder / "libcuda.so.1"
-    command = ["cc", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{include}", "-o", str(library)]
-    subprocess.run([*command, str(HERE / "cuda.c")], check=True)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    return build(folder)
 
 
 class Device:
