@@ -209,6 +209,9 @@ KINDS = {
     "v, min-SNR": lambda: fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", fastdiff.MinSNR(5.0)),
     "epsilon": lambda: fastdiff.Objective(fastdiff.VariancePreserving()),
     "huber": lambda: fastdiff.Objective(fastdiff.VariancePreserving(), "v_prediction", loss="huber"),
+    "combined": lambda: fastdiff.Objective(
+        fastdiff.VariancePreserving(), loss=fastdiff.losses.Combined(mse=0.5, huber=0.2)
+    ),
     "SD3": lambda: fastdiff.Objective(
         fastdiff.RectifiedFlow(3.0), "flow", "cosmap", timesteps="logit_normal", error_space="sample"
     ),
@@ -246,6 +249,11 @@ def test_the_launches_are_those_of_python(gpu, monkeypatch, kind, dtype):
             raised, launched, (gradient,), by_cpp = both(gradient_of)
             assert raised is None and launched == 1 and gradient.shape == x0.shape
             assert by_cpp == (dtype is not torch.float16)  # of float16 the general way makes it
+            for scale in (0.5, one):
+                at_once = lambda n=noised, scale=scale: objective.loss_and_gradient(prediction, n, scale)  # noqa: E731
+                raised, launched, (value, gradient), by_cpp = both(at_once)
+                assert raised is None and by_cpp and launched == 1
+                assert value.shape == () and gradient.shape == x0.shape and gradient.dtype == dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -265,8 +273,11 @@ def test_what_a_training_step_costs_the_host(gpu, kind):
         "loss": python_calls(lambda: objective.loss(prediction, noised)),
     }
     entered["backward"] = python_calls(objective.loss(prediction, noised).backward)
-    # 41, 31 and 23, and room for another PyTorch.
-    most = {"noise": 46, "loss": 36, "backward": 28}
+    both = lambda: objective.loss_and_gradient(prediction, noised, 0.5)  # noqa: E731
+    both(), both()
+    entered["both"] = python_calls(both)
+    # 41, 31, 23 and 43, and room for another PyTorch.
+    most = {"noise": 46, "loss": 36, "backward": 28, "both": 48}
     assert all(entered[name] <= most[name] for name in most), entered
 
 
