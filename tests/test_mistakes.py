@@ -386,6 +386,11 @@ def test_t_and_noise_swapped(kind):
     refused(lambda: objective.noise(X0, X0, t), words + "x0, t, noise")
     refused(lambda: fastdiff.q_sample(X0, X0, process, t), words + "x0, t, noise")
     refused(lambda: fastdiff.diffusion_loss(X0, X0, t, X0, process), words + "model_output, x0, noise, t, process")
+    few, words = torch.rand(4), "noise has shape (4,), but x0 (4, 3, 8, 8)"
+    for time in (1, t):  # where it belongs
+        refused(lambda: objective.noise(X0, time, few), words)  # noqa: B023
+        refused(lambda: fastdiff.diffusion_loss(X0, X0, few, time, process), words)  # noqa: B023
+    refused(lambda: fastdiff.diffusion_loss(X0, X0, few, None, process), words + ": if it is t, write t=")
     refused(lambda: objective.noise(X0, X0), "t has the shape of x0, (4, 3, 8, 8)", "if it is noise, write noise=")
     refused(lambda: objective.noise(X0, noise=t), "noise has shape (4,), but x0 (4, 3, 8, 8): if it is t, write t=")
     order = "The order of the arguments is "
