@@ -135,8 +135,7 @@ def test_what_is_run_at_import_is_asked_of_the_whole_table(tool, tmp_path):
     def asked(line):
         return recorded.functions_for(ROOT, ERRORS, range(line, line + 1))
 
-    table = dict.fromkeys(tool.choosing.files_for(ROOT, ERRORS), {"*": 0.0})
-    table["tests/ops/test_loss.py"] = {"*": 0.0, "test_b": 0.5}
+    table = tool.choosing.files_for(ROOT, ERRORS) | {"tests/ops/test_loss.py": {"*": 0.0, "test_b": 0.5}}
     assert asked(head) == table | {"tests/test_documents.py": {"test_first": 3.0}}
     assert list(asked(head))[:2] == ["tests/test_names.py", "tests/test_options.py"]  # they ask for what is defined
     found = {"tests/ops/test_loss.py": {"test_b": 0.5}, "tests/test_documents.py": {"test_first": 3.0}}
@@ -147,13 +146,13 @@ def test_what_a_compiler_or_another_process_runs_is_asked_for_by_the_table(tool,
     file, test = "fastdiff/objective.py", "tests/test_objective.py::test_a"
     line = (ROOT / file).read_text().splitlines().index("        check_noised(prediction, noised)") + 1
     (tmp_path / "lines.json").write_text(json.dumps({file: {str(line): [test]}}))
-    (tmp_path / "costs.json").write_text("{}")
+    (tmp_path / "costs.json").write_text(json.dumps({"tests/backends/test_compile.py::test_b": 3.0}))
     for each in tool.choosing.files_for(ROOT, file):
         (tmp_path / f"data.{Path(each).stem}").touch()
     found = tool.choosing.Recorded(ROOT, tmp_path).functions_for(ROOT, file, range(line, line + 1))
     assert found == {
         "tests/test_objective.py": {"test_a": 0.0},
-        "tests/backends/test_compile.py": tool.choosing.ALL,
+        "tests/backends/test_compile.py": {"*": 0.0, "test_b": 3.0},
         "tests/distributed/test_distributed.py": tool.choosing.ALL,
     }
 

@@ -146,11 +146,10 @@ class Recorded:
         if imported:
             table = table[-len(EVERYWHERE) :] + table[: -len(EVERYWHERE)]
         for name in table:
-            if name not in self.files:
-                chosen[name] = ALL
-            elif imported:
-                costs = (test.partition("::")[::2] for test in self.costs)
-                chosen[name] = {"*": 0.0} | {test: self.costs[f"{of}::{test}"] for of, test in costs if of == name}
+            if imported or name not in self.files:
+                start = f"{name}::"
+                known = {test.removeprefix(start): cost for test, cost in self.costs.items() if test.startswith(start)}
+                chosen[name] = {"*": 0.0} | known if known else ALL
 
         def order(name):
             functions = chosen[name]
