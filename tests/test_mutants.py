@@ -109,8 +109,9 @@ def test_a_group_names_files_and_folders_that_are_there(tool):
             assert path.is_dir() if name.endswith("/") else path.with_suffix(".py").is_file(), name
 
 
-def test_what_is_run_at_import_is_asked_of_the_whole_table(tool, tmp_path):
+def test_what_is_run_at_import_is_asked_of_the_whole_table(tool, tmp_path, monkeypatch):
     """A test that is the first to import a file runs all that stands outside of functions; it does not ask for it."""
+    monkeypatch.setattr(tool.choosing, "_functions", lambda source: [])
     source = (ROOT / ERRORS).read_text().splitlines()
     head, body = (
         source.index(line) + 1
@@ -142,16 +143,20 @@ def test_what_is_run_at_import_is_asked_of_the_whole_table(tool, tmp_path):
     assert asked(body + 2) == found and list(asked(body + 2)) == list(found)  # the table's first
 
 
-def test_what_a_compiler_or_another_process_runs_is_asked_for_by_the_table(tool, tmp_path):
+def test_what_no_record_can_say_is_asked_for_by_the_table(tool, tmp_path, monkeypatch):
+    """What a compiler or another process runs, and test functions that are newer than the record."""
     file, test = "fastdiff/objective.py", "tests/test_objective.py::test_a"
+    own, there = (ROOT / "tests/test_objective.py").read_text(), ["test_a", "test_other", "TestNew.test_new"]
+    monkeypatch.setattr(tool.choosing, "_functions", lambda source: there if source == own else [])
     line = (ROOT / file).read_text().splitlines().index("        check_noised(prediction, noised)") + 1
-    (tmp_path / "lines.json").write_text(json.dumps({file: {str(line): [test]}}))
+    lines = {file: {str(line): [test], "1": ["tests/test_objective.py::test_other"]}}
+    (tmp_path / "lines.json").write_text(json.dumps(lines))
     (tmp_path / "costs.json").write_text(json.dumps({"tests/backends/test_compile.py::test_b": 3.0}))
     for each in tool.choosing.files_for(ROOT, file):
         (tmp_path / f"data.{Path(each).stem}").touch()
     found = tool.choosing.Recorded(ROOT, tmp_path).functions_for(ROOT, file, range(line, line + 1))
     assert found == {
-        "tests/test_objective.py": {"test_a": 0.0},
+        "tests/test_objective.py": {"test_a": 0.0, "TestNew.test_new": 0.0},
         "tests/backends/test_compile.py": {"*": 0.0, "test_b": 3.0},
         "tests/distributed/test_distributed.py": tool.choosing.ALL,
     }
@@ -159,7 +164,7 @@ def test_what_a_compiler_or_another_process_runs_is_asked_for_by_the_table(tool,
 
 def test_cheap_tests_are_asked_before_dear_ones(tool):
     costs = {"test_dear": 30.0, "test_cheap": 0.5, "test_middling": 5.0}
-    cases = {"test_dear": 4, "test_cheap": 5, "test_other": 1, "test_middling": 4}
+    cases = {"test_dear": 4, "test_cheap": 5, "test_other": 1, "test_middling": 9}
     items = [
         SimpleNamespace(nodeid=f"test_x.py::{name}[{k}]", cls=None, get_closest_marker=lambda mark: None)
         for name, count in cases.items()
@@ -171,11 +176,16 @@ def test_cheap_tests_are_asked_before_dear_ones(tool):
         tool.asking._Choice(functions, turn, 1.0).pytest_collection_modifyitems(chosen)
         return [item.nodeid.split("::")[1].split("[")[0] for item in chosen]
 
-    assert asked(costs, 0) == ["test_cheap"] * 5 + ["test_middling"] * 3 + ["test_dear"] * 3
-    assert [asked(costs, turn) for turn in (1, 2)] == [["test_middling"], ["test_dear"]]
+    assert asked(costs, 0) == ["test_cheap"] * 5 + ["test_middling"] * 3
+    assert [asked(costs, turn) for turn in (1, 2)] == [["test_middling"] * 6, ["test_dear"] * 4]
     assert sorted(asked({"*": 0.0} | costs, 0)) == sorted(asked(costs, 0) + ["test_other"])
     first, later, last = (asked(tool.choosing.ALL, turn) for turn in range(3))
-    assert later == [] and sorted(last) == ["test_cheap"] * 2 + ["test_dear", "test_middling"] and len(first) == 10
+    assert later == [] and last.count("test_middling") == 6 and len(first) == 10 and len(last) == 9
+
+
+def test_functions_of_a_test_file(tool):
+    source = "def test_a(): ...\ndef helper(): ...\nclass TestB:\n    def test_c(self): ...\n    def other(self): ...\n"
+    assert tool.choosing._functions(source) == ["test_a", "TestB.test_c"]
 
 
 def test_no_two_test_files_have_the_same_name(tool):

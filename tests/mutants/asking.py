@@ -13,15 +13,15 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 NOTICED, SURVIVED, TIMED_OUT, BROKEN = "noticed", "survived", "timed out", "broken"
 _CODES = {10: NOTICED, 11: SURVIVED, 12: BROKEN}
-_FIRST = 3  # cases of a test function that are asked before all cases of any
-# Seconds that all cases of a function take at most that is asked in the first turn, the second and the last.
-_TURNS = (2.0, 10.0, math.inf)
+_FIRST = 3  # cases of a test function that are asked before its others
+_TURNS = (2.0, 10.0, math.inf)  # seconds that a function takes at most to be asked in the first turn, the second, ...
 _KILLED = 240  # seconds after which a process that takes no processor time either is stopped
 
 
@@ -120,7 +120,7 @@ def _child(tree: Path, tests, limit: float, log: Path) -> int:
             left = limit - (time.process_time() - started)
             if left <= 0:
                 return 11
-            if turn and turn not in map(_turn, functions.values()):
+            if turn > max(map(_turn, functions.values())):
                 continue
             asked = _Choice(functions, turn, left)
             options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist", "--tb=line"]
@@ -137,8 +137,8 @@ def _turn(seconds: float) -> int:
 
 
 class _Choice:
-    """Which cases of a file are run, cheap functions first: in the first turn all of a function that takes little
-    time, and a few of each other, drawn at random; later the others."""
+    """Which cases of a file are run, cheap functions first. In the first turn come those that take little time, all
+    cases of a function or a few that are drawn at random; later the others."""
 
     def __init__(self, functions: dict[str, float], turn: int, limit: float):
         self.functions, self.turn, self.limit = functions, turn, limit
@@ -146,15 +146,17 @@ class _Choice:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
-        order = list(enumerate(items))
+        names = [".".join(item.nodeid.split("[")[0].split("::")[1:]) for item in items]
+        order = list(enumerate(zip(names, items)))
         random.Random(0).shuffle(order)
-        counts, kept = {}, []
-        for place, item in order:
-            name = ".".join(item.nodeid.split("[")[0].split("::")[1:])
+        cases, counts, kept = Counter(names), Counter(), []
+        for place, (name, item) in order:
             seconds = self.functions.get(name, self.functions.get("*"))
             if seconds is not None and not item.get_closest_marker("skip"):
-                counts[name] = counts.get(name, 0) + 1
-                if self.turn == (0 if counts[name] <= _FIRST else _turn(seconds)):
+                counts[name] += 1
+                if counts[name] <= _FIRST:
+                    few = 0.0 if seconds == math.inf else seconds * min(1.0, _FIRST / cases[name])
+                if self.turn == _turn(few if counts[name] <= _FIRST else seconds):
                     # A test whose resources are shared by its class runs beside the others of its class.
                     kept.append((0.0 if item.cls else seconds, place, item))
         items[:] = [item for _, _, item in sorted(kept)]

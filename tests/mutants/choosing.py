@@ -128,11 +128,13 @@ class Recorded:
         where = test_files(root)
         names = {file.suffix[1:] for file in folder.glob("data.*")} - UNSEEN
         self.files = {where[name] for name in names if name in where}
+        self.known = {test for of in self.lines.values() for tests in of.values() for test in tests} | set(self.costs)
 
     def functions_for(self, root: Path, file: str, lines: range) -> dict[str, dict[str, float]]:
         """The functions that ran one of ``lines`` and what they cost, by test file: those of the table first, then
         cheap ones. For what is run when the package is imported, all that ran anything of the file, and the files of
-        the table whole, those that ask for names and options first; else those of the table that were not recorded."""
+        the table whole, those that ask for names and options first; else those of the table that were not recorded,
+        files or functions."""
         ran = self.lines.get(file, {})
         tests = {test for line in lines for test in ran.get(str(line), ())}
         imported = not tests or not _in_a_function((root / file).read_text(), lines.start)
@@ -150,6 +152,10 @@ class Recorded:
                 start = f"{name}::"
                 known = {test.removeprefix(start): cost for test, cost in self.costs.items() if test.startswith(start)}
                 chosen[name] = {"*": 0.0} | known if known else ALL
+            else:
+                new = (test for test in _functions((root / name).read_text()) if f"{name}::{test}" not in self.known)
+                if more := dict.fromkeys(new, 0.0):
+                    chosen[name] = more | chosen[name]
 
         def order(name):
             functions = chosen[name]
@@ -157,6 +163,16 @@ class Recorded:
             return likely, (1 + sum(functions.values())) / max(1, len(functions))
 
         return {name: chosen[name] for name in sorted(chosen, key=order)}
+
+
+def _functions(source: str) -> list[str]:
+    """The test functions of a file: "test_x", "TestY.test_z"."""
+    found = []
+    for node in ast.parse(source).body:
+        inside = node.body if isinstance(node, ast.ClassDef) else [node]
+        start = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        found += [start + f.name for f in inside if isinstance(f, ast.FunctionDef) and f.name.startswith("test_")]
+    return found
 
 
 def _in_a_function(source: str, line: int) -> bool:
