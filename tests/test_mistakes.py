@@ -16,6 +16,7 @@ import torch
 import fastdiff
 from fastdiff import prediction as kinds
 from fastdiff import samplers
+from fastdiff.showing import printable
 from fastdiff.tabulated import TabulatedEDM, TabulatedFlow
 
 VP = fastdiff.VariancePreserving()
@@ -406,6 +407,10 @@ def test_a_time_for_each_element_is_no_noise():
 def test_noise_of_integers_is_no_image():
     message = refused(lambda: EPSILON.noise(X0, noise=X0.long()), "noise must be floating point", "got torch.int64")
     assert "127.5" not in message
+
+
+def test_what_a_terminal_would_obey_is_not_shown():
+    assert printable("\x1b[31ma\rb\nc \udcff\U0001f600") == "\ufffd[31ma\ufffdb\nc \ufffd\U0001f600"
 
 
 def test_a_generator_that_is_a_seed():
