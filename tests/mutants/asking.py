@@ -154,8 +154,7 @@ class _Choice:
             seconds = self.functions.get(name, self.functions.get("*"))
             if seconds is not None and not item.get_closest_marker("skip"):
                 counts[name] += 1
-                if counts[name] <= _FIRST:
-                    few = 0.0 if seconds == math.inf else seconds * min(1.0, _FIRST / cases[name])
+                few = 0.0 if seconds == math.inf else seconds * min(1.0, _FIRST / cases[name])
                 if self.turn == _turn(few if counts[name] <= _FIRST else seconds):
                     # A test whose resources are shared by its class runs beside the others of its class.
                     kept.append((0.0 if item.cls else seconds, place, item))
