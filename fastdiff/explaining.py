@@ -55,7 +55,7 @@ def _of_batch(objective: Any, x0: Tensor) -> list[str]:
     done = objective._fast_loss(prediction, x0, n, t, rows)
     p, q, scale, weight, c = objective._rows_of_loss(rows)
     call = LossCall(
-        prediction, x0 if p is not None else None, n if q is not None else None, p, q, scale, weight, c,
+        prediction, x0 if p is not None else None, n, p, q, scale, weight, c,
         function=objective.loss_function.function,
     )  # fmt: skip
     way = fast.format(backend.name, _slower(backend, objective)) if done is not None else _way(backend, call)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import warnings
 from typing import Any
@@ -27,7 +26,6 @@ def brief(value: Any) -> str:
 def printable(text: str) -> str:
     """Text of a file, or a file's name, as it can be shown anywhere: what is no text, and what a terminal would obey,
     becomes a replacement character."""
-    text = os.fsencode(text).decode(errors="replace") if "\udc80" <= max(text, default="") <= "\udcff" else text
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 

@@ -457,6 +457,9 @@ WRONG = {
         lambda: Perceptual(lambda x: x[:1])(X, X), ValueError, r"batch of 2 that the extractor was given; .*\(1, 3"),
     "a number a sample": (lambda: Perceptual(lambda x: x.mean((1, 2, 3)))(X, X), ValueError, r"shape \(2,\)"),
     "images of two sizes": (lambda: Perceptual(nn.ReLU())(X, X[..., :2]), ValueError, "they must be equal"),
+    "an estimate of integers": (
+        lambda: Perceptual(nn.ReLU())(X.long(), X), TypeError, "estimate must be floating point"),
+    "truth of integers": (lambda: Perceptual(nn.ReLU())(X, X.long()), TypeError, "truth must be floating point"),
     "truth that is no tensor": (lambda: Perceptual(nn.ReLU())(X, None), TypeError, "truth must be a tensor"),
     "no LPIPS": (lambda: Perceptual.from_lpips(nn.ReLU()), TypeError, "lpips.LPIPS with lpips=True; got 'ReLU'"),
     "an encoder that is none": (lambda: Alignment(None), TypeError, "image_encoder must be a module"),

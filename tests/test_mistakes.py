@@ -16,6 +16,7 @@ import torch
 import fastdiff
 from fastdiff import prediction as kinds
 from fastdiff import samplers
+from fastdiff.showing import printable
 from fastdiff.tabulated import TabulatedEDM, TabulatedFlow
 
 VP = fastdiff.VariancePreserving()
@@ -386,6 +387,11 @@ def test_t_and_noise_swapped(kind):
     refused(lambda: objective.noise(X0, X0, t), words + "x0, t, noise")
     refused(lambda: fastdiff.q_sample(X0, X0, process, t), words + "x0, t, noise")
     refused(lambda: fastdiff.diffusion_loss(X0, X0, t, X0, process), words + "model_output, x0, noise, t, process")
+    few, words = torch.rand(4), "noise has shape (4,), but x0 (4, 3, 8, 8)"
+    for time in (1, t):  # where it belongs
+        refused(lambda: objective.noise(X0, time, few), words)  # noqa: B023
+        refused(lambda: fastdiff.diffusion_loss(X0, X0, few, time, process), words)  # noqa: B023
+    refused(lambda: fastdiff.diffusion_loss(X0, X0, few, None, process), words + ": if it is t, write t=")
     refused(lambda: objective.noise(X0, X0), "t has the shape of x0, (4, 3, 8, 8)", "if it is noise, write noise=")
     refused(lambda: objective.noise(X0, noise=t), "noise has shape (4,), but x0 (4, 3, 8, 8): if it is t, write t=")
     order = "The order of the arguments is "
@@ -401,6 +407,10 @@ def test_a_time_for_each_element_is_no_noise():
 def test_noise_of_integers_is_no_image():
     message = refused(lambda: EPSILON.noise(X0, noise=X0.long()), "noise must be floating point", "got torch.int64")
     assert "127.5" not in message
+
+
+def test_what_a_terminal_would_obey_is_not_shown():
+    assert printable("\x1b[31ma\rb\nc \udcff\U0001f600") == "\ufffd[31ma\ufffdb\nc \ufffd\U0001f600"
 
 
 def test_a_generator_that_is_a_seed():

@@ -4,7 +4,9 @@ A name that stands for another object, or for the same with other settings, give
 papers' (oracle.py, oracle_samplers.py), at the papers' defaults, which are written out here.
 """
 
+import inspect
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -379,16 +381,40 @@ def test_leading_timesteps_end_at_zero():
 
 
 def test_settings_of_samplers_are_named():
-    for name in samplers.__all__:
-        kind = getattr(samplers, name)
-        if isinstance(kind, type) and issubclass(kind, samplers.schedule.Scheduled):
-            with pytest.raises(TypeError, match="positional argument"):
-                kind(1.0)
+    kinds = [getattr(samplers, name) for name in samplers.__all__]
+    few = samplers.Sampler, samplers.DDPM, samplers.DDIM
+    kinds = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, samplers.Sampler)]
+    for kind in set(kinds) - set(few):
+        assert {p.kind for p in inspect.signature(kind).parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}, kind
+        with pytest.raises(TypeError, match="positional argument"):
+            kind(1.0)
 
 
-def test_a_table_of_weights_is_itself_alone():
-    one, other = (weighting.PerTimestep([1.0, 2.0]) for _ in range(2))
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: weighting.PerTimestep([1.0, 2.0]),
+        lambda: weighting.Interpolated([1.0, 2.0]),
+        lambda: VP.levels([3]),
+        lambda: fastdiff.program.lookup(torch.ones(2, 1), ["alpha"]),
+        lambda: losses.Term(abs),
+        lambda: losses.features.Perceptual(abs),
+        lambda: losses.features.Alignment(abs),
+        lambda: losses.features.Classification(abs),
+    ],
+)
+def test_what_holds_tensors_or_networks_is_itself_alone(make):
+    one, other = make(), make()
     assert one == one and one != other and len({one, other}) == 2
+
+
+def test_records_and_settings_do_not_change():
+    """What is kept for an object is kept as long as it is the same. Of a batch, t and the noise are watched instead."""
+    free, parts = {fastdiff.Noised}, ("backends", "integrations", "demo", "bench")
+    names = [name for name in sys.modules if name.startswith("fastdiff.") and name.split(".")[1] not in parts]
+    found = {kind for name in names for kind in vars(sys.modules[name]).values() if "__dataclass_params__" in dir(kind)}
+    found = {kind for kind in found if isinstance(kind, type) and kind.__module__ in names}
+    assert len(found) > 50 and {kind for kind in found if not kind.__dataclass_params__.frozen} == free
 
 
 def test_the_times_of_a_table_of_sigmas():

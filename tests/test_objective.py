@@ -258,6 +258,8 @@ def test_default_dtype_and_device_do_not_matter():
         again = fresh.noise(x0, seed=1)
         flow = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow").noise(x0, 0.5, x0)
         x = fresh.sample(lambda x, t: x, (2, 3), "ddpm", 3, seed=1, progress=False, device="cpu")
+        with pytest.raises(ValueError, match=r"must give fractions in \[0, 1\]; it gave"):
+            fastdiff.Objective(fastdiff.RectifiedFlow(), "flow", timesteps=lambda u: 1 + u)
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)

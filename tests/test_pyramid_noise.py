@@ -108,11 +108,15 @@ def test_it_reaches_the_target():
 @pytest.mark.parametrize(
     "arguments, error, words",
     [
+        ({"discount": -0.1}, ValueError, r"discount must lie in \[0, 1\]; got -0.1"),
         ({"discount": 1.1}, ValueError, r"discount must lie in \[0, 1\]; got 1.1"),
         ({"discount": "0.4"}, TypeError, "discount must be a number"),
         ({"levels": 0}, ValueError, "levels must be a whole number of at least 1; got 0"),
         ({"levels": 2.5}, ValueError, "levels must be a whole number of at least 1; got 2.5"),
+        ({"levels": "6"}, TypeError, "levels must be a number; got '6'"),
+        ({"ratio": "3"}, TypeError, "ratio must be a number; got '3'"),
         ({"ratio": 1.0}, ValueError, "ratio must be a number above 1; got 1.0"),
+        ({"ratio": float("inf")}, ValueError, "ratio must be a number above 1; got inf"),
         ({"seed": 1, "generator": torch.Generator()}, ValueError, "pass a generator or a seed, not both"),
         ({"x0": torch.zeros(3, 4, 5)}, ValueError, r"pyramid noise is of \[batch, channels, ..., height, width\]"),
         ({"x0": torch.zeros(SHAPE, dtype=torch.int64)}, TypeError, "x0"),

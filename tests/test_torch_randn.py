@@ -91,6 +91,16 @@ def test_narrow_dtypes(simd, dtype, threads):
         _C.set_simd(before)
 
 
+def test_narrow_dtypes_are_drawn_here_where_they_are_rounded_normals():
+    def drawn(dtype):
+        return torch.randn(200_000, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+    narrow = torch.bfloat16, torch.float16
+    assert torch_randn._draws_narrow() == all(
+        torch.equal(drawn(dtype), drawn(torch.float32).to(dtype)) for dtype in narrow
+    )
+
+
 def drawn_in_turn(randn, g):
     for _ in range(3):
         yield randn((5, 7, 11), generator=g)

@@ -336,6 +336,10 @@ def test_batches_seeds_draws_and_conditions(tmp_path):
     assert whole.total == pytest.approx(parts.total, rel=1e-12) and whole.error == pytest.approx(parts.error, rel=1e-9)
     other = bits_per_dim(network, [x0], process, progress=False, seed=1)
     assert other.total != whole.total and abs(other.total - whole.total) < 4 * (other.error + whole.error)
+    # A sample's own bits are what the sum grows by when it is added; the error is the standard error of their mean.
+    first = [bits_per_dim(network, [x0[:n]], process, progress=False) for n in (1, 2, 3)]
+    each = np.diff([0.0] + [n * found.total for n, found in enumerate(first, 1)])
+    assert first[2].error == pytest.approx(each.std(ddof=1) / 3**0.5, rel=1e-9) and first[0].error == 0
     seen.clear()
     conditioned = bits_per_dim(network, list(zip(x0.split(5), label.split(5))), process, progress=False)
     assert conditioned.total == pytest.approx(parts.total, rel=1e-12)
@@ -418,6 +422,18 @@ class NoSync(TorchDispatchMode):
         if func in (aten.index.Tensor, aten.index_put_.default):
             assert all(index is None or index.dtype != torch.bool for index in args[1])
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("call", ["draw", "weight", "update"])
+def test_the_losses_go_to_the_device_of_the_times(call):
+    process = fastdiff.VariancePreserving(steps=4, beta_end=0.5)
+    resampler, t = LossSecondMoment(process, history=2), torch.tensor([0, 3], device="meta")
+    if call == "draw":
+        found = resampler(torch.empty(2, dtype=torch.float64, device="meta"), process)
+    else:
+        found = resampler.weight(t) if call == "weight" else resampler.update(t, torch.empty(2, device="meta"))
+    kept = list(resampler.state_dict().values()) + ([] if found is None else [found])
+    assert all(tensor.is_meta for tensor in kept)
 
 
 def test_resampling_waits_for_nothing():

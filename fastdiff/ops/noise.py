@@ -98,7 +98,7 @@ def made_noise(
     shape, channels = [len(x0), x0.shape[along]], None
     if window is not None:
         channels = Window((window.shape[along - 1],), (window.start[along - 1],))
-    offsets = materialize(Philox(seed, sample_offset, Stream.OFFSET), shape, x0.device, window=channels)
+    offsets = materialize(Philox(seed, sample_offset, Stream.OFFSET, rng=rng), shape, x0.device, window=channels)
     spread = [len(x0), *(x0.shape[d] if d == along else 1 for d in range(1, x0.ndim))]
     return (n + strength * offsets.reshape(spread)).to(compute_dtype(x0))
 

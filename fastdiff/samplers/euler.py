@@ -21,7 +21,7 @@ def euler_columns(alpha: Tensor, sigma: Tensor, ends: tuple[Tensor, Tensor]) -> 
     return {"c_x": ratio, "c_x0": ends[0] - alpha * ratio}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Euler(Churned):
     """Euler's method for dx/dsigma = (x - x0) / sigma in the space of x_t / alpha (Karras et al. 2022, algorithm 2
     without its correction). On RectifiedFlow it is x + (sigma' - sigma) velocity.
@@ -86,7 +86,7 @@ class EulerAncestral(Scheduled):
         return columns | {"c_noise": (end**2 - (down * factor) ** 2).clamp(min=0).sqrt()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FlowEuler(Euler):
     """``Euler`` for RectifiedFlow alone: x + (sigma' - sigma) velocity (Liu et al. 2022; SD3 and Flux)."""
 
@@ -95,7 +95,7 @@ class FlowEuler(Euler):
         return super().path(process, steps)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FlowLCM(Scheduled):
     """Stochastic flow sampling: (1 - sigma') x0 + sigma' z, all noise new at every step. diffusers' FlowMatchLCM, and
     FlowMatchEuler with stochastic_sampling=True. Args: those of ``Scheduled``."""

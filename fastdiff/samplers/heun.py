@@ -17,7 +17,7 @@ from .euler import euler_columns, need_flow
 from .schedule import Path
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Heun(Churned):
     """Heun's method for dx/dsigma = (x - x0) / sigma in the space of x_t / alpha, second order (Karras et al. 2022,
     algorithm 2). A step to clean data is Euler's: N steps are then 2 N - 1 calls of the network.
@@ -93,7 +93,7 @@ class EDM(Heun):
         super().__post_init__()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FlowHeun(Heun):
     """Heun's method for the velocity of a RectifiedFlow, in sigma (diffusers' FlowMatchHeun)."""
 

@@ -300,14 +300,14 @@ class RFLoss(Objective):
         """The shift of data of this shape; ``shift``: in place of the objective's."""
         made = shifts.rule(self.shift if shift is None else shift)
         if len(shape) == 3:
-            return shifts.of_data(made, (None, None, None), shape[1])
+            return shifts.of_data(made, shape[1])
         if len(shape) != 5:
             raise ValueError(f"data must be {self._order}, or tokens [B, L, D]; got shape {tuple(shape)}.")
         sizes = shape[self.frame_dim], *shape[3:]
         tokens = 1
         for size, part in zip(sizes, self.patch or made.patch):
             tokens *= -(-size // part)
-        return shifts.of_data(made, sizes, tokens)
+        return shifts.of_data(made, tokens, sizes)
 
     @property
     def _order(self) -> str:
@@ -382,10 +382,11 @@ class RFLoss(Objective):
             batch = packed.sequences
             lengths = packed.lengths(x0.shape).clamp(min=1)
             given = self.shift if shift is None else shift
+            made = shifts.rule(given)
             if isinstance(given, Tensor) or torch.compiler.is_compiling():
-                s = self.shift_of((1, lengths, 1), given)
+                s = shifts.of_data(made, lengths)
             else:
-                of_each = [self.shift_of((1, length, 1), given) for length in lengths.tolist()]
+                of_each = [shifts.of_data(made, length) for length in lengths.tolist()]
                 s = torch.tensor([float(one) for one in of_each], dtype=torch.float64, device="cpu")
         else:
             s = self.shift_of(sizes, shift)

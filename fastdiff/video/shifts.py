@@ -9,7 +9,7 @@ Numbers of tokens may be tensors, such as int64 [batch] of a batch of different 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -163,6 +163,6 @@ def _checked(shift: Any) -> Shift:
     return float(shift)
 
 
-def of_data(made: Rule, sizes: tuple[int | None, int | None, int | None], tokens: int) -> Shift:
-    """The shift of data of these frames, height and width (None, for tokens) and so many tokens."""
+def of_data(made: Rule, tokens: int | Tensor, sizes: Sequence[int | None] = (None, None, None)) -> Shift:
+    """The shift of data of so many tokens, and where it is video of these frames, height and width."""
     return _checked(made.of(*sizes, tokens))

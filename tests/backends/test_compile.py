@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from asked import reference
 from devices import in_turn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiff
-from fastdiff.calls import Combination, ConvertCall, NoiseCall
+from fastdiff.calls import Combination, ConvertCall, NoiseCall, PosteriorCall, RunCall
 from fastdiff.ops import operators as compiled
 from fastdiff.ops.operators import declaring
 from fastdiff.philox import Window
@@ -664,6 +665,28 @@ def test_a_guided_step_and_noise_of_any_stream_are_the_same_compiled():
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(x, m, uncond, scale), both(x, m, uncond, scale)):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_noise_that_is_made_is_a_tensor_where_it_is_kept(keep):
+    n, x = fastdiff.ops.Philox(3, 5), data(3, 2, 4, 5)
+    noising = NoiseCall(x, n, rows(), rows(), 0.0, None, keep)
+    latents = PosteriorCall(torch.cat([x, x], 1), None, rows(), rows(), n, rows(), rows(), keep_noise=keep)
+    for call in (noising, latents):
+        found = compiled.operators.run(call)[-1]
+        assert torch.equal(found, fastdiff.ops.materialize(n, x.shape, x.device)) if keep else found is n
+
+
+def test_a_run_of_steps_is_one_of_operators():
+    plan = fastdiff.samplers.DPMSolverPP().plan(fastdiff.VariancePreserving(), 4, "epsilon")
+    call, states = RunCall(data(2, 3, 4), fastdiff.ops.PreparedSteps(plan.table)), []
+    for backend in (compiled.operators, reference):
+        run = backend.trajectory(call)
+        run.begin(1.0, 1)
+        for k in range(4):
+            run.step(k, run.seen.tanh())
+        states.append(run.x)
+    assert torch.equal(*states)
 
 
 def test_gradients_of_operators_are_rounded_once():

@@ -578,8 +578,11 @@ class TestMeasuring:
         monkeypatch.setattr(measuring, "time", clock)
         made = measuring.Copy(Timer(CPU), megabytes=1)
         takes = iter([99.0, 99.0, *(1e-4 * k for k in range(1, 11))])  # two warm up
-        monkeypatch.setattr(torch.Tensor, "copy_", lambda target, source: clock.take(next(takes)))
+        moved = []
+        copy = lambda target, source: (moved.append((target.nbytes, source.nbytes)), clock.take(next(takes)))  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, "copy_", copy)
         made.measure()
+        assert set(moved) == {(2**20, 2**20)} and len(moved) == 12
         assert made.rates == pytest.approx([2 * 2**20 / (1e-4 * k) for k in range(1, 11)], rel=1e-6)
         ordered = sorted(made.rates)
         found = made.values()
@@ -1113,6 +1116,8 @@ class TestKnownRun:
         assert o.x0.dtype == o.noise.dtype == o.prediction.dtype == torch.bfloat16 and o.prediction.requires_grad
         assert o.t.shape == (64,) and 0 <= o.t.min() < 300 and 700 < o.t.max() < 1000
         torch.testing.assert_close(o.time, (o.t.float() + 0.5) / 1000)
+        assert o.images.dtype == torch.uint8 and o.images is o.images
+        assert (o.images / 127.5 - 1 - o.x0.float().clamp(-1, 1)).abs().max() <= 1 / 255 + 1e-6
         assert not torch.equal(o.x0, o.noise) and not torch.equal(o.x0, operands((64, 2, 3), "bf16", CPU, seed=6).x0)
 
     def test_operands_are_those_of_their_seed(self):
@@ -1665,6 +1670,7 @@ class TestKnownReport:
             plots._draw(known_report, name, figure, look)
             assert described(figure) == expected.splitlines()
             axes = figure.axes[0]
+            assert axes.get_axisbelow() is True  # the grid, under what is drawn
             x, small, y = axes.xaxis.get_major_formatter(), axes.xaxis.get_minor_formatter(), axes.yaxis
             if name == "roofline":
                 assert [x(value) for value in (1, 1500, 10**6, 2**23)] == ["1 B", "1.50 kB", "1 MB", "8.39 MB"]
@@ -1970,6 +1976,12 @@ class TestTable:
         assert table.text(found, 80).splitlines()[5].startswith(f"  {second['operation']} ")
         assert max(map(len, table.text(found, 60).splitlines())) <= 60
         assert table.text(found, 60).splitlines()[0].split() == ["time", "of", "copy", "eager", "compile"]
+
+    def test_what_is_printed_where_there_is_no_terminal_is_wide(self, known_report, tmp_path, monkeypatch, capsys):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        monkeypatch.setattr(table, "text", lambda found, width: f"{width} columns")
+        command._print(known_report | {"model": None}, tmp_path)
+        assert capsys.readouterr().out.startswith("200 columns\n")
 
     def test_what_is_printed_fits(self, known_report, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", "80")

@@ -566,6 +566,22 @@ class TestBits:
         assert found.total == pytest.approx(want.total, rel=1e-6) and found.samples == 30
         torch.testing.assert_close(found.terms, want.terms, equal_nan=True)
 
+    def test_images_of_ones_own_have_256_values(self, finished, tmp_path, monkeypatch):
+        from fastdiff.demo import bits, data
+
+        seen = []
+
+        def stopped(*given, bins, **how):
+            seen.append(bins)
+            raise ValueError("enough")
+
+        monkeypatch.setattr(bits, "folder", lambda *how: data.digits())
+        monkeypatch.setattr(bits, "bits_per_dim", stopped)
+        for source in (None, tmp_path):
+            with pytest.raises(bits.DemoError, match="enough"):
+                bits.show_bits(finished, tmp_path / "a.png", data=source, device="cpu")
+        assert seen == [17, 256]
+
     @pytest.mark.parametrize(
         ("option", "name", "value"),
         [

@@ -1091,6 +1091,21 @@ class TestPlots:
         expected = textwrap.dedent(self.LOOKS).strip().replace("GRID", "grid #b0b0b0 0.5 0.3")
         assert "\n\n".join("\n".join(described(figure)) for figure in figures) == expected
 
+    @pytest.mark.parametrize("least", [1e-3, 0.0])
+    def test_bits(self, figures, least):
+        """The terms on a logarithmic axis, if it can show them, with all of its grid; and their sum from T down."""
+        terms = torch.tensor([0.5, least, 0.25, math.nan])
+        found = fastdiff.BitsPerDim(2.0, 0.1, 1.0, terms, torch.tensor([1, 1, 1, 0]), 1)
+        plots.bits_plot("", found, "title")
+        each, total = figures.pop().axes
+        assert each.lines[0].get_xdata().tolist() == [0, 1, 2]
+        assert each.lines[0].get_ydata().tolist() == terms[:3].tolist()
+        assert total.lines[0].get_ydata().tolist() == pytest.approx([1.75 + least, 1.25 + least, 1.25, 1.0])
+        assert each.get_yscale() == ("log" if least else "linear") and total.get_yscale() == "linear"
+        if least:
+            each.figure.draw_without_rendering()
+            assert {tick.gridline.get_visible() for tick in each.yaxis.get_minor_ticks()} == {True}
+
     def test_many_columns_are_wider(self, figures):
         """0.55 inches an image, of a trajectory 0.69, of a grid with captions 0.77; and one between two pictures."""
         images = [torch.zeros(8, 1, 8, 8)] * 2

@@ -365,6 +365,15 @@ def test_a_subclass_keeps_what_it_changed(cls, reason):
     assert_same_loss(plain, fused, torch.rand(8, 1, 8, 8))
 
 
+@pytest.mark.parametrize("how", [{"immiscible": False}, {"immiscible": True}])
+def test_a_subclass_is_tried_whatever_is_said_of_immiscible_noise(how):
+    """But for the loss of an immiscible object that is to differ."""
+    make = lambda: ClampedGaussian(Net(), image_size=8, timesteps=200, **how)  # noqa: E731
+    for choice in ("as_upstream", "both"):
+        tried = not (how["immiscible"] and choice == "both")
+        assert ("p_losses" in dd.left_alone(dd.fuse(make(), immiscible=choice))) == tried
+
+
 def test_a_subclass_that_changes_nothing_is_fused_whole():
     class Named(GaussianDiffusion):
         title = "mine"

@@ -26,6 +26,7 @@ from known import nonlinear
 diffusers = pytest.importorskip("diffusers")
 from fastdiff.backends.native import step_table  # noqa: E402
 from fastdiff.integrations import diffusers as fused  # noqa: E402
+from fastdiff.integrations.diffusers.step import results  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -587,6 +588,18 @@ def test_results_as_tuples_are_those_of_the_record(name, way):
         for name_of, value in zip(one.keys(), other.given):
             assert torch.equal(one[name_of], value), name_of
     assert fused_share(name) == (2 * len(records), {})
+
+
+def test_a_result_that_cannot_be_made_otherwise_is_constructed():
+    """Of a class that is no mapping, say."""
+
+    class Plain:
+        def __init__(self, prev_sample):
+            self.prev_sample = prev_sample
+
+    value = torch.ones(2)
+    made = results(Plain, "prev_sample")(value)
+    assert type(made) is Plain and made.prev_sample is value
 
 
 class TupleOutputs:

@@ -150,6 +150,10 @@ def test_resampler_is_the_published_one():
         other.update_with_all_losses([1, 2], [0.5])
     with pytest.raises(ValueError, match="positive"):
         guided_diffusion.LossSecondMomentResampler(0)
+    for uniform in (0, 1):
+        least = guided_diffusion.LossSecondMomentResampler(1, history_per_term=1, uniform_prob=uniform)
+        least.update_with_local_losses(torch.tensor([0]), torch.tensor([2.0]))
+        assert least.weights().tolist() == [1.0]
 
 
 # ----------------------------------------------------------------------------------------------- k-diffusion's losses

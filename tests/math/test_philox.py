@@ -19,8 +19,9 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.backends import registry
 from fastdiff.backends.interface import Backend, run
+from fastdiff.backends.reference import Reference
 from fastdiff.backends.reference.philox import _box_muller, _fma, normal, philox4x32, uniform
-from fastdiff.calls import UniformCall
+from fastdiff.calls import NormalCall, UniformCall
 
 PROFILE = settings(max_examples=40, deadline=None, derandomize=True)
 Z = 4.5
@@ -452,3 +453,44 @@ def test_a_backend_with_a_fast_way_is_asked_for_it(monkeypatch):
     for rng in ("fast", "exact"):
         ops.materialize(ops.Philox(7, offset=0.5, rng=rng), (2, 3, 4), CPU)
     assert asked == ["fast", "fast", "exact", "exact"]
+
+
+FLOW, LATENTS, MOMENTS = fastdiff.RectifiedFlow(), torch.zeros(2, 4, 6, 6), torch.zeros(2, 8, 6, 6)
+SHIFTED = fastdiff.Objective(FLOW, "flow", noise_offset=0.5)
+ACROSS = fastdiff.Objective(FLOW, "flow", noise_offset=0.5, noise_offset_dim=2)
+PERTURBED = fastdiff.Objective(FLOW, "flow", input_perturbation=0.1)
+PART = fastdiff.distributed.Part((2, 4, 12, 6), (0, 0, 6, 0))
+TOKENS = torch.zeros(1, 7, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "streams"),
+    [
+        (lambda **how: SHIFTED.noise(LATENTS, **how), {0, 1}),
+        (lambda **how: SHIFTED.noise(LATENTS, part=PART, **how), {0, 1}),
+        (lambda **how: ACROSS.noise(LATENTS, **how), {0, 1}),
+        (lambda **how: ACROSS.noise(LATENTS, part=PART, **how), {0, 1}),
+        (lambda **how: SHIFTED.noise(TOKENS, lengths=[3, 4], **how), {0, 1}),
+        (lambda **how: PERTURBED.noise(LATENTS, **how), {0, 2}),
+        (lambda **how: PERTURBED.noise(LATENTS, part=PART, **how), {0, 2}),
+        (lambda **how: fastdiff.video.RFLoss(noise_offset=0.5).noise(TOKENS, **how), {0, 1}),
+        (lambda **how: fastdiff.autoencoder.latents(MOMENTS, **how), {7}),
+        (lambda **how: fastdiff.autoencoder.noise_latents(SHIFTED, MOMENTS, **how), {0, 1, 7}),
+        (lambda **how: fastdiff.autoencoder.noise_latents(PERTURBED, MOMENTS, **how), {0, 2, 7}),
+    ],
+)
+def test_all_noise_of_a_call_is_made_the_way_that_it_asks_for(call, streams, monkeypatch):
+    asked = []
+
+    class Watched(Reference):
+        def run(self, call):
+            if isinstance(call, NormalCall):
+                asked.append((call.stream, call.rng))
+            return super().run(call)
+
+    watched = Watched()
+    monkeypatch.setattr(registry, "get", lambda device: watched)
+    for rng in ("fast", "exact"):
+        asked.clear()
+        call(seed=1, rng=rng)
+        assert set(asked) == {(stream, rng) for stream in streams}

@@ -3,6 +3,7 @@ long and nothing of fastdiff."""
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import resource
@@ -12,14 +13,15 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 NOTICED, SURVIVED, TIMED_OUT, BROKEN = "noticed", "survived", "timed out", "broken"
 _CODES = {10: NOTICED, 11: SURVIVED, 12: BROKEN}
-_FIRST = 3  # cases of a test function that are asked before all cases of any
-_CHEAP = 2.0  # seconds of all cases of a function that are asked at once
+_FIRST = 3  # cases of a test function that are asked before its others
+_TURNS = (2.0, 10.0, math.inf)  # seconds that a function takes at most to be asked in the first turn, the second, ...
 _KILLED = 240  # seconds after which a process that takes no processor time either is stopped
 
 
@@ -59,9 +61,9 @@ class Trees:
 
 class Asked:
     """A fault that is being asked about: ``tests`` says which functions of which files, in this order, and how many
-    seconds each takes; None for a file whose functions are all asked, and not known."""
+    seconds each takes; "*" stands for all others of the file."""
 
-    def __init__(self, mutant, tree: Path, tests: dict[str, dict[str, float] | None], limit: float):
+    def __init__(self, mutant, tree: Path, tests: dict[str, dict[str, float]], limit: float):
         self.mutant, self.tree, self.began = mutant, tree, time.monotonic()
         (tree / mutant.file).write_text(mutant.place.planted(mutant.text))
         self.log = tree / "asked.log"
@@ -113,12 +115,14 @@ def _child(tree: Path, tests, limit: float, log: Path) -> int:
     if not Path(fastdiff.__file__).is_relative_to(tree):
         return 12
     started = time.process_time()
-    for first in (True, False):
+    for turn in range(len(_TURNS)):
         for file, functions in tests.items():
             left = limit - (time.process_time() - started)
             if left <= 0:
                 return 11
-            asked = _Choice(functions, first, left)
+            if turn > max(map(_turn, functions.values())):
+                continue
+            asked = _Choice(functions, turn, left)
             options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist", "--tb=line"]
             code = pytest.main([*options, f"--rootdir={tree}", "-c", str(tree / "pyproject.toml"), file], [asked])
             if code in (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED) and not asked.out_of_time:
@@ -128,29 +132,33 @@ def _child(tree: Path, tests, limit: float, log: Path) -> int:
     return 11
 
 
-class _Choice:
-    """Which cases of a file are run: all of a function that takes little time, and the first few of each other in an
-    order drawn at random; or the others."""
+def _turn(seconds: float) -> int:
+    return next(turn for turn, most in enumerate(_TURNS) if seconds <= most)
 
-    def __init__(self, functions, first: bool, limit: float):
-        self.functions, self.first, self.limit = functions, first, limit
+
+class _Choice:
+    """Which cases of a file are run, cheap functions first. In the first turn come those that take little time, all
+    cases of a function or a few that are drawn at random; later the others."""
+
+    def __init__(self, functions: dict[str, float], turn: int, limit: float):
+        self.functions, self.turn, self.limit = functions, turn, limit
         self.began, self.out_of_time = time.process_time(), False
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
-        order = list(items)
+        names = [".".join(item.nodeid.split("[")[0].split("::")[1:]) for item in items]
+        order = list(enumerate(zip(names, items)))
         random.Random(0).shuffle(order)
-        counts, kept = {}, []
-        for item in order:
-            name = ".".join(item.nodeid.split("[")[0].split("::")[1:])
-            if self.functions is None or name in self.functions:
-                counts[name] = counts.get(name, 0) + 1
-                cheap = self.functions is not None and self.functions[name] < _CHEAP
-                if (cheap or counts[name] <= _FIRST) == self.first and not item.get_closest_marker("skip"):
-                    kept.append(item)
-        # A test whose resources are shared by its class runs beside the others of its class.
-        place = {item: i for i, item in enumerate(items)}
-        items[:] = sorted(kept, key=place.get)
+        cases, counts, kept = Counter(names), Counter(), []
+        for place, (name, item) in order:
+            seconds = self.functions.get(name, self.functions.get("*"))
+            if seconds is not None and not item.get_closest_marker("skip"):
+                counts[name] += 1
+                few = 0.0 if seconds == math.inf else seconds * min(1.0, _FIRST / cases[name])
+                if self.turn == _turn(few if counts[name] <= _FIRST else seconds):
+                    # A test whose resources are shared by its class runs beside the others of its class.
+                    kept.append((0.0 if item.cls else seconds, place, item))
+        items[:] = [item for _, _, item in sorted(kept)]
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 # For the beginning of a source file's path, the test files to ask (test_*.py, in any folder), the likeliest first.
 TABLE = {
     "fastdiff/process": "process wrong_input pitfalls_of_objectives pitfalls_of_samplers objective samplers diffusers",
+    "fastdiff/from_scheduler": "training_scripts diffusers samplers_diffusers",
+    "fastdiff/sigma_schedules": "samplers wrong_input",
     "fastdiff/sdes": "process wrong_input objective scores likelihood samplers",
     "fastdiff/prediction": "prediction objective pitfalls_of_objectives samplers",
     "fastdiff/weighting": "weighting sigma_and_layout wrong_input pitfalls_of_objectives objective",
@@ -37,12 +40,19 @@ TABLE = {
     "fastdiff/timesteps": "timesteps wrong_input objective pitfalls_of_objectives",
     "fastdiff/quantiles": "timesteps",
     "fastdiff/philox": "philox noise",
-    "fastdiff/from_scheduler": "training_scripts diffusers samplers_diffusers",
     "fastdiff/tabulated": "process changed_in_place diffusers objects",
     "fastdiff/torch_randn": "torch_randn",
     "fastdiff/tensors": "images coefficients",
     "fastdiff/tokens": "tokens",
     "fastdiff/noised": "tokens objective images changed_in_place sample_ids",
+    "fastdiff/packed": "packed packed_videos tokens",
+    "fastdiff/loss_record": "objective loss left_out element_weights distributed",
+    "fastdiff/explaining": "explaining",
+    "fastdiff/likelihood": "likelihood scores",
+    "fastdiff/distributed/": "distributed rf_loss packed_videos",
+    "fastdiff/names": "mistakes names wrong_input",
+    "fastdiff/numeric": "mistakes wrong_input",
+    "fastdiff/showing": "mistakes wrong_input",
     "fastdiff/coefficients": "coefficients fast_calls objective compile",
     "fastdiff/constancy": "coefficients",
     "fastdiff/program": "coefficients fast_calls objective triton_operations",
@@ -51,7 +61,8 @@ TABLE = {
     "fastdiff/sampling/guidance": "guidance guidance_rules sampling wrong_input corrector",
     "fastdiff/sampling": "sampling guidance_rules wrong_input trajectory guidance k_diffusion pitfalls_of_samplers "
     "samplers cuda_step",
-    "fastdiff/objective": "objective wrong_input noise pitfalls_of_objectives fast_calls compile diffusers loss",
+    "fastdiff/objective": "objective wrong_input noise pitfalls_of_objectives fast_calls compile diffusers loss "
+    "distributed",
     "fastdiff/ops/gaussian": "gaussian_kl wrong_input native",
     "fastdiff/ops/kl_normal": "latents wrong_input native",
     "fastdiff/ops/posterior": "latents wrong_input native",
@@ -80,20 +91,27 @@ TABLE = {
     "fastdiff/demo/": "demo demo_terms demo_latent demo_video cli",
     "fastdiff/bench/": "bench",
     "fastdiff/doctor": "cli devices",
+    "fastdiff/trace": "trace cli",
+    "fastdiff/verify": "verify cli",
     "fastdiff/files": "demo cli bench",
     "fastdiff/": "cli demo bench",
 }  # fmt: skip
 # Asked besides, whatever the file: who asks for names, options and what a user types wrongly.
 EVERYWHERE = ["names", "options"]
+# What these run is not recorded: the compiler traces it, or other processes run it.
+UNSEEN = {"test_compile", "test_distributed"}
 # Not asked: they run no source of the package, or take minutes.
 NEVER = {"test_large", "test_packaging", "test_optional_packages", "test_gpu_memory", "test_triton_ptx"}
 
 
-def files_for(root: Path, file: str) -> dict[str, dict[str, float] | None]:
-    """The test files of the table, and None: each of their functions."""
+ALL = {"*": math.inf}  # all functions of a file; what they cost is not known
+
+
+def files_for(root: Path, file: str) -> dict[str, dict[str, float]]:
+    """The test files of the table, and all of their functions."""
     names = next(names for start, names in TABLE.items() if file.startswith(start)).split()
     where = test_files(root)
-    return {where[f"test_{name}"]: None for name in [*names, *EVERYWHERE]}
+    return {where[f"test_{name}"]: ALL for name in [*names, *EVERYWHERE]}
 
 
 def test_files(root: Path) -> dict[str, str]:
@@ -108,12 +126,15 @@ class Recorded:
         self.lines = json.loads((folder / "lines.json").read_text())
         self.costs = json.loads((folder / "costs.json").read_text())
         where = test_files(root)
-        self.files = {where[file.suffix[1:]] for file in folder.glob("data.*") if file.suffix[1:] in where}
+        names = {file.suffix[1:] for file in folder.glob("data.*")} - UNSEEN
+        self.files = {where[name] for name in names if name in where}
+        self.known = {test for of in self.lines.values() for tests in of.values() for test in tests} | set(self.costs)
 
-    def functions_for(self, root: Path, file: str, lines: range) -> dict[str, dict[str, float] | None]:
+    def functions_for(self, root: Path, file: str, lines: range) -> dict[str, dict[str, float]]:
         """The functions that ran one of ``lines`` and what they cost, by test file: those of the table first, then
         cheap ones. For what is run when the package is imported, all that ran anything of the file, and the files of
-        the table whole; else those of the table that were not recorded."""
+        the table whole, those that ask for names and options first; else those of the table that were not recorded,
+        files or functions."""
         ran = self.lines.get(file, {})
         tests = {test for line in lines for test in ran.get(str(line), ())}
         imported = not tests or not _in_a_function((root / file).read_text(), lines.start)
@@ -124,16 +145,34 @@ class Recorded:
             name, function = test.split("::", 1)
             chosen[name][function] = self.costs.get(test, 0.0)
         table = list(files_for(root, file))
+        if imported:
+            table = table[-len(EVERYWHERE) :] + table[: -len(EVERYWHERE)]
         for name in table:
             if imported or name not in self.files:
-                chosen[name] = None
+                start = f"{name}::"
+                known = {test.removeprefix(start): cost for test, cost in self.costs.items() if test.startswith(start)}
+                chosen[name] = {"*": 0.0} | known if known else ALL
+            else:
+                new = (test for test in _functions((root / name).read_text()) if f"{name}::{test}" not in self.known)
+                if more := dict.fromkeys(new, 0.0):
+                    chosen[name] = more | chosen[name]
 
         def order(name):
-            functions = chosen[name] or {}
+            functions = chosen[name]
             likely = table.index(name) if name in table else len(table)
             return likely, (1 + sum(functions.values())) / max(1, len(functions))
 
         return {name: chosen[name] for name in sorted(chosen, key=order)}
+
+
+def _functions(source: str) -> list[str]:
+    """The test functions of a file: "test_x", "TestY.test_z"."""
+    found = []
+    for node in ast.parse(source).body:
+        inside = node.body if isinstance(node, ast.ClassDef) else [node]
+        start = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        found += [start + f.name for f in inside if isinstance(f, ast.FunctionDef) and f.name.startswith("test_")]
+    return found
 
 
 def _in_a_function(source: str, line: int) -> bool:

@@ -75,11 +75,13 @@ class _Finder(ast.NodeVisitor):
             self.found.append(Place(self.source, ".".join(self.names), self.lines, start, end, texts))
 
     def visit(self, node):
+        around = self.lines
         if isinstance(node, ast.stmt):
             body = getattr(node, "body", None)
             last = body[0].lineno - 1 if isinstance(body, list) and body else node.end_lineno
             self.lines = range(node.lineno, max(node.lineno, last) + 1)
         super().visit(node)
+        self.lines = around  # a decorator is visited after the body
 
     # What is looked into, and what is not.
 

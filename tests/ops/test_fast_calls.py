@@ -499,14 +499,21 @@ def test_a_scaled_float16_loss_rounds_its_gradient_once(general):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("mask", [None, torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 1.0]])])
 def test_the_gradient_of_the_gradient(mask, reduction):
-    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    """Of a loss that knows the coefficients of its noising, and of the function, which has none to know."""
+    objective, t = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow"), torch.tensor([0.2, 0.8])
     x0, n, m = batch(torch.float64, (2, 3))
-    noised = objective.noise(x0, torch.tensor([0.2, 0.8]), n)
+    noised = objective.noise(x0, t, n)
 
     def loss(m):
         return objective.loss(m, noised, mask, reduction, weight=3.0)
 
-    assert torch.autograd.gradcheck(loss, m.requires_grad_()) and torch.autograd.gradgradcheck(loss, m)
+    def function(m):
+        return fastdiff.diffusion_loss(
+            m, x0, n, t, objective.process, "flow", mask=mask, reduction=reduction, weight=3.0
+        )
+
+    for of in (loss, function):
+        assert torch.autograd.gradcheck(of, m.requires_grad_()) and torch.autograd.gradgradcheck(of, m)
 
 
 @BOTH

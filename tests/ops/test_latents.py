@@ -315,6 +315,19 @@ def test_rows_of_a_divergence(kl_normal, rows):
     assert_rounded(gradient, truth, np.abs(truth) + 1e-6, operations=12)
 
 
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_are_those_of_the_weight(rows):
+    """One number, in whatever shape, is no rows: then a row is a sample."""
+    moments, weight = moments_of(2, 4, 3, 5), torch.rand(rows)
+    view = weight.reshape(*rows, *(1,) * (4 - len(rows)))
+    terms = to_numpy(view) * oracle.normal_divergence(to_numpy(moments), CLAMP)
+    found = ops.kl_normal(moments, weight=weight, reduction="none")
+    shared = (2, 1, 1, 1) if weight.numel() == 1 else view.shape
+    means = terms.mean(tuple(d for d in range(4) if shared[d] == 1), keepdims=True)
+    assert found.shape == ((2,) if weight.numel() == 1 else rows)
+    assert_rounded(found, means.reshape(found.shape), means.reshape(found.shape), operations=12)
+
+
 def test_rows_that_alternate_too_often(kl_normal):
     moments = moments_of(2, 3, 4, 2, 3)
     rows = (2, 1, 4, 1, 3)

@@ -191,3 +191,15 @@ def test_infinity_elsewhere_reaches_the_output(loss):
         warnings.simplefilter("error", UserWarning)
         result, _ = run(loss, prediction, None, n, q=1.0, weight=torch.tensor([0.0, 1.0, 1.0]), reduction="none")
     assert result[0] == 0 and result[1] == math.inf and result[2].isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:mask is 0 everywhere")
+@pytest.mark.parametrize("normalization", ["none", "row", "global", "sample"])
+def test_a_mask_that_is_0_everywhere_in_a_batch_that_is_shared(normalization):
+    """Of a part, as of a batch: 0, and no gradient."""
+    x0, _, m = data()
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    noised = objective.noise(x0, 0.5, seed=1, part=fastdiff.distributed.Part(SHAPE, (0,) * 4))
+    loss = objective.loss(m.requires_grad_(), noised, torch.zeros(SHAPE), mask_normalization=normalization)
+    (gradient,) = torch.autograd.grad(loss, m)
+    assert loss == 0 and bool((gradient == 0).all())

@@ -392,6 +392,21 @@ def test_what_is_left_out_adds_nothing(device, normalization):
 
 
 @pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_no_sequences(dtype):
+    """A sum over nothing is 0, a mean NaN, and there are no rows; with weights of elements, whatever divides."""
+    x0 = torch.zeros(0, 4, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    for options in ({}, {"noise_offset": 0.3}):
+        noised = flow(**options).noise(x0, lengths=[], seed=SEED)
+        assert noised.x_t.shape == noised.noise.shape == (0, 4) and noised.t.shape == (0,)
+        assert noised.x_t.dtype == dtype and noised.noise.dtype == wide
+        for normalization in ("none", "row", "global", "sample"):
+            how = {"weight": torch.ones(0, 4), "mask_normalization": normalization}
+            total, mean, rows = (flow().loss(x0, noised, reduction=of, **how) for of in ("sum", "mean", "none"))
+            assert total == 0 and mean.isnan() and rows.shape == (0,)
+
+
 def test_gradcheck():
     lengths, objective = [2, 0, 3, 1], discrete()
     x0, n, m = torch.randn(3, 6, 2, dtype=torch.float64).requires_grad_().unbind()

@@ -189,6 +189,22 @@ def test_clean_tokens_and_frames_of_tokens(per, backend):
     check(objective, noised, m, spread(np.where(mask.numpy(), 0, t), x0), left=left)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_times_and_a_mask_of_frames_that_are_tokens(whole):
+    """Five frames of two tokens each; or the part of them that begins with the fourth token."""
+    x0, m = batch(None)
+    t, mask = torch.rand(B, 5, dtype=torch.float64), torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 1, 0]]).bool()
+    part = None if whole else fastdiff.distributed.Part(TOKENS, (0, 3, 0))
+    of = slice(0 if whole else 3, 10)
+    sigma, kept = (np.repeat(rows.numpy(), 2, 1)[:, of] for rows in (t, mask))
+    noised = video.RFLoss().noise(x0[:, of], t, seed=SEED, frames=5, part=part)
+    np.testing.assert_array_equal(noised.t, sigma)
+    for clean, rows in ((mask, kept), (mask[1], np.repeat(kept[1:], B, 0))):
+        noised = video.RFLoss().noise(x0[:, of], t, seed=SEED, frames=5, clean=clean, part=part)
+        np.testing.assert_array_equal(noised.t, np.where(rows, 0, sigma))
+        np.testing.assert_array_equal(noised.clean, rows)
+
+
 def test_what_divides(backend):
     """docs/video.md: "global", "sample", "row" and "none", with a mask of elements besides."""
     x0, m = batch(2)
@@ -568,6 +584,8 @@ def wrong(**arguments):
         (lambda: video.RFLoss(snr_gamma=5.0), TypeError, "write weighting=fastdiff.MinSNR"),
         (lambda: video.ByFrame(torch.tanh)(torch.zeros(2, 3)), ValueError, "video must have 5 dimensions"),
         (lambda: video.ByFrame(lambda x: x[:1])(torch.zeros(VIDEO)), ValueError, "one for each frame"),
+        (lambda: video.ByFrame(torch.tanh, 3), ValueError, "frame_dim must be 2, for .*; got 3"),
+        (lambda: video.ByFrame(torch.tanh, frame_dim=0), ValueError, "frame_dim must be 2, for .*; got 0"),
         (lambda: video.ByFrame(3), TypeError, "function must be a module or another callable"),
     ],
 )
