@@ -12,7 +12,7 @@ from asked import triton as operations
 from fastdiff.backends.interface import run
 from fastdiff.backends.triton import arguments as taken
 from fastdiff.backends.triton import fast as fast_calls
-from fastdiff.backends.triton import launch, workspace
+from fastdiff.backends.triton import launch, sequence, workspace
 from fastdiff.backends.triton.affine import affine
 from fastdiff.backends.triton.loss import loss
 from fastdiff.backends.triton.programs import coefficients
@@ -272,6 +272,35 @@ def test_a_fast_call_makes_the_launches_of_the_general_way(direct, kind, monkeyp
             assert [name for name, *_ in want] == ["affine", *["coefficients"] * flow, "loss", "loss"]
             assert launched(*case) == want
             assert launched(*case) == want
+
+
+def test_a_sequence_calls_compiled_kernels_only_for_data_like_the_first(direct, monkeypatch):
+    """Aligned, on the current device, and where launches are not collected; otherwise ``Kernel`` looks at the data."""
+    import fastdiff
+
+    objective, x0 = fastdiff.Objective(fastdiff.VariancePreserving()), torch.zeros(2, 4, 8, 8)
+    odd = torch.zeros(2 * 4 * 8 * 8 + 1)[1:].view(x0.shape)
+    looked_at, call = [], launch.Kernel.__call__
+    looks = lambda kernel, *how: looked_at.append(kernel.name) or call(kernel, *how)  # noqa: E731
+    monkeypatch.setattr(launch.Kernel, "__call__", looks)
+
+    def looked(x0):
+        looked_at.clear()
+        before = sum(len(kernel.calls) for kernel in direct[1])
+        objective.noise(x0, seed=1)
+        assert sum(len(kernel.calls) for kernel in direct[1]) == before + 2
+        return looked_at
+
+    with fastdiff.use_backend("triton"):
+        assert looked(x0) == ["coefficients", "affine"]
+        assert looked(x0) == []
+        assert looked(odd) == looked(odd) == ["affine"]  # the times are drawn into other memory
+        with launch.launches():
+            assert looked(x0) == ["coefficients", "affine"]
+        with monkeypatch.context() as patch:
+            patch.setattr(sequence, "is_current", lambda device: False)
+            assert looked(x0) == ["coefficients", "affine"]
+        assert looked(x0) == []
 
 
 def test_losses_of_two_objectives_are_told_apart(direct, monkeypatch):
