@@ -48,6 +48,8 @@ class Launched:
         self.grid, arguments, self.constants = how
         self.arguments = [None if k in changing else a for k, a in enumerate(arguments)]
         self._values = [a.data_ptr() if isinstance(a, Tensor) else a for a in self.arguments]
+        # Of what changes: the place, the name, bytes from the start of a tensor, and whether it is full-size data.
+        self._places: list[tuple[int, str, int, bool]] = []
 
     def __call__(self, device: torch.device, values: dict[str, Any], directly: bool) -> Any:
         """Launch with these ``values``; returns the compiled kernel. ``directly``: if it is known, it may be called
@@ -69,10 +71,10 @@ class Launched:
             arguments[k] = values[name] if row is None else values[name][row]
         variant = self.kernel(device, self.grid, tuple(arguments), self.constants)
         data = self.kernel.data
-        if all(arguments[k] is None or arguments[k].data_ptr() % 16 == 0 for k in data):
+        if variant is not None and all(arguments[k] is None or arguments[k].data_ptr() % 16 == 0 for k in data):
             changing = self.changing.items()
             self._places = [(k, value.name, _offset(value, values), k in data) for k, value in changing]
-            self.variant = variant
+            self.variant = variant  # last: other threads look at it
         return variant
 
 
