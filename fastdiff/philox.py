@@ -248,7 +248,7 @@ def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor
         raise TypeError(f"generator must be a torch.Generator; got {brief(generator)}. A number is passed as seed=.")
     source = device if generator is None else generator.device
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=source, generator=generator)
-    return seed.to(device, non_blocking=True)
+    return seed if source == device else seed.to(device, non_blocking=True)
 
 
 _drawn_on_host = False

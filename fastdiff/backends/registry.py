@@ -43,6 +43,7 @@ _STATUS = tuple(_status(backend) for backend in _BACKENDS.values())
 _CHOICE = {kind: backend.name for backend in reversed(_STATUS) if backend.available for kind in backend.devices}
 # What runs on these is compiled for each of their models, so a backend is tried on a device before it is chosen.
 _TRIED = {backend.name: backend.trial for backend in _BACKENDS.values() if backend.trial}
+_CPU = torch.device("cpu")
 _forced: str | None = None
 _chosen: dict[tuple[str | None, torch.device], str] = {}  # for what is forced, and a device
 
@@ -77,9 +78,13 @@ def choose(device: torch.device | str) -> str:
 
 
 def _name(device: torch.device) -> str:
-    if (device.type == "cuda" or device.type == "xpu") and not torch.compiler.is_compiling():
-        return _chosen.get((_forced, device)) or _try_on(device)
-    return _forced or _CHOICE.get(device.type, "reference")
+    # A device is compared and looked up sooner than its type is known: that makes a string each time.
+    kind = "cpu" if device == _CPU else ""
+    if not kind and not torch.compiler.is_compiling():
+        found = _chosen.get((_forced, device))
+        if found is not None or device.type in ("cuda", "xpu"):
+            return found or _try_on(device)
+    return _forced or _CHOICE.get(kind or device.type, "reference")
 
 
 def _try_on(device: torch.device) -> str:
@@ -117,9 +122,8 @@ def get(device: torch.device) -> Backend:
     return _BACKENDS[_name(device)]
 
 
-def remakes_noise(device: torch.device | str) -> bool:
+def remakes_noise(device: torch.device) -> bool:
     """Whether noise on ``device`` is made again faster than it is read: then a training step need not keep it."""
-    device = torch.device(device)
     name = _name(device)
     if name == "cuda" and device.type == "cuda" and not torch.compiler.is_compiling():
         if _unfit_because("triton", device):

@@ -25,7 +25,7 @@ from . import loss as general
 from .affine import affine, affine_launch
 from .arguments import Seeded, samples_on, seed_of
 from .laid import lay
-from .launch import _unprepared, are_recorded, current_stream, prepare_captures
+from .launch import _unprepared, are_recorded, prepare_captures
 from .programs import coefficients, flat
 from .sequence import Kept, Launches, Shares, Value
 from .times import coefficients_launch, constants_of
@@ -203,17 +203,19 @@ def noise(
     samples = type(values["sample_offset"])
     how = bool(made[3]), rng if n is None else n.dtype, None if t is None else t.dtype
     key = ("noise", shape, x0.dtype, dtype, device, kind, samples, *how, keep, values["draw"])
-    if not _fits(device, x0, n, images=dtype is not None):
-        return None
     sequence = kept.get(key, lambda: _noising(program, device, dict(values)))
+    if sequence is None:
+        return None
     done_here, variants = sequence.run(values)
     if done is None:
         kept.keep(sequence, ("", *_NOISE), given, values, variants)
     return done_here
 
 
-def _noising(program: Program, device: torch.device, values: dict[str, Any]) -> Launches:
+def _noising(program: Program, device: torch.device, values: dict[str, Any]) -> Launches | None:
     x0, n, kept = values["x0"], values["n"], values["keep"] and values["n"] is None
+    if not _fits(device, x0, n, images=values["dtype"] is not None):
+        return None
     returned = (
         *("x_t", "kept" if kept else None, "drawn" if values["t"] is None else "t"),
         None if program.index else "columns",
@@ -238,11 +240,13 @@ def convert(program: Program, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
     device, shape = m.device, m.shape
     if not _plain(device, m, x_t, t) or not _has_time(program, t, m) or x_t.shape != shape:
         return None
-    if (_grad() and (m.requires_grad or x_t.requires_grad)) or not _fits(device, m, x_t):
+    if _grad() and (m.requires_grad or x_t.requires_grad):
         return None
     values = {"x0": x_t, "n": m, "t": t}
 
-    def make() -> Launches:
+    def make() -> Launches | None:
+        if not _fits(device, m, x_t):
+            return None
         to, own = Launches(device, ("x_t",)), (len(m),) + (1,) * (m.ndim - 1)
         example = dict(values)
         _like(to, "x_t", example, "n")
@@ -250,6 +254,8 @@ def convert(program: Program, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
         return to
 
     sequence = kept.get(("convert", shape, m.dtype, x_t.dtype, device), make)
+    if sequence is None:
+        return None
     (out,), variants = sequence.run(values)
     if done is None:
         kept.keep(sequence, ("", "n", "x0", "t"), given, values, variants)
@@ -290,17 +296,18 @@ def loss(
     given, done = ("loss", prediction, x0, given, t, columns, *source), False
     if upstream is not None:
         given = ("both", *given[1:], single(upstream, prediction.device))
+    kept = _kept(program)
     if not are_recorded():
-        done = _kept(program).run(*given)
+        done = kept.run(*given)
     if type(done) is not tuple:
-        done = _loss(program, present, function, given, done is None)
+        done = _loss(kept, program, present, function, given, done is None)
     if done is None or upstream is not None:
         return done
     value, *there, columns = done
     if not (prediction.requires_grad and _grad()):
         return value
     there = None if there[0] is None else there
-    kept = (prediction, x0, given[3], t, *[v for v in source[:3] if isinstance(v, Tensor)])
+    tensors = (prediction, x0, given[3], t, *[v for v in source[:3] if isinstance(v, Tensor)])
 
     def again(tensors, upstream, there):
         if there is not None:
@@ -311,29 +318,30 @@ def loss(
                 return found
         return general.gradient(upstream, record(*tensors), reference.backend)
 
-    return general.recorded(prediction, None, (value, None, None, there), kept, record, again, reference.backend)
+    return general.recorded(prediction, None, (value, None, None, there), tensors, record, again, reference.backend)
 
 
-def _loss(program: Program, present: int, function: str, given: tuple, tell: bool) -> tuple | None:
+def _loss(kept: Kept, program: Program, present: int, function: str, given: tuple, tell: bool) -> tuple | None:
     """(the loss; the gradient, the upstream gradient that it is for and its cell, or three None; the coefficients
     if they are not looked up); with an upstream gradient given, (the loss, the gradient); or None. ``tell``: C++ has
     not been told how."""
     names = _LOSS if given[0] == "loss" else _BOTH
     values = dict(zip(names, given[1:]))
-    prediction, x0, n, t = (values[name] for name in _LOSS[:4])
+    prediction, x0, n, t = given[1:5]
     device, shape, makes = prediction.device, prediction.shape, values["seed"] is not None
     if not _plain(device, prediction, x0, n, t, values.get("upstream")) or not _has_time(program, t, prediction):
         return None
     for data in (x0, n):
         if data is not None and (data.shape != shape or (data.requires_grad and _grad())):
             return None
-    if (makes and values["strength"] and len(shape) < 3) or not _fits(device, prediction, x0, n, images=True):
+    if makes and values["strength"] and len(shape) < 3:
         return None
     # A float16 loss is scaled; the size of its gradient is known only in the backward.
     ahead = names is _LOSS and prediction.requires_grad and _grad() and prediction.dtype is not torch.float16
     key = (given[0], *_kind(values, device), ahead)
-    kept = _kept(program)
     sequence = kept.get(key, lambda: _losses(program, present, function, dict(values), device, ahead, key))
+    if sequence is None:
+        return None
     (values["counters"], values["partials"]), token = sequence.shares.space()[2], None
     if ahead:
         token = sequence.shares.cell()
@@ -366,9 +374,9 @@ def _backward(program: Program, present: int, function: str, given: tuple) -> Te
 
 def _kind(values: dict[str, Any], device: torch.device) -> tuple:
     """What sequences of a loss are told apart by. The seed among ``values`` becomes what a kernel takes."""
-    prediction, x0, n, t = (values[name] for name in _LOSS[:4])
+    prediction, x0, n = values["prediction"], values["x0"], values["n"]
     kind = None if values["seed"] is None else _seed(values, device)
-    types = [None if data is None else data.dtype for data in (prediction, x0, n, t)]
+    types = prediction.dtype, None if x0 is None else x0.dtype, None if n is None else n.dtype, values["t"].dtype
     samples, strength = type(values["sample_offset"]), bool(values["strength"])
     return prediction.shape, device, *types, kind, samples, strength, values["fast"], values["columns"] is None
 
@@ -384,10 +392,13 @@ _OPERANDS = {"loss_weight": "weight"}  # what the kernel calls a coefficient; an
 def _losses(
     program: Program, present: int, function: str, values: dict[str, Any], device: torch.device,
     ahead: bool = False, kind: tuple = (),
-) -> Launches:  # fmt: skip
+) -> Launches | None:  # fmt: skip
     """The sequence of a loss, with its gradient if that is written ``ahead``, or if an upstream gradient is among
     ``values``; or, where a gradient is there already, of the gradient alone. ``kind`` tells a loss apart from others,
-    see ``workspace.cell``."""
+    see ``workspace.cell``. None where the kernel does not take such data."""
+    prediction, x0, n = (values[name] for name in _LOSS[:3])
+    if not _fits(device, prediction, x0, n, images=True):
+        return None
     backward, both = "gradient" in values, "upstream" in values
     columns = None if program.index else "columns"
     written = ("gradient", "used", "assumed") if ahead else (None,) * 3
@@ -395,7 +406,6 @@ def _losses(
     to = Launches(device, ("gradient",) if backward else returned)
     if values["columns"] is None:
         _add_rows(to, program, values)
-    prediction, x0, n = (values[name] for name in _LOSS[:3])
     gradient = values.get("gradient")
     if not backward:
         what = {"result": _small(to, "result", values, ())}
@@ -435,4 +445,4 @@ def _space(device: torch.device, *sizes: int) -> tuple[int, int, Any]:
 
 def _token(device: torch.device, kind: tuple) -> tuple[int, int, Any]:
     taken = cell(device, kind)  # of another objective it is another
-    return taken.value.data_ptr(), current_stream(device), taken
+    return taken.value.data_ptr(), taken.owner[2], taken

@@ -169,9 +169,9 @@ class Kernel:
                     variant = self._variants[short] = self._loaded(device, key)
                     if self.of_capture(key) is not None:
                         _unprepared.append((self, device, short, key))
-                variant(grid, _stream(device), values, constants)
+                variant(grid, device, values, constants)
         else:
-            variant(grid, _stream(device), values, constants)
+            variant(grid, device, values, constants)
         if _unprepared:
             prepare_captures()
         return variant
@@ -258,8 +258,8 @@ class _Direct:
         else:
             self._launch, self._head = run, (function, metadata, *(None,) * 3)
 
-    def __call__(self, grid: tuple[int, int], stream: int, values: list, constants: tuple) -> None:
-        self._launch(*grid, 1, stream, *self._head, *values, *constants)
+    def __call__(self, grid: tuple[int, int], device: torch.device, values: list, constants: tuple) -> None:
+        self._launch(*grid, 1, _stream(device), *self._head, *values, *constants)
 
 
 # Variants that take seeds as numbers: (kernel, device, what it is found by, key).

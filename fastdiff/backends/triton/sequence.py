@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...torch_access import _C, never
 from ..devices import is_capturing
-from .launch import Kernel, is_current
+from .launch import Kernel, are_recorded, is_current
 
 _MOST_KEPT = 256
 
@@ -35,14 +35,47 @@ class Value(NamedTuple):
     row: int | None = None
 
 
-class Launched(NamedTuple):
-    """A launch, as ``Kernel`` takes it, without the arguments that change; and those, by their place."""
+class Launched:
+    """A launch, as ``Kernel`` takes it, without the arguments that change; and those, by their place.
 
-    kernel: Kernel
-    grid: tuple[int, int]
-    arguments: list[Any]
-    constants: tuple
-    changing: dict[int, Value]
+    Attributes:
+        variant: the compiled kernel that it comes to for data that is aligned, once that was launched.
+    """
+
+    def __init__(self, kernel: Kernel, how: tuple[tuple[int, int], tuple, tuple], changing: dict[int, Value]):
+        self.kernel, self.changing = kernel, changing
+        self.variant: Any = None
+        self.grid, arguments, self.constants = how
+        self.arguments = [None if k in changing else a for k, a in enumerate(arguments)]
+        self._values = [a.data_ptr() if isinstance(a, Tensor) else a for a in self.arguments]
+        # Of what changes: the place, the name, bytes from the start of a tensor, and whether it is full-size data.
+        self._places: list[tuple[int, str, int, bool]] = []
+
+    def __call__(self, device: torch.device, values: dict[str, Any], directly: bool) -> Any:
+        """Launch with these ``values``; returns the compiled kernel. ``directly``: if it is known, it may be called
+        without the look at all arguments that ``Kernel`` takes. Their dtypes are those of the first launch."""
+        if directly and self.variant is not None:
+            given, bits = self._values.copy(), 0
+            for k, name, offset, of_data in self._places:
+                value = values[name]
+                if isinstance(value, Tensor):
+                    value = value.data_ptr() + offset
+                    if of_data:
+                        bits |= value
+                given[k] = value
+            if bits % 16 == 0:
+                self.variant(self.grid, device, given, self.constants)
+                return self.variant
+        arguments = self.arguments.copy()
+        for k, (name, row) in self.changing.items():
+            arguments[k] = values[name] if row is None else values[name][row]
+        variant = self.kernel(device, self.grid, tuple(arguments), self.constants)
+        data = self.kernel.data
+        if variant is not None and all(arguments[k] is None or arguments[k].data_ptr() % 16 == 0 for k in data):
+            changing = self.changing.items()
+            self._places = [(k, value.name, _offset(value, values), k in data) for k, value in changing]
+            self.variant = variant  # last: other threads look at it
+        return variant
 
 
 class Shares(NamedTuple):
@@ -72,12 +105,10 @@ class Launches:
 
     def add(self, kernel: Kernel, how: tuple[tuple[int, int], tuple, tuple], changing: dict[str, Value]) -> None:
         """Add a launch like ``how``, (grid, arguments, constants), in which the arguments ``changing`` change."""
-        grid, arguments, constants = how
         # A launch must hold no data of the call that it was made for.
-        assert all(arguments[k] is None or kernel.runtime[k] in changing for k in kernel.data)
+        assert all(how[1][k] is None or kernel.runtime[k] in changing for k in kernel.data)
         places = {kernel.runtime.index(name): value for name, value in changing.items()}
-        kept = [None if k in places else a for k, a in enumerate(arguments)]
-        self.launches.append(Launched(kernel, grid, kept, constants, places))
+        self.launches.append(Launched(kernel, how, places))
 
     def make(self, name: str, values: dict[str, Any]) -> Tensor:
         """What is ``made`` by this name, put among ``values``."""
@@ -92,14 +123,10 @@ class Launches:
         """(what is returned, the compiled kernels that were launched). Adds what is made to ``values``."""
         for name in self.made:
             self.make(name, values)
-        variants = []
-        for kernel, grid, kept, constants, changing in self.launches:
-            arguments = kept.copy()
-            for k, (name, row) in changing.items():
-                arguments[k] = values[name] if row is None else values[name][row]
-            variants.append(kernel(self.device, grid, tuple(arguments), constants))
-        values[None] = None
-        return tuple([values[name] for name in self.returned]), variants
+        directly, variants = is_current(self.device) and not are_recorded(), []
+        for launched in self.launches:
+            variants.append(launched(self.device, values, directly))
+        return tuple(map(values.get, self.returned)), variants  # there is no value None
 
 
 class Kept:
@@ -116,13 +143,14 @@ class Kept:
         self.declined = ""
         self._sequences: dict[tuple, Launches] = {}
 
-    def get(self, key: tuple, make: Callable[[], Launches]) -> Launches:
-        """The sequence of a key, made by ``make`` if there is none. With too many shapes all are made anew."""
+    def get(self, key: tuple, make: Callable[[], Launches | None]) -> Launches | None:
+        """The sequence of a key, made by ``make`` if there is none; None if that gives none. With too many shapes all
+        are made anew."""
         found = self._sequences.get(key)
-        if found is None:
+        if found is None and (found := make()) is not None:
             if len(self._sequences) >= _MOST_KEPT:
                 self._sequences.clear()
-            found = self._sequences[key] = make()
+            self._sequences[key] = found
         return found
 
     def keep(self, sequence: Launches, names: Sequence[str], given: tuple, values: dict, variants: list) -> bool:
@@ -168,8 +196,10 @@ class Kept:
 
 def _offset(value: Value, values: dict[str, Any]) -> int:
     """Bytes from the start of a tensor to the row that is meant."""
+    if value.row is None:
+        return 0
     tensor = values[value.name]
-    return 0 if value.row is None else value.row * tensor.stride(0) * tensor.element_size()
+    return value.row * tensor.stride(0) * tensor.element_size()
 
 
 _TAKEN = {"Q": (Tensor, tuple), "q": (int,), "f": (float,), "i": ()}  # of arguments, by what they are packed as

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from collections.abc import Hashable
@@ -127,7 +126,9 @@ def cell(device: torch.device, kind: Hashable) -> Cell:
         found = _cells.get(owner[1:])
         if found is None:
             found = _cells[owner[1:]] = _Cells(_zeros(device, _CELLS))
-        key = next(key for order in itertools.count() if (key := (kind, order)) not in found.waiting)
+        order = 0
+        while (key := (kind, order)) in found.waiting:
+            order += 1
         value = found.values.pop(key, None)
         if value is None:
             latest = next(reversed(found.values.values()), None)

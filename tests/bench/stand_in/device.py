@@ -108,6 +108,22 @@ def put_in_place(device: Device) -> None:
     torch.Tensor.copy_ = timed_copy
 
 
+def take_for_a_gpu() -> None:
+    """Tensors on the CPU go where a GPU's would, and values are not looked at."""
+    import torch
+
+    from fastdiff import objective, process
+    from fastdiff.backends import registry
+    from fastdiff.backends.triton import arguments, fast, launch
+
+    for module in (fast, objective, process):
+        module.value_checks_are_free = lambda tensor: False
+    launch._direct = launch.has_approximate_instructions = lambda device: True
+    launch._stream = lambda device: 0
+    arguments.runs_on = lambda device: True
+    registry._TRIED["triton"].found[torch.device("cuda", 0)] = ""  # it fits
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         library = driver(Path(folder))
@@ -117,17 +133,10 @@ def main() -> int:
         import gpu_numbers
         import torch
 
-        from fastdiff import backends, objective, process
-        from fastdiff.backends import registry
-        from fastdiff.backends.triton import arguments, fast, launch
+        from fastdiff import backends
 
-        # CPU tensors go where a GPU's would, and are timed as there; values are not looked at.
         gpu_numbers.DEVICE = torch.device("cpu")
-        for module in (fast, objective, process):
-            module.value_checks_are_free = lambda tensor: False
-        launch._direct = launch.has_approximate_instructions = lambda device: True
-        launch._stream = lambda device: 0
-        arguments.runs_on = lambda device: True
+        take_for_a_gpu()
         gpu_numbers.cache_bytes = lambda device: 2**20
         if os.environ.get("STAND_IN_FEW"):
             every, steps = gpu_numbers.measurements, gpu_numbers.step_cases
@@ -135,7 +144,6 @@ def main() -> int:
             gpu_numbers.step_cases = lambda exponents: steps(exponents)[:1]
         timer = gpu_numbers.Timer
         gpu_numbers.Timer = lambda device: timer(torch.device("cuda", 0))
-        registry._TRIED["triton"].found[torch.device("cuda", 0)] = ""  # it fits
         with backends.use_backend("triton"), contextlib.redirect_stdout(sys.stderr):
             status = gpu_numbers.main(sys.argv[2:] if sys.argv[1].endswith(".py") else sys.argv[1:])
         counts = {name: getattr(library, f"stand_in_{name}")() for name in ("modules", "launched", "refused")}

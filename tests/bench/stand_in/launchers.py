@@ -19,16 +19,10 @@ def main() -> int:
         import torch
 
         import fastdiff
-        from fastdiff import backends, objective, process
-        from fastdiff.backends import registry
-        from fastdiff.backends.triton import arguments, fast, launch
+        from fastdiff import backends
+        from fastdiff.backends.triton import fast, launch
 
-        for module in (fast, objective, process):
-            module.value_checks_are_free = lambda tensor: False
-        launch._direct = launch.has_approximate_instructions = lambda device: True
-        launch._stream = lambda device: 0
-        arguments.runs_on = lambda device: True
-        registry._TRIED["triton"].found[torch.device("cuda", 0)] = ""  # it fits
+        stand_in.take_for_a_gpu()
         made = launch._Direct.__init__
 
         def watched(direct, compiled, layout):
