@@ -38,7 +38,7 @@ const Functions* functions = nullptr;
 PyObject* kinds[kMostKinds];
 PyObject* dtypes[4];
 PyObject *dtype_names, *empty_like_function, *large_empty_like_function, *grad_enabled_function, *transform_function,
-    *requires_grad;
+    *requires_grad, *is_negative_name;
 int64_t large_bytes;
 
 int dtype_of(DataType type) {
@@ -77,6 +77,7 @@ void enable(py::capsule table, py::tuple classes, py::tuple kinds_of_number, py:
   large_bytes = large[1].cast<int64_t>();
   grad_enabled_function = grad_enabled.release().ptr();
   transform_function = transform.release().ptr();
+  is_negative_name = py::str("is_neg").release().ptr();
   requires_grad = py::object(classes[0].attr("requires_grad")).release().ptr();
   if (!Py_TYPE(requires_grad)->tp_descr_get) throw py::value_error("kinds: the first has no requires_grad");
   functions = found;
@@ -113,6 +114,8 @@ bool read(PyObject* tensor, View& out, Device& device, bool bools) {
     out.elements *= found.sizes[d];
   }
   out.data = (char*)found.data + found.byte_offset;
+  // PyTorch negates some tensors as they are read (the imaginary part of a conjugate). Those of several numbers have gaps.
+  if (out.elements == 1 && is_true(PyObject_CallMethodNoArgs(tensor, is_negative_name))) return false;
   return out.elements > 0 && found.data;
 }
 

@@ -153,7 +153,11 @@ def _new(nbytes: int) -> _Kept:
     with contextlib.suppress(IndexError):  # another thread released them
         while len(_kept) >= MOST_STORAGES or sum(kept.nbytes for kept in tuple(_kept)) + nbytes > MOST:
             _kept.pop(0)
-    return _Kept(nbytes)
+    try:
+        return _Kept(nbytes)
+    except RuntimeError:  # there is no memory: what is free may be enough
+        release_memory()
+        return _Kept(nbytes)
 
 
 def _look_if_due(*_: Any) -> None:

@@ -276,3 +276,33 @@ def test_the_cases_reach_everything():
     assert {case.options["reduction"] for case in cases} == {"mean", "none", "sum", "elements"}
     assert sum("mask" in case.options for case in cases) > 100 and not math.isnan(sum(c.x0.sum().item() for c in cases))
     assert weighting.get("bell") in [weighting.get(case.how["weighting"]) for case in cases]
+
+
+def negated(values):
+    """A tensor that PyTorch negates as it is read: dense, which only a single number is by public functions."""
+    return torch._neg_view(-values.clone())
+
+
+@pytest.mark.parametrize("name", ["reference", "native", "triton"])
+def test_tensors_that_are_negated_as_they_are_read(name):
+    objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
+    torch.manual_seed(3)
+    for shape in ((1, 1), (2, 3, 4)):
+        single = shape == (1, 1)
+        x0, n, m, t = torch.randn(shape), torch.randn(shape), torch.randn(shape), torch.rand(shape[0]).double()
+        imaginary = torch.complex(torch.zeros(shape), -x0).conj().imag
+        assert torch.equal(imaginary, x0) and imaginary.is_neg() and imaginary.is_contiguous() == single
+        elements, with_backend = {"reduction": "elements"}, fastdiff.use_backend(name)
+        with with_backend:
+            want = objective.noise(x0, t, n)
+            for data in (imaginary, *([negated(x0)] if not single and name != "native" else [])):
+                assert torch.equal(objective.noise(data, t, n).x_t, want.x_t)
+            prediction = torch.complex(torch.zeros(shape), -m).conj().imag
+            assert objective.loss(prediction, want) == objective.loss(m, want)
+            got, slope = objective.loss_and_gradient(prediction, want)
+            assert (got, slope.tolist()) == (objective.loss(m, want), objective.loss_and_gradient(m, want)[1].tolist())
+            map_of = torch.rand(shape)
+            assert torch.equal(objective.loss(m, want, weight=negated(map_of)), objective.loss(m, want, weight=map_of))
+            leaf, upstream = m.clone().requires_grad_(), torch.randn(shape)
+            of = lambda g: torch.autograd.grad(objective.loss(leaf, want, **elements), leaf, g)[0]  # noqa: B023, E731
+            assert torch.equal(of(negated(upstream)), of(upstream))

@@ -454,6 +454,22 @@ def test_no_more_is_kept_than_allowed(monkeypatch):
     assert len(recycling._kept) <= 3
 
 
+def test_kept_memory_is_given_back_where_there_is_no_other(monkeypatch):
+    """Memory of the system ends: then what is kept and free makes room."""
+    free = made(1.0)
+    del free
+    plain = torch.UntypedStorage
+
+    def scarce(nbytes, device):
+        if recycling._kept:
+            raise RuntimeError("can't allocate memory")
+        return plain(nbytes, device=device)
+
+    monkeypatch.setattr(torch, "UntypedStorage", scarce)
+    assert recycling.empty((3 << 20,), torch.uint8).nbytes == 3 << 20
+    assert len(recycling._kept) == 1
+
+
 def test_unused_memory_goes_back_after_a_while(monkeypatch):
     monkeypatch.setattr(recycling, "_next_look", 0.0)
     now = [time.monotonic() + 1000]

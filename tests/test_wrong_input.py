@@ -90,6 +90,9 @@ CASES = {
     "diffusion_loss noise": (lambda: fastdiff.diffusion_loss(X, X, X[:1], T, VP), ValueError, "noise has shape"),
     "prediction of another shape": (lambda: loss(X[:, :2]), ValueError, "prediction"),
     "prediction with a variance": (lambda: loss(torch.cat([X, X], 1)), ValueError, r"chunk\(2, dim=1\)"),
+    "prediction sparse": (lambda: loss(X.to_sparse()), TypeError, r"prediction must be .*sparse.*to_dense\(\)"),
+    "prediction nested": (
+        lambda: loss(torch.nested.nested_tensor([X[0], X[1]])), TypeError, "must be dense.*nested.*lengths="),
     "prediction of integers": (lambda: loss(X.long()), TypeError, "prediction must be floating"),
     "mask aligned at the right": (
         lambda: loss(mask=torch.ones(3, 4)), ValueError, r"\(3, 4\).*\(2, 3, 4\).*at the left.*mask.view\(1, 3, 4\)"),
@@ -134,6 +137,12 @@ CASES = {
     "no steps": (lambda: fastdiff.VariancePreserving(steps=0), ValueError, "positive integer"),
     "shift 0": (lambda: fastdiff.RectifiedFlow(shift=0.0), ValueError, "shift"),
     "huber 0": (lambda: losses.Huber(0.0), ValueError, r"L1\(\)"),
+    "huber infinite": (lambda: losses.Huber(float("inf")), ValueError, r"delta must be .*finite; got inf.*MSE\(\)"),
+    "smooth l1 infinite": (lambda: losses.SmoothL1(float("inf")), ValueError, "beta must be .*finite"),
+    "pseudo-huber infinite": (lambda: losses.PseudoHuber(float("inf")), ValueError, "c must be .*finite"),
+    "pseudo-huber's scale infinite": (
+        lambda: losses.PseudoHuber(scale=float("inf")), ValueError, "scale must be .*finite"),
+    "strength of 2000 bits": (lambda: losses.Combined(mse=1 << 1999), ValueError, "2000 bits"),
     "gamma 0": (lambda: weighting.MinSNR(0.0), ValueError, "gamma"),
     "unknown sampler": (lambda: sample(sampler="eular"), ValueError, "ddpm, ddim, euler"),
     "sampler a class": (lambda: sample(sampler=samplers.DDPM), TypeError, "sampler"),

@@ -252,5 +252,8 @@ def get(loss: Loss | str) -> Loss:
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive; got {value!r}. For an unsmoothed error use L1().")
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"{name} must be positive and finite; got {value!r}. For an unsmoothed error use L1(), for a squared one "
+            "MSE()."
+        )

@@ -60,11 +60,15 @@ def refuse_dtensor(name: str, tensor: Tensor) -> None:
 
 
 def check_floating(**tensors: Tensor) -> None:
-    """Raise TypeError for a value that is no floating-point tensor."""
+    """Raise TypeError for a value that is no dense floating-point tensor."""
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             if type(tensor) is not Tensor:
                 refuse_dtensor(name, tensor)
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                kind = "a nested tensor: use torch.nested.to_padded_tensor and a mask, or packed sequences (lengths=)"
+                given = kind if tensor.is_nested else f"one of {tensor.layout}: use {name}.to_dense()"
+                raise TypeError(f"{name} must be dense; got {given}.")
             continue
         check_tensor(name, tensor, name)
         scale = ""

@@ -47,6 +47,8 @@ def unsuited(*tensors: Any) -> str:
                 return f"a tensor on {tensor.device}"
             if tensor.dtype not in DTYPES:
                 return f"a tensor of {tensor.dtype}"
+            if tensor.is_neg():
+                return "a tensor that PyTorch negates as it is read"
         elif isinstance(tensor, Tensor):
             return f"a {kind.__name__}, which is a subclass of Tensor"
     return ""

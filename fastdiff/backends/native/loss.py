@@ -152,7 +152,7 @@ def launch(
     dtype, shape = weight.dtype, prediction.shape
     elements, d_errors = reduction == "elements", None
     if upstream is not None:
-        upstream = upstream.to(dtype)
+        upstream = upstream.resolve_neg().to(dtype)
         if elements and (by_row := of_rows(upstream, weight.shape, packed)) is None:
             upstream, d_errors = None, upstream
         elif elements:

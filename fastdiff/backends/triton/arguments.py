@@ -40,7 +40,7 @@ def fits(*tensors: Any, images: bool = False) -> bool:
     for t in tensors:
         if images and isinstance(t, Tensor) and type(t) in TYPES and t.dtype == torch.uint8:
             continue
-        if isinstance(t, Tensor) and not (type(t) in TYPES and t.dtype in DATA):
+        if isinstance(t, Tensor) and not (type(t) in TYPES and t.dtype in DATA and not t.is_neg()):
             return False
     return True
 
@@ -62,7 +62,7 @@ def unsuited(device: torch.device, data: tuple, rows: tuple, images: bool = Fals
     if not runs_on(device):
         return f"the kernels do not run on {device}"
     if not fits(*data, images=images):
-        return "a subclass of Tensor, or another dtype than float32, bfloat16 and float16"
+        return "a subclass of Tensor, one negated as it is read, or another dtype than float32, bfloat16 and float16"
     if not rows_fit(*rows):
         return "coefficients in another dtype than float32"
     return "" if data[0].numel() else "no elements"

@@ -43,7 +43,7 @@ _CONVERT = "m", "x_t", "t"
 def _plain(device: torch.device, *tensors: Any) -> bool:
     """Whether these are ordinary contiguous tensors on the device. None is passed over."""
     for t in tensors:
-        if t is not None and not (type(t) is Tensor and t.is_contiguous() and t.device == device):
+        if t is not None and not (type(t) is Tensor and t.is_contiguous() and t.device == device and not t.is_neg()):
             return False
     return _wrapping() is None
 

@@ -66,6 +66,7 @@ def lay(call: LossCall) -> Laid:
         shape, own = tuple(data[0].shape), shape_of(placed[0])
     strides = -1, _NO_STRIDES
     if mask is not None:
+        mask = mask.resolve_neg()
         if mask.dtype == torch.float64:
             mask = mask.float()
         elif mask.dtype == torch.bool:

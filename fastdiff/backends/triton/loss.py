@@ -429,7 +429,7 @@ def _pass(call: LossCall, *, means: bool = False, gradient: bool = False, upstre
     used = last = assumed = None
     d = like_prediction(laid) if gradient else None
     if upstream is not None:
-        upstream = laid.ordered(upstream).to(torch.float32)
+        upstream = laid.ordered(upstream.resolve_neg()).to(torch.float32)
     elif gradient:
         used, last = new(1), cell(device, _kind(laid, function, reduction))
         assumed = last.value
@@ -466,7 +466,7 @@ def _gradient(
         d, used, last = written
         d = laid.ordered(d)
         assumed = of_this_stream(last, prediction.device).value
-    upstream, d_errors = laid.ordered(upstream).to(torch.float32), None
+    upstream, d_errors = laid.ordered(upstream.resolve_neg()).to(torch.float32), None
     if call.reduction == "elements":
         by_row = of_rows(upstream, laid.rows_shape, laid.packed)
         upstream, d_errors = by_row, as_prediction(laid, upstream) if by_row is None else None
