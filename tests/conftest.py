@@ -1,5 +1,6 @@
 """Every test runs with fresh buffers poisoned with NaN, a fixed seed and the automatic choice of backend."""
 
+import contextlib
 import os
 
 import pytest
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
 # Looked at when CUDA starts: matrix products that are the same each time.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+from asked import triton
 from devices import BACKENDS, NIGHTLY, why_skipped
 
 import fastdiff
@@ -47,19 +49,34 @@ def clean_state():
     torch.use_deterministic_algorithms(False)
 
 
+@contextlib.contextmanager
+def forced(backend, monkeypatch):
+    """A backend of the CPU, the native one perhaps without its calls for the plain case; or Triton's interpreter."""
+    name = backend.split(",")[0]
+    found = {status.name: status for status in fastdiff.backends.status()}[name]
+    because = triton.no_device_because() if name == "triton" else "" if found.available else found.reason
+    if because:
+        pytest.skip(because)
+    if name != backend:
+        monkeypatch.setattr(fastdiff.backends.native.backend, "fast", None)
+    with fastdiff.use_backend(name):
+        yield name
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """Runs the test once with each backend of the CPU; the native one also without its calls for the plain case."""
     if request.param == "cuda":
         yield request.param
         return
-    name = request.param.split(",")[0]
-    found = {status.name: status for status in fastdiff.backends.status()}[name]
-    if not found.available:
-        pytest.skip(found.reason)
-    if name != request.param:
-        monkeypatch.setattr(fastdiff.backends.native.backend, "fast", None)
-    with fastdiff.use_backend(name):
+    with forced(request.param, monkeypatch) as name:
+        yield name
+
+
+@pytest.fixture(params=["reference", "native", "native, no fast calls", "triton"])
+def everywhere(request, monkeypatch):
+    """Each backend of the CPU, and Triton's interpreter."""
+    with forced(request.param, monkeypatch) as name:
         yield name
 
 

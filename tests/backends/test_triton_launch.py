@@ -1,9 +1,8 @@
 """The cached launcher, without a GPU: what makes two variants, what is compiled for them, and how they are called."""
 
-import sys
-
 import pytest
 import torch
+from costs import python_calls
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -174,22 +173,6 @@ class Allocations(TorchDispatchMode):
         elif not function.is_view and "detach" not in function.name():
             self.others.append(function.name())
         return function(*args, **(kwargs or {}))
-
-
-def python_calls(call):
-    """How many functions of Python a call enters."""
-    entered = 0
-
-    def count(frame, event, argument):
-        nonlocal entered
-        entered += event == "call"
-
-    sys.setprofile(count)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return entered
 
 
 def test_what_a_launch_costs_the_host(direct):

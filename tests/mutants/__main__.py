@@ -27,8 +27,8 @@ ROOT = HERE.parent.parent
 GROUPS = {
     "mathematics": "process sdes prediction weighting losses/ timesteps tabulated coefficients program constancy "
     "samplers/ sampling/ guidance noised objective functional converting autoencoder tokens dropout uncertainty "
-    "element_weights pyramid pairing video/ ops/ distributed/ packed likelihood loss_record explaining from_scheduler "
-    "quantiles sigma_schedules tensors philox torch_randn names numeric showing",
+    "element_weights pyramid pairing video/ ops/ distributed/ packed likelihood loss_record loss_gradient explaining "
+    "from_scheduler quantiles sigma_schedules tensors philox torch_randn recycling names numeric showing",
     "faces": "integrations/ demo/ bench/ cli doctor files trace verify __main__",
 }
 # In none: kernels, which have tests of their own in each language; records and numbers; what an installation has.

@@ -8,7 +8,6 @@ import oracle
 import pytest
 import torch
 from accuracy import assert_same, to_numpy
-from asked import triton
 from devices import in_turn
 
 import fastdiff
@@ -36,22 +35,6 @@ SUMS = {
         lambda e: 0.5 * oracle.loss_huber(e, 0.4) + 1.5 * oracle.loss_smooth_l1(e, 0.4) + oracle.loss_log_cosh(e),
     ),
 }  # fmt: skip
-NAMES = ["reference", "native", "native, no fast calls", "triton"]
-
-
-@pytest.fixture(params=NAMES)
-def everywhere(request, monkeypatch):
-    """Each backend of the CPU, and Triton's interpreter."""
-    name = request.param.split(",")[0]
-    if name == "triton" and triton.no_device_because():
-        pytest.skip("Triton is not there")
-    found = {status.name: status for status in fastdiff.backends.status()}[name]
-    if name == "native" and not found.available:
-        pytest.skip(found.reason)
-    if name != request.param:
-        monkeypatch.setattr(fastdiff.backends.native.backend, "fast", None)
-    with fastdiff.use_backend(name):
-        yield name
 
 
 @in_turn(name=list(SUMS), dtype=DTYPES, reduction=["none", "sum", "elements"])

@@ -4,7 +4,6 @@ import copy
 import gc
 import os
 import pickle
-import sys
 import threading
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from accuracy import assert_same
 from asked import native, triton
+from costs import python_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -381,18 +381,7 @@ def test_noising_is_a_fast_call_whatever_the_weighting(only_fast_calls):
 
 def entered(call):
     """How many functions of fastdiff a call enters."""
-    found, folder = 0, os.path.dirname(fastdiff.__file__)
-
-    def count(frame, event, argument):
-        nonlocal found
-        found += event == "call" and frame.f_code.co_filename.startswith(folder)
-
-    sys.setprofile(count)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return found
+    return python_calls(call, os.path.dirname(fastdiff.__file__))
 
 
 @pytest.mark.parametrize("name", FORMULAS)

@@ -7,7 +7,6 @@ import oracle
 import pytest
 import torch
 from accuracy import assert_rounded, assert_same, to_numpy
-from asked import triton
 from devices import in_turn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,22 +21,6 @@ FUNCTIONS = {
     "pseudo_huber": oracle.loss_pseudo_huber,
     "log_cosh": lambda e, c: oracle.loss_log_cosh(e),
 }
-NAMES = ["reference", "native", "native, no fast calls"]
-
-
-@pytest.fixture(params=[*NAMES, "triton"])
-def everywhere(request, monkeypatch):
-    """Each backend of the CPU, and Triton's interpreter."""
-    name = request.param.split(",")[0]
-    if name == "triton" and triton.no_device_because():
-        pytest.skip("Triton is not there")
-    found = {status.name: status for status in fastdiff.backends.status()}[name]
-    if name == "native" and not found.available:
-        pytest.skip(found.reason)
-    if name != request.param:
-        monkeypatch.setattr(fastdiff.backends.native.backend, "fast", None)
-    with fastdiff.use_backend(name):
-        yield name
 
 
 def rows_of(*shape, count=5, dtype=torch.float64):
