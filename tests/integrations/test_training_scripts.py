@@ -576,7 +576,7 @@ def test_wrong_use():
         scripts.dreambooth_sdxl(euler, edm_style=True, snr_gamma=5.0)
     with pytest.raises(ValueError, match="weighting_scheme"):
         scripts.sd3(flow, weighting_scheme="cosine")
-    with pytest.raises(ValueError, match="flow n - x0"):
+    with pytest.raises(ValueError, match="'flow', n - x0, or 'reversed_flow'.*got 'epsilon'"):
         fastdiff.Objective.from_scheduler(flow, prediction="epsilon")
     with pytest.raises(ValueError, match="unknown prediction"):
         scripts.text_to_image(ddpm(), prediction_type="noise")

@@ -332,11 +332,10 @@ class Computed(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("everywhere", ["native", "native, no fast calls", "triton"], indirect=True)
 @pytest.mark.parametrize("upstream", ["a mean's", "rows'", "elements'"])
 def test_one_pass_forward_and_one_backward(everywhere, upstream):
     """Nothing of full size is computed or made by PyTorch but the errors and the gradient."""
-    if everywhere == "reference":
-        pytest.skip("it is made of PyTorch's operations")
     prediction, n, w = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.rand(2, 1, 1, 1)
     given = {"a mean's": torch.tensor(0.5), "rows'": torch.rand(2, 1, 1, 1), "elements'": torch.rand(2, 3, 4, 4)}
     given = given[upstream].expand(2, 3, 4, 4)
