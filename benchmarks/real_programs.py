@@ -3,8 +3,9 @@
     python benchmarks/real_programs.py dit PATH/TO/DiT --seed 0
 
 PATH is a checkout of the program (``PROGRAMS`` below says of which). It is copied twice; in the second copy the lines
-that docs/migrating.md says are changed. Both copies run in processes of their own, with the same flags, seed and random
-images, and what each calls ``backward`` on is compared. Prints a row of the table in results/real_programs.md.
+are changed that the pages in docs/trainers say. Both copies run in processes of their own, with the same flags, seed
+and random images, and what each calls ``backward`` on is compared. Prints a row of the table in
+results/real_programs.md.
 
 Nothing of the programs is in this file: edits are given by names to look for. What is needed beside fastdiff and
 diffusers: torchvision, timm (DiT, SiT), torchdiffeq (SiT), datasets (diffusers' scripts), click (EDM). The programs ask
