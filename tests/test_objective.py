@@ -174,7 +174,7 @@ def test_the_scale_of_a_scheduled_c(schedule, process):
     expected = oracle.loss_pseudo_huber(to_numpy(m - noised.noise), np.broadcast_to(c, (4,))[:, None], "scaled")
     got = objective.loss(m, noised, reduction="none")
     np.testing.assert_allclose(to_numpy(got), expected.mean(1).astype(np.float64), rtol=1e-12)
-    with pytest.raises(ValueError, match="scale must be positive; got 0"):
+    with pytest.raises(ValueError, match="scale must be positive and finite; got 0"):
         losses.PseudoHuber(scale=0.0)
 
 
