@@ -338,6 +338,14 @@ def test_ranks_share_a_batch():
     torch.testing.assert_close(model.diffusion_loss(x0[4:], seed=3, reduction="none"), whole[4:], rtol=0, atol=0)
 
 
+def test_stepped_seeds_are_splitmix64():
+    """The first five numbers of splitmix64 for the seed 1234567, as they are published (Rosetta Code)."""
+    published = 6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821
+    for k, number in enumerate(published):
+        state = 1234567 + k * 0x9E3779B97F4A7C15  # the second round begins where the first ended, plus the step
+        assert stepped_seed(1234567, state - published[0]) == (number if number < 2**63 else number - 2**64)
+
+
 def test_stepped_seeds():
     seeds = {stepped_seed(seed, step) for seed in range(50) for step in range(-50, 50)}
     assert len(seeds) == 5000 and all(-(2**63) <= seed < 2**63 for seed in seeds)
