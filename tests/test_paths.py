@@ -249,13 +249,17 @@ def run_cases(seeds, slow=None):
     return found
 
 
-@pytest.mark.skipif(not native.available, reason="the native backend is not there")
+needs_native = pytest.mark.skipif(not native.available, reason="the native backend is not there")
+
+
+@needs_native
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_path_has_the_same_numbers(part):
     found = run_cases(range(part, CASES, PARTS))
     assert found["equal"] > CASES / PARTS / 4, found
 
 
+@needs_native
 @pytest.mark.skipif(bool(triton.no_device_because()), reason="Triton is not there")
 @pytest.mark.parametrize("part", range(4))
 def test_triton_has_them_too(part):
@@ -263,6 +267,7 @@ def test_triton_has_them_too(part):
     assert found["equal"], found
 
 
+@needs_native
 @pytest.mark.parametrize("part", range(2))
 def test_a_compiled_program_has_them_too(part):
     assert run_cases(range(part, CASES // 100, 2), "compiled")["equal"]
@@ -283,7 +288,7 @@ def negated(values):
     return torch._neg_view(-values.clone())
 
 
-@pytest.mark.parametrize("name", ["reference", "native", "triton"])
+@pytest.mark.parametrize("name", ["reference", pytest.param("native", marks=needs_native), "triton"])
 def test_tensors_that_are_negated_as_they_are_read(name):
     objective = fastdiff.Objective(fastdiff.RectifiedFlow(), "flow")
     torch.manual_seed(3)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_same
+from asked import native
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +22,8 @@ import fastdiff
 from fastdiff import ops, recycling
 
 resource = pytest.importorskip("resource")
-pytest.importorskip("fastdiff._C")
+if not native.available:
+    pytest.skip(native.unavailable_because, allow_module_level=True)
 pytestmark = pytest.mark.skipif(bool(recycling.reason()), reason=recycling.reason())
 
 SHAPE = (4, 4, 128, 128)  # 1 MiB in float32

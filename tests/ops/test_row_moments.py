@@ -327,6 +327,7 @@ def test_under_torch_func():
     torch.testing.assert_close(rows, torch.func.grad(loss)(a, b))
 
 
+@pytest.mark.skipif(not native.available, reason="the reference keeps copies in float64, which nobody writes into")
 def test_writing_into_an_operand_before_the_backward_raises():
     a, b = pair(3, 4, grad=True)
     found = ops.row_moments(a, b)

@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from asked import native
 
 import fastdiff
 from fastdiff import ops
@@ -44,6 +45,8 @@ def made(request):
     """The noise of a ``Window``, by one of the backends."""
     if request.param == "triton" and not interpreted():
         pytest.skip("on CPU tensors Triton's kernels run in its interpreter")
+    if request.param == "native" and not native.available:
+        pytest.skip(native.unavailable_because)
     with fastdiff.use_backend(request.param):
         yield lambda *arguments, **how: ops.materialize(*arguments, CPU, **how).numpy()
 
