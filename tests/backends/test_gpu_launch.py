@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from costs import python_calls
+from devices import NIGHTLY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -293,7 +294,7 @@ def some_tensor(random, shape, dtype):
     return made.requires_grad_() if kind == "grad" and dtype.is_floating_point else made
 
 
-@pytest.mark.parametrize("start", range(4))
+@pytest.mark.parametrize("start", range(70 if NIGHTLY else 4))
 def test_what_is_wrong_or_rare_ends_as_by_python(gpu, monkeypatch, start):
     """Calls with arguments of any kind: the same launches, or the same error and none."""
     random, shapes = randoms.Random(start), [(2, 3, 8), (1, 4, 4, 4), (5, 7), (3,), (2, 2, 31)]

@@ -7,7 +7,7 @@
 
 #define MOST_WRITTEN 65536
 #define MOST_PARAMETERS 96
-#define MOST_FUNCTIONS 4096
+#define MOST_FUNCTIONS 65536
 
 static int modules, functions, launched, refused;
 
