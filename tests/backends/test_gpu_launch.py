@@ -125,7 +125,7 @@ def gpu(library, monkeypatch):
         monkeypatch.setattr(module, "value_checks_are_free", lambda tensor: False)
     for kernel in (affine, coefficients, loss):
         monkeypatch.setattr(kernel, "_variants", {})
-    launch._unprepared.clear()
+    launch.unprepared.clear()
     api = ctypes.pythonapi
     pointer_of, capsule_of = api.PyCapsule_GetPointer, api.PyCapsule_New
     pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]

@@ -28,7 +28,6 @@ FUNCTIONS, REDUCTIONS, NORMALIZATIONS = (
     for what in ("functions", "reductions", "normalizations")
 )
 
-
 MOST_DIMS = 8  # of a tensor that does not lie in memory in its own order
 
 empty_on_cpu = partial(torch.empty, device="cpu")  # for small results, in fewer calls than ``recycling.empty``

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import modes
-from ...calls import LossCall
+from ...calls import Combination, LossCall
 from ...program import OF_LOSS, OF_NOISE, Program
 from ...tensors import Gathered, value_checks_are_free
 from .. import reference
@@ -25,7 +25,7 @@ from . import loss as general
 from .affine import affine, affine_launch
 from .arguments import Seeded, samples_on, seed_of
 from .laid import lay
-from .launch import _unprepared, are_recorded, prepare_captures
+from .launch import are_recorded, prepare_captures, unprepared
 from .programs import coefficients, flat
 from .sequence import Kept, Launches, Shares, Value
 from .times import coefficients_launch, constants_of
@@ -37,7 +37,6 @@ _NOISE = "x0", "t", "n", "seed", "stream", "sample_offset", "strength", "draw", 
 _LOSS = "prediction", "x0", "n", "t", "columns", "seed", "stream", "sample_offset", "strength", "fast"
 _BOTH = *_LOSS, "upstream"
 _BACKWARD = *_BOTH, "gradient", "used", "assumed"
-_CONVERT = "m", "x_t", "t"
 
 
 def _plain(device: torch.device, *tensors: Any) -> bool:
@@ -184,7 +183,7 @@ def noise(
     if packed is not None:  # it takes the general way
         return None
     given = ("noise", x0, t, n, *made, *(draw or (None, 0)), keep, rng == "fast", dtype)
-    if _unprepared:
+    if unprepared:
         prepare_captures()
     kept, done = _kept(program), False
     if not are_recorded():
@@ -268,7 +267,7 @@ def convert(program: Program, m: Tensor, x_t: Tensor, t: Any) -> Tensor | None:
 def loss(
     program: Program,
     present: int,
-    function: str,
+    function: str | Combination,
     prediction: Tensor,
     x0: Tensor | None,
     n: Any,
@@ -321,7 +320,9 @@ def loss(
     return general.recorded(prediction, None, (value, None, None, there), tensors, record, again, reference.backend)
 
 
-def _loss(kept: Kept, program: Program, present: int, function: str, given: tuple, tell: bool) -> tuple | None:
+def _loss(
+    kept: Kept, program: Program, present: int, function: str | Combination, given: tuple, tell: bool
+) -> tuple | None:
     """(the loss; the gradient, the upstream gradient that it is for and its cell, or three None; the coefficients
     if they are not looked up); with an upstream gradient given, (the loss, the gradient); or None. ``tell``: C++ has
     not been told how."""
@@ -352,7 +353,7 @@ def _loss(kept: Kept, program: Program, present: int, function: str, given: tupl
     return (*done[:3], token, done[4]) if names is _LOSS else done
 
 
-def _backward(program: Program, present: int, function: str, given: tuple) -> Tensor | None:
+def _backward(program: Program, present: int, function: str | Combination, given: tuple) -> Tensor | None:
     """The gradient for an upstream gradient; None where that is not plain."""
     kept, done = _kept(program), False
     if not are_recorded():
@@ -390,7 +391,7 @@ _OPERANDS = {"loss_weight": "weight"}  # what the kernel calls a coefficient; an
 
 
 def _losses(
-    program: Program, present: int, function: str, values: dict[str, Any], device: torch.device,
+    program: Program, present: int, function: str | Combination, values: dict[str, Any], device: torch.device,
     ahead: bool = False, kind: tuple = (),
 ) -> Launches | None:  # fmt: skip
     """The sequence of a loss, with its gradient if that is written ``ahead``, or if an upstream gradient is among

@@ -43,9 +43,12 @@ class Laid(NamedTuple):
 
     def ordered(self, tensor: Tensor) -> Tensor:
         """A tensor of the caller's dimensions, or one number, in the kernel's order of them."""
-        if self.back is None or not tensor.ndim:
-            return tensor
-        return tensor.permute(sorted(range(len(self.back)), key=self.back.__getitem__))
+        return tensor if self.back is None or not tensor.ndim else _permuted(tensor, self.back)
+
+
+def _permuted(tensor: Tensor, back: tuple[int, ...]) -> Tensor:
+    """A tensor of the caller's dimensions in the order that ``back`` leads from."""
+    return tensor.permute(sorted(range(len(back)), key=back.__getitem__))
 
 
 def lay(call: LossCall) -> Laid:
@@ -73,7 +76,7 @@ def lay(call: LossCall) -> Laid:
             mask = mask.view(torch.uint8)
         mask = mask.expand(prediction.shape)
         if back is not None:
-            mask = mask.permute(sorted(range(len(back)), key=back.__getitem__))
+            mask = _permuted(mask, back)
         strides = strided(shape, mask.stride())
         if strides is None:
             mask, strides = mask.contiguous(), (0, _NO_STRIDES)

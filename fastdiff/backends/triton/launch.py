@@ -168,11 +168,11 @@ class Kernel:
                     key = self.key(arguments, constants, device.index)
                     variant = self._variants[short] = self._loaded(device, key)
                     if self.of_capture(key) is not None:
-                        _unprepared.append((self, device, short, key))
+                        unprepared.append((self, device, short, key))
                 variant(grid, device, values, constants)
         else:
             variant(grid, device, values, constants)
-        if _unprepared:
+        if unprepared:
             prepare_captures()
         return variant
 
@@ -263,14 +263,14 @@ class _Direct:
 
 
 # Variants that take seeds as numbers: (kernel, device, what it is found by, key).
-_unprepared: list[tuple[Kernel, torch.device, tuple, tuple]] = []
+unprepared: list[tuple[Kernel, torch.device, tuple, tuple]] = []
 
 
 def prepare_captures() -> None:
     """Where seeds are drawn on the host, load for each variant that took one the variant that takes it from the device:
     there seeds are drawn while a CUDA graph is captured, when nothing can be loaded."""
-    while _unprepared and philox.draws_on_host() and not is_capturing(_unprepared[-1][1]):
-        kernel, device, short, key = _unprepared.pop()
+    while unprepared and philox.draws_on_host() and not is_capturing(unprepared[-1][1]):
+        kernel, device, short, key = unprepared.pop()
         with _on(device):
             kernel._prepare_capture(device, short, key)
 
